@@ -30,22 +30,23 @@ def normal(text: str, protocol: str) -> str:
     ``protocol``: the value of ``security.protocol``; a prefix must be equal to it. Raises `ConfigError` for an invalid
     address.
     """
-    found = [_one(part.strip(), protocol) for part in text.split(",") if part.strip()]
-    if not found:
+    addresses = [_one(part.strip(), protocol) for part in text.split(",") if part.strip()]
+    if not addresses:
         raise ConfigError(
-            f"{SETTING} is set but names no broker: write host:port[,host:port], or leave it unset for the embedded broker"
+            f"{SETTING} is {text!r}, which names no broker: write host:port[,host:port], or leave the setting "
+            "unset for the embedded broker"
         )
-    return ",".join(found)
+    return ",".join(addresses)
 
 
 def _one(text: str, protocol: str) -> str:
     matched = _ADDRESS.fullmatch(text)
     if matched is None:
-        raise ConfigError(f"{SETTING}: {text!r} is no address: {_wrong(text)}")
+        raise ConfigError(f"{SETTING}: {text!r} is not an address: {_wrong(text)}")
     scheme, host, port = matched.group("scheme", "host", "port")
     if scheme is not None and scheme.upper() != protocol.upper():
         raise ConfigError(
-            f"{SETTING}: {text!r} begins with {scheme}://, and JOBLEDGER_KAFKA__SECURITY_PROTOCOL is {protocol}: write "
+            f"{SETTING}: {text!r} begins with {scheme}://, but JOBLEDGER_KAFKA__SECURITY_PROTOCOL is {protocol}: write "
             "host:port, and set the protocol with that variable"
         )
     if not 1 <= int(port) <= 65_535:
@@ -56,9 +57,9 @@ def _one(text: str, protocol: str) -> str:
 def _wrong(text: str) -> str:
     bare = text.rpartition("://")[2]
     if re.search(r"\s", text):
-        return "separate several addresses with commas, host:port,host:port"
+        return "separate addresses with commas: host:port,host:port"
     if bare.count(":") > 1 and "[" not in bare:
-        return "write an IPv6 address in brackets, [::1]:9092"
+        return "write an IPv6 address in brackets, for example [::1]:9092"
     if re.fullmatch(r"\[.*\]|[^:/]+:?", bare):
         return f"it has no port; write {bare.rstrip(':')}:9092 for Kafka's usual port"
     return "write host:port"
@@ -74,14 +75,16 @@ def unresolved(bootstrap: str) -> str | None:
 
 @lru_cache(maxsize=8)
 def _unresolved(bootstrap: str, period: int) -> str | None:
-    found: list[str | None] = []
-    thread = threading.Thread(target=lambda: found.append(_looked_up(bootstrap)), name="jobledger-look-up", daemon=True)
+    reasons: list[str | None] = []
+    thread = threading.Thread(
+        target=lambda: reasons.append(_looked_up(bootstrap)), name="jobledger-look-up", daemon=True
+    )
     try:
         thread.start()
     except RuntimeError:  # no thread can be started any more: the process is ending
         return None
     thread.join(LOOK_UP_S)
-    return found[0] if found else None
+    return reasons[0] if reasons else None
 
 
 def _looked_up(bootstrap: str) -> str | None:

@@ -163,7 +163,7 @@ class App:
     def client(self) -> Client:
         """The client, created at the first use."""
         if self._client is None:
-            with self._lock("making the client"):
+            with self._lock("creating the client"):
                 if self._client is None:
                     self._client = Client(self.settings, self.names, self.status_table)
         return self._client
@@ -330,11 +330,11 @@ class App:
         Raises `ConfigError`.
         """
 
-        def register(found: type[Any]) -> type[Any]:
-            made = as_event_class(found)
+        def register(given_class: type[Any]) -> type[Any]:
+            event_class = as_event_class(given_class)
             self.registry.add_event(
-                made,
-                name=name or made.__name__,
+                event_class,
+                name=name or event_class.__name__,
                 key=key,
                 topic=topic,
                 format=format,
@@ -342,7 +342,7 @@ class App:
                 retention_days=retention_days,
                 start=start,
             )
-            return made
+            return event_class
 
         return register if cls is None else register(cls)
 
@@ -426,7 +426,7 @@ class App:
 
         return register if fn is None else register(fn)
 
-    def middleware(self, made: M | None = None, /, *, tasks: Which = None) -> Any:
+    def middleware(self, declared: M | None = None, /, *, tasks: Which = None) -> Any:
         """Register an object, or a class that takes no arguments, with any of these methods, plain or ``async``:
 
         ``before(job)`` and ``after(job, result)`` run where the task's code runs; an exception of ``before`` is the
@@ -440,7 +440,7 @@ class App:
             self.registry.hooks.add(middleware, tasks)
             return middleware
 
-        return register if made is None else register(made)
+        return register if declared is None else register(declared)
 
     # -- emitting -------------------------------------------------------------------------------------------------
 
@@ -496,8 +496,10 @@ class App:
 
         def register(fold: F) -> F:
             kinds = [self.registry.event_of(event) for event in events]
-            named = name or getattr(fold, "__name__", "")
-            self.registry.add_projection(fold, name=named, table=table, key=key, events=kinds, facts=facts, start=start)
+            projection_name = name or getattr(fold, "__name__", "")
+            self.registry.add_projection(
+                fold, name=projection_name, table=table, key=key, events=kinds, facts=facts, start=start
+            )
             return fold
 
         return register
@@ -633,8 +635,8 @@ class App:
     ) -> AsyncIterator[JobStatus]:
         """Return the jobs as `jobs` does, for asyncio: ``async for status in app.jobs_async(…)``."""
         pages = self._pages(limit, page, **wanted)
-        while (found := await asyncio.to_thread(next, pages, None)) is not None:
-            for status in found:
+        while (statuses := await asyncio.to_thread(next, pages, None)) is not None:
+            for status in statuses:
                 yield status
 
     def _pages(
@@ -653,7 +655,7 @@ class App:
             raise ConfigError(
                 f"since={since!r} has no time zone: give an aware datetime, for example datetime(…, tzinfo=UTC)"
             )
-        asked: dict[str, Any] = {
+        filters: dict[str, Any] = {
             "state": state if isinstance(state, str | None) else list(state),
             "task": task if isinstance(task, str | None) else list(task),
             "queue": queue if isinstance(queue, str | None) else list(queue),
@@ -662,7 +664,7 @@ class App:
             "late_ms": None if late is None else round((time.time() - check_delay(late, "late")) * 1000),
         }
         for what in ("state", "task", "queue"):
-            wanted = asked[what]
+            wanted = filters[what]
             for text in [wanted] if isinstance(wanted, str) else wanted or ():
                 check_utf8(what, text)
         for name, value in [tag] if isinstance(tag, tuple) else (tag or {}).items():
@@ -673,12 +675,12 @@ class App:
         left = limit
         while left is None or left > 0:
             size = page if left is None else min(page, left)
-            found = table.jobs(**asked, after=after, limit=size)
-            yield found
-            if len(found) < size:
+            statuses = table.jobs(**filters, after=after, limit=size)
+            yield statuses
+            if len(statuses) < size:
                 return
-            after = found[-1].job_id
-            left = None if left is None else left - len(found)
+            after = statuses[-1].job_id
+            left = None if left is None else left - len(statuses)
 
     def close(self) -> None:
         """Flush and close every connection; the next use opens new ones."""

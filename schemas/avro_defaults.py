@@ -22,7 +22,7 @@ _LONG = 2**63
 Records = Mapping[str, Mapping[str, Any]]
 
 
-def told(schema: Any, value: Any, records: Records) -> tuple[Any, Any]:
+def avro_default(schema: Any, value: Any, records: Records) -> tuple[Any, Any]:
     """Return a field's schema, with the default's branch first if it is a union, and the default in Avro's form.
 
     ``value``: the default as plain values, with datetimes, dates and bytes unchanged. Raises `ValueError` with the

@@ -180,7 +180,7 @@ def _long(value: int) -> bytes:
     if zigzag < 1 << 7 and value >= -64:
         return bytes((zigzag,))
     if not -(1 << 63) <= value < 1 << 63:
-        raise ValueError(f"{value} is no 64-bit number")
+        raise ValueError(f"{value} does not fit into 64 bits")
     groups = []
     while zigzag > 127:
         groups.append(zigzag & 127 | 128)
@@ -304,7 +304,7 @@ def _build_foreign(datum: dict[str, Any], schema: Any) -> ev.JobEvent:
     # If the schema has only one fact, fastavro does not return its name.
     name, body = fact if isinstance(fact, tuple) else (_only_fact(schema), fact)
     if not isinstance(body, dict):
-        raise NotAnEvent(f"framed as an event, but its fact is no record: {type(body).__name__}")
+        raise NotAnEvent(f"framed as an event, but its fact is not a record: {type(body).__name__}")
     short = name.rpartition(".")[2]
     kind = _FACTS.get("jobledger." + short)
     if kind is None:
@@ -369,13 +369,13 @@ class Decoder:
     def _decode_foreign(self, value: bytes) -> ev.JobEvent:
         if value[:2] != MAGIC or len(value) < _HEAD:
             raise NotAnEvent(f"no event framing: the first bytes are {value[:8].hex() or 'missing'}")
-        mark = value[2:_HEAD]
-        schema = self._foreign.get(mark)
+        fingerprint_bytes = value[2:_HEAD]
+        schema = self._foreign.get(fingerprint_bytes)
         if schema is None:
-            text = self._lookup(mark) if self._lookup is not None else None
+            text = self._lookup(fingerprint_bytes) if self._lookup is not None else None
             if text is None:
-                raise UnknownSchema(f"no schema with fingerprint {mark.hex()} is published")
-            schema = self._foreign[mark] = _event_schema(text, f"schema {mark.hex()}")
+                raise UnknownSchema(f"no schema with fingerprint {fingerprint_bytes.hex()} is published")
+            schema = self._foreign[fingerprint_bytes] = _event_schema(text, f"schema {fingerprint_bytes.hex()}")
         return _build_foreign(_datum(value, _HEAD, schema), schema)
 
     def _decode_framed(self, value: bytes) -> ev.JobEvent:
@@ -411,7 +411,7 @@ def _event_schema(text: str, what: str) -> Any:
     fields = {f["name"] for f in schema.get("fields", ())} if isinstance(schema, dict) else set()
     if not {"job_id", "fact"} <= fields:
         named = schema.get("name", "?") if isinstance(schema, dict) else "?"
-        raise NotAnEvent(f"{what} is {str(named)[:200]}, which is no JobEvent")
+        raise NotAnEvent(f"{what} is {str(named)[:200]}, which is not a JobEvent")
     return schema
 
 

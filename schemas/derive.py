@@ -70,16 +70,18 @@ def check_evolution(subject: str, text: str, earlier: dict[str, str]) -> None:
             writer = avro.schema.parse(written)
         except avro.errors.SchemaParseException:
             continue  # a text of another program, not a schema: no records were written with it
-        found = avro.compatibility.ReaderWriterCompatibilityChecker().get_compatibility(  # type: ignore[no-untyped-call]
+        result = avro.compatibility.ReaderWriterCompatibilityChecker().get_compatibility(  # type: ignore[no-untyped-call]
             reader, writer
         )
-        if found.compatibility is avro.compatibility.SchemaCompatibilityType.incompatible:
-            kinds_of = ", ".join(sorted(i.value for i in found.incompatibilities))
-            why = "; ".join(sorted(str(m) for m in found.messages))
+        if result.compatibility is avro.compatibility.SchemaCompatibilityType.incompatible:
+            kinds_of = ", ".join(sorted(i.value for i in result.incompatibilities))
+            why = "; ".join(sorted(str(m) for m in result.messages))
             raise IncompatibleEvent(
-                f"event {subject!r}: its class cannot read what schema {which} wrote ({kinds_of}: {why}). Give a new field "
-                "a default (a value: the result of a default_factory is not in the schema), keep a field's type; or give the "
-                "event a new name: @app.event(name=…)"
+                f"event {subject!r}: its class cannot read records of schema {which} ({kinds_of}: {why}). Give each "
+                "new field "
+                "a default (a value: the result of a default_factory is not in the schema) and keep the types of "
+                "fields; or "
+                "give the event a new name: @app.event(name=…)"
             )
 
 
@@ -101,9 +103,10 @@ class _Deriver:
                 raise ConfigError(f"{where}: two classes are called {name}; rename one")
             return f"{self._namespace}.{name}"
         self._defined[name] = cls
-        if is_pydantic(cls) and (found := _first_bytes(cls, where, set())):
+        if is_pydantic(cls) and (bytes_path := _first_bytes(cls, where, set())):
             raise ConfigError(
-                f"{found}: bytes in a pydantic model would reach a handler changed: the handler's arguments are JSON, where "
+                f"{bytes_path}: bytes in a pydantic model would reach a handler changed: the handler's arguments are "
+                "JSON, where "
                 "pydantic does not decode base64. Make the model a dataclass or a msgspec Struct, or write the bytes as text"
             )
         fields = [self._field(f, default, kind, f"{where}.{f}") for f, kind, default in _fields_of(cls, where)]
@@ -123,7 +126,7 @@ class _Deriver:
             return field
         try:
             plain = msgspec.to_builtins(default, builtin_types=_KEPT, enc_hook=_nested, order="deterministic")
-            field["type"], field["default"] = avro_defaults.told(schema, plain, self._records)
+            field["type"], field["default"] = avro_defaults.avro_default(schema, plain, self._records)
         except (TypeError, ValueError) as exc:
             raise ConfigError(
                 f"{where}: its default {default!r} cannot be written in the event's schema: {exc}. Give another default, or a "
@@ -171,12 +174,12 @@ class _Deriver:
         raise ConfigError(f"{where}: a choice must be all text or all whole numbers; these values are {list(values)}")
 
     def _union(self, kind: kinds.UnionType, where: str) -> Any:
-        found = [self._type(each, where) for each in kind.types]
-        complex_ones = [s for s in found if not isinstance(s, str) or s not in _PLAIN.values()]
-        others = [s for s in found if s != "null"]
+        branches = [self._type(each, where) for each in kind.types]
+        complex_ones = [s for s in branches if not isinstance(s, str) or s not in _PLAIN.values()]
+        others = [s for s in branches if s != "null"]
         if len(others) > 1 and complex_ones:
             raise ConfigError(f"{where}: a union of {len(others)} types is ambiguous in Avro; use one type, or | None")
-        return ["null", *others] if "null" in found else others
+        return ["null", *others] if "null" in branches else others
 
 
 def _fields_of(cls: type[Any], where: str) -> list[tuple[str, kinds.Type, Any]]:
@@ -194,15 +197,15 @@ def _fields_of(cls: type[Any], where: str) -> list[tuple[str, kinds.Type, Any]]:
         raise ConfigError(
             f"{where} is not a dataclass, msgspec Struct or pydantic model: an event is a class with fields"
         )
-    found: list[tuple[str, kinds.Type, Any]] = []
+    fields: list[tuple[str, kinds.Type, Any]] = []
     for field in info.fields:
         default: Any = _NO_DEFAULT
         if field.default is not msgspec.NODEFAULT:
             default = field.default
         elif field.default_factory in _EMPTY:
             default = field.default_factory()
-        found.append((field.encode_name, field.type, default))
-    return found
+        fields.append((field.encode_name, field.type, default))
+    return fields
 
 
 def _model_field(cls: Any, name: str, field: Any, where: str) -> tuple[str, kinds.Type, Any]:

@@ -93,7 +93,8 @@ def unwritable(value: Any, path: str) -> str | None:
             return why
         if not all(isinstance(key, str) for key in value) and len(as_json(dict.fromkeys(value))) < len(value):
             return (
-                f"{path} has keys that are the same as text, which all keys of a JSON object are: {_shown(list(value))}"
+                f"{path} has keys that become equal in JSON, where every key is text: {_shown(list(value))}. "
+                "Use keys that differ as text"
             )
         inner = ((each, f"{path}[{key!r}]") for key, each in value.items())
     elif (names := _names(value)) is not None:
@@ -145,8 +146,8 @@ def unsound(value: Any, path: str) -> str | None:
         zoned = value.replace(tzinfo=dt.UTC).isoformat()
         return f"{path} is {value.isoformat()}, without a time zone: add one, for example {zoned}"
     if isinstance(value, dict):
-        found = _first(unsound, ((each, f"{path}.{name}") for name, each in value.items()))
-        return found or _first(_no_text, ((name, f"a key of {path}") for name in value))
+        message = _first(unsound, ((each, f"{path}.{name}") for name, each in value.items()))
+        return message or _first(_no_text, ((name, f"a key of {path}") for name in value))
     if isinstance(value, list | tuple):
         return _first(unsound, ((each, f"{path}[{n}]") for n, each in enumerate(value)))
     return None
@@ -187,9 +188,9 @@ def _changed_items(given: Any, back: Any, path: str) -> str | None:
         # Most items are numbers and texts, and there may be many. No path is created for these.
         kind = type(one)
         if not (kind in _KEPT or (kind in _NUMBERS and kind is type(two) and one == two) or _same_row(one, two)):
-            found = changed(one, two, f"{path}[{n}]")
-            if found is not None:
-                return found
+            message = changed(one, two, f"{path}[{n}]")
+            if message is not None:
+                return message
         n += 1  # noqa: SIM113  # cheaper than enumerate, which creates another tuple for each pair
     return None
 
@@ -214,7 +215,7 @@ def _changed_dict(given: Mapping[Any, Any], back: Any, path: str) -> str | None:
         if unknown is not None and len(back) < len(given):
             return f"{path}: {unknown!r} is not one of its fields"
         # All keys exist, or the annotation converts the keys to another type; then their order is the same.
-        found = back if unknown is None else dict(zip(given, back.values(), strict=False))
+        values_read = back if unknown is None else dict(zip(given, back.values(), strict=False))
     else:
         lost = next((key for key in given if key not in back), _GONE)
         if lost is not _GONE or len(back) < len(given):
@@ -223,8 +224,8 @@ def _changed_dict(given: Mapping[Any, Any], back: Any, path: str) -> str | None:
                 f"{path} has the key {_shown(key)}, but the keys of a JSON object are text: they would arrive as "
                 f"{_shown(list(back))}. Make them text, or give their type in the annotation: dict[{type(key).__name__}, …]"
             )
-        found = back
-    return next(filter(None, (changed(v, found[k], f"{path}[{k!r}]") for k, v in given.items())), None)
+        values_read = back
+    return next(filter(None, (changed(v, values_read[k], f"{path}[{k!r}]") for k, v in given.items())), None)
 
 
 def _changed_fields(given: Mapping[Any, Any], back: Any, path: str) -> str | None:
@@ -239,8 +240,8 @@ def _changed_fields(given: Mapping[Any, Any], back: Any, path: str) -> str | Non
         if key not in fields:
             return f"{path}: {key!r} is not a field of {type(back).__qualname__}, which has {', '.join(fields)}"
         name = fields[key]
-        if name and (found := changed(value, getattr(back, name), f"{path}[{key!r}]")):
-            return found
+        if name and (message := changed(value, getattr(back, name), f"{path}[{key!r}]")):
+            return message
     return None
 
 
@@ -249,8 +250,8 @@ def _changed_record(given: Any, back: Any, path: str, names: tuple[str, ...]) ->
         return _other(given, back, path)
     for name in names:
         one, two = getattr(given, name, _GONE), getattr(back, name, _GONE)
-        if one is not two and (found := changed(one, two, f"{path}.{name}")):
-            return found
+        if one is not two and (message := changed(one, two, f"{path}.{name}")):
+            return message
     return changed(getattr(given, "__pydantic_extra__", None), getattr(back, "__pydantic_extra__", None), path)
 
 
@@ -278,9 +279,9 @@ def _encoded(value: Any) -> dict[str, str] | None:
     pydantic model, whose configuration decides which names it accepts, and for a value that is not a record."""
     kind = type(value)
     if issubclass(kind, msgspec.Struct):
-        found = dict(zip(kind.__struct_encode_fields__, kind.__struct_fields__, strict=True))
+        fields = dict(zip(kind.__struct_encode_fields__, kind.__struct_fields__, strict=True))
         tag = kind.__struct_config__.tag_field
-        return found if tag is None else {tag: "", **found}
+        return fields if tag is None else {tag: "", **fields}
     names = None if hasattr(kind, "model_fields") else _names(value)
     return None if names is None else dict(zip(names, names, strict=True))
 
@@ -323,10 +324,10 @@ def _other(given: Any, back: Any, path: str) -> str:
     known = isinstance(back, kind)
     instead = next((text for kinds, text in _INSTEAD if isinstance(given, kinds)), "")
     if known:
-        way = f"send {instead or 'text'}"
+        remedy = f"send {instead or 'text'}"
     else:
-        way = f"use {kind.__qualname__} in the annotation" + (f", or send {instead}" if instead else "")
-    return f"{path} is {_shown(given)} and would arrive as {_shown(back)}: {way}"
+        remedy = f"use {kind.__qualname__} in the annotation" + (f", or send {instead}" if instead else "")
+    return f"{path} is {_shown(given)} and would arrive as {_shown(back)}: {remedy}"
 
 
 def _shown(value: Any) -> str:

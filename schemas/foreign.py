@@ -184,12 +184,12 @@ def _text(value: bytes) -> str:
     try:
         return value.decode()
     except UnicodeDecodeError as exc:
-        raise NotAnEvent(f"{value[:20]!r} is no text: {exc}") from exc
+        raise NotAnEvent(f"{value[:20]!r} is not UTF-8 text: {exc}") from exc
 
 
 def _named(schema: Any) -> dict[str, Any]:
     """Return every type that is defined in a parsed schema, by its full name."""
-    found: dict[str, Any] = {}
+    types: dict[str, Any] = {}
 
     def walk(node: Any) -> None:
         if isinstance(node, list):
@@ -197,14 +197,14 @@ def _named(schema: Any) -> dict[str, Any]:
                 walk(each)
         elif isinstance(node, dict):
             if "name" in node and node.get("type") in ("record", "enum", "fixed", "error"):
-                found[node["name"]] = node
+                types[node["name"]] = node
             for key in ("type", "items", "values"):
                 walk(node.get(key))
             for field in node.get("fields", ()):
                 walk(field["type"])
 
     walk(schema)
-    return found
+    return types
 
 
 def _resolved(schema: Any, named: Mapping[str, Any]) -> Any:
@@ -212,8 +212,8 @@ def _resolved(schema: Any, named: Mapping[str, Any]) -> Any:
 
 
 def _kind(schema: Any) -> str:
-    found = schema["type"] if isinstance(schema, dict) else schema
-    return found if isinstance(found, str) else "union"
+    kind = schema["type"] if isinstance(schema, dict) else schema
+    return kind if isinstance(kind, str) else "union"
 
 
 def _logical(schema: Any) -> str | None:

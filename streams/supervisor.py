@@ -101,8 +101,8 @@ class Supervisor:
         grace: float = DEFAULT_GRACE_S,
     ) -> None:
         self._running = {child.name: _Running(child, restarts()) for child in children}
-        self._tell, self._saying = say, threading.Lock()
-        self._unheard: OSError | None = None
+        self._output, self._output_lock = say, threading.Lock()
+        self._output_error: OSError | None = None
         self._grace = grace
         # Signal handlers put messages into this queue, so its `put` must be reentrant. `SimpleQueue.put` is reentrant,
         # `Queue.put` is not.
@@ -132,13 +132,13 @@ class Supervisor:
             while True:
                 now = time.monotonic()
                 for each in self._running.values():
-                    self._tend(each, inherited, now)
+                    self._start_or_kill(each, inherited, now)
                 if self._stopping and all(each.process is None for each in self._running.values()):
-                    if self._unheard is not None:
-                        raise self._unheard
+                    if self._output_error is not None:
+                        raise self._output_error
                     return self._code
                 try:
-                    event, name, code = self._inbox.get(timeout=self._patience(time.monotonic()))
+                    event, name, code = self._inbox.get(timeout=self._seconds_to_next_step(time.monotonic()))
                 except queue.Empty:
                     continue
                 if event == "stop":
@@ -159,7 +159,7 @@ class Supervisor:
 
     # -- one step each --------------------------------------------------------------------------------------------
 
-    def _tend(self, each: _Running, inherited: int, now: float) -> None:
+    def _start_or_kill(self, each: _Running, inherited: int, now: float) -> None:
         if each.process is None:
             if not self._stopping and each.start_at is not None and now >= each.start_at:
                 self._start(each, inherited)
@@ -214,14 +214,18 @@ class Supervisor:
             each.start_at = now
             return
         if code == DENIED:
-            self.say(f"{name} ended with {how(code)}, refused by the Kafka cluster: another start would be, too")
+            self.say(
+                f"{name} ended with {how(code)}: the Kafka cluster refused it, and would refuse another start, too"
+            )
             self._code = DENIED
             self._begin_stop(force=False)
             return
         lived = now - each.started
         pause = each.restarts.died(lived)
         if pause is None:
-            self.say(f"{name} ended with {how(code)}; it died {each.restarts.deaths} times in a row: giving up")
+            self.say(
+                f"{name} ended with {how(code)}; it died {each.restarts.deaths} times in a row and is not started again"
+            )
             self._code = 1
             self._begin_stop(force=False)
             return
@@ -256,7 +260,7 @@ class Supervisor:
                 each.process.wait()
                 each.process = None
 
-    def _patience(self, now: float) -> float | None:
+    def _seconds_to_next_step(self, now: float) -> float | None:
         """Return the seconds until the next start or kill; None: none is planned."""
         times = [each.kill_at for each in self._running.values() if each.kill_at is not None]
         if not self._stopping:
@@ -268,23 +272,23 @@ class Supervisor:
         self._pass_on(self.NAME, what)
 
     def _pass_on(self, name: str, line: str) -> None:
-        with self._saying:
-            if self._unheard is not None:
+        with self._output_lock:
+            if self._output_error is not None:
                 return  # reading continues: a child that waits for its output to be read never ends
             try:
-                self._tell(name, line)
+                self._output(name, line)
             except OSError as exc:
-                self._unheard = exc
+                self._output_error = exc
                 self._inbox.put(("unheard", "", 0))
 
     def _install(self) -> dict[int, Callable[[int, FrameType | None], object] | int | None]:
-        def asked(number: int, frame: FrameType | None) -> None:
+        def on_signal(number: int, frame: FrameType | None) -> None:
             self.stop()
 
         numbers = [signal.SIGINT, signal.SIGTERM]
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # keep what nohup has set
             numbers.append(signal.SIGHUP)
-        return {number: signal.signal(number, asked) for number in numbers}
+        return {number: signal.signal(number, on_signal) for number in numbers}
 
 
 def how(code: int) -> str:
@@ -305,15 +309,15 @@ def obey_leash(environ: MutableMapping[str, str] | None = None) -> None:
     works on every Unix, and does not depend on the thread that started the child. The process kills itself
     `ORPHAN_GRACE_S` seconds after the SIGTERM if it still runs.
     """
-    found = (os.environ if environ is None else environ).pop(LEASH, None)
-    if found is None:
+    descriptor = (os.environ if environ is None else environ).pop(LEASH, None)
+    if descriptor is None:
         return
-    end = int(found)
+    end = int(descriptor)
     os.set_inheritable(end, False)
-    threading.Thread(target=_hold, args=(end,), name="jobledger-leash", daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(end,), name="jobledger-leash", daemon=True).start()
 
 
-def _hold(end: int) -> None:
+def _end_with_parent(end: int) -> None:
     os.read(end, 1)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(ORPHAN_GRACE_S)

@@ -1,7 +1,9 @@
-"""A cluster of real brokers on this machine, each of which can be killed, stopped and started again; TLS if asked for.
+"""Runs a cluster of real brokers on this machine. Each broker can be killed, stopped and started again, and can have
+TLS listeners.
 
-Made of the same process as `jobledger.kafka.embedded.EmbeddedKafka`: no Docker, no installed Java. All nodes are broker
-and controller, so one of three may be away. They end with the process that made them.
+The brokers run with the program of `jobledger.kafka.embedded.EmbeddedKafka`, without Docker and without an installed
+Java. Every node is both broker and controller, so the cluster works without one of three nodes. The brokers end with
+the process that started them.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from tests.patience import PATIENCE
 START_TIMEOUT_S = 60 * PATIENCE
 HEAP_MB = 256
 
-#: Every topic on three brokers, of which two must have a record before it is acknowledged; Kafka's own topics, too.
+#: Settings that store each topic, and Kafka's own topics, on three brokers. A record is acknowledged when two of them
+#: have it.
 REPLICATED: Mapping[str, str] = {
     "default.replication.factor": "3",
     "min.insync.replicas": "2",
@@ -37,11 +40,11 @@ REPLICATED: Mapping[str, str] = {
 
 
 class Brokers:
-    """``size`` brokers, numbered from 1. For `with`.
+    """A cluster of ``size`` brokers with the numbers 1, 2, …; a context manager.
 
-    ``config`` goes above `jobledger.kafka.embedded.broker_process.BROKER_CONFIG` (with more than one broker, above `REPLICATED`, too).
-    ``listeners`` names protocols (``SSL``, ``SASL_SSL``) that every broker speaks beside plain text; their ports are in
-    `listener`. Files that ``config`` names must be there before the start.
+    ``config`` overrides `jobledger.kafka.embedded.broker_process.BROKER_CONFIG` and, with more than one broker,
+    `REPLICATED`. ``listeners`` names protocols (``SSL``, ``SASL_SSL``) for which every broker has a listener beside the
+    plain text one; `listener` returns their addresses. Files that ``config`` names must exist before the start.
     """
 
     def __init__(
@@ -73,50 +76,50 @@ class Brokers:
 
     @property
     def nodes(self) -> list[int]:
-        """The numbers of all brokers, whether they run or not."""
+        """Return the numbers of all brokers, whether they run or not."""
         return list(self._launches)
 
     @property
     def bootstrap(self) -> str:
-        """All brokers in plain text, ``host:port,host:port``."""
+        """Return the plain text addresses of all brokers, ``host:port,host:port``."""
         return ",".join(f"{HOST}:{launch.port}" for launch in self._launches.values())
 
     def listener(self, protocol: str) -> str:
-        """All brokers' listeners that speak ``protocol``, ``host:port,host:port``."""
+        """Return the addresses of all listeners for ``protocol``, ``host:port,host:port``."""
         return ",".join(f"{HOST}:{launch.listeners[protocol]}" for launch in self._launches.values())
 
     def runs(self, node: int) -> bool:
-        """Whether this broker's process is there."""
+        """Return whether this broker's process runs."""
         return broker_process.running(self._files(node)) is not None
 
     def log(self, node: int) -> str:
-        """What this broker has logged since its last start."""
+        """Return what this broker has logged since its last start."""
         return self._files(node).log.read_text("utf-8", "replace")
 
     def start(self, *nodes: int) -> None:
-        """Start these brokers at once (default: all), and return when each answers."""
+        """Start these brokers at the same time (default: all), and return when each of them answers."""
         with ThreadPoolExecutor() as pool:
             for done in [pool.submit(self._start, node) for node in nodes or self.nodes]:
                 done.result()
 
     def stop(self, node: int) -> None:
-        """SIGTERM: its leaderships move away first."""
+        """Stop a broker with SIGTERM, so that it hands over its leaderships first."""
         self._end(node, STOP_TIMEOUT_S * PATIENCE)
 
     def kill(self, node: int) -> None:
-        """kill -9."""
+        """Kill a broker with SIGKILL."""
         self._end(node, 0)
 
     def pause(self, node: int) -> None:
-        """SIGSTOP: its connections stay open and nothing answers."""
+        """Pause a broker with SIGSTOP: its connections stay open, but it answers nothing."""
         self._running(node).process.send_signal(signal.SIGSTOP)
 
     def resume(self, node: int) -> None:
-        """SIGCONT."""
+        """Let a paused broker continue (SIGCONT)."""
         self._running(node).process.send_signal(signal.SIGCONT)
 
     def close(self) -> None:
-        """End all of them, and remove their data."""
+        """End all brokers, and remove their data."""
         for node in self.nodes:
             if broker_process.running(self._files(node)) is not None:
                 self.kill(node)
@@ -155,7 +158,7 @@ class Brokers:
 
 
 def _port(taken: set[int]) -> int:
-    # Ports are only bound when the brokers start, so that none of them may be given out twice before.
+    # The brokers bind their ports only when they start, so until then `free_port` may return the same port twice.
     while (port := free_port()) in taken:
         pass
     taken.add(port)

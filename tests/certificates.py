@@ -1,5 +1,4 @@
-"""Certificates for tests: an authority, a broker, users, and what goes wrong with each. All
-of it ends with the test run."""
+"""Creates certificates for tests: for an authority, a broker and users, also certificates that a broker must refuse."""
 
 from __future__ import annotations
 
@@ -26,7 +25,7 @@ VALID = datetime.timedelta(days=2)
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """A certificate with its key. ``chain``: both in one file, as a broker's PEM keystore; ``p12``: both as PKCS#12."""
+    """A certificate with its key. ``chain``: one file with both, as a broker's PEM keystore; ``p12``: both as PKCS#12."""
 
     certificate: Path
     key: Path
@@ -36,7 +35,7 @@ class Identity:
 
 
 class Authority:
-    """Signs certificates, all of which go to ``folder``. ``ca``: its own certificate."""
+    """An authority that signs certificates and writes them to ``folder``. ``ca``: its own certificate."""
 
     def __init__(self, folder: Path, name: str = "test authority") -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -54,7 +53,7 @@ class Authority:
             decipher_only=False,
         )
         own = (
-            self._begun(self._name, self._key.public_key(), VALID)
+            self._builder(self._name, self._key.public_key(), VALID)
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
             .add_extension(usage, critical=True)
             .sign(self._key, hashes.SHA256())
@@ -72,15 +71,16 @@ class Authority:
         password: str | None = None,
         valid: datetime.timedelta = VALID,
     ) -> Identity:
-        """A certificate for ``CN=name``; ``address``: what a server's stands for; ``password`` encrypts the key.
+        """Issue a certificate for ``CN=name``. ``address``: the IP address in a server's certificate; ``password``
+        encrypts the key.
 
-        ``valid`` below zero: it ended so long ago.
+        With a negative ``valid``, the certificate expired that long ago.
         """
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         purpose = ExtendedKeyUsageOID.SERVER_AUTH if server else ExtendedKeyUsageOID.CLIENT_AUTH
         made = (
-            self._begun(subject, key.public_key(), valid)
+            self._builder(subject, key.public_key(), valid)
             .add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
             .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
         )
@@ -93,7 +93,7 @@ class Authority:
         locked: KeySerializationEncryption = (
             NoEncryption() if password is None else BestAvailableEncryption(password.encode())
         )
-        # Its own name for each: the same user may have several.
+        # Each certificate has its own file name, because one user may have several.
         stem = f"{name}-{certificate.serial_number:x}"
         paths = {kind: self.folder / f"{stem}.{kind}" for kind in ("crt", "key", "pem", "p12")}
         pem, private = (
@@ -108,7 +108,7 @@ class Authority:
         )
         return Identity(paths["crt"], paths["key"], paths["pem"], paths["p12"], password)
 
-    def _begun(
+    def _builder(
         self, subject: x509.Name, public: ec.EllipticCurvePublicKey, valid: datetime.timedelta
     ) -> x509.CertificateBuilder:
         now = datetime.datetime.now(datetime.UTC)

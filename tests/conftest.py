@@ -1,12 +1,12 @@
-"""Which broker the tests run against, decided once per process and said in the summary.
+"""Chooses the servers that the tests use, once per process; the summary names them.
 
-The environment's (``JOBLEDGER_BOOTSTRAP``), else a container where a Docker engine answers and has, or can pull, the
-image ``JOBLEDGER_TEST_KAFKA_IMAGE``, else the embedded broker. A run without broker tests starts none.
+The broker: the one at ``JOBLEDGER_BOOTSTRAP``; else a container, if a Docker engine answers and has, or can pull, the
+image ``JOBLEDGER_TEST_KAFKA_IMAGE``; else the embedded broker. A run without broker tests starts no broker.
 
-The PostgreSQL server is the environment's (``JOBLEDGER_TEST_POSTGRES``), else one of our own (`tests.postgres`); where
-there is none, the tests that need one are skipped and the summary says why.
+The PostgreSQL server: the one of ``JOBLEDGER_TEST_POSTGRES``, else one that `tests.postgres` starts. Without either,
+the tests that need a server are skipped and the summary says why.
 
-The Schema Registry is the environment's (``JOBLEDGER_TEST_REGISTRY``); without it the tests that need one are skipped.
+The Schema Registry: the one at ``JOBLEDGER_TEST_REGISTRY``. Without it, the tests that need one are skipped.
 """
 
 from __future__ import annotations
@@ -43,25 +43,27 @@ CONTAINER_TIMEOUT_S = 60 * PATIENCE
 
 Found = TypeVar("Found")
 
-# An example's time says how busy the machine is: brokers and workers of other tests run beside it.
+# No deadline for examples: brokers and workers of other tests make the machine busy, so the time of an example means
+# nothing.
 settings.register_profile("jobledger", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("jobledger")
 
-# Brokers of tests live for a minute: a quick compiler boots them with half the CPU time of a thorough one.
+# Brokers of tests run for about a minute. With the quick compiler only, a broker starts with half the CPU time.
 os.environ.setdefault("JAVA_TOOL_OPTIONS", "-XX:TieredStopAtLevel=1")
 
-# A shell ignores SIGINT for what it runs in the background, and each process hands that on to those it starts: tests that
-# send it to a process would wait in vain.
+# A shell makes its background processes ignore SIGINT, and child processes inherit that. Tests that send SIGINT to a
+# process would wait in vain.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-#: Files of acceptance tests in a row, which keep the CPUs busy, and then of integration tests, which wait.
+#: Number of files of acceptance tests in a row, which keep the CPUs busy, and of integration tests after them, which
+#: mostly wait.
 BUSY, WAITING = 2, 5
 
-#: What changes the whole process as soon as it is imported: tests of it run in processes of their own, and look with
-#: `importlib.util.find_spec` whether it is installed.
+#: Modules that change the whole process when they are imported. Tests of them run in separate processes, and use
+#: `importlib.util.find_spec` to see whether the module is installed.
 OUTSIDE = ("eventlet", "gevent")
-#: Seconds within which the threads of a file's tests must have ended.
+#: Seconds in which the threads that a file's tests started must have ended.
 THREADS_END_S = 30.0 * PATIENCE
 
 SAID = "jobledger-said"
@@ -69,11 +71,12 @@ _said: list[str] = []
 
 
 class NoContainer(Exception):
-    """Why the broker does not come from a container."""
+    """The reason why no container provides the broker."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long files first, so that none is left alone at the end, and never too many of the busy ones at the same time."""
+    """Put the long files first, so that none of them runs alone at the end. Acceptance tests keep the CPUs busy, so
+    only `BUSY` of their files follow each other, and then `WAITING` files of integration tests."""
     files: dict[str, dict[Path, list[pytest.Item]]] = {}
     for item in items:
         files.setdefault(item.path.parent.name, {}).setdefault(item.path, []).append(item)
@@ -92,9 +95,9 @@ _stayed: set[str] = set()
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Generator[None, None, None]:
-    """A test leaves nothing in this process that changes how later ones run."""
+    """Fail if a test leaves something in this process that changes how later tests run."""
     yield
-    # A command that was called in this process has set these, as in a process of its own.
+    # A test that calls a command in this process leaves these two changed.
     write_errors_to(None)
     sys.excepthook = _excepthook
     _fail_for({name for name in OUTSIDE if name in sys.modules}, "modules that change the whole process")
@@ -112,7 +115,7 @@ def _threads_left() -> set[str]:
 
 def _fail_for(stays: set[str], what: str) -> None:
     new = stays - _stayed
-    _stayed.update(new)  # said once, of the first
+    _stayed.update(new)  # reported only once, for the first test
     if new:
         pytest.fail(
             f"this test, or one before it in its file, leaves {what} in pytest's process: {', '.join(sorted(new))}"
@@ -121,7 +124,7 @@ def _fail_for(stays: set[str], what: str) -> None:
 
 @pytest.fixture(scope="session")
 def broker(request: pytest.FixtureRequest) -> Iterator[str]:
-    """``host:port`` of a real broker that every test of this process shares; use `namespace` to keep apart."""
+    """Yield ``host:port`` of a real broker that all tests of this process share. `namespace` keeps the tests apart."""
     given = os.environ.get("JOBLEDGER_BOOTSTRAP")
     if given:
         _say(request.config, f"broker: {given} (JOBLEDGER_BOOTSTRAP)")
@@ -136,13 +139,13 @@ def broker(request: pytest.FixtureRequest) -> Iterator[str]:
             address = kafka.bootstrap
             _say(request.config, f"broker: {address} (embedded Kafka {KAFKA_VERSION}; no container: {reason})")
         yield address
-        # Clients that tests left open would look for this broker, and log that it is away, until the process ends.
+        # Clients that tests left open would try to connect to this broker and log errors until the process ends.
         forks.close_all(1.0)
 
 
 @pytest.fixture(scope="session")
 def postgres(request: pytest.FixtureRequest) -> Iterator[Databases]:
-    """A real PostgreSQL server that every test of this process shares; each takes a database of its own."""
+    """Yield a real PostgreSQL server that all tests of this process share. Each test creates its own database."""
     with ExitStack() as stack:
         found = _or_skip(request.config, "postgresql", lambda: stack.enter_context(databases()))
         _say(request.config, f"postgresql: {found.what}")
@@ -151,7 +154,7 @@ def postgres(request: pytest.FixtureRequest) -> Iterator[Databases]:
 
 @pytest.fixture
 def postgres_server(request: pytest.FixtureRequest) -> Iterator[Server]:
-    """A PostgreSQL server of the test's own, which it may stop and start."""
+    """Yield a PostgreSQL server that only this test uses, and that the test may stop and start."""
     with ExitStack() as stack:
         yield _or_skip(request.config, "postgresql to be stopped", lambda: stack.enter_context(Server()))
 
@@ -168,8 +171,8 @@ def _or_skip(config: pytest.Config, what: str, start: Callable[[], Found]) -> Fo
 
 @pytest.fixture(scope="session")
 def registry_url(request: pytest.FixtureRequest) -> str:
-    """The URL of a real Schema Registry that every test shares; subjects begin with the
-    namespace, which keeps apart."""
+    """Return the URL of a real Schema Registry that all tests share. Subjects begin with the namespace, which keeps the
+    tests apart."""
     given = os.environ.get("JOBLEDGER_TEST_REGISTRY")
     if not given:
         why = "no Schema Registry: set JOBLEDGER_TEST_REGISTRY to the URL of one, for its tests to run"
@@ -181,30 +184,31 @@ def registry_url(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def namespace() -> str:
-    """A namespace that no other test uses, so tests may share a broker."""
+    """Return a namespace that no other test uses, so that tests can share a broker."""
     return f"t{uuid.uuid4().hex[:12]}"
 
 
 @pytest.fixture(scope="session")
 def say(request: pytest.FixtureRequest) -> Callable[[str], None]:
-    """Puts a line into the summary at the session's end, and at once where it can be seen."""
+    """Return a function that adds a line to the summary at the end of the session, and also prints it at once if
+    possible."""
     return lambda line: _say(request.config, line)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say which broker was used and what tests had to say, also when that has scrolled away."""
+    """Print which servers were used and the lines that tests reported, because earlier output may have scrolled away."""
     for line in _said:
         terminalreporter.write_line(line)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: object, error: object) -> None:
-    """What was said in a process of pytest-xdist's is said here, in the one that writes the summary."""
+    """Collect the lines of a pytest-xdist worker in the main process, which writes the summary."""
     _said.extend(getattr(node, "workeroutput", {}).get(SAID, ()))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Hand over what was said, if this is a process of pytest-xdist's."""
+    """Pass the reported lines to the main process, if this process is a pytest-xdist worker."""
     output = getattr(session.config, "workeroutput", None)
     if output is not None:
         output[SAID] = list(_said)
@@ -222,7 +226,8 @@ def _container(stack: ExitStack) -> tuple[str, str]:
     image = os.environ.get("JOBLEDGER_TEST_KAFKA_IMAGE", DEFAULT_IMAGE)
     if not image:
         raise NoContainer("JOBLEDGER_TEST_KAFKA_IMAGE is empty")
-    # A library's deprecations on the way to a container are not this project's failures.
+    # Ignore warnings about deprecations in the libraries that start the container: they are no failures of this
+    # project.
     stack.enter_context(warnings.catch_warnings())
     warnings.simplefilter("ignore")
     try:
@@ -232,19 +237,19 @@ def _container(stack: ExitStack) -> tuple[str, str]:
         DockerClient(timeout=ENGINE_TIMEOUT_S).client.ping()
     except ImportError as missing:
         raise NoContainer(f"the package {missing.name!r} is not installed") from missing
-    except Exception as error:  # whatever an engine that is away or out of reach makes its client raise
+    except Exception as error:  # the client raises many types of errors if the engine is unreachable
         raise NoContainer(f"no Docker engine answers ({type(error).__name__})") from error
 
     try:
         host = DockerClient().host()
         port = free_port()
-        # Advertised to clients outside the container, so the port is the same on both sides.
+        # The broker advertises this port to clients outside the container, so the port must be the same on both sides.
         container = DockerContainer(image).with_bind_ports(port, port)
         for key, value in _container_config(host, port).items():
             container.with_env("KAFKA_" + key.upper().replace(".", "_"), value)
         container.with_env("JAVA_TOOL_OPTIONS", os.environ["JAVA_TOOL_OPTIONS"])
         container.start()
-    except Exception as error:  # an image that cannot be had, a port that cannot be bound
+    except Exception as error:  # the image cannot be pulled, or the port cannot be bound
         raise NoContainer(f"image {image} does not start ({str(error).splitlines()[0][:160]})") from error
     stack.callback(container.stop)
     address = f"{host}:{port}"
@@ -255,7 +260,7 @@ def _container(stack: ExitStack) -> tuple[str, str]:
             if admin.list_topics(timeout=5).brokers:
                 return address, image
         except KafkaException:
-            pass  # not up yet
+            pass  # the broker has not started yet
     out, err = container.get_logs()
     end = (out + err).decode("utf-8", "replace")[-2000:]
     raise NoContainer(f"image {image} did not answer within {CONTAINER_TIMEOUT_S:g} s; the end of its log:\n{end}")

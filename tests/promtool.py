@@ -1,5 +1,5 @@
-"""Prometheus' own program for rules and queries, where this machine has it: beside the ``prometheus`` of
-``JOBLEDGER_TEST_PROMETHEUS``, or on the PATH."""
+"""Runs ``promtool``, Prometheus' program for rules and queries: the one beside the ``prometheus`` in
+``JOBLEDGER_TEST_PROMETHEUS``, or the one on the PATH."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ _SERVER = os.environ.get("JOBLEDGER_TEST_PROMETHEUS") or shutil.which("prometheu
 _BESIDE = Path(_SERVER).with_name("promtool") if _SERVER else None
 PROMTOOL = str(_BESIDE) if _BESIDE is not None and _BESIDE.exists() else shutil.which("promtool")
 
-#: A series' values, one a scrape; None: it was not told; NaN: its target is none any more.
+#: The values of each series, one for each scrape. None: the scrape had no such series; NaN: the series is stale,
+#: because its target is gone.
 Series = dict[str, list[float | None]]
 
 
 def told(series: Series) -> list[dict[str, str]]:
-    """The series in promtool's way of writing."""
+    """Return the series in promtool's notation."""
     return [
         {
             "series": name,
@@ -33,7 +34,8 @@ def told(series: Series) -> list[dict[str, str]]:
 
 
 def run(folder: Path, test: dict[str, Any]) -> tuple[bool, str]:
-    """Whether ``promtool test rules`` is content with a test, and what it says. Skips where there is none."""
+    """Run ``promtool test rules``. Return whether the test passed, and the output. Skips the test if there is no
+    promtool."""
     if PROMTOOL is None:
         pytest.skip("no promtool: it comes with Prometheus (on Debian, the package prometheus)")
     file = folder / "test.yaml"

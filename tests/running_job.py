@@ -1,4 +1,4 @@
-"""The context of a job that runs, for tests of what its code can ask and say."""
+"""Creates the context of a running job, for tests of what a job's code can read and report."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jobledger.schemas.events import JobProgressed
 def running_job(
     job_id: str, task: str = "parent", report: Callable[[JobContext, JobProgressed], None] | None = lambda *_: None
 ) -> JobContext:
-    """A first attempt. ``report``: gets its reports."""
+    """Return the context of a first attempt. ``report``: receives the job's reports."""
     return JobContext(
         job_id=job_id,
         task=task,

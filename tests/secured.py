@@ -1,6 +1,6 @@
-"""A broker that lets nobody in without a certificate or a password, and lets nobody do what no ACL allows.
+"""A broker that accepts only clients with a certificate or a password, and allows only what ACLs allow.
 
-Its plain listener stands for the people who run it: whoever comes in there may do anything.
+Its plain listener is for the operators of the cluster: clients of this listener may do everything.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported without saying so
+from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported without __all__
     AclBindingFilter,
     AdminClient,
     ScramCredentialInfo,
@@ -37,8 +37,8 @@ WAYS = (MTLS, SCRAM, PLAIN, OIDC)
 
 
 class Tokens:
-    """An OAuth token endpoint: gives whoever has a user's password a token for that
-    user, unsigned, as trials take it."""
+    """An OAuth token endpoint. A client with a user's password gets a token for that user, unsigned, as the broker
+    accepts it in tests."""
 
     def __init__(self, passwords: Mapping[str, str]) -> None:
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -63,7 +63,7 @@ class Tokens:
         self.url = f"http://127.0.0.1:{self._server.server_port}/token"
 
     def close(self) -> None:
-        """Answer no more."""
+        """Stop the endpoint."""
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
@@ -76,17 +76,17 @@ def _token(user: str) -> str:
 
 
 class Secured:
-    """One broker with the listeners SSL (a certificate is required) and SASL_SSL (SCRAM-SHA-512,
-    PLAIN and OAUTHBEARER). For `with`.
+    """A broker with the listeners SSL (a certificate is required) and SASL_SSL (SCRAM-SHA-512, PLAIN and OAUTHBEARER);
+    a context manager.
 
-    ``users``: names that may come in every way; what they may do is ACLs' business, of which there are none at first.
-    A user ``name`` is the principal ``User:name``, however it comes in.
+    ``users``: names that can log in in every way. ACLs decide what they may do; there are no ACLs at first. A user
+    ``name`` is always the principal ``User:name``.
     """
 
     def __init__(self, folder: Path, users: Iterable[str]) -> None:
         self.authority = Authority(folder / "trusted")
         self.stranger = Authority(folder / "stranger", "another authority")
-        # Recognisable wherever it should not be.
+        # A recognisable text, so that a test can find a password in a wrong place.
         self.passwords = {user: f"s3cret-{user}-{secrets.token_hex(8)}" for user in users}
         self.identities = {user: self.authority.issue(user) for user in users}
         self.tokens = Tokens(self.passwords)
@@ -132,13 +132,13 @@ class Secured:
         self.close()
 
     def close(self) -> None:
-        """End broker and token endpoint."""
+        """Stop the broker and the token endpoint."""
         self.tokens.close()
         self.brokers.close()
 
     @property
     def admin(self) -> AdminClient:
-        """A client that may do anything."""
+        """Return a client that may do everything."""
         return AdminClient({"bootstrap.servers": self.brokers.bootstrap})
 
     def _scram(self) -> None:
@@ -151,11 +151,11 @@ class Secured:
             future.result(30 * PATIENCE)
 
     def give(self, principal: str, *wanted: Right) -> None:
-        """Allow this."""
+        """Give a principal these rights."""
         acls.grant(self.admin, Settings(), [acls.binding(principal, right) for right in wanted])
 
     def take(self, principal: str, right: Right) -> None:
-        """Allow it no more; returns once the broker knows."""
+        """Remove a right from a principal, and return as soon as the broker no longer has the ACL."""
         given = acls.binding(principal, right)
         pattern = (given.restype, given.name, given.resource_pattern_type)
         same = AclBindingFilter(*pattern, principal, given.host, given.operation, given.permission_type)
@@ -166,11 +166,11 @@ class Secured:
             time.sleep(0.01)
 
     def address(self, way: str) -> str:
-        """Where clients that come in this way connect."""
+        """Return the addresses of the listener for this way to log in."""
         return self.brokers.listener("SSL" if way == MTLS else "SASL_SSL")
 
     def kafka(self, user: str, way: str) -> dict[str, str]:
-        """The client settings with which ``user`` comes in, with librdkafka's names."""
+        """Return the client settings, with librdkafka's names, with which ``user`` logs in in this way."""
         if way == MTLS:
             return with_certificate(self.authority.ca, self.identities[user])
         over_tls = {"security.protocol": "SASL_SSL", "ssl.ca.location": str(self.authority.ca)}
@@ -192,7 +192,7 @@ class Secured:
 
 
 def with_certificate(ca: Path, identity: Identity) -> dict[str, str]:
-    """The client settings of whoever has this certificate."""
+    """Return the client settings to log in with this certificate."""
     found = {
         "security.protocol": "SSL",
         "ssl.ca.location": str(ca),
@@ -203,6 +203,6 @@ def with_certificate(ca: Path, identity: Identity) -> dict[str, str]:
 
 
 def environment(bootstrap: str, kafka: Mapping[str, str]) -> dict[str, str]:
-    """The same as environment variables."""
+    """Return the same settings as environment variables."""
     named = {f"JOBLEDGER_KAFKA__{name.upper().replace('.', '_')}": value for name, value in kafka.items()}
     return {"JOBLEDGER_BOOTSTRAP": bootstrap, **named}

@@ -1,10 +1,10 @@
-"""Counts what makes the code hard to follow, for comparison before and after a change.
+"""Counts what makes the code hard to follow, to compare the code before and after a change.
 
     .venv/bin/python -m tests.shape          # modules, classes, constructors, functions, import cycles
     .venv/bin/python -m tests.shape --walk   # the same, and what one job calls in a worker; starts an embedded broker
 
-The last figure is measured: a worker runs one no-op coroutine at a time under `sys.setprofile`, and each function of the
-project that is called more often than without a job is counted, from the record that was fetched to its commit.
+The last figure is measured: a worker runs one no-op coroutine at a time under `sys.setprofile`. Each function of the
+project that is called more often with a job than without is counted, from the fetched record to its commit.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from jobledger.kafka.topics import ensure
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("jobledger", "schemas", "consumers", "streams")
-#: Lines above which a function is listed.
+#: A function with more lines is listed.
 LONG = 50
-#: Seconds of a window in which calls are counted: longer than a worker waits until it commits.
+#: Seconds for which calls are counted. This is longer than the time until a worker commits.
 WINDOW_S = 3.0
 
 
 @dataclass(frozen=True)
 class Module:
-    """One file. ``name`` is dotted, as it is imported."""
+    """One file. ``name`` is the dotted name with which the module is imported."""
 
     name: str
     path: Path
@@ -46,18 +46,18 @@ class Module:
 
     @property
     def folder(self) -> str:
-        """The folder from the project's root."""
+        """Return the path of the folder, relative to the project's root."""
         return str(self.path.parent.relative_to(ROOT))
 
 
 def modules() -> list[Module]:
-    """Every module of the four folders that has code."""
+    """Return every module of the four folders that has code."""
     found = []
     for top in FOLDERS:
         for path in sorted((ROOT / top).rglob("*.py")):
             parts = path.relative_to(ROOT).with_suffix("").parts
             if any((ROOT / Path(*parts[:n])).is_symlink() for n in range(1, len(parts))):
-                continue  # the package sees the other folders through links
+                continue  # a link in the package to another folder, which is read itself
             parts = parts if top == "jobledger" else ("jobledger", *parts)
             name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
             found.append(Module(name, path, ast.parse(path.read_text("utf-8"))))
@@ -65,7 +65,7 @@ def modules() -> list[Module]:
 
 
 def functions(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
-    """Each function with its dotted name in the module."""
+    """Yield each function with its dotted name in the module."""
 
     def within(node: ast.AST, prefix: str) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
         for child in ast.iter_child_nodes(node):
@@ -112,7 +112,7 @@ def length(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 
 
 def imports(found: list[Module]) -> dict[str, set[str]]:
-    """Return for each module those of the project that it imports anywhere, also for types only or in a function."""
+    """Return for each module the project's modules that it imports anywhere, also in functions or only for types."""
     names = {module.name for module in found}
     graph: dict[str, set[str]] = {}
     for module in found:
@@ -157,8 +157,8 @@ def cycles(graph: dict[str, set[str]]) -> list[list[str]]:
 
 
 def packages(found: list[Module], graph: dict[str, set[str]]) -> dict[str, set[str]]:
-    """Return the imports between packages. A module that stands directly in `jobledger` counts as a package: the package
-    `jobledger` itself only collects names for users."""
+    """Return the imports between packages. A module directly in `jobledger` counts as a package of its own, because the
+    package `jobledger` itself only collects names for users."""
     package = {m.name: m.name for m in found}
     for module in found:
         above = module.name.rpartition(".")[0]
@@ -182,7 +182,7 @@ app.close()
 
 
 def noop_app(namespace: str, bootstrap: str) -> App:
-    """Make the app of the walk."""
+    """Create the app of the walk."""
     app = App(namespace, settings=Settings(bootstrap=bootstrap), partitions=1)
 
     @app.task
@@ -218,7 +218,7 @@ def walk() -> dict[tuple[str, str], int]:
                 assert client.stdout is not None
                 for n in range(11):
                     calls.clear()
-                    if n % 2 == 0:  # the first one is not counted: it makes what later ones find
+                    if n % 2 == 0:  # the first job is not counted: it creates what later jobs only use
                         client.stdin.write("\n")
                         client.stdin.flush()
                         client.stdout.readline()

@@ -1,10 +1,11 @@
-"""Runs the tests of ``tests/timing.md`` many times beside two busy loops, and writes into that list how often each passed.
+"""Runs the tests of ``tests/timing.md`` many times beside two busy loops, and writes into that list how often each
+passed.
 
     .venv/bin/python -m tests.timing 50            # each test of the list fifty times
-    .venv/bin/python -m tests.timing 50 dispatch   # those whose name has this text
+    .venv/bin/python -m tests.timing 50 dispatch   # only the tests whose id contains this text
 
-It is a program, and the plugin of pytest that it runs with. Tests run four at a time, so the machine is busier than with
-the loops alone.
+The module is both the program and the pytest plugin that the program uses. Four tests run at a time, so the machine is
+busier than with the loops alone.
 """
 
 from __future__ import annotations
@@ -25,16 +26,17 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LIST = Path(__file__).with_name("timing.md")
 BUSY_LOOPS = 2
-#: Ends with the process that started it, however that ends.
+#: The loop ends when the process that started it is gone, for whatever reason.
 BUSY_LOOP = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"
-#: The environment of pytest's processes: how often each test is run, and where the results are written.
+#: Environment variables of pytest's processes: how often each test is run, and the file for the results.
 TIMES, RESULTS = "TIMING_TIMES", "TIMING_RESULTS"
 ROW = re.compile(r"^\| `(?P<test>[^`]+)` \| (?P<depends>[^|]+) \| (?P<passed>[^|]+) \|$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One test of the list: its id without parameters, what of its outcome depends on time, and how often it passed."""
+    """One test of the list: its id without parameters, which part of its outcome depends on time, and how often it
+    passed."""
 
     test: str
     depends: str
@@ -45,13 +47,13 @@ class Row:
 
 
 def rows() -> list[Row]:
-    """The list as it is written."""
+    """Read the list."""
     found = ROW.finditer(LIST.read_text("utf-8"))
     return [Row(each["test"], each["depends"].strip(), each["passed"].strip()) for each in found]
 
 
 def main(times: int, text: str = "") -> int:
-    """Run the tests whose id contains ``text`` so many times each. The exit code is pytest's."""
+    """Run the tests whose id contains ``text``, each ``times`` times. Return pytest's exit code."""
     chosen = [row for row in rows() if text in row.test]
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results.json"
@@ -85,13 +87,13 @@ _outcomes: dict[str, Counter[str]] = {}
 
 @pytest.fixture
 def nth_time(request: pytest.FixtureRequest) -> int:
-    """Which run of the test this is."""
+    """Return the number of this run of the test."""
     number: int = request.param
     return number
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Each test as often as the environment says."""
+    """Run each test as often as the environment says."""
     metafunc.fixturenames.append("nth_time")
     metafunc.parametrize("nth_time", range(int(os.environ[TIMES])), indirect=True)
 
@@ -106,7 +108,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """The process that every report comes to writes the results."""
+    """Write the results in the main process, which receives all reports."""
     if not hasattr(session.config, "workerinput"):
         Path(os.environ[RESULTS]).write_text(json.dumps(_outcomes), "utf-8")
 

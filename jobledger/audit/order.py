@@ -64,18 +64,18 @@ def turns(life: Life) -> Iterator[Turn]:
         yield Turn(work.head["key"], work, started, closed, holds)
 
 
-def in_turn(lined_up: Iterable[Turn], found: Findings) -> None:
+def in_turn(sorted_turns: Iterable[Turn], findings: Findings) -> None:
     """Check that no job of a key is started before the earlier jobs of this key are closed.
 
-    ``lined_up``: the turns, sorted by `Turn.line` and then by the offset of their work records.
+    ``sorted_turns``: the turns, sorted by `Turn.line` and then by the offset of their work records.
     """
     line: Line | None = None
     last: Turn | None = None  # the earlier turn with the last closing fact, or one without a closing fact
-    for turn in lined_up:
+    for turn in sorted_turns:
         if turn.line != line:
             line, last = turn.line, None
         if last is not None and turn.started is not None and _later(last.closed, turn.started):
-            _fault(turn, turn.started, last, found)
+            _fault(turn, turn.started, last, findings)
         if turn.holds and (last is None or (last.closed is not None and _later(turn.closed, last.closed))):
             last = turn
 
@@ -85,10 +85,12 @@ def _later(one: Record | None, other: Record) -> bool:
     return one is None or one.offset > other.offset
 
 
-def _fault(turn: Turn, started: Record, last: Turn, found: Findings) -> None:
-    before = f"of key {turn.key!r}, started before job {last.work.head['job_id']}, which was submitted earlier,"
+def _fault(turn: Turn, started: Record, last: Turn, findings: Findings) -> None:
+    before = (
+        f"started while job {last.work.head['job_id']}, an earlier job of the same key {turn.key!r}, was not closed"
+    )
     if last.closed is None:
-        text, end = f"{before} was closed: nothing closes it", last.work
+        text, end = f"{before}; no fact closes that job", last.work
     else:
-        text, end = f"{before} was closed by its {last.closed.fact}", last.closed
-    found.fault("key-order", turn.work.head["job_id"], text, started, end)
+        text, end = f"{before}; that job was closed later, by {last.closed.fact}", last.closed
+    findings.fault("key-order", turn.work.head["job_id"], text, started, end)

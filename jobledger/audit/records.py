@@ -56,15 +56,15 @@ class Schemas:
     """
 
     def __init__(self, by_id: Callable[[int], str | None] = lambda schema_id: None) -> None:
-        self._by_mark: dict[bytes, Any] = {}
+        self._by_fingerprint: dict[bytes, Any] = {}
         self._by_id: dict[int, Any] = {}
-        self._ask = by_id
+        self._text_by_id = by_id
         self.add(SCHEMA_TEXT)
 
     def add(self, text: str, key: bytes | None = None) -> None:
         """Add a schema. ``key``: its key on ``<ns>.schemas``. Raises the parser's own error for an invalid schema."""
         parsed = fastavro.parse_schema(plain(json.loads(text)))
-        self._by_mark[fingerprint(text)] = parsed
+        self._by_fingerprint[fingerprint(text)] = parsed
         if key is not None and key.startswith(b"id-") and key[3:].isdigit():
             self._by_id[int(key[3:])] = parsed
 
@@ -74,25 +74,25 @@ class Schemas:
         Raises `ValueError` with the reason if the value is not an event.
         """
         if value is None:
-            raise ValueError("null")
+            raise ValueError("the record has no value")
         if value[:2] == SINGLE_OBJECT and len(value) >= 10:
-            schema, datum_at = self._by_mark.get(value[2:10]), 10
+            schema, datum_at = self._by_fingerprint.get(value[2:10]), 10
         elif value[:1] == FRAMED and len(value) > FRAME_HEAD:
             schema, datum_at = self._framed(int.from_bytes(value[1:FRAME_HEAD], "big")), FRAME_HEAD
         else:
-            raise ValueError("framing")
+            raise ValueError("the first bytes are not the head of an event")
         if schema is None:
-            raise ValueError("unknown schema")
+            raise ValueError("unknown schema: the writer's schema is not published")
         try:
             datum: Any = fastavro.schemaless_reader(io.BytesIO(value[datum_at:]), schema, None, return_record_name=True)
             name, fact = datum["fact"]
         except Exception as exc:
-            raise ValueError(f"damaged: {exc!r}") from exc
+            raise ValueError(f"the bytes after the head are damaged: {exc!r}") from exc
         return datum, str(name).rsplit(".", 1)[-1], fact
 
     def _framed(self, schema_id: int) -> Any:
         if schema_id not in self._by_id:
-            text = self._ask(schema_id)
+            text = self._text_by_id(schema_id)
             if text is None:
                 return None
             self._by_id[schema_id] = fastavro.parse_schema(plain(json.loads(text)))
@@ -137,5 +137,5 @@ class Record(NamedTuple):
 def show(record: Record) -> str:
     """Return one line of text that describes a record."""
     head = record.head
-    who = f" {head['job_id']} run {head['run']} release {head['release']}" if head else f" {record.why}"
-    return f"{record.fact}{who} at {record.position} ({record.at})"
+    subject = f" {head['job_id']} run {head['run']} release {head['release']}" if head else f" {record.why}"
+    return f"{record.fact}{subject} at {record.position} ({record.at})"

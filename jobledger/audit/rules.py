@@ -140,72 +140,72 @@ class Life:
 Rule = Callable[[Life, Findings], None]
 
 
-def judge_job(records: Sequence[Record], scope: Scope, found: Findings) -> Life:
-    """Check all records of one job with every rule, and return them as a `Life`. ``found`` receives the findings."""
+def judge_job(records: Sequence[Record], scope: Scope, findings: Findings) -> Life:
+    """Check all records of one job with every rule, and return them as a `Life`. ``findings`` gets faults and notes."""
     life = Life(records, scope)
     for rule in RULES:
-        rule(life, found)
+        rule(life, findings)
     return life
 
 
 # -- outcomes -------------------------------------------------------------------------------------------------------
 
 
-def has_ended(life: Life, found: Findings) -> None:
+def has_ended(life: Life, findings: Findings) -> None:
     """Check that every job has a submission, and an outcome of its last run."""
     facts = [r for r in life.facts if r.fact in OF_A_JOB]
     if not facts:
         return
     if not life.whole:
-        found.note("submission-trimmed")
+        findings.note("submission-trimmed")
     elif not life.submissions:
         if any(map(life.scope.is_subject, facts)):
-            found.fault("submission-missing", life.job_id, "its submission is not in the log", facts[0])
+            findings.fault("submission-missing", life.job_id, "its submission is not in the log", facts[0])
         return
     last = max(r.head["run"] for r in facts)
     if life.ends.get(last, []) or not life.whole:
         return
-    found.note("open")
+    findings.note("open")
     latest = max(facts, key=lambda r: r.at)
     waits = [due_of(r) // 1000 for r in facts if r.body.get("delay_ms") is not None or r.body.get("due_at") is not None]
     before = life.scope.open_before
     since = max([latest.at, *waits])
     if life.scope.finished or (before is not None and since < before):
-        found.fault("not-ended", life.job_id, f"its last record is {latest.fact}", latest)
+        findings.fault("not-ended", life.job_id, f"its last record is {latest.fact}", latest)
 
 
-def ends_agree(life: Life, found: Findings) -> None:
+def ends_agree(life: Life, findings: Findings) -> None:
     """Check that the outcomes of one run do not contradict each other.
 
     The same outcome twice is only a note: the job's code ran twice, or the record was written again.
     """
     for run, ends in life.ends.items():
         if len(ends) > 1:
-            found.note("ended-again")
+            findings.note("ended-again")
         kinds = {end.fact: end for end in reversed(ends)}
         if len(kinds) > 1:
             text = " and ".join(sorted(str(kind) for kind in kinds))
-            found.fault("ends-contradict", life.job_id, f"run {run} has {text}", *in_order(kinds.values()))
+            findings.fault("ends-contradict", life.job_id, f"run {run} has {text}", *in_order(kinds.values()))
     for closes in life.closes.values():
         if len(closes) > 1:
-            found.note("closed-again")
+            findings.note("closed-again")
             if len({close.fact for close in closes}) > 1:
-                found.note("closed-differently")
+                findings.note("closed-differently")
 
 
-def starts_end(life: Life, found: Findings) -> None:
+def starts_end(life: Life, findings: Findings) -> None:
     """Check that a release is not started again after it was closed, or after its run had an outcome."""
     for release, starts in life.starts.items():
         if len(starts) > 1:
-            found.note("started-again")
+            findings.note("started-again")
         ends = [*life.ends.get(release[1], []), *(c for c in life.closes.get(release, []) if c.fact in PASSING_ON)]
         for start in starts:
             earlier = [end for end in ends if _before(end, start)]
             if earlier:
                 end = min(earlier, key=lambda r: (r.at, r.place))
-                who = start.body.get("worker", "?")
-                text = f"started by {who} {start.at - end.at} ms after its {end.fact}"
-                found.fault("started-after-end", life.job_id, text, start, end)
+                worker = start.body.get("worker", "?")
+                text = f"started by {worker} {start.at - end.at} ms after its {end.fact}"
+                findings.fault("started-after-end", life.job_id, text, start, end)
 
 
 def _before(one: Record, other: Record) -> bool:
@@ -221,77 +221,77 @@ def _before(one: Record, other: Record) -> bool:
 # -- times ----------------------------------------------------------------------------------------------------------
 
 
-def not_early(life: Life, found: Findings) -> None:
+def not_early(life: Life, findings: Findings) -> None:
     """Check that no job is released or started before its due time.
 
     The due time counts from the append time of the record that requested the release.
     """
     untimed = sum(1 for r in (*life.work, *life.coordination, *life.lifecycle) if not r.timed)
-    found.note("writer-time", untimed)
-    asked, told = _asked(life), _told(life)
+    findings.note("writer-time", untimed)
+    requested, due_by_facts = _requested_due_times(life), _due_times_by_facts(life)
     overdue = {r.release for r in life.coordination if r.fact == "ReleaseOverdue"}
-    found.note("overdue", len(overdue))
+    findings.note("overdue", len(overdue))
     allowed_at: dict[Release, int] = {}
     for record in life.work:
         if record.fact != "JobDue":
             continue
-        if _by_lease(life, record, found):
+        if _by_lease(life, record, findings):
             continue
-        times = asked[record.release]
+        times = requested[record.release]
         # The first request counts, and the coordinator ignores later ones. A request of the watchdog follows from the
         # worker's facts.
         causes = times[:1]
-        if record.release in told and (record.release in overdue or not causes):
-            causes.append(told[record.release])
+        if record.release in due_by_facts and (record.release in overdue or not causes):
+            causes.append(due_by_facts[record.release])
         if not causes:
             if life.whole and life.scope.is_subject(record):
-                found.fault("release-without-request", life.job_id, "there is no request for this release", record)
+                findings.fault("release-without-request", life.job_id, "there is no request for this release", record)
             continue
         allowed = allowed_at[record.release] = min(causes)
         if untimed:
             continue
         if record.at * 1000 < allowed:
             text = f"released {(allowed - record.at * 1000) / 1000:g} ms before its time"
-            found.fault("released-early", life.job_id, text, record)
+            findings.fault("released-early", life.job_id, text, record)
         if record.body["due_at"] not in (*times, *causes) and record.release not in overdue and life.whole:
-            text = f"its due time is {record.body['due_at']}, but the request had {', '.join(map(str, causes))}"
-            found.fault("due-time-without-request", life.job_id, text, record)
+            text = f"its due time is {record.body['due_at']} µs, but the log requests {', '.join(map(str, causes))} µs"
+            findings.fault("due-time-without-request", life.job_id, text, record)
     for release, starts in life.starts.items():
         for start in starts:
             if not untimed and start.at * 1000 < allowed_at.get(release, 0):
                 text = f"started {(allowed_at[release] - start.at * 1000) / 1000:g} ms before its time"
-                found.fault("started-early", life.job_id, text, start)
+                findings.fault("started-early", life.job_id, text, start)
 
 
-def _asked(life: Life) -> dict[Release, list[int]]:
+def _requested_due_times(life: Life) -> dict[Release, list[int]]:
     """Return the due times that were requested for each release, in the order of the log."""
-    asked: dict[Release, list[int]] = defaultdict(list)
+    requested: dict[Release, list[int]] = defaultdict(list)
     accepted = {r.release for r in life.lifecycle if r.fact in PASSING_ON}
     for record in life.coordination:
         job, run, release = record.release
         if record.fact == "JobSubmitted":
-            asked[job, run, max(release, 1)].append(due_of(record))
+            requested[job, run, max(release, 1)].append(due_of(record))
         elif record.fact == "ReleaseRequested":
-            asked[record.release].append(due_of(record))
+            requested[record.release].append(due_of(record))
         # The report of a leased job counts only if the coordinator copied it to the lifecycle topic: its lease was
         # valid.
         elif record.fact in PASSING_ON and record.release in accepted:
-            asked[job, run, release + 1].append(due_of(record))
-    return asked
+            requested[job, run, release + 1].append(due_of(record))
+    return requested
 
 
-def _told(life: Life) -> dict[Release, int]:
+def _due_times_by_facts(life: Life) -> dict[Release, int]:
     """Return the due time of each next release according to the facts on the lifecycle topic."""
-    told: dict[Release, int] = {}
+    due_times: dict[Release, int] = {}
     for record in life.lifecycle:
         if record.fact in PASSING_ON and not in_place(record):
             job, run, release = record.release
             due = due_of(record)
-            told[job, run, release + 1] = min(due, told.get((job, run, release + 1), due))
-    return told
+            due_times[job, run, release + 1] = min(due, due_times.get((job, run, release + 1), due))
+    return due_times
 
 
-def _by_lease(life: Life, due: Record, found: Findings) -> bool:
+def _by_lease(life: Life, due: Record, findings: Findings) -> bool:
     """Return whether a release followed from the end of the previous release's job lease. If so, check its time."""
     job, run, release = due.release
     leases = [r for r in life.leases.get((job, run, release - 1), []) if r.topic == life.scope.coordination]
@@ -308,11 +308,11 @@ def _by_lease(life: Life, due: Record, found: Findings) -> bool:
     if all(r.timed for r in (due, *leases)) and (
         due.at * 1000 < decided or (holds and not given_back and max(holds) > decided)
     ):
-        found.fault("released-early", life.job_id, "released before the previous release's lease was over", due)
+        findings.fault("released-early", life.job_id, "released before the previous release's lease was over", due)
     return True
 
 
-def in_place_waits(life: Life, found: Findings) -> None:
+def in_place_waits(life: Life, findings: Findings) -> None:
     """Check that an attempt in place does not begin before the delay that precedes it is over.
 
     The delay counts from the append time of the `JobRetried` or `JobSnoozed`.
@@ -329,13 +329,15 @@ def in_place_waits(life: Life, found: Findings) -> None:
             for wait in snoozed or retried:
                 ms = due_of(wait) // 1000 - start.at
                 if ms > 0 and start.timed:
-                    found.fault("retried-early", life.job_id, f"{ms} ms before its delay was over", start, wait)
+                    findings.fault(
+                        "retried-early", life.job_id, f"an attempt began {ms} ms before its delay was over", start, wait
+                    )
 
 
 # -- causes, derived records and commits ----------------------------------------------------------------------------
 
 
-def causes_come_first(life: Life, found: Findings) -> None:
+def causes_come_first(life: Life, findings: Findings) -> None:
     """Check that the next release was requested only after the closing fact of the release before it was in the log.
 
     In the opposite order, the worker could die between the two records. Then the next owner would run the job again,
@@ -353,18 +355,23 @@ def causes_come_first(life: Life, found: Findings) -> None:
         if record.fact == "ReleaseRequested" and record.release[2] > 1 and life.scope.is_subject(record):
             cause = causes.get(record.release)
             if cause is None or (cause > record.at and record.timed):
-                found.fault("request-before-cause", life.job_id, "its cause is missing, or was written later", record)
+                findings.fault(
+                    "request-before-cause",
+                    life.job_id,
+                    "the fact that causes this request is missing, or was written later",
+                    record,
+                )
 
 
-def what_follows_is_there(life: Life, found: Findings) -> None:
+def what_follows_is_there(life: Life, findings: Findings) -> None:
     """Check that the records that derive from a closing fact are in the log.
 
     These are the request for the next release, and the dead letter. A worker commits a work record only after they are
     in the log.
     """
     scope = life.scope
-    asked = {r.release for r in life.coordination if r.fact == "ReleaseRequested"}
-    kept = {r.release for r in life.letters}
+    requested = {r.release for r in life.coordination if r.fact == "ReleaseRequested"}
+    with_dead_letter = {r.release for r in life.letters}
     passed = {r.release for r in life.work if scope.passed(r)}
     # The releases of workers that may still have derived records to send. The coordinator writes a closing fact
     # together with its derived records, so a leased release, and a release without a work record, are not among them.
@@ -377,16 +384,16 @@ def what_follows_is_there(life: Life, found: Findings) -> None:
         continues = (
             close.fact in PASSING_ON and release in passed and release not in life.leases and not life.ends.get(run, [])
         )
-        if continues and (job, run, number + 1) not in asked:
-            found.fault("request-missing", job, f"release {number + 1} was not requested", close)
+        if continues and (job, run, number + 1) not in requested:
+            findings.fault("request-missing", job, f"release {number + 1} was not requested", close)
         failed = next((r for r in closes if r.fact == "JobFailed"), None)
         if any(end.fact == "JobSucceeded" for end in life.ends.get(run, [])):
             failed = None  # the success counts; the contradiction is a separate fault
-        if failed is not None and release not in kept and scope.is_subject(failed):
-            found.fault("dead-letter-missing", job, f"no dead letter of release {number}", failed)
+        if failed is not None and release not in with_dead_letter and scope.is_subject(failed):
+            findings.fault("dead-letter-missing", job, f"no dead letter of release {number}", failed)
 
 
-def letters_follow(life: Life, found: Findings) -> None:
+def letters_follow(life: Life, findings: Findings) -> None:
     """Check that each dead letter belongs to one failure.
 
     A dead letter or a request may be in the log twice with the same event_id; this is only a note.
@@ -395,33 +402,33 @@ def letters_follow(life: Life, found: Findings) -> None:
         if life.whole and life.scope.is_subject(letters[0]):
             failed = any(r.fact == "JobFailed" and r.release == letters[0].release for r in life.lifecycle)
             if not failed:
-                found.fault("dead-letter-without-failure", life.job_id, "no JobFailed of this release", letters[0])
-        _same(letters, "dead-letter-twice", "derived-again", found)
+                findings.fault("dead-letter-without-failure", life.job_id, "no JobFailed of this release", letters[0])
+        _check_event_ids(letters, "dead-letter-twice", "derived-again", findings)
     for requests in by_release(r for r in life.coordination if r.fact == "ReleaseRequested"):
         if len(requests) > 1:
-            found.note("derived-again")
+            findings.note("derived-again")
 
 
-def work_stands_once(life: Life, found: Findings) -> None:
+def work_stands_once(life: Life, findings: Findings) -> None:
     """Check that a release has one work record.
 
     The record may be in the log twice with the same event_id. This is only a note, because workers drop the second
     record.
     """
     for records in by_release(r for r in life.work if belongs(r)):
-        _same(records, "work-twice", "work-again", found)
+        _check_event_ids(records, "work-twice", "work-again", findings)
 
 
-def _same(records: Sequence[Record], fault: str, note: str, found: Findings) -> None:
+def _check_event_ids(records: Sequence[Record], fault: str, note: str, findings: Findings) -> None:
     if len(records) < 2:
         return
     first, *others = records
     different = [r for r in others if r.head["event_id"] != first.head["event_id"]]
     if different:
-        text = f"release {first.head['release']}: event_id {first.head['event_id']} and others"
-        found.fault(fault, first.head["job_id"], text, *in_order([first, *different]))
+        text = f"release {first.head['release']} has records with the event_id {first.head['event_id']} and with others"
+        findings.fault(fault, first.head["job_id"], text, *in_order([first, *different]))
     else:
-        found.note(note)
+        findings.note(note)
 
 
 def by_release(records: Iterable[Record]) -> Iterator[list[Record]]:
@@ -440,7 +447,7 @@ def belongs(record: Record) -> bool:
     return record.fact is not None and record.fact not in NO_WORK
 
 
-def committed_is_closed(life: Life, found: Findings) -> None:
+def committed_is_closed(life: Life, findings: Findings) -> None:
     """Check that every work record below a committed offset has a closing fact, or a job lease.
 
     This fact must be in the lifecycle partition with the number of the work record's partition.
@@ -448,16 +455,16 @@ def committed_is_closed(life: Life, found: Findings) -> None:
     scope = life.scope
     for record in life.work:
         if not scope.passed(record):
-            found.note("not-committed")
+            findings.note("not-committed")
         elif belongs(record):
             closed = {r.partition for r in (*life.closes.get(record.release, []), *life.leases.get(record.release, []))
                       if r.topic == scope.lifecycle}  # fmt: skip
             if not closed:
                 if record.at >= scope.horizon:
-                    found.fault("committed-open", life.job_id, "no fact closes it", record)
+                    findings.fault("committed-open", life.job_id, "no fact closes this work record", record)
             elif record.partition not in closed:
                 text = f"closed in partition {', '.join(map(str, sorted(closed)))} of {scope.lifecycle}"
-                found.fault("closed-elsewhere", life.job_id, text, record, *life.closes.get(record.release, []))
+                findings.fault("closed-elsewhere", life.job_id, text, record, *life.closes.get(record.release, []))
 
 
 RULES: tuple[Rule, ...] = (
@@ -477,7 +484,7 @@ RULES: tuple[Rule, ...] = (
 # -- records that are no events or are on a wrong topic ---------------------------------------------------------------
 
 
-def judge_place(records: Sequence[Record], scope: Scope, found: Findings) -> None:
+def judge_place(records: Sequence[Record], scope: Scope, findings: Findings) -> None:
     """Compare the record at one position with the dead letters that report this record as rejected.
 
     ``records``: at most one record that is not an event, or that is on a work topic and does not hand over a job; and
@@ -486,29 +493,31 @@ def judge_place(records: Sequence[Record], scope: Scope, found: Findings) -> Non
     letters = in_order(r for r in records if r.fact == "RecordRejected")
     bad = next((r for r in records if r.fact != "RecordRejected"), None)
     if bad is not None and bad.fact is not None and not bad.head["job_id"]:
-        found.note("no-job-id")
+        findings.note("no-job-id")
         return
     if letters:
-        found.note("rejected")
+        findings.note("rejected")
     for letter in letters:
         body = letter.body
-        place = (body["topic"], body["partition"])
+        partition = (body["topic"], body["partition"])
         if bad is None:
-            low, bound = scope.lowest.get(place), scope.bound.get(place)
+            low, bound = scope.lowest.get(partition), scope.bound.get(partition)
             if low is not None and bound is not None and low <= body["offset"] < bound:
                 text = f"{body['topic']}[{body['partition']}]@{body['offset']} is a valid record"
-                found.fault("rejected-good", "", text, letter)
+                findings.fault("rejected-good", "", text, letter)
         elif not _kept_whole(bad.raw, body):
-            found.fault("rejected-altered", "", f"of {bad.position}", letter, bad)
+            findings.fault(
+                "rejected-altered", "", f"the dead letter does not have the bytes of {bad.position}", letter, bad
+            )
     if bad is None or letters:
         return
     if scope.is_work(bad):
         if bad.fact is not None and scope.passed(bad):
-            found.fault("committed-misplaced", bad.head["job_id"], f"{bad.fact} is not a work record", bad)
+            findings.fault("committed-misplaced", bad.head["job_id"], f"{bad.fact} is not a work record", bad)
         elif bad.fact is None and scope.passed(bad):
-            found.fault("unreadable-lost", "", bad.why, bad)
+            findings.fault("unreadable-lost", "", bad.why, bad)
     elif bad.topic in (scope.lifecycle, scope.coordination) and bad.at >= scope.horizon and scope.finished:
-        found.fault("unreadable-lost", "", bad.why, bad)
+        findings.fault("unreadable-lost", "", bad.why, bad)
 
 
 def _kept_whole(raw: bytes | None, body: Mapping[str, Any]) -> bool:
@@ -519,5 +528,5 @@ def _kept_whole(raw: bytes | None, body: Mapping[str, Any]) -> bool:
     kept = body["raw_value"]
     if kept == raw:
         return True
-    said = str(body["error"])
-    return ("are kept here" in said or "are left out here" in said) and (raw or b"").startswith(kept or b"")
+    error = str(body["error"])
+    return ("are kept here" in error or "are left out here" in error) and (raw or b"").startswith(kept or b"")

@@ -108,8 +108,8 @@ def audit(
     spill = Spill(folder)
     try:
         with Source(settings, names, queues=wanted.queues, since_ms=wanted.since_ms) as source:
-            reading = None if tell is None else lambda done, total: tell(done, 2 * total)
-            for record in source.records(reading):
+            read_progress = None if tell is None else lambda done, total: tell(done, 2 * total)
+            for record in source.records(read_progress):
                 spill.add(record, prefix)
         span = source.span
         scope = Scope(
@@ -121,38 +121,40 @@ def audit(
             wanted.finished,
             wanted.open_before,
         )
-        kept = None if table is None else StatusFile(table)
-        judge = Judge(scope, Findings(wanted.most), kept, wanted.queues, spill.keep)
-        judge.all(_told(spill.groups(), spill.count, tell))
+        status_file = None if table is None else StatusFile(table)
+        judge = Judge(scope, Findings(wanted.most), status_file, wanted.queues, spill.keep)
+        judge.all(_with_progress(spill.groups(), spill.count, tell))
         order.in_turn(spill.turns(), judge.found)
     finally:
         spill.close()
-    found = judge.found
+    findings = judge.found
     return AuditReport(
         namespace=names.namespace,
-        clean=not found.counts,
+        clean=not findings.counts,
         jobs=judge.jobs,
-        open=found.notes.pop("open", 0),
+        open=findings.notes.pop("open", 0),
         records=spill.count,
         rows=judge.rows if table is not None else None,
-        faults=faults_of(found),
-        notes={kind: number for kind, number in found.notes.items() if number},
+        faults=faults_of(findings),
+        notes={kind: number for kind, number in findings.notes.items() if number},
         not_asked=sorted(source.refused),
         complete_from_ms=span.horizon,
         seconds=time.monotonic() - began,
     )
 
 
-def faults_of(found: Findings) -> list[Fault]:
+def faults_of(findings: Findings) -> list[Fault]:
     """Return every kind of fault that was found, in the order of `FAULTS`."""
     return [
-        Fault(kind, says, found.counts[kind], [Place(f.job_id, f.detail, f.positions) for f in found.faults[kind]])
+        Fault(
+            kind, says, findings.counts[kind], [Place(f.job_id, f.detail, f.positions) for f in findings.faults[kind]]
+        )
         for kind, says in FAULTS.items()
-        if found.counts[kind]
+        if findings.counts[kind]
     ]
 
 
-def _told(
+def _with_progress(
     groups: Iterator[tuple[str, list[Record]]], count: int, tell: Tell | None
 ) -> Iterator[tuple[str, list[Record]]]:
     done = 0
@@ -180,7 +182,7 @@ class Judge:
     ) -> None:
         self.scope, self.found, self.jobs, self.rows = scope, found, 0, 0
         self._table, self._queues, self._keep = table, frozenset(queues), keep
-        self._read = {} if table is None else table.offsets()
+        self._next_offsets = {} if table is None else table.offsets()
 
     def all(self, groups: Iterator[tuple[str, list[Record]]]) -> None:
         """Check every group, and close the table.
@@ -197,9 +199,9 @@ class Judge:
             while row is not None and row.job_id.encode() < key.encode():
                 self._unknown(row)
                 row = next(rows, None)
-            mine = row if row is not None and row.job_id == key else None
-            self._job(records, mine)
-            if mine is not None:
+            job_row = row if row is not None and row.job_id == key else None
+            self._job(records, job_row)
+            if job_row is not None:
                 row = next(rows, None)
         while row is not None:
             self._unknown(row)
@@ -217,20 +219,22 @@ class Judge:
 
     def _compare(self, life: Life, row: Row | None) -> None:
         """Compare a job's row with its records, if the status table has read all of these records."""
-        saying = [r for r in life.facts if feeds(r)]
-        if not saying:
+        state_facts = [r for r in life.facts if feeds(r)]
+        if not state_facts:
             return
-        if any(r.offset >= self._read.get((r.topic, r.partition), 0) for r in saying):
+        if any(r.offset >= self._next_offsets.get((r.topic, r.partition), 0) for r in state_facts):
             self.found.note("rows-behind")
             return
         self.rows += 1
         if row is None:
-            self.found.fault("row-missing", life.job_id, "the table has read all of its records", *saying[-1:])
+            self.found.fault(
+                "row-missing", life.job_id, "the status table has read all records of this job", *state_facts[-1:]
+            )
             return
-        wrong = differences(life.job_id, final(saying), row.final)
+        wrong = differences(life.job_id, final(state_facts), row.final)
         if wrong:
             text = "; ".join(f"{d.field}: log {d.log!r}, table {d.table!r}" for d in wrong)
-            self.found.fault("row-differs", life.job_id, text, *saying[-1:])
+            self.found.fault("row-differs", life.job_id, text, *state_facts[-1:])
 
     def _unknown(self, row: Row) -> None:
         """Report a row without a record as a fault, unless its records may have been trimmed or not read."""
@@ -239,4 +243,4 @@ class Judge:
         if self._queues and row.final.queue not in self._queues:
             return
         self.rows += 1
-        self.found.fault("row-unknown", row.job_id, f"it is {row.final.state} there", *())
+        self.found.fault("row-unknown", row.job_id, f"the status table has the state {row.final.state}", *())

@@ -93,7 +93,7 @@ class Source:
         also: Collection[str] = (),
     ) -> None:
         self._settings, self._names = settings.acting_as("web"), names
-        self._queues, self._since, self._also = frozenset(queues), since_ms, tuple(also)
+        self._queues, self._since, self._further = frozenset(queues), since_ms, tuple(also)
         self.span = Span()
         self.refused: dict[str, AccessDenied] = {}
         self._lookup = SchemaLookup(self._settings, names)
@@ -128,18 +128,18 @@ class Source:
             self._commits(topic)
         for topic, partitions in topics.items():
             for number in range(partitions):
-                place = (topic, number)
+                partition = (topic, number)
                 low, end = self._reader.watermarks(topic, number)
                 if self._since is not None and (later := self._reader.offset_at(topic, number, self._since)) > low:
                     low = later
-                    span.begins[place] = self._since
+                    span.begins[partition] = self._since
                 elif low > 0 and low >= end:  # no record is left whose append time could be used
-                    span.begins[place] = int((time.time() - self._settings.retention_days * 86_400) * 1000)
-                span.low[place], span.bound[place], span.end[place] = low, end, end
-        self._learn()
+                    span.begins[partition] = int((time.time() - self._settings.retention_days * 86_400) * 1000)
+                span.low[partition], span.bound[partition], span.end[partition] = low, end, end
+        self._read_schemas()
         yield from self._read(span.low, span.bound, tell)
-        span.end = {place: self._reader.watermarks(*place)[1] for place in span.bound}
-        self._learn()
+        span.end = {partition: self._reader.watermarks(*partition)[1] for partition in span.bound}
+        self._read_schemas()
         yield from self._read(span.bound, span.end, None)
         self._check_lows()
 
@@ -161,7 +161,7 @@ class Source:
         for topic in wanted:
             if topic not in listed:
                 partitions_of(settings, topic)  # raises an error: without the topic, the log would seem to be empty
-        also = [topic for each in self._also if (topic := f"{names.namespace}.{each}") in listed]
+        also = [topic for each in self._further if (topic := f"{names.namespace}.{each}") in listed]
         return {topic: len(listed[topic].partitions) for topic in (*sorted(work), *wanted, *also)}
 
     def _commits(self, topic: str) -> None:
@@ -169,13 +169,13 @@ class Source:
         if lane is None:
             return
         try:
-            found = group_offsets(self._settings, self._names.worker_group(lane), topic)
+            offsets = group_offsets(self._settings, self._names.worker_group(lane), topic)
         except AccessDenied as exc:
             self.refused[topic] = exc
             return
-        self.span.committed.update({place: each.base for place, each in found.items()})
+        self.span.committed.update({partition: each.base for partition, each in offsets.items()})
 
-    def _learn(self) -> None:
+    def _read_schemas(self) -> None:
         """Read every schema on ``<ns>.schemas``, before the records that need these schemas."""
         topic = self._names.schemas
         for number in range(partitions_of(self._settings, topic)):
@@ -209,60 +209,63 @@ class Source:
     def _read(
         self, starts: Mapping[Partition, int], ends: Mapping[Partition, int], tell: Tell | None
     ) -> Iterator[Record]:
-        left = {place for place, end in ends.items() if starts[place] < end}
+        unread = {partition for partition, end in ends.items() if starts[partition] < end}
         begins = self.span.begins
-        fresh = {place for place in left if starts[place] == self.span.low[place] > 0} - begins.keys()
-        total, done, last = sum(ends[place] - starts[place] for place in left), 0, time.monotonic()
-        source = self._consumer
-        assert source is not None
-        source.assign([TopicPartition(*place, starts[place]) for place in left])
-        while left:
-            messages = source.consume(BATCH, 0.1)
+        fresh = {partition for partition in unread if starts[partition] == self.span.low[partition] > 0} - begins.keys()
+        total, done, last = sum(ends[partition] - starts[partition] for partition in unread), 0, time.monotonic()
+        client = self._consumer
+        assert client is not None
+        client.assign([TopicPartition(*partition, starts[partition]) for partition in unread])
+        while unread:
+            messages = client.consume(BATCH, 0.1)
             for message in messages:
-                place = (message.topic() or "", message.partition() or 0)
+                partition = (message.topic() or "", message.partition() or 0)
                 offset = message.offset() or 0
                 if (error := message.error()) is not None:
                     if error.code() != KafkaError._PARTITION_EOF:
-                        self._judge(error, place)
-                    elif offset >= ends[place]:
-                        left.discard(place)
+                        self._check_error(error, partition)
+                    elif offset >= ends[partition]:
+                        unread.discard(partition)
                     continue
-                if offset < ends[place]:
+                if offset < ends[partition]:
                     record = self._record(message)
-                    if place in fresh:
-                        fresh.discard(place)
-                        begins[place] = record.at
+                    if partition in fresh:
+                        fresh.discard(partition)
+                        begins[partition] = record.at
                     done += 1
                     if not self._queues or record.fact is None or record.head["queue"] in (*self._queues, ""):
                         yield record
-                if offset + 1 >= ends[place]:
-                    left.discard(place)
+                if offset + 1 >= ends[partition]:
+                    unread.discard(partition)
             if messages:
                 last = time.monotonic()
                 if tell is not None:
                     tell(done, total)
             elif time.monotonic() - last > STALL_S:
-                where = ", ".join(f"{topic}[{number}]" for topic, number in sorted(left))
-                raise BrokerUnavailable(f"no record arrived for {STALL_S:g} s, and {where} is not read to its end")
-        source.unassign()
+                unread_text = ", ".join(f"{topic}[{number}]" for topic, number in sorted(unread))
+                raise BrokerUnavailable(
+                    f"no record arrived for {STALL_S:g} s, but {unread_text} is not read to its end: check that every "
+                    "broker runs"
+                )
+        client.unassign()
 
-    def _judge(self, error: KafkaError, place: Partition) -> None:
+    def _check_error(self, error: KafkaError, partition: Partition) -> None:
         if not (error.retriable() or error.code() in PASSING):
-            raise translate(error, self._settings, f"reading {place[0]}[{place[1]}]", may_read(place[0]))
+            raise translate(error, self._settings, f"reading {partition[0]}[{partition[1]}]", may_read(partition[0]))
 
     def _record(self, message: Message) -> Record:
         kind, at = message.timestamp()
         topic, value = message.topic() or "", message.value()
         raw = value if value is None or isinstance(value, bytes) else value.encode()
-        where = (topic, message.partition() or 0, message.offset() or 0, at)
+        position = (topic, message.partition() or 0, message.offset() or 0, at)
         timed = kind == _APPEND_TIME
         try:
             head, fact, body = self._schemas.decode(raw)
             if topic == self._names.coordination:
                 _check_head(head)
         except ValueError as exc:
-            return Record(*where, raw=raw, why=str(exc), timed=timed)
-        return Record(*where, fact, head, body, raw, timed=timed)
+            return Record(*position, raw=raw, why=str(exc), timed=timed)
+        return Record(*position, fact, head, body, raw, timed=timed)
 
 
 def _check_head(head: Mapping[str, object]) -> None:
@@ -274,6 +277,6 @@ def _check_head(head: Mapping[str, object]) -> None:
         if len(str(head[name] or "").encode()) > ID_BYTES:
             raise ValueError(f"{name} has more than {ID_BYTES} bytes")
     if not head["job_id"]:
-        raise ValueError("no job_id")
+        raise ValueError("job_id is empty")
     if any(int(str(head[name])) >= NUMBER_MOST for name in ("run", "attempt", "release")):
-        raise ValueError("a number that has no next one")
+        raise ValueError(f"run, attempt or release is above {NUMBER_MOST - 1}")

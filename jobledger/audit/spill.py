@@ -59,11 +59,11 @@ def keys_of(record: Record, work_prefix: str) -> list[str]:
         body = record.body
         return [f"{PLACE}{body['topic']}/{body['partition']}/{body['offset']}"]
     job = None if record.fact is None else record.head["job_id"]
-    here = f"{PLACE}{record.topic}/{record.partition}/{record.offset}"
+    position_key = f"{PLACE}{record.topic}/{record.partition}/{record.offset}"
     if not job:
-        return [here]
+        return [position_key]
     if record.topic.startswith(work_prefix) and not belongs(record):
-        return [here, stored(job)]
+        return [position_key, stored(job)]
     return [stored(job)]
 
 
@@ -97,7 +97,7 @@ class Spill:
         self._file.execute("CREATE TABLE turns (line BLOB NOT NULL, place INTEGER NOT NULL, turn BLOB NOT NULL)")
         self._file.execute("BEGIN")
         self._topics: dict[str, int] = {}
-        self._waiting: list[tuple[bytes, bytes]] = []
+        self._unwritten: list[tuple[bytes, bytes]] = []
         self._turns: list[tuple[bytes, int, bytes]] = []
         self.count = 0
 
@@ -108,21 +108,32 @@ class Spill:
     def add(self, record: Record, work_prefix: str) -> None:
         """Store the fields of a record that the rules need, once for each of its keys."""
         keys = keys_of(record, work_prefix)
-        made = slim(record, whole=len(keys) > 1)
-        head = made.head
-        topic = self._topics.setdefault(made.topic, len(self._topics))
-        fields = [head[name] for name in _HEAD] if made.fact is not None else None
+        slimmed = slim(record, whole=len(keys) > 1)
+        head = slimmed.head
+        topic = self._topics.setdefault(slimmed.topic, len(self._topics))
+        fields = [head[name] for name in _HEAD] if slimmed.fact is not None else None
         packed = _encode(
-            [topic, made.partition, made.offset, made.at, made.fact, fields, made.body, made.raw, made.why, made.timed]
+            [
+                topic,
+                slimmed.partition,
+                slimmed.offset,
+                slimmed.at,
+                slimmed.fact,
+                fields,
+                slimmed.body,
+                slimmed.raw,
+                slimmed.why,
+                slimmed.timed,
+            ]
         )
-        self._waiting += [(key.encode(), packed) for key in keys]
+        self._unwritten += [(key.encode(), packed) for key in keys]
         self.count += 1
-        if len(self._waiting) >= CHUNK:
+        if len(self._unwritten) >= CHUNK:
             self._write()
 
     def _write(self) -> None:
-        self._file.executemany("INSERT INTO records VALUES (?, ?)", self._waiting)
-        self._waiting.clear()
+        self._file.executemany("INSERT INTO records VALUES (?, ?)", self._unwritten)
+        self._unwritten.clear()
 
     def groups(self) -> Iterator[tuple[str, list[Record]]]:
         """Yield each key with its records. The keys are sorted by their bytes."""

@@ -141,7 +141,7 @@ class StatusFile:
     def rows(self) -> Iterator[Row]:
         """Yield every row. The rows are sorted by the bytes of their job ids."""
         for row in self._connection.execute("SELECT * FROM jobs ORDER BY job_id"):
-            found = Final(
+            final_state = Final(
                 str(row["state"]),
                 row["task"],
                 row["queue"],
@@ -151,7 +151,7 @@ class StatusFile:
                 result_text(row["result"]),
                 row["error_type"],
             )
-            yield Row(str(row["job_id"]), found, row["submitted_ms"], bool(row["carried"]))
+            yield Row(str(row["job_id"]), final_state, row["submitted_ms"], bool(row["carried"]))
 
 
 class Difference(NamedTuple):

@@ -31,7 +31,7 @@ def audit(
         str | None,
         typer.Option(
             metavar="AGE",
-            help="A job that has not ended is a fault if it has no record for this long and its due time is over: 2h, 3d.",
+            help="A job that has not ended is a fault if its last record and its due time are older than this age: 2h, 3d.",
             show_default="never",
         ),
     ] = None,
@@ -52,7 +52,8 @@ def audit(
     status_url: StatusUrl = None,
     as_json: Json = False,
 ) -> None:
-    """Check the log independently. Exit code 4, with the positions, if the log breaks a promise; 0 if not.
+    """Check the log independently of the code that wrote it. Exit code 4, with the positions of each fault,
+    if the log breaks a promise; 0 if not.
 
     The audit looks for jobs that have not ended, outcomes that contradict each other, starts after an outcome (and by
     which worker), releases before their due time, jobs of a key that were started out of order, missing or duplicate
@@ -73,12 +74,12 @@ def audit(
     url = app.settings.resolve_status_url(app.names.namespace)
     with _scratch(url) as folder, progress_bar("auditing the log", quiet=as_json) as tell:
         copied = _copy(url, app.names.namespace, folder) if table else None
-        found = judge(app.names, app.settings, wanted, folder, copied, tell)
+        report = judge(app.names, app.settings, wanted, folder, copied, tell)
     if as_json:
-        output.print_json(found)
+        output.print_json(report)
     else:
-        _show(found)
-    if not found.clean:
+        _show(report)
+    if not report.clean:
         raise typer.Exit(Exit.DIFFERS)
 
 
@@ -104,29 +105,29 @@ def _copy(url: str, namespace: str, folder: Path) -> Path:
     return path
 
 
-def _show(found: AuditReport) -> None:
+def _show(report: AuditReport) -> None:
     from jobledger.audit.findings import NOTES
 
     verdict: Cell = ("clean", "bold green")
-    if not found.clean:
-        verdict = (f"{sum(fault.count for fault in found.faults):,} faults", "bold red")
-    rows = "not compared" if found.rows is None else f"{found.rows:,} rows compared"
+    if not report.clean:
+        verdict = (f"{sum(fault.count for fault in report.faults):,} faults", "bold red")
+    rows = "not compared" if report.rows is None else f"{report.rows:,} rows compared"
     fields: list[tuple[str, Cell]] = [
         ("verdict", verdict),
-        ("jobs", f"{found.jobs:,}, of which {found.open:,} are open"),
+        ("jobs", f"{report.jobs:,}, of which {report.open:,} have not ended"),
         ("status table", rows),
-        ("read", f"{found.records:,} records in {output.duration(found.seconds)}"),
+        ("read", f"{report.records:,} records in {output.duration(report.seconds)}"),
     ]
-    if found.complete_from_ms:
-        moment = output.clock(found.complete_from_ms * 1000)
+    if report.complete_from_ms:
+        moment = output.clock(report.complete_from_ms * 1000)
         fields.append(("complete", f"from {moment} on: earlier records were trimmed, or excluded by --since"))
-    if found.not_asked:
-        text = f"{', '.join(found.not_asked)}: this user may not read what its workers have committed"
+    if report.not_asked:
+        text = f"{', '.join(report.not_asked)}: this user may not read the committed offsets of these work topics"
         fields.append(("not judged", (text, "yellow")))
-    for kind, number in sorted(found.notes.items()):
+    for kind, number in sorted(report.notes.items()):
         fields.append((f"note: {kind}", f"{number:,} {NOTES[kind]}"))
     output.print_fields(fields)
-    for fault in found.faults:
+    for fault in report.faults:
         print()
         output.console().print(f"{fault.kind}: {fault.count:,} × {fault.says}", style="red", markup=False)
         for each in fault.first:

@@ -40,15 +40,20 @@ def backfill(
     ] = None,
     until: Annotated[
         str | None,
-        typer.Option("--to", metavar="TIME", help="Events before this time, in the same format.", show_default="now"),
+        typer.Option(
+            "--to", metavar="TIME", help="Events before this time, in the format of --from.", show_default="now"
+        ),
     ] = None,
     rate: Annotated[
         str | None,
         typer.Option(metavar="N/s", help="Maximum rate of events: 50/s, 3000/min, 1000/h.", show_default="no limit"),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Count what would be submitted; send nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Count the jobs that would be submitted; submit none.")
+    ] = False,
     restart: Annotated[
-        bool, typer.Option("--restart", help="Discard the progress of an interrupted backfill and start over.")
+        bool,
+        typer.Option("--restart", help="Discard the progress of an interrupted backfill and start from the beginning."),
     ] = False,
     bootstrap: Bootstrap = None,
     status_url: StatusUrl = None,
@@ -79,40 +84,41 @@ def backfill(
         restart,
     )
     try:
-        made = Backfill(app.registry, app.settings, plan, known_to(app.status_table().job, JobNotFound))
+        backfiller = Backfill(app.registry, app.settings, plan, known_to(app.status_table().job, JobNotFound))
         with _bar(handler, quiet=as_json, dry_run=dry_run) as tell, stopping() as stop:
-            found = made.run(stop, tell)
+            progress = backfiller.run(stop, tell)
     finally:
         app.close()
     if as_json:
         output.print_json(
             {
                 "handler": handler,
-                "topic": made.topic,
-                "done": found.done,
-                "resumed": found.resumed,
+                "topic": backfiller.topic,
+                "done": progress.done,
+                "resumed": progress.resumed,
                 "dry_run": dry_run,
-                "events": found.events,
-                "submitted": found.submitted,
-                "known": found.known,
-                "unreadable": found.unreadable,
+                "events": progress.events,
+                "submitted": progress.submitted,
+                "known": progress.known,
+                "unreadable": progress.unreadable,
             }
         )
     else:
         fields: list[tuple[str, Cell]] = [
             (
                 "events",
-                f"{found.events:,} of {made.topic}" + (", continued from where it stopped" if found.resumed else ""),
+                f"{progress.events:,} of {backfiller.topic}"
+                + (", continued after an interruption" if progress.resumed else ""),
             ),
-            ("would submit" if dry_run else "submitted", f"{found.submitted:,} jobs"),
-            ("already known", f"{found.known:,} jobs"),
+            ("would submit" if dry_run else "submitted", f"{progress.submitted:,} jobs"),
+            ("already known", f"{progress.known:,} jobs"),
         ]
-        if found.unreadable:
-            fields.append(("not events", (f"{found.unreadable:,} records, skipped", "yellow")))
-        if not found.done:
-            fields.append(("interrupted", ("the same command continues it", "yellow")))
+        if progress.unreadable:
+            fields.append(("not events", (f"{progress.unreadable:,} records, skipped", "yellow")))
+        if not progress.done:
+            fields.append(("interrupted", ("run the same command again to continue", "yellow")))
         output.print_fields(fields)
-    if not found.done:
+    if not progress.done:
         raise typer.Exit(Exit.INTERRUPTED)
 
 
@@ -124,7 +130,7 @@ def _bar(what: str, *, quiet: bool, dry_run: bool) -> Iterator[Callable[[Backfil
         yield lambda progress: None
         return
     if not sys.stderr.isatty():
-        yield _lines(what, "jobs would be submitted" if dry_run else "jobs submitted")
+        yield _progress_lines(what, "jobs would be submitted" if dry_run else "jobs submitted")
         return
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
@@ -135,15 +141,15 @@ def _bar(what: str, *, quiet: bool, dry_run: bool) -> Iterator[Callable[[Backfil
         yield lambda progress: bar.update(line, completed=progress.passed, total=progress.total)
 
 
-def _lines(what: str, done: str) -> Callable[[BackfillProgress], None]:
-    said_at = time.monotonic()
+def _progress_lines(what: str, done: str) -> Callable[[BackfillProgress], None]:
+    printed_at = time.monotonic()
 
     def tell(progress: BackfillProgress) -> None:
-        nonlocal said_at
+        nonlocal printed_at
         now = time.monotonic()
-        if now - said_at < PROGRESS_S or progress.done:
+        if now - printed_at < PROGRESS_S or progress.done:
             return
-        said_at = now
+        printed_at = now
         print(
             f"{what}: {progress.passed:,} of {progress.total:,} events read, {progress.submitted:,} {done}, "
             f"{progress.known:,} already known",

@@ -62,7 +62,7 @@ class Check:
 
     def __init__(self, app: App) -> None:
         self.app = app
-        self.found = Checked(app.names.namespace)
+        self.result = Checked(app.names.namespace)
         self._kinds: dict[tuple[str, str, str, str], Misfit] = {}
 
     def run(self, tell: Callable[[int, int], None] | None) -> Checked:
@@ -97,10 +97,10 @@ class Check:
                 else:
                     self._queued(names.queue_of(topic) or topic, seen, restored, read)
                 done += end - start
-        self.found.misfits = sorted(self._kinds.values(), key=lambda m: (-m.queued - m.waits, m.task))
-        self.found.jobs = self.found.queued + self.found.waits
-        self.found.seconds = time.monotonic() - began
-        return self.found
+        self.result.misfits = sorted(self._kinds.values(), key=lambda m: (-m.queued - m.waits, m.task))
+        self.result.jobs = self.result.queued + self.result.waits
+        self.result.seconds = time.monotonic() - began
+        return self.result
 
     def _commits(self, topic: str) -> dict[int, tuple[int, str | None]]:
         from jobledger.log.group_offsets import group_offsets
@@ -108,8 +108,8 @@ class Check:
         names = self.app.names
         lane = names.queue_of(topic)
         assert lane is not None
-        found = group_offsets(self.app.settings, names.worker_group(lane), topic)
-        return {number: (commit.base, commit.metadata) for (_, number), commit in found.items()}
+        commits = group_offsets(self.app.settings, names.worker_group(lane), topic)
+        return {number: (commit.base, commit.metadata) for (_, number), commit in commits.items()}
 
     def _watched(
         self,
@@ -141,13 +141,13 @@ class Check:
             try:
                 event = read(message.value())
             except SchemaError:
-                self.found.unread += 1
+                self.result.unread += 1
                 continue
             spec = getattr(event.fact, "spec", None)
             if spec is None:
-                self.found.unread += 1
+                self.result.unread += 1
                 continue
-            self.found.queued += 1
+            self.result.queued += 1
             kind = self._judge(event.task, event.queue, lane, spec.args)
             if kind is not None:
                 self._note(kind, event.job_id).queued += 1
@@ -157,27 +157,27 @@ class Check:
         from jobledger.streams.coordinator.rules.schedule_rows import Kept, decode_row
 
         wrong: dict[bytes, tuple[str, str, str, str]] = {}
-        there: set[int] = set()  # hashes of keys, because there may be millions of keys
+        key_hashes: set[int] = set()  # hashes of keys, because there may be millions of keys
         for message in messages:
             key, value = message.key(), message.value()
             if not isinstance(key, bytes) or key.startswith(b"\0"):
                 continue
             wrong.pop(key, None)
-            there.discard(hash(key))
+            key_hashes.discard(hash(key))
             if not isinstance(value, bytes):
                 continue
             try:
                 row = decode_row(value)
             except (msgspec.DecodeError, msgspec.ValidationError):
-                self.found.unread += 1
+                self.result.unread += 1
                 continue
             if not isinstance(row, Kept):
                 continue
-            there.add(hash(key))
+            key_hashes.add(hash(key))
             kind = self._judge(row.task, row.queue, row.lane, row.args)
             if kind is not None:
                 wrong[key] = kind
-        self.found.waits += len(there)
+        self.result.waits += len(key_hashes)
         for key, kind in wrong.items():
             self._note(kind, key.decode(errors="replace")).waits += 1
 
@@ -190,7 +190,12 @@ class Check:
         if task is None:
             return name, queue, "task gone", f"the app has {', '.join(sorted(self.app.tasks)) or 'no task'}"
         if lane not in self.app.lanes:
-            return name, queue, "queue gone", f"no worker of this app serves {lane}: it has {', '.join(self.app.lanes)}"
+            return (
+                name,
+                queue,
+                "queue gone",
+                f"no worker of this app serves lane {lane}: the app's lanes are {', '.join(self.app.lanes)}",
+            )
         try:
             task.decode_args(args)
         except BadArguments as exc:
@@ -199,31 +204,34 @@ class Check:
                 name,
                 queue,
                 "arguments do not fit",
-                f"submitted with {_shape(args)}; it is {task.signature}: {cause}",
+                f"the job was submitted with {_shape(args)}, but the task takes {task.signature}: {cause}",
             )
         return None
 
     def _note(self, kind: tuple[str, str, str, str], job_id: str) -> Misfit:
-        found = self._kinds.get(kind)
-        if found is None:
-            found = self._kinds[kind] = Misfit(*kind, example=job_id)
-        return found
+        misfit = self._kinds.get(kind)
+        if misfit is None:
+            misfit = self._kinds[kind] = Misfit(*kind, example=job_id)
+        return misfit
 
 
 def _shape(args: bytes) -> str:
     """Return the names of the arguments, without their values, which may be confidential."""
     try:
-        found = msgspec.json.decode(args)
+        arguments = msgspec.json.decode(args)
     except msgspec.DecodeError:
         return "something that is not JSON"
-    return f"({', '.join(sorted(found))})" if isinstance(found, dict) else f"a {type(found).__name__}"
+    return f"({', '.join(sorted(arguments))})" if isinstance(arguments, dict) else f"a {type(arguments).__name__}"
 
 
 #: What a user can do about each problem.
 WAYS_OUT = {
     "task gone": "keep a task of that name until its jobs have ended, or cancel them: jobledger jobs cancel --where task=…",
-    "queue gone": "keep a worker of the old version for that queue until it is empty",
-    "arguments do not fit": "give new parameters defaults, keep old ones until their jobs have ended, or use another task name",
+    "queue gone": "keep a worker of the old version for that queue until the queue is empty",
+    "arguments do not fit": (
+        "give new parameters defaults, keep old parameters until the jobs that use them have ended, or use another task "
+        "name"
+    ),
 }
 
 
@@ -237,37 +245,37 @@ def check(target: Target, bootstrap: Bootstrap = None, as_json: Json = False) ->
     """
     app = load_app(target, bootstrap=bootstrap)
     with progress_bar("reading the log", quiet=as_json) as tell:
-        found = Check(app).run(tell)
+        result = Check(app).run(tell)
     if as_json:
-        output.print_json(found)
+        output.print_json(result)
     else:
-        _show(found)
-    if found.misfits:
+        _show(result)
+    if result.misfits:
         raise typer.Exit(Exit.DIFFERS)
 
 
-def _show(found: Checked) -> None:
-    verdict: Cell = ("fits", "bold green")
-    if found.misfits:
-        verdict = (f"{sum(m.queued + m.waits for m in found.misfits):,} jobs could not be run", "bold red")
+def _show(result: Checked) -> None:
+    verdict: Cell = ("this app can run all jobs", "bold green")
+    if result.misfits:
+        verdict = (f"{sum(m.queued + m.waits for m in result.misfits):,} jobs cannot be run by this app", "bold red")
     fields: list[tuple[str, Cell]] = [
         ("verdict", verdict),
-        ("jobs", f"{found.queued:,} queued or running, {found.waits:,} waiting for a time or on a lease"),
-        ("read in", output.duration(found.seconds)),
+        ("jobs", f"{result.queued:,} queued or running, {result.waits:,} waiting for a time or running on a job lease"),
+        ("read in", output.duration(result.seconds)),
     ]
-    if found.unread:
+    if result.unread:
         fields.append(
-            ("not jobs", (f"{found.unread:,} records that this version cannot read as jobs, skipped", "yellow"))
+            ("not jobs", (f"{result.unread:,} records that this version cannot read as jobs, skipped", "yellow"))
         )
     output.print_fields(fields)
-    if not found.misfits:
+    if not result.misfits:
         return
     print()
-    columns = ("task", "problem", "queued", "waiting", "for example", "what")
+    columns = ("task", "problem", "queued", "waiting", "example", "explanation")
     rows: list[list[Cell]] = [
-        [m.task, (m.problem, "red"), f"{m.queued:,}", f"{m.waits:,}", m.example, m.says] for m in found.misfits
+        [m.task, (m.problem, "red"), f"{m.queued:,}", f"{m.waits:,}", m.example, m.says] for m in result.misfits
     ]
     output.print_table(columns, rows)
     print()
-    for problem in dict.fromkeys(m.problem for m in found.misfits):
+    for problem in dict.fromkeys(m.problem for m in result.misfits):
         output.console(stderr=True).print(f"{problem}: {WAYS_OUT[problem]}", markup=False)

@@ -90,37 +90,39 @@ def words_of(
     ``named``: whether --app or --namespace has named the app already. ``what``: what each argument stands for, as in
     the help. Raises `Wrong`.
     """
-    found = list(words or ())
+    arguments = list(words or ())
     target = None
-    if not named and found and (len(found) > count if count is not None else ":" in found[0]):
-        target = found.pop(0)
+    if not named and arguments and (len(arguments) > count if count is not None else ":" in arguments[0]):
+        target = arguments.pop(0)
     if count is None:
-        return Words(target, found)
-    if len(found) < count:
+        return Words(target, arguments)
+    if len(arguments) < count:
         raise Wrong(f"{what} is missing", ctx=ctx)
-    if len(found) > count:
-        both = "; the app is named twice" if named and ":" in found[0] else ""
-        raise Wrong(f"{' '.join(found[count:])!r} is too much: the command takes {count or 'no'} {what}{both}", ctx=ctx)
-    if count and named is False and target is None and ":" in found[0]:
-        raise Wrong(f"{what} is missing after {found[0]}", ctx=ctx)
-    return Words(target, found)
+    if len(arguments) > count:
+        both = "; the app is named twice" if named and ":" in arguments[0] else ""
+        raise Wrong(
+            f"unexpected {' '.join(arguments[count:])!r}: the command takes {count or 'no'} {what}{both}", ctx=ctx
+        )
+    if count and named is False and target is None and ":" in arguments[0]:
+        raise Wrong(f"{what} is missing after {arguments[0]}", ctx=ctx)
+    return Words(target, arguments)
 
 
 def pair_of(text: str, what: str) -> tuple[str, str]:
     """Split ``NAME=VALUE``. ``what``: the option, for the error message. Raises `Wrong`."""
-    name, found, value = text.partition("=")
-    if not found or not name:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
         raise Wrong(f"{what} {text!r} is not of the form NAME=VALUE")
     return name, value
 
 
 def pairs_of(texts: Sequence[str] | None, what: str) -> dict[str, str]:
     """Split several ``NAME=VALUE``. Raises `Wrong`, also if a name has two different values."""
-    found: dict[str, str] = {}
+    pairs: dict[str, str] = {}
     for name, value in (pair_of(each, what) for each in texts or ()):
-        if found.setdefault(name, value) != value:
-            raise Wrong(f"{what} {name} is given as {found[name]!r} and as {value!r}: only one value is possible")
-    return found
+        if pairs.setdefault(name, value) != value:
+            raise Wrong(f"{what} {name} is given as {pairs[name]!r} and as {value!r}: only one value is possible")
+    return pairs
 
 
 def states_of(texts: Sequence[str] | None, option: str = "--state") -> list[str]:
@@ -129,15 +131,15 @@ def states_of(texts: Sequence[str] | None, option: str = "--state") -> list[str]
 
     for text in texts or ():
         if text not in list(State):
-            raise Wrong(f"{option} {text!r} is not a state; there are {', '.join(State)}")
+            raise Wrong(f"{option} {text!r} is not a state; the states are {', '.join(State)}")
     return list(texts or ())
 
 
 def among(name: str, choices: Mapping[str, Any] | Sequence[str], kind: str, where: str) -> str:
     """Return ``name`` if it is one of the choices. Raises `Wrong` if not."""
     if name not in choices:
-        there = ", ".join(sorted(choices)) or "none"
-        raise Wrong(f"{where} has no {kind} {name!r}; there are {there}")
+        known = ", ".join(sorted(choices)) or "none"
+        raise Wrong(f"{where} has no {kind} {name!r}; its {kind}s: {known}")
     return name
 
 
@@ -160,17 +162,17 @@ def moment_ms(text: str, option: str, *also: str, now: float | None = None) -> i
     age = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s|m|min|h|d)", text.strip())
     try:
         if age is not None:
-            found = int(((time.time() if now is None else now) - float(age[1]) * _UNITS[age[2]]) * 1000)
+            moment = int(((time.time() if now is None else now) - float(age[1]) * _UNITS[age[2]]) * 1000)
         else:
-            found = milliseconds(dt.datetime.fromisoformat(text.strip()))
+            moment = milliseconds(dt.datetime.fromisoformat(text.strip()))
     except (ValueError, OverflowError):
-        found = _LAST_MS
-    if found >= _LAST_MS:
+        moment = _LAST_MS
+    if moment >= _LAST_MS:
         others = "".join(f"{each}, " for each in also)
         raise Wrong(
             f"{option} {text!r} is neither {others}an age such as 10m or 2h, nor a time such as 2026-01-31T14:05"
         )
-    return max(found, 0)  # no record is older than the epoch
+    return max(moment, 0)  # no record is older than the epoch
 
 
 def milliseconds(when: dt.datetime) -> int:

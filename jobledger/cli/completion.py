@@ -27,18 +27,18 @@ def join_words(environ: MutableMapping[str, str]) -> None:
     """Rejoin words that bash splits: for bash, ``shop:app`` is three words, and so is ``--state=failed``."""
     if not {"COMP_WORDS", "COMP_CWORD"} <= environ.keys():
         return
-    found: list[str] = []
-    cursor, place, open_ = int(environ["COMP_CWORD"]), 0, False
+    words: list[str] = []
+    cursor, cursor_word, open_ = int(environ["COMP_CWORD"]), 0, False
     for number, word in enumerate(environ["COMP_WORDS"].split("\n")):
         sign = bool(word) and set(word) <= {":", "="}
-        if found and (sign or open_):
-            found[-1] += word
+        if words and (sign or open_):
+            words[-1] += word
         else:
-            found.append(word)
+            words.append(word)
         open_ = sign
         if number == cursor:
-            place = len(found) - 1
-    environ["COMP_WORDS"], environ["COMP_CWORD"] = "\n".join(found), str(place)
+            cursor_word = len(words) - 1
+    environ["COMP_WORDS"], environ["COMP_CWORD"] = "\n".join(words), str(cursor_word)
 
 
 def _completer(find: Callable[[typer.Context, str], Iterable[str]]) -> Completer:

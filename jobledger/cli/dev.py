@@ -44,12 +44,15 @@ def dev(
         int, typer.Option(min=0, max=65535, help="Port of the embedded broker, if one is started; 0: a free port.")
     ] = 9092,
     concurrency: Annotated[
-        int | None, typer.Option(min=1, help="Jobs at once.", show_default="the worker's default")
+        int | None,
+        typer.Option(min=1, help="Maximum number of jobs running at once.", show_default="the worker's default"),
     ] = None,
     reload: Annotated[bool, typer.Option("--reload/--no-reload", help="Restart when a .py file changes.")] = True,
     watch: Annotated[
         list[Path] | None,
-        typer.Option(exists=True, help="Folder to watch; repeat it for several.", show_default="the working directory"),
+        typer.Option(
+            exists=True, help="Folder to watch; repeat the option for several.", show_default="the working directory"
+        ),
     ] = None,
     log_format: LogFormat = None,
 ) -> None:
@@ -67,8 +70,8 @@ def dev(
     say = Prefixed(["dev", "kafka", *PARTS])
     with _broker(app.settings, port, say) as address:
         settings = app.settings.with_bootstrap(address)
-        made = topics.ensure(app, settings)
-        created = sum(change.kind == "topic" for change in made.pending)
+        plan = topics.ensure(app, settings)
+        created = sum(change.kind == "topic" for change in plan.pending)
         say("dev", f"{app!r} on {address}, {f'{created} topics created' if created else 'topics are up to date'}")
         more = [] if concurrency is None else ["--concurrency", str(concurrency)]
         work = command("worker", target, "--bootstrap", address, "--grace", str(WORKER_GRACE_S), *more)
@@ -104,17 +107,20 @@ def _broker(settings: Settings, port: int, say: Say) -> Iterator[str]:
     from jobledger.kafka.embedded import defaults
 
     try:
-        found: str | None = settings.resolve_bootstrap()
+        address: str | None = settings.resolve_bootstrap()
     except BrokerUnavailable:
-        found = None
-    if found is not None:
-        yield found
+        address = None
+    if address is not None:
+        yield address
         return
     began = time.monotonic()
     report = in_lines(defaults.KAFKA_VERSION, lambda line: say("kafka", line))
     status = embedded.start(settings.home, port=port, detach=False, progress=report)
     assert status.bootstrap is not None
-    say("kafka", f"Apache Kafka {status.version} on {status.bootstrap} after {time.monotonic() - began:.1f} s")
+    say(
+        "kafka",
+        f"Apache Kafka {status.version} runs on {status.bootstrap}, started in {time.monotonic() - began:.1f} s",
+    )
     try:
         yield status.bootstrap
     finally:
@@ -130,8 +136,8 @@ def _nothing() -> Iterator[None]:
 def _folders(target: str, watch: Sequence[Path] | None) -> list[Path]:
     if watch:
         return list(watch)
-    here, there = Path.cwd(), module_name(target)[1]
-    return [here] if there.is_relative_to(here) else [here, there]
+    working_dir, app_dir = Path.cwd(), module_name(target)[1]
+    return [working_dir] if app_dir.is_relative_to(working_dir) else [working_dir, app_dir]
 
 
 @contextmanager
@@ -162,7 +168,7 @@ def _watch(supervisor: Supervisor, target: str, address: str, folders: Sequence[
             supervisor.say(f"{shown} changed: reloading the worker")
             supervisor.restart(["worker", "router", "projections"])
         else:
-            supervisor.say(f"{shown} changed: the old code keeps running until this is fixed")
+            supervisor.say(f"{shown} changed: the old code keeps running until the error is fixed")
 
 
 def fits_as_it_is(target: str, address: str, supervisor: Supervisor) -> bool:
@@ -176,14 +182,14 @@ def fits_as_it_is(target: str, address: str, supervisor: Supervisor) -> bool:
     try:
         ended = subprocess.run(words, capture_output=True, text=True, check=False, timeout=CHECK_TIMEOUT_S)
     except subprocess.TimeoutExpired:
-        supervisor.say(f"error: importing {target} took more than {CHECK_TIMEOUT_S:g} s")
+        supervisor.say(f"error: importing {target} and creating its topics took more than {CHECK_TIMEOUT_S:g} s")
         return False
     if ended.returncode:
-        supervisor.say(_said(ended.stderr) or f"error: {target} does not load (exit code {ended.returncode})")
+        supervisor.say(_error_of(ended.stderr) or f"error: {target} does not load (exit code {ended.returncode})")
     return not ended.returncode
 
 
-def _said(stderr: str) -> str:
+def _error_of(stderr: str) -> str:
     """Return the error of a child process that was started with ``--json``: its message, or its last line if that is
     not JSON."""
     lines = stderr.strip().splitlines()
@@ -196,5 +202,5 @@ def _said(stderr: str) -> str:
 
 
 def _relative(path: str) -> str:
-    found, here = Path(path), Path.cwd()
-    return str(found.relative_to(here)) if found.is_relative_to(here) else path
+    file_path, working_dir = Path(path), Path.cwd()
+    return str(file_path.relative_to(working_dir)) if file_path.is_relative_to(working_dir) else path

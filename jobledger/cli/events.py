@@ -69,7 +69,7 @@ def tail(
     namespace: Namespace = None,
     topic: Annotated[
         list[Topics] | None,
-        typer.Option(help="Only these topics; repeat it for several.", show_default=Topics.ALL.value),
+        typer.Option(help="Only these topics; repeat the option for several.", show_default=Topics.ALL.value),
     ] = None,
     begin: Annotated[
         str | None,
@@ -86,14 +86,16 @@ def tail(
     task: Annotated[
         list[str] | None,
         typer.Option(
-            help="Only events of this task; repeat it for several.", show_default="any", autocompletion=completion.tasks
+            help="Only events of this task; repeat the option for several.",
+            show_default="any",
+            autocompletion=completion.tasks,
         ),
     ] = None,
     job: Annotated[
         list[str] | None,
         typer.Option(
             metavar="ID",
-            help="Only events of this job, by its id or the id's first characters; repeat it for several.",
+            help="Only events of this job, by its id or the id's first characters; repeat the option for several.",
             show_default="any",
             autocompletion=completion.jobs,
         ),
@@ -109,8 +111,8 @@ def tail(
     Example: jobledger events tail --namespace shop --from 10m --topic dead-letter --follow
     """
     since = None if begin in (None, "start", "end") else moment_ms(str(begin), "--from", "start", "end")
-    named = words_of(words, app is not None or namespace is not None, "argument", 0)
-    asked = find_app(named.target or app, namespace, bootstrap)
+    parsed = words_of(words, app is not None or namespace is not None, "argument", 0)
+    queried = find_app(parsed.target or app, namespace, bootstrap)
     if begin is None and last is None:
         last = DEFAULT_LAST
     at_end = begin == "end"
@@ -121,8 +123,8 @@ def tail(
             return not task and not job
         return (not task or event.task in task) and (not job or event.job_id.startswith(tuple(job)))
 
-    show = _json_line if as_json else _Printer(asked.names)
-    with _Tail(asked.settings, asked.names, topic or [Topics.ALL], list(asked.lanes)) as reader:
+    show = _json_line if as_json else _Printer(queried.names)
+    with _Tail(queried.settings, queried.names, topic or [Topics.ALL], list(queried.lanes)) as reader:
         skim = last if not task and not job and since is None and not at_end and begin is None else None
         reader.begin(since=since, at_end=at_end, last=skim)
         for line in newest(filter(wanted, reader.until_now()), last):
@@ -184,14 +186,15 @@ class _Tail:
         # The broker does not list topics that this user may not read. Without this check they would be left out
         # silently.
         acls.check(self._settings, names.namespace, [*filter(self._belongs, all_of_them), names.schemas])
-        found = self._partitions()
-        if not found:
+        partitions = self._partitions()
+        if not partitions:
             raise TopicMissing(
-                f"namespace {self._names.namespace!r} does not have these topics at {self._settings.resolve_bootstrap()}; "
-                "create them with `jobledger topics apply MODULE:APP`, or check the name and JOBLEDGER_BOOTSTRAP"
+                f"namespace {self._names.namespace!r} has no topics (--topic {', '.join(self._topics)}) at "
+                f"{self._settings.resolve_bootstrap()}; create the topics with `jobledger topics apply MODULE:APP`, or check "
+                "the namespace and JOBLEDGER_BOOTSTRAP"
             )
         with reading.LogReader(self._settings) as reader:
-            for topic, partition in found:
+            for topic, partition in partitions:
                 low, high = reader.watermarks(topic, partition)
                 start = low
                 if at_end:
@@ -204,37 +207,37 @@ class _Tail:
 
     def until_now(self) -> Iterator[Line]:
         """Yield the records up to the ends that `begin` saw. Raises `BrokerUnavailable`."""
-        open_ = {each for each in self._next if self._next[each] < self._end[each]}
-        self._assign(open_)
-        heard = time.monotonic()
-        while open_:
+        unfinished = {each for each in self._next if self._next[each] < self._end[each]}
+        self._assign(unfinished)
+        last_record_at = time.monotonic()
+        while unfinished:
             lines = self._poll(0.1)
             if lines:
-                heard = time.monotonic()
-            elif time.monotonic() - heard > STALL_S:
+                last_record_at = time.monotonic()
+            elif time.monotonic() - last_record_at > STALL_S:
                 raise BrokerUnavailable(
-                    f"{self._settings.resolve_bootstrap()} sent no records for {STALL_S:g} s, and {len(open_)} partitions "
+                    f"{self._settings.resolve_bootstrap()} sent no records for {STALL_S:g} s, and {len(unfinished)} partitions "
                     "are not read to their end; check JOBLEDGER_BOOTSTRAP and that the broker runs"
                 )
             for line in lines:
                 where = line.position
                 if where.offset < self._end[where.topic, where.partition]:
                     yield line
-            for each in list(open_):
+            for each in list(unfinished):
                 self._next[each] = max(self._next[each], self._position(each))
                 if self._next[each] >= self._end[each]:
-                    open_.discard(each)
+                    unfinished.discard(each)
 
     def onwards(self) -> Iterator[Line]:
         """Yield the records that are appended after these ends, forever."""
         for each, end in self._end.items():
             self._next[each] = end
         self._assign(self._next)
-        looked = time.monotonic()
+        checked_at = time.monotonic()
         while True:
             yield from sorted(self._poll(0.2), key=_order)
-            if time.monotonic() - looked > NEW_TOPICS_EVERY:
-                looked = time.monotonic()
+            if time.monotonic() - checked_at > NEW_TOPICS_EVERY:
+                checked_at = time.monotonic()
                 added = [each for each in self._partitions() if each not in self._next]
                 if added:
                     for each in self._next:
@@ -256,13 +259,13 @@ class _Tail:
 
     def _belongs(self, topic: str) -> bool:
         names = self._names
-        one = {
+        kinds = {
             names.lifecycle: Topics.LIFECYCLE,
             names.coordination: Topics.COORDINATION,
             names.dead_letter: Topics.DEAD_LETTER,
         }
-        found = Topics.WORK if names.queue_of(topic) is not None else one.get(topic)
-        return found is not None and (found in self._topics or Topics.ALL in self._topics)
+        kind = Topics.WORK if names.queue_of(topic) is not None else kinds.get(topic)
+        return kind is not None and (kind in self._topics or Topics.ALL in self._topics)
 
     def _assign(self, partitions: Sequence[Partition] | set[Partition] | dict[Partition, int]) -> None:
         from confluent_kafka import TopicPartition

@@ -78,7 +78,9 @@ def _describe(fact: object) -> str:
         case e.JobLeased(worker=worker, lease_ms=lease_ms) | e.LeaseRenewed(worker=worker, lease_ms=lease_ms):
             return f"by {worker} for {duration(lease_ms / 1000)}" if lease_ms else f"given back by {worker}"
         case e.Leased(worker=worker, lease_ms=lease_ms, crashes=crashes):
-            return f"by {worker} for {duration(lease_ms / 1000)}" + (f", {crashes} ended before" if crashes else "")
+            return f"by {worker} for {duration(lease_ms / 1000)}" + (
+                f", earlier job leases that ended without an outcome: {crashes}" if crashes else ""
+            )
         case (
             e.CancelRequested(by=by, reason=reason)
             | e.QueuePaused(by=by, reason=reason)
@@ -86,9 +88,9 @@ def _describe(fact: object) -> str:
         ):
             return f"by {by}" + (f": {reason}" if reason else "")
         case e.QueueLimited(rate=rate, concurrency=concurrency, by=by, reason=reason):
-            said = [] if rate is None else [f"{rate:g}/s"]
-            said += [] if concurrency is None else [f"{concurrency} at once"]
-            return (" and ".join(said) or "as in the code") + f" by {by}" + (f": {reason}" if reason else "")
+            limits = [] if rate is None else [f"{rate:g} starts/s"]
+            limits += [] if concurrency is None else [f"{concurrency} jobs at once"]
+            return (" and ".join(limits) or "limits as in the code") + f", by {by}" + (f": {reason}" if reason else "")
         case e.DeadLettered(reason=why, error=error):
             return f"{why}: {error.type}: {error.message}"
         case e.RecordRejected(topic=topic, partition=partition, offset=offset, error=text):

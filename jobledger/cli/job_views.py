@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from jobledger.schemas.events import JobEvent
 
 #: Seconds that the broker has to answer if a job can also be shown without the broker's data.
-KNOCK_S = 3.0
+ANSWER_S = 3.0
 
 
 def status_json(status: JobStatus) -> dict[str, Any]:
@@ -105,19 +105,19 @@ def fields(status: JobStatus, args: bytes | str | None = None) -> list[tuple[str
     """Return a job as names and values. ``args``: the job's arguments as returned by `submissions`."""
     from jobledger.cli.facts import progress
 
-    found: list[tuple[str, Cell]] = [
+    shown: list[tuple[str, Cell]] = [
         ("job", status.job_id),
         ("task", status.task),
         ("queue", status.queue),
         ("state", output.state_cell(status.state.value)),
-        ("try", f"{status.attempt}" + (f" of run {status.run}" if status.run > 1 else "")),
+        ("attempt", f"{status.attempt}" + (f" of run {status.run}" if status.run > 1 else "")),
     ]
     if status.tags:
-        found.append(("tags", _tags(status)))
+        shown.append(("tags", _tags(status)))
     if args is not None:
-        found.append(("arguments", _args(args)))
+        shown.append(("arguments", _args(args)))
     if status.parent:
-        found.append(("parent", status.parent))
+        shown.append(("parent", status.parent))
     for name, moment in (
         ("submitted", status.submitted_at),
         ("due", status.due_at),
@@ -125,20 +125,20 @@ def fields(status: JobStatus, args: bytes | str | None = None) -> list[tuple[str
         ("ended", status.ended_at),
     ):
         if moment is not None:
-            found.append((name, _moment(moment)))
+            shown.append((name, _moment(moment)))
     if status.duration is not None:
-        found.append(("took", output.duration(status.duration)))
+        shown.append(("took", output.duration(status.duration)))
     if status.progress is not None:
-        found.append(("progress", progress(status.progress.done, status.progress.total, status.progress.message)))
+        shown.append(("progress", progress(status.progress.done, status.progress.total, status.progress.message)))
     if status.reason:
-        found.append(("reason", status.reason))
+        shown.append(("reason", status.reason))
     if status.result is not None:
-        found.append(("result", json.dumps(output.jsonable(status.result), ensure_ascii=False)))
+        shown.append(("result", json.dumps(output.jsonable(status.result), ensure_ascii=False)))
     if status.error is not None:
-        found.append(("error", (f"{status.error.type}: {status.error.message}", "red")))
+        shown.append(("error", (f"{status.error.type}: {status.error.message}", "red")))
         if status.error.traceback:
-            found.append(("", (status.error.traceback.rstrip(), "dim")))
-    return found
+            shown.append(("", (status.error.traceback.rstrip(), "dim")))
+    return shown
 
 
 def _moment(moment: dt.datetime) -> str:
@@ -149,7 +149,7 @@ def _moment(moment: dt.datetime) -> str:
 _LOOKS = 2
 
 
-def submissions(asked: App, found: Iterable[JobStatus]) -> dict[str, bytes | str]:
+def submissions(app: App, statuses: Iterable[JobStatus]) -> dict[str, bytes | str]:
     """Return each job's arguments by job id, or the reason why they are not known. The status table does not have the
     arguments, so they are read from the log at the positions of the submissions."""
     from jobledger.errors import JobledgerError
@@ -158,32 +158,30 @@ def submissions(asked: App, found: Iterable[JobStatus]) -> dict[str, bytes | str
     from jobledger.log.schema_lookup import decoder
 
     args: dict[str, bytes | str] = {}
-    jobs = list(found)
+    jobs = list(statuses)
     if not jobs:
         return args
     try:
-        knock(asked.settings, KNOCK_S)
-        decode = decoder(asked.settings, asked.names).decode
-        with LogReader(asked.settings) as reader:
+        knock(app.settings, ANSWER_S)
+        decode = decoder(app.settings, app.names).decode
+        with LogReader(app.settings) as reader:
             for job in jobs:
-                args[job.job_id] = _submitted(asked, job, reader, decode)
+                args[job.job_id] = _submitted(app, job, reader, decode)
     except JobledgerError as exc:
         why = f"not known: {text_of(exc)}"
         return {job.job_id: args.get(job.job_id, why) for job in jobs}
     return args
 
 
-def _submitted(
-    asked: App, job: JobStatus, reader: LogReader, decode: Callable[[bytes | None], JobEvent]
-) -> bytes | str:
+def _submitted(app: App, job: JobStatus, reader: LogReader, decode: Callable[[bytes | None], JobEvent]) -> bytes | str:
     from jobledger.errors import RegistryNeeded, SchemaError
     from jobledger.log import reading
 
-    names = asked.names
+    names = app.names
     # Only submissions and releases contain the arguments, and these records are on these topics.
-    there = [p for p in job.positions if p.topic == names.coordination or names.lane_of(p.topic) is not None]
-    why = "not known: the status table has not seen the submission"
-    for position in dict.fromkeys((*there[:_LOOKS], *there[-_LOOKS:])):
+    candidates = [p for p in job.positions if p.topic == names.coordination or names.lane_of(p.topic) is not None]
+    why = "not known: the status table has no position of the submission"
+    for position in dict.fromkeys((*candidates[:_LOOKS], *candidates[-_LOOKS:])):
         message = reader.at(position)
         if message is None:
             why = f"not known: {position} was trimmed from the log"
@@ -200,7 +198,7 @@ def _submitted(
     return why
 
 
-def timeline(asked: App, job: JobStatus) -> list[tuple[dict[str, Any], list[Cell]]]:
+def timeline(app: App, job: JobStatus) -> list[tuple[dict[str, Any], list[Cell]]]:
     """Return a job's events as JSON and as cells of a table. They are read from the log at the positions in the job's
     status, and are in order of their append times. Positions that cannot be read come first, with the reason."""
     from jobledger.cli import facts
@@ -210,10 +208,10 @@ def timeline(asked: App, job: JobStatus) -> list[tuple[dict[str, Any], list[Cell
     from jobledger.schemas.events import Recorded
     from jobledger.streams.status.store.rows import key_text
 
-    decode = decoder(asked.settings, asked.names).decode
-    found: list[Recorded] = []
-    lost: list[tuple[dict[str, Any], list[Cell]]] = []
-    with reading.LogReader(asked.settings) as reader:
+    decode = decoder(app.settings, app.names).decode
+    records: list[Recorded] = []
+    unreadable: list[tuple[dict[str, Any], list[Cell]]] = []
+    with reading.LogReader(app.settings) as reader:
         for position in job.positions:
             message = reader.at(position)
             try:
@@ -221,14 +219,14 @@ def timeline(asked: App, job: JobStatus) -> list[tuple[dict[str, Any], list[Cell
                     raise SchemaError("no longer in the log")
                 recorded = reading.recorded(message, decode)
                 if key_text(recorded.event.job_id) != key_text(job.job_id):
-                    raise SchemaError("another job's record, so the topic was recreated")
-                found.append(recorded)
+                    raise SchemaError("this position holds another job's record: the topic was recreated")
+                records.append(recorded)
             except (SchemaError, RegistryNeeded) as exc:
                 gone: list[Cell] = ["-", "", ("?", "dim"), "", (str(position), "dim"), (str(exc), "dim")]
-                lost.append(({"position": str(position), "error": str(exc)}, gone))
-    found.sort(key=lambda r: (r.appended_ms, r.event.run, r.event.release, r.position))
-    first = found[0].appended_ms if found else 0
-    return lost + [
+                unreadable.append(({"position": str(position), "error": str(exc)}, gone))
+    records.sort(key=lambda r: (r.appended_ms, r.event.run, r.event.release, r.position))
+    first = records[0].appended_ms if records else 0
+    return unreadable + [
         (
             facts.event_json(each),
             [
@@ -240,5 +238,5 @@ def timeline(asked: App, job: JobStatus) -> list[tuple[dict[str, Any], list[Cell
                 facts.describe(each.event.fact, most=300),
             ],
         )
-        for each in found
+        for each in records
     ]

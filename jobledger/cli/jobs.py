@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from jobledger.client.commands import Job
     from jobledger.job import JobStatus
 
-app = CommandGroup(name="jobs", help="Ask the status table about jobs.", no_args_is_help=True)
+app = CommandGroup(name="jobs", help="List and show jobs, wait for them and cancel them.", no_args_is_help=True)
 
 #: Minimum characters of a shortened id. The first eight characters of Jobledger's own ids stand for a time span of
 #: about a minute.
@@ -64,7 +64,7 @@ def list_jobs(
     state: Annotated[
         list[str] | None,
         typer.Option(
-            help="Jobs in this state: scheduled, queued, running, …; repeat it for several.",
+            help="Jobs in this state: scheduled, queued, running, …; repeat the option for several.",
             show_default="any",
             autocompletion=completion.states,
         ),
@@ -72,7 +72,9 @@ def list_jobs(
     task: Annotated[
         list[str] | None,
         typer.Option(
-            help="Jobs of this task; repeat it for several.", show_default="any", autocompletion=completion.tasks
+            help="Jobs of this task; repeat the option for several.",
+            show_default="any",
+            autocompletion=completion.tasks,
         ),
     ] = None,
     queue: Queues = None,
@@ -94,7 +96,7 @@ def list_jobs(
         bool,
         typer.Option(
             "--late",
-            help=f"Jobs not started although they were due, or queued without a delay, at least {LATE_S:g} seconds ago.",
+            help=f"Jobs that have not started although they could have started {LATE_S:g} seconds ago or earlier.",
         ),
     ] = False,
     show: Annotated[
@@ -119,10 +121,12 @@ def list_jobs(
     more = _columns(show)
     wanted = states_of(state), pairs_of(tag, "--tag")
     begin = None if since is None else dt.datetime.fromtimestamp(moment_ms(since, "--since") / 1000, dt.UTC)
-    asked = _asked(words_of(words, _named(app, namespace), "argument", 0), app, namespace, bootstrap, status_url)
+    queried = _queried_app(
+        words_of(words, _names_app(app, namespace), "argument", 0), app, namespace, bootstrap, status_url
+    )
     try:
-        found = list(
-            asked.jobs(
+        statuses = list(
+            queried.jobs(
                 state=wanted[0] or None,
                 task=task or None,
                 queue=queue or None,
@@ -132,16 +136,16 @@ def list_jobs(
                 limit=limit,
             )
         )
-        args = submissions(asked, found) if "args" in more else {}
+        args = submissions(queried, statuses) if "args" in more else {}
     finally:
-        asked.close()
+        queried.close()
     if as_json:
-        output.print_json([status_json(each) | (args_json(args[each.job_id]) if args else {}) for each in found])
+        output.print_json([status_json(each) | (args_json(args[each.job_id]) if args else {}) for each in statuses])
         return
-    headings = ("job", "task", "queue", "state", "try", "submitted", "took", *more, "")
-    rows = [row(each, more, args.get(each.job_id)) for each in found]
-    output.print_table(headings, rows, optional=("queue", "took", "try", "submitted"), empty="no such jobs")
-    if len(found) == limit:
+    headings = ("job", "task", "queue", "state", "attempt", "submitted", "took", *more, "")
+    rows = [row(each, more, args.get(each.job_id)) for each in statuses]
+    output.print_table(headings, rows, optional=("queue", "took", "attempt", "submitted"), empty="no such jobs")
+    if len(statuses) == limit:
         output.console(stderr=True).print(f"only the newest {limit}; use --limit for more", style="dim")
 
 
@@ -162,14 +166,14 @@ def show(
     The job's arguments are read from the log, as the table does not have them. If the log no longer has them, the
     command reports this.
     """
-    named = words_of(words, _named(app, namespace), "ID", 1)
-    asked = _asked(named, app, namespace, bootstrap, status_url)
+    parsed = words_of(words, _names_app(app, namespace), "ID", 1)
+    queried = _queried_app(parsed, app, namespace, bootstrap, status_url)
     try:
-        status = asked.job(whole_id(asked, named.others[0]))
-        args = submissions(asked, [status])[status.job_id]
-        steps = timeline(asked, status) if timeline_too else None
+        status = queried.job(whole_id(queried, parsed.others[0]))
+        args = submissions(queried, [status])[status.job_id]
+        steps = timeline(queried, status) if timeline_too else None
     finally:
-        asked.close()
+        queried.close()
     if as_json:
         shown = status_json(status) | args_json(args)
         if steps is not None:
@@ -179,7 +183,7 @@ def show(
     output.print_fields(fields(status, args))
     if steps is not None:
         print()
-        columns = ("appended", "after", "event", "try", "position", "")
+        columns = ("appended", "after", "event", "attempt", "position", "")
         output.print_table(columns, [cells for _, cells in steps], optional=("position", "after"))
 
 
@@ -201,16 +205,16 @@ def wait(
 
     On a terminal a bar shows its progress.
     """
-    named = words_of(words, _named(app, namespace), "ID", 1)
-    asked = _asked(named, app, namespace, None, status_url)
+    parsed = words_of(words, _names_app(app, namespace), "ID", 1)
+    queried = _queried_app(parsed, app, namespace, None, status_url)
     try:
-        job_id = named.others[0]
+        job_id = parsed.others[0]
         if len(job_id) < _WHOLE:
-            job_id = whole_id(asked, job_id)
-        with showing_progress(asked, job_id, quiet=as_json):
-            status = asked.client.wait(job_id, timeout=timeout)
+            job_id = whole_id(queried, job_id)
+        with showing_progress(queried, job_id, quiet=as_json):
+            status = queried.client.wait(job_id, timeout=timeout)
     finally:
-        asked.close()
+        queried.close()
     finish(status, as_json)
 
 
@@ -229,8 +233,8 @@ def cancel(
         list[str] | None,
         typer.Option(
             metavar="NAME=VALUE",
-            help="All jobs that have not ended and have this task, queue, state or tag (tag.NAME=VALUE). If repeated, one of "
-            "several tasks, queues or states must match, and every other condition.",
+            help="Jobs that have not ended and have this task, queue, state or tag (tag.NAME=VALUE). Repeat the option for "
+            "several: a job must have one of the tasks, one of the queues, one of the states and all of the tags.",
         ),
     ] = None,
     reason: Annotated[str | None, typer.Option("--reason", "-r", help="The reason, kept in the log.")] = None,
@@ -251,58 +255,60 @@ def cancel(
     """
     from jobledger.client.commands import Job
 
-    named = words_of(words, _named(app, namespace), "ID", None)
-    if not named.others and not where:
+    parsed = words_of(words, _names_app(app, namespace), "ID", None)
+    if not parsed.others and not where:
         raise Wrong("which jobs? Give their ids, or --where NAME=VALUE")
-    if named.others and where:
+    if parsed.others and where:
         raise Wrong("give ids or --where, not both")
     chosen = _where(where or [])
-    asked = _asked(named, app, namespace, bootstrap, status_url)
+    queried = _queried_app(parsed, app, namespace, bootstrap, status_url)
     notes: list[str] = []
     try:
-        if named.others:
-            found, notes = _by_id(asked, named.others)
+        if parsed.others:
+            targets, notes = _by_id(queried, parsed.others)
         else:
-            found = [Job(s.job_id, s.run, s.task, s.queue) for s in _open_jobs(asked, chosen)]
-            if not as_json and not dry_run and found and not yes:
-                typer.confirm(f"Cancel {_jobs(len(found))}?", abort=True, err=True)
-        if found and not dry_run:
-            asked.orders.cancel(found, reason, by)
+            targets = [Job(s.job_id, s.run, s.task, s.queue) for s in _open_jobs(queried, chosen)]
+            if not as_json and not dry_run and targets and not yes:
+                typer.confirm(f"Cancel {_jobs(len(targets))}?", abort=True, err=True)
+        if targets and not dry_run:
+            queried.orders.cancel(targets, reason, by)
     finally:
-        asked.close()
+        queried.close()
     if as_json:
-        cancelled = 0 if dry_run else len(found)
-        output.print_json({"cancelled": cancelled, "jobs": [job.job_id for job in found], "notes": notes})
+        cancelled = 0 if dry_run else len(targets)
+        output.print_json({"cancelled": cancelled, "jobs": [job.job_id for job in targets], "notes": notes})
         return
     for note in notes:
         output.console(stderr=True).print(note, style="yellow", markup=False)
     if dry_run:
-        for job in found:
+        for job in targets:
             output.console().print(f"{job.job_id}  {job.task}  {job.queue}", markup=False, highlight=False)
-        output.console(stderr=True).print(f"{_jobs(len(found))}; nothing was changed", style="dim")
+        output.console(stderr=True).print(f"{_jobs(len(targets))}; nothing was changed", style="dim")
     else:
         output.console().print(
-            f"requested the cancel of {_jobs(len(found))}" if found else "no job is left to cancel", markup=False
+            f"requested the cancel of {_jobs(len(targets))}" if targets else "no job is left to cancel", markup=False
         )
 
 
-def _named(app: str | None, namespace: str | None) -> bool:
+def _names_app(app: str | None, namespace: str | None) -> bool:
     return app is not None or namespace is not None
 
 
-def _asked(named: Words, app: str | None, namespace: str | None, bootstrap: str | None, status_url: str | None) -> App:
-    return find_app(named.target or app, namespace, bootstrap, status_url)
+def _queried_app(
+    parsed: Words, app: str | None, namespace: str | None, bootstrap: str | None, status_url: str | None
+) -> App:
+    return find_app(parsed.target or app, namespace, bootstrap, status_url)
 
 
 def _columns(texts: Sequence[str] | None) -> list[str]:
-    found = [name.strip() for text in texts or () for name in text.split(",") if name.strip()]
-    for name in found:
+    names = [name.strip() for text in texts or () for name in text.split(",") if name.strip()]
+    for name in names:
         if name not in COLUMNS:
-            raise Wrong(f"--show {name!r} is not a column; there are {', '.join(COLUMNS)}")
-    return list(dict.fromkeys(found))
+            raise Wrong(f"--show {name!r} is not a column; the columns are {', '.join(COLUMNS)}")
+    return list(dict.fromkeys(names))
 
 
-def whole_id(asked: App, text: str) -> str:
+def whole_id(app: App, text: str) -> str:
     """Return the id of the one job with this id, or whose id begins with this text. A text with the length of a whole
     id is returned without a check.
 
@@ -310,7 +316,7 @@ def whole_id(asked: App, text: str) -> str:
     """
     from jobledger.errors import JobNotFound
 
-    table = asked.status_table()
+    table = app.status_table()
     if len(text) >= _WHOLE:
         return text
     try:
@@ -319,16 +325,18 @@ def whole_id(asked: App, text: str) -> str:
         pass
     if len(text) < PREFIX_LEAST:
         raise Wrong(f"{text!r} is too short for the beginning of an id: give {PREFIX_LEAST} characters or more")
-    found = table.ids(text, _CANDIDATES + 1)
-    if not found:
+    matches = table.ids(text, _CANDIDATES + 1)
+    if not matches:
         raise JobNotFound(f"the status table knows no job with the id {text}, or with an id that begins with it")
-    if len(found) > 1:
-        more = ", …" if len(found) > _CANDIDATES else ""
-        raise Wrong(f"{text!r} is the beginning of several ids: {', '.join(found[:_CANDIDATES])}{more}")
-    return str(found[0])
+    if len(matches) > 1:
+        more = ", …" if len(matches) > _CANDIDATES else ""
+        raise Wrong(
+            f"{text!r} is the beginning of several ids: {', '.join(matches[:_CANDIDATES])}{more}; give more characters"
+        )
+    return str(matches[0])
 
 
-def _by_id(asked: App, job_ids: Sequence[str]) -> tuple[list[Job], list[str]]:
+def _by_id(app: App, job_ids: Sequence[str]) -> tuple[list[Job], list[str]]:
     """Return the jobs with these ids that have not ended, as far as the status table knows, and notes about the other
     ids. A UUID that the status table does not know is returned, too, with a note.
 
@@ -337,23 +345,23 @@ def _by_id(asked: App, job_ids: Sequence[str]) -> tuple[list[Job], list[str]]:
     from jobledger.client.commands import Job
     from jobledger.errors import JobNotFound, StoreError
 
-    found: dict[str, Job] = {}
+    jobs: dict[str, Job] = {}
     notes: list[str] = []
     try:
-        table = asked.status_table()
+        table = app.status_table()
     except StoreError as exc:
-        notes.append(f"whether these jobs exist is not known: {exc}")
+        notes.append(f"it is not known whether these jobs exist: {exc}")
         table = None
     for text in dict.fromkeys(job_ids):
         try:
-            status: JobStatus | None = None if table is None else table.job(whole_id(asked, text))
+            status: JobStatus | None = None if table is None else table.job(whole_id(app, text))
         except JobNotFound:
             status = None
         if status is not None:
             if status.state.ended:
                 notes.append(f"{status.job_id} has ended: {status.state.value}")
             else:
-                found[status.job_id] = Job(status.job_id, status.run, status.task, status.queue)
+                jobs[status.job_id] = Job(status.job_id, status.run, status.task, status.queue)
             continue
         try:
             uuid.UUID(text)
@@ -365,9 +373,11 @@ def _by_id(asked: App, job_ids: Sequence[str]) -> tuple[list[Job], list[str]]:
             )
             raise Wrong(f"{text!r} is not a job's id: job ids are UUIDs{known}") from None
         if table is not None:
-            notes.append(f"the status table does not know {text}: it can be cancelled only if it was just submitted")
-        found[text] = Job(text)
-    return list(found.values()), notes
+            notes.append(
+                f"the status table does not know {text}: the cancel has an effect only if the job was just submitted"
+            )
+        jobs[text] = Job(text)
+    return list(jobs.values()), notes
 
 
 def _jobs(count: int) -> str:
@@ -378,26 +388,26 @@ def _where(texts: Sequence[str]) -> dict[str, list[str]]:
     """Return the conditions of ``--where`` by name; tags are ``NAME=VALUE``. Raises `Wrong`."""
     from jobledger.job import State
 
-    found: dict[str, list[str]] = {"state": [], "task": [], "queue": [], "tag": []}
+    conditions: dict[str, list[str]] = {"state": [], "task": [], "queue": [], "tag": []}
     for each in texts:
         name, value = pair_of(each, "--where")
         if name.startswith("tag.") and len(name) > len("tag."):
-            found["tag"].append(f"{name[len('tag.') :]}={value}")
+            conditions["tag"].append(f"{name[len('tag.') :]}={value}")
         elif name in ("state", "task", "queue"):
-            found[name].append(value)
+            conditions[name].append(value)
         else:
             raise Wrong(f"--where {each!r}: write task=…, queue=…, state=… or tag.NAME=…")
-    pairs_of(found["tag"], "--where tag")
-    if ended := [each for each in states_of(found["state"], "--where state") if State(each).ended]:
-        raise Wrong(f"--where state={ended[0]}: those jobs have ended")
-    return found
+    pairs_of(conditions["tag"], "--where tag")
+    if ended := [each for each in states_of(conditions["state"], "--where state") if State(each).ended]:
+        raise Wrong(f"--where state={ended[0]}: jobs in this state have ended and cannot be cancelled")
+    return conditions
 
 
-def _open_jobs(asked: App, where: dict[str, list[str]]) -> Iterator[JobStatus]:
+def _open_jobs(app: App, where: dict[str, list[str]]) -> Iterator[JobStatus]:
     """Yield the jobs that have not ended and match every condition."""
     from jobledger.job import State
 
-    yield from asked.jobs(
+    yield from app.jobs(
         state=where["state"] or [each for each in State if not each.ended],
         task=where["task"] or None,
         queue=where["queue"] or None,

@@ -70,7 +70,7 @@ def start(
 
     home = Settings.from_env().home
     with _progress(version, quiet=as_json) as report:
-        began = embedded.start(
+        broker = embedded.start(
             home,
             port=port,
             data=data,
@@ -80,7 +80,7 @@ def start(
             progress=report,
             timeout=timeout,
         )
-    _show(began, as_json)
+    _show(broker, as_json)
     if not foreground:
         return
     try:
@@ -89,7 +89,7 @@ def start(
         embedded.stop(home)
         return
     if code not in (None, 0, STOPPED):
-        raise KafkaStartFailed(f"the embedded broker exited with code {code}; its log is {began.log}")
+        raise KafkaStartFailed(f"the embedded broker exited with code {code}; its log is {broker.log}")
 
 
 @app.command("stop")
@@ -119,26 +119,26 @@ def status(as_json: Json = False) -> None:
     from jobledger.config import Settings
     from jobledger.kafka import embedded
 
-    found = embedded.status(Settings.from_env().home)
-    _show(found, as_json)
-    if not found.running:
+    broker = embedded.status(Settings.from_env().home)
+    _show(broker, as_json)
+    if not broker.running:
         raise typer.Exit(Exit.NOT_FOUND)
 
 
-def _show(found: KafkaStatus, as_json: bool) -> None:
+def _show(broker: KafkaStatus, as_json: bool) -> None:
     if as_json:
-        print_json(found.as_dict())
-    elif not found.running:
+        print_json(broker.as_dict())
+    elif not broker.running:
         console().print("no embedded broker is running; start it with `jobledger kafka start`")
     else:
         print_fields(
             [
-                ("bootstrap", (str(found.bootstrap), "bold green")),
-                ("version", str(found.version)),
-                ("pid", str(found.pid)),
-                ("uptime", duration(found.uptime or 0.0)),
-                ("data", str(found.data)),
-                ("log", str(found.log)),
+                ("bootstrap", (str(broker.bootstrap), "bold green")),
+                ("version", str(broker.version)),
+                ("pid", str(broker.pid)),
+                ("uptime", duration(broker.uptime or 0.0)),
+                ("data", str(broker.data)),
+                ("log", str(broker.log)),
             ]
         )
 
@@ -146,20 +146,20 @@ def _show(found: KafkaStatus, as_json: bool) -> None:
 def in_lines(version: str, say: Callable[[str], None]) -> Report:
     """Return a function that passes each step to ``say`` once, and a download's progress every `EVERY_S` seconds."""
     begun: set[str] = set()
-    said_at = 0.0
+    reported_at = 0.0
 
     def report(step: str, done: int, total: int) -> None:
-        nonlocal said_at
+        nonlocal reported_at
         now = time.monotonic()
         if step not in begun:
             begun.add(step)
             about = f" ({SIZE} from a Maven repository, once per user and version)" if step == "resolve" else ""
             size = f": {total} files" if step == "fetch" and total else ""
             say(f"{_STEPS[step].format(version=version)}{about}{size} …")
-            said_at = now
-        elif step == "fetch" and (done == total or now - said_at >= EVERY_S):
+            reported_at = now
+        elif step == "fetch" and (done == total or now - reported_at >= EVERY_S):
             say(f"fetched {done} of {total} files")
-            said_at = now
+            reported_at = now
 
     return report
 

@@ -73,12 +73,12 @@ def _import(text: str) -> ModuleType:
         if isinstance(exc.name, str) and (name == exc.name or name.startswith(exc.name + ".")):
             raise ConfigError(
                 f"module {name!r} does not exist: there is no {exc.name!r} in {folder} or among the installed packages; "
-                f"run this in the folder that contains it, or give a path{_looks_like(name, folder)}"
+                f"run the command in the folder that contains the module, or give a path{_looks_like(name, folder)}"
             ) from None
         raise ConfigError(_inside(name, exc)) from exc
     except ConfigError as exc:  # the app's declarations are wrong: keep the error's class, add file and line
         kind = type(exc) if vars(errors).get(type(exc).__name__) is type(exc) else ConfigError
-        raise kind(f"{_place(exc)}{text_of(exc)}") from exc
+        raise kind(f"{_file_and_line(exc)}{text_of(exc)}") from exc
     except KeyboardInterrupt:
         raise
     except BaseException as exc:  # a module may raise anything, also SystemExit
@@ -86,12 +86,12 @@ def _import(text: str) -> ModuleType:
 
 
 def _inside(name: str, exc: BaseException) -> str:
-    said = text_of(exc)
-    what = f"{type(exc).__name__}: {said}" if said else type(exc).__name__
-    return f"module {name!r} was found, but importing it failed: {_place(exc)}{what}"
+    message = text_of(exc)
+    what = f"{type(exc).__name__}: {message}" if message else type(exc).__name__
+    return f"module {name!r} was found, but importing it failed: {_file_and_line(exc)}{what}"
 
 
-def _place(exc: BaseException) -> str:
+def _file_and_line(exc: BaseException) -> str:
     """Return ``file:line: `` of the last frame that belongs to neither Jobledger nor the import system; "" if there is
     none."""
     if isinstance(exc, SyntaxError) and exc.filename:
@@ -110,8 +110,8 @@ def _place(exc: BaseException) -> str:
 
 def _looks_like(name: str, folder: Path) -> str:
     """Return a hint if ``folder`` has a module with a similar name, else ""."""
-    there = [p.stem for p in folder.glob("*.py")] + [p.parent.name for p in folder.glob("*/__init__.py")]
-    near = difflib.get_close_matches(name.partition(".")[0], sorted(there), n=1)
+    modules = [p.stem for p in folder.glob("*.py")] + [p.parent.name for p in folder.glob("*/__init__.py")]
+    near = difflib.get_close_matches(name.partition(".")[0], sorted(modules), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
@@ -120,16 +120,16 @@ def _attribute(module: ModuleType, name: str, attribute: str) -> App:
 
     # `type` instead of `isinstance`, which would read an object's own ``__class__``: that may raise.
     apps = sorted(key for key, value in vars(module).items() if issubclass(type(value), App))
-    has = f"its apps are {', '.join(map(repr, apps))}" if apps else "it has no App at all"
+    has = f"the module's apps are {', '.join(map(repr, apps))}" if apps else "the module has no App"
     try:
-        found = getattr(module, attribute)
+        candidate = getattr(module, attribute)
     except AttributeError:
         near = difflib.get_close_matches(attribute, apps or sorted(vars(module)), n=1)
         hint = f"; did you mean {name}:{near[0]}?" if near else (f": write {name}:{apps[0]}" if apps else "")
         raise ConfigError(f"module {name!r} has no attribute {attribute!r}; {has}{hint}") from None
-    if not issubclass(type(found), App):
-        raise ConfigError(f"{name}:{attribute} is a {type(found).__name__}, not a jobledger.App; {has}")
-    app: App = found
+    if not issubclass(type(candidate), App):
+        raise ConfigError(f"{name}:{attribute} is a {type(candidate).__name__}, not a jobledger.App; {has}")
+    app: App = candidate
     return app
 
 
@@ -153,11 +153,11 @@ def find_app(
         return load_app(target, bootstrap=bootstrap, status_url=status_url)
     settings = Settings.from_env().with_bootstrap(bootstrap).with_status_url(status_url)
     if namespace is None:
-        here = namespaces_in(settings.home / "status") if settings.status_url is None else []
-        if len(here) != 1:
-            known = f" (on this machine: {', '.join(here)})" if here else ""
+        namespaces = namespaces_in(settings.home / "status") if settings.status_url is None else []
+        if len(namespaces) != 1:
+            known = f" (namespaces on this machine: {', '.join(namespaces)})" if namespaces else ""
             raise Wrong(f"which app? Give MODULE:APP, --app MODULE:APP or --namespace NAME{known}")
-        namespace = here[0]
+        namespace = namespaces[0]
     with judged("--namespace"):
         check_name("namespace", namespace)
     return App(namespace, settings=settings)

@@ -30,7 +30,7 @@ class _Format(logging.Formatter):
         self._short = logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
 
     def format(self, record: logging.LogRecord) -> str:
-        record = _telling(record)
+        record = _with_job(record)
         if not self._coloured:
             return super().format(record)
         words = [] if record.levelno == logging.INFO else [record.levelname.lower()]
@@ -44,13 +44,13 @@ class _Format(logging.Formatter):
         return f"\x1b[{colour}m{text}\x1b[0m" if colour else text
 
 
-def _telling(record: logging.LogRecord) -> logging.LogRecord:
+def _with_job(record: logging.LogRecord) -> logging.LogRecord:
     """Add the job to a message that the app's own code logs in a job. Jobledger's own messages name the job in their
     text."""
-    found = {name: getattr(record, name) for name in FIELDS if hasattr(record, name)}
-    if not found or record.name.startswith("jobledger"):
+    job_fields = {name: getattr(record, name) for name in FIELDS if hasattr(record, name)}
+    if not job_fields or record.name.startswith("jobledger"):
         return record
-    about = " ".join(f"{name}={value}" for name, value in found.items())
+    about = " ".join(f"{name}={value}" for name, value in job_fields.items())
     return logging.makeLogRecord({**record.__dict__, "msg": f"{record.getMessage()} [{about}]", "args": ()})
 
 
@@ -104,10 +104,10 @@ def set_up(environ: dict[str, str] | None = None) -> None:
     env = os.environ if environ is None else environ
     text = (env.get("JOBLEDGER_LOG_LEVEL") or "INFO").upper()
     if text not in _LEVELS:
-        raise ConfigError(f"JOBLEDGER_LOG_LEVEL={text!r} is not a level; there are {', '.join(_LEVELS)}")
+        raise ConfigError(f"JOBLEDGER_LOG_LEVEL={text!r} is not a level; the levels are {', '.join(_LEVELS)}")
     kind = (env.get("JOBLEDGER_LOG_FORMAT") or "text").lower()
     if kind not in _FORMATS:
-        raise ConfigError(f"JOBLEDGER_LOG_FORMAT={kind!r} is not a format; there are {', '.join(_FORMATS)}")
+        raise ConfigError(f"JOBLEDGER_LOG_FORMAT={kind!r} is not a format; the formats are {', '.join(_FORMATS)}")
     ours, theirs = logging.getLogger("jobledger"), bool(logging.getLogger().handlers)
     handler = logging.StreamHandler()
     coloured = (sys.stderr.isatty() or bool(env.get("FORCE_COLOR"))) and not env.get("NO_COLOR")

@@ -149,7 +149,7 @@ def _run(words: list[str], *, traced: bool, as_json: bool) -> int:
     except stdio.OutputLost:
         raise
     except UnicodeEncodeError as exc:
-        return _misused(Wrong(f"{exc.object!r} is not written in UTF-8"), as_json=as_json)
+        return _misused(Wrong(f"argument {exc.object!r} is not UTF-8 text"), as_json=as_json)
     except KeyboardInterrupt:
         return Exit.INTERRUPTED
     except typer.Abort:
@@ -181,7 +181,7 @@ def _unexpected(exc: BaseException, *, traced: bool, as_json: bool) -> int:
     if isinstance(exc, OSError) and exc.filename is not None and exc.strerror:
         print_error(type(exc).__name__, f"{exc.filename}: {exc.strerror}", as_json=as_json)
         return Exit.ERROR
-    what = type(exc).__name__ + (f": {said}" if (said := text_of(exc)) else "")
+    what = type(exc).__name__ + (f": {message}" if (message := text_of(exc)) else "")
     hint = "" if traced else "; `jobledger --traceback …` shows the traceback"
     print_error("Unexpected", f"unexpected {what}{hint}", as_json=as_json)
     return Exit.ERROR

@@ -21,15 +21,15 @@ from jobledger.process.process_exit import bound_exit
 
 def main(target: str, descriptor: str) -> None:
     """Import the app, then fork child processes until the worker closes the socket."""
-    told = json.loads(sys.stdin.buffer.read())
+    options = json.loads(sys.stdin.buffer.read())
     with open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)  # a job that reads standard input gets the end of file at once
-    sys.path[:] = [*told["path"], *(entry for entry in sys.path if entry not in told["path"])]
+    sys.path[:] = [*options["path"], *(entry for entry in sys.path if entry not in options["path"])]
     from jobledger.consumers.isolation import fork_server
 
     fork_server.IMPORTING = True
     try:
-        app = load_app(target, bootstrap=told["bootstrap"], status_url=told["status_url"])
+        app = load_app(target, bootstrap=options["bootstrap"], status_url=options["status_url"])
     except JobledgerError as exc:  # the worker reports this text
         sys.exit(str(exc))
     logs.set_up()

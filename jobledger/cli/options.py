@@ -47,7 +47,7 @@ Queues = Annotated[
     list[str] | None,
     typer.Option(
         "--queue",
-        help="Only jobs of this queue; repeat it for several.",
+        help="Only jobs of this queue; repeat the option for several.",
         show_default="all",
         autocompletion=completion.queues,
     ),

@@ -52,13 +52,13 @@ class Known(NamedTuple):
         return f"app {self.app.names.namespace!r}" if self.app.tasks else f"namespace {self.app.names.namespace!r}"
 
 
-def _made(kind: Kind) -> typer.Typer:
+def _commands_for(kind: Kind) -> typer.Typer:
     """Create the commands for one kind. The commands for queues and for tasks do the same."""
-    made = CommandGroup(
-        name=f"{kind}s", help=f"Pause, resume and limit {kind}s; list what is in force.", no_args_is_help=True
+    group = CommandGroup(
+        name=f"{kind}s", help=f"Pause, resume and limit {kind}s; list the commands in force.", no_args_is_help=True
     )
 
-    @made.command("list", help=f"List the app's {kind}s, their limits, and the commands in force.")
+    @group.command("list", help=f"List the app's {kind}s, their limits, and the commands in force.")
     def list_them(
         words: AppWord = None,
         app: AppOption = None,
@@ -79,17 +79,17 @@ def _made(kind: Kind) -> typer.Typer:
             [
                 row[kind],
                 *([row["queue"]] if kind == "task" else [str(row["partitions"])]),
-                (f"paused {row['paused']}", "magenta") if row["paused"] else ("open", "green"),
+                (f"paused {row['paused']}", "magenta") if row["paused"] else ("not paused", "green"),
                 "" if row["rate"] is None else f"{row['rate']:g}/s",
                 "" if row["concurrency"] is None else str(row["concurrency"]),
-                (f"ordered {row['limited']}", "magenta") if row["limited"] else "",
+                (f"limited {row['limited']}", "magenta") if row["limited"] else "",
             ]
             for row in rows
         ]
         second = "queue" if kind == "task" else "partitions"
-        output.print_table((kind, second, "state", "rate", "at once", ""), table, optional=(second,), empty="none")
+        output.print_table((kind, second, "state", "rate", "concurrency", ""), table, optional=(second,), empty="none")
 
-    @made.command(
+    @group.command(
         "pause", help=f"Start no more jobs of a {kind}, on any worker, until it is resumed; running jobs continue."
     )
     def pause(
@@ -106,7 +106,7 @@ def _made(kind: Kind) -> typer.Typer:
             known.app.orders.pause(kind, name, reason, by)
         _say(as_json, {kind: name, "paused": True}, f"{kind} {name} is paused")
 
-    @made.command("resume", help=f"Resume a paused {kind}.")
+    @group.command("resume", help=f"Resume a paused {kind}.")
     def resume(
         words: Named = None,
         app: AppOption = None,
@@ -121,9 +121,9 @@ def _made(kind: Kind) -> typer.Typer:
             known.app.orders.resume(kind, name, reason, by)
         _say(as_json, {kind: name, "paused": False}, f"{kind} {name} is resumed")
 
-    @made.command(
+    @group.command(
         "limit",
-        help=f"Limit a {kind} for all workers together, in place of the limits in the code; without --rate and --concurrency "
+        help=f"Limit a {kind} for all workers together, instead of the limits in the code; without --rate and --concurrency "
         "the limits in the code apply again.",
     )
     def limit(
@@ -148,17 +148,17 @@ def _made(kind: Kind) -> typer.Typer:
             with judged():
                 check_shares(f"{kind} {name!r}", known.things[name], limits, known.app.partitions)
             known.app.orders.limit(kind, name, limits or None, reason, by)
-        said = [
-            *([f"{limits.rate:g} a second"] if limits.rate else []),
-            *([f"{concurrency} at once"] if concurrency else []),
+        parts = [
+            *([f"{limits.rate:g} starts a second"] if limits.rate else []),
+            *([f"{concurrency} jobs at once"] if concurrency else []),
         ]
         _say(
             as_json,
             {kind: name, "rate": limits.rate, "concurrency": limits.concurrency},
-            f"{kind} {name}: " + (" and ".join(said) if said else "limits as in the code"),
+            f"{kind} {name}: " + (" and ".join(parts) if parts else "limits as in the code"),
         )
 
-    return made
+    return group
 
 
 def _number(rate: str | None) -> str | float | None:
@@ -197,9 +197,9 @@ def _ordered(
     status_url: str | None,
 ) -> Iterator[tuple[Known, str]]:
     """Yield what `_opened` yields, and the name from the command line. Raises `Wrong` if that is not a known name."""
-    named = words_of(words, app is not None or namespace is not None, "NAME", 1)
-    with _opened(kind, named.target or app, namespace, bootstrap, status_url) as known:
-        yield known, among(named.others[0], known.things, kind, known.where)
+    parsed = words_of(words, app is not None or namespace is not None, "NAME", 1)
+    with _opened(kind, parsed.target or app, namespace, bootstrap, status_url) as known:
+        yield known, among(parsed.others[0], known.things, kind, known.where)
 
 
 def _seen(app: App, kind: Kind) -> dict[str, Queue]:
@@ -217,9 +217,9 @@ def _seen(app: App, kind: Kind) -> dict[str, Queue]:
     except KafkaException as exc:
         raise clients.translate(exc.args[0], app.settings, "asking for topics") from exc
     levels: dict[str, list[int]] = {}
-    for topic, found in topics.items():
+    for topic, metadata in topics.items():
         if (name := app.names.queue_of(topic)) is not None:
-            levels.setdefault(name, []).append(len(found.partitions))
+            levels.setdefault(name, []).append(len(metadata.partitions))
     queues = {name: Queue(name, max(counts), len(counts) > 1) for name, counts in levels.items()}
     if kind == "queue":
         return queues
@@ -260,5 +260,5 @@ def _say(as_json: bool, plain: dict[str, Any], text: str) -> None:
         output.console().print(text, markup=False)
 
 
-queues = _made("queue")
-tasks = _made("task")
+queues = _commands_for("queue")
+tasks = _commands_for("task")

@@ -179,7 +179,7 @@ def json_text(value: Any, stream: TextIO | None = None) -> str:
     output) cannot encode, are written as ``\\u…``."""
     encoding = (getattr(stream or sys.stdout, "encoding", None) or "utf-8").lower().replace("-", "")
     text = json.dumps(jsonable(value), ensure_ascii=encoding != "utf8")
-    return _STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    return _STEERING.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def print_json(value: Any) -> None:

@@ -101,7 +101,7 @@ def show(target: Target, as_json: Json = False) -> None:
         output.print_json(rows)
     else:
         cells: list[Sequence[Cell]] = [(str(r["projection"]), str(r["table"]), ", ".join(r["of"])) for r in rows]
-        output.print_table(("projection", "table", "of"), cells, empty="the app has no projections")
+        output.print_table(("projection", "table", "folds"), cells, empty="the app has no projections")
 
 
 @app.command("verify")
@@ -112,11 +112,11 @@ def verify(
     log was trimmed and they differ: then the table may still be correct."""
     runner = _runner(load_app(target, bootstrap=bootstrap, status_url=status_url), name)
     with _folding(runner, as_json) as (stop, tell):
-        found = runner.verify(stop, tell)
-    _tell(found, as_json, verified=True)
-    if found.equal is None:
-        raise JobledgerError(f"projection {name} is not comparable: the log was trimmed: {'; '.join(found.trimmed)}")
-    if not found.equal:
+        result = runner.verify(stop, tell)
+    _tell(result, as_json, verified=True)
+    if result.equal is None:
+        raise JobledgerError(f"projection {name} is not comparable: the log was trimmed: {'; '.join(result.trimmed)}")
+    if not result.equal:
         raise typer.Exit(Exit.DIFFERS)
 
 
@@ -139,8 +139,8 @@ def rebuild(
         typer.confirm(f"Replace the rows of projection {name} with a fold of the whole log?", abort=True, err=True)
     runner = _runner(load_app(target, bootstrap=bootstrap, status_url=status_url), name)
     with _folding(runner, as_json) as (stop, tell):
-        found = runner.rebuild(stop, tell, from_what_is_left=from_what_is_left)
-    _tell(found, as_json, verified=False)
+        result = runner.rebuild(stop, tell, from_what_is_left=from_what_is_left)
+    _tell(result, as_json, verified=False)
 
 
 @contextmanager
@@ -151,33 +151,35 @@ def _folding(runner: ProjectionRunner, quiet: bool) -> Iterator[tuple[threading.
         yield stop, tell or (lambda done, total: None)
 
 
-def _tell(found: Checked, as_json: bool, *, verified: bool) -> None:
+def _tell(result: Checked, as_json: bool, *, verified: bool) -> None:
     if as_json:
-        output.print_json(found)
+        output.print_json(result)
         return
-    fields: list[tuple[str, Cell]] = [("projection", found.projection)]
+    fields: list[tuple[str, Cell]] = [("projection", result.projection)]
     if verified:
-        told: dict[bool | None, Cell] = {
+        verdicts: dict[bool | None, Cell] = {
             True: ("yes", "bold green"),
             False: ("NO", "bold red"),
             None: ("not comparable: the log was trimmed", "bold yellow"),
         }
-        fields.append(("equal", told[found.equal]))
+        fields.append(("equal", verdicts[result.equal]))
     fields += [
-        ("rows", f"{found.rows:,}"),
-        ("digest of the table", found.live_digest if verified else found.digest),
-        ("digest of the log", found.digest),
-        ("read", f"{found.records:,} records in {output.duration(found.seconds)}"),
+        ("rows", f"{result.rows:,}"),
+        ("digest of the table", result.live_digest if verified else result.digest),
+        ("digest of the log", result.digest),
+        ("read", f"{result.records:,} records in {output.duration(result.seconds)}"),
     ]
-    if found.unreadable:
-        fields.append(("not events", (f"{found.unreadable:,} records, skipped", "yellow")))
-    fields += [("trimmed", (each, "yellow")) for each in found.trimmed]
+    if result.unreadable:
+        fields.append(("not events", (f"{result.unreadable:,} records, skipped", "yellow")))
+    fields += [("trimmed", (each, "yellow")) for each in result.trimmed]
     output.print_fields(fields)
 
 
 def _all(loaded: App) -> list[str]:
     if not loaded.registry.projections:
-        raise ConfigError(f"app {loaded.names.namespace!r} has no projections: decorate a fold with @app.projection(…)")
+        raise ConfigError(
+            f"app {loaded.names.namespace!r} has no projections: decorate a function with @app.projection(…)"
+        )
     return list(loaded.registry.projections)
 
 
@@ -185,6 +187,6 @@ def _runner(loaded: App, name: str) -> ProjectionRunner:
     from jobledger.streams.projections.runner import ProjectionRunner
 
     known = loaded.registry.projections
-    found = known[among(name, known, "projection", f"app {loaded.names.namespace!r}")]
+    projection = known[among(name, known, "projection", f"app {loaded.names.namespace!r}")]
     url = loaded.settings.resolve_status_url(loaded.names.namespace)
-    return ProjectionRunner(found, loaded.settings, loaded.names, list(loaded.lanes), url)
+    return ProjectionRunner(projection, loaded.settings, loaded.names, list(loaded.lanes), url)

@@ -104,9 +104,9 @@ class Prefixed:
         if line.startswith("{"):  # programs read JSON, and expect no prefix
             self._console.print(Text(line), soft_wrap=True)
             return
-        said = Text.from_ansi(line)  # keeps the colours of the line
+        text = Text.from_ansi(line)  # keeps the colours of the line
         head = Text(name.ljust(self._width), style=PART_STYLES.get(name, ""))
-        self._console.print(Text.assemble(head, (" │ ", "dim"), said), soft_wrap=True)
+        self._console.print(Text.assemble(head, (" │ ", "dim"), text), soft_wrap=True)
 
 
 def _end(code: int) -> None:
@@ -133,25 +133,27 @@ def worker(
         str | None, typer.Option(metavar="A,B", help="Queues to serve.", show_default="all of the app")
     ] = None,
     concurrency: Annotated[
-        int, typer.Option(min=1, help="Maximum number of jobs running at once, in each process.")
+        int, typer.Option(min=1, help="Maximum number of jobs running at once, in each worker process.")
     ] = 100,
     threads: Annotated[
         int | None,
         typer.Option(
-            min=0, help="How many of these may be plain functions, each in a thread.", show_default="32 at most"
+            min=0,
+            help="Maximum number of plain functions running at once, each in a thread.",
+            show_default="32 at most",
         ),
     ] = None,
     children: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Child processes for tasks with isolation='process', in each process.",
+            help="Child processes for tasks with isolation='process', in each worker process.",
             show_default="one per CPU",
         ),
     ] = None,
     processes: Annotated[int, typer.Option(min=1, help="Worker processes, under one supervisor.")] = 1,
     grace: Annotated[
-        float, typer.Option(parser=seconds, metavar="SECONDS", help="How long running jobs get to end after SIGTERM.")
+        float, typer.Option(parser=seconds, metavar="SECONDS", help="Time that running jobs get to end after SIGTERM.")
     ] = 30.0,
     bootstrap: Bootstrap = None,
     metrics: Metrics = None,
@@ -303,12 +305,12 @@ def stopping() -> Iterator[threading.Event]:
     stop = threading.Event()
     from jobledger.kafka import outage
 
-    def asked(number: int, frame: FrameType | None) -> None:
+    def on_signal(number: int, frame: FrameType | None) -> None:
         outage.stopping()
         stop.set()
         handlers.restore(number)
 
-    handlers = SignalHandlers((signal.SIGTERM, signal.SIGINT), asked)
+    handlers = SignalHandlers((signal.SIGTERM, signal.SIGINT), on_signal)
     with handlers:
         yield stop
 
@@ -321,7 +323,7 @@ def streams(
         int,
         typer.Option(
             min=0,
-            help="How often in a row one part may die soon after its start, before everything ends with exit code 1.",
+            help="How often in a row a process may die soon after its start, before the command ends with exit code 1.",
         ),
     ] = 5,
     metrics: Metrics = None,

@@ -32,7 +32,8 @@ def submit(
         float | None, typer.Option(parser=seconds, metavar="SECONDS", help="Run the job only after this time.")
     ] = None,
     tag: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="A tag to find the job by; repeat it for several.")
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="A tag by which the job can be found; repeat the option for several."),
     ] = None,
     queue: Annotated[
         str | None,
@@ -69,9 +70,9 @@ def submit(
         raise Wrong("--timeout needs --wait")
     loaded = load_app(target, bootstrap=bootstrap, status_url=status_url)
     with judged():
-        found = loaded.registry.task(task)
-        arguments = _arguments(found.fn, pairs or [], args)
-        bound = found.using(
+        declared = loaded.registry.task(task)
+        arguments = _arguments(declared.fn, pairs or [], args)
+        bound = declared.using(
             delay=delay,
             tags=pairs_of(tag, "--tag"),
             queue=queue,
@@ -89,12 +90,12 @@ def submit(
                     {
                         "job_id": handle.job_id,
                         "position": str(handle.position),
-                        "task": found.name,
-                        "queue": queue or found.queue,
+                        "task": declared.name,
+                        "queue": queue or declared.queue,
                     }
                 )
             else:
-                output.print_fields([("job", handle.job_id), ("log", str(handle.position))])
+                output.print_fields([("job", handle.job_id), ("position", str(handle.position))])
             return
         if not as_json:
             output.console(stderr=True).print(f"submitted {handle.job_id}, waiting until it has ended …", style="dim")
@@ -127,28 +128,28 @@ def emit(
 
     loaded = load_app(target, bootstrap=bootstrap)
     try:
-        found = loaded.events[among(event, loaded.events, "event", f"app {loaded.names.namespace!r}")]
+        event_type = loaded.events[among(event, loaded.events, "event", f"app {loaded.names.namespace!r}")]
         with judged():
-            made = found.of(_arguments(found.cls, pairs or [], args))
-        handle = loaded.emit(made)
+            value = event_type.of(_arguments(event_type.cls, pairs or [], args))
+        handle = loaded.emit(value)
     finally:
         loaded.close()
     if as_json:
         output.print_json({"event_id": handle.event_id, "position": str(handle.position), "event": event})
     else:
-        output.print_fields([("event", handle.event_id), ("log", str(handle.position))])
+        output.print_fields([("event", handle.event_id), ("position", str(handle.position))])
 
 
 def _arguments(annotated: Any, pairs: Sequence[str], text: str | None) -> dict[str, Any]:
     """Return values by name from ``--args`` and ``NAME=VALUE``; the latter override the former. ``annotated``: the
     function or class that takes the values. Raises `BadArguments` or `Wrong`."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     if text is not None:
         try:
-            found = json.loads(text)
+            values = json.loads(text)
         except (ValueError, RecursionError) as exc:
             raise BadArguments(f"--args {output.shorten(repr(text))} is not JSON: {exc}") from None
-        if not isinstance(found, dict):
+        if not isinstance(values, dict):
             raise BadArguments(f"--args {output.shorten(repr(text))} is not a JSON object; write '{{\"name\": value}}'")
     hints = _hints(annotated)
     given: set[str] = set()
@@ -157,8 +158,8 @@ def _arguments(annotated: Any, pairs: Sequence[str], text: str | None) -> dict[s
         if name in given:
             raise Wrong(f"argument {name} is given twice")
         given.add(name)
-        found[name] = read_value(value, hints.get(name))
-    return found
+        values[name] = read_value(value, hints.get(name))
+    return values
 
 
 def _hints(annotated: Any) -> dict[str, Any]:

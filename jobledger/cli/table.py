@@ -27,32 +27,32 @@ def verify(
 ) -> None:
     """Fold the whole log again and compare the result with the status table. Exit code 0 if they are equal, 4 if not.
 
-    The table may be written meanwhile. Jobs whose records the log no longer has completely are left out, and counted.
+    The materializer may run meanwhile. Jobs whose records the log no longer has completely are left out, and counted.
     """
     from jobledger.streams.status import rebuild as tables
 
     app = load_app(target, bootstrap=bootstrap, status_url=status_url)
     url = app.settings.resolve_status_url(app.names.namespace)
     with progress_bar("folding the log", quiet=as_json) as tell:
-        found = tables.verify(app.names, app.settings, list(app.lanes), url, tell)
+        result = tables.verify(app.names, app.settings, list(app.lanes), url, tell)
     if as_json:
-        output.print_json(found)
+        output.print_json(result)
     else:
         fields: list[tuple[str, Cell]] = [
-            ("equal", _EQUAL if found.equal else _DIFFERS),
-            ("table", found.url),
-            ("jobs", f"{found.jobs:,} compared" + (f", {found.left_out:,} left out" if found.left_out else "")),
-            ("counters", _EQUAL if found.counters_equal else _DIFFERS),
-            ("digest of the table", found.table_digest),
-            ("digest of the log", found.log_digest),
-            ("read", f"{found.records:,} records in {output.duration(found.seconds)}"),
+            ("equal", _EQUAL if result.equal else _DIFFERS),
+            ("table", result.url),
+            ("jobs", f"{result.jobs:,} compared" + (f", {result.left_out:,} left out" if result.left_out else "")),
+            ("counters equal", _EQUAL if result.counters_equal else _DIFFERS),
+            ("digest of the table", result.table_digest),
+            ("digest of the log", result.log_digest),
+            ("read", f"{result.records:,} records in {output.duration(result.seconds)}"),
         ]
-        if found.differing:
-            fields.append(("differing", (f"{found.differing:,} jobs, including", "red")))
-            fields += [("", job_id) for job_id in found.first_differing]
+        if result.differing:
+            fields.append(("differing", (f"{result.differing:,} jobs, including", "red")))
+            fields += [("", job_id) for job_id in result.first_differing]
             fields.append(("way out", f"stop the materializer and run `jobledger rebuild {target}`"))
         output.print_fields(fields)
-    if not found.equal:
+    if not result.equal:
         raise typer.Exit(Exit.DIFFERS)
 
 
@@ -76,17 +76,21 @@ def rebuild(
     if not yes:
         typer.confirm(f"Replace the status table {shown(url)} with one rebuilt from the log?", abort=True, err=True)
     with progress_bar("folding the log", quiet=as_json) as tell:
-        made = tables.rebuild(app.names, app.settings, list(app.lanes), url, tell)
+        result = tables.rebuild(app.names, app.settings, list(app.lanes), url, tell)
     if as_json:
-        output.print_json(made)
+        output.print_json(result)
         return
     fields: list[tuple[str, Cell]] = [
-        ("table", made.url),
-        ("jobs", f"{made.jobs:,}" + (f", of which {made.carried:,} carried over" if made.carried else "")),
-        ("read", f"{made.records:,} records in {output.duration(made.seconds)}"),
+        ("table", result.url),
+        (
+            "jobs",
+            f"{result.jobs:,}"
+            + (f", of which {result.carried:,} were copied from the old table" if result.carried else ""),
+        ),
+        ("read", f"{result.records:,} records in {output.duration(result.seconds)}"),
     ]
-    if made.rejected:
-        fields.append(("not events", (f"{made.rejected:,} records, skipped", "yellow")))
+    if result.rejected:
+        fields.append(("not events", (f"{result.rejected:,} records, skipped", "yellow")))
     output.print_fields(fields)
 
 

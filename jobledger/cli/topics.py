@@ -44,9 +44,9 @@ Replication = Annotated[
 @app.command("plan")
 def plan(target: Target, bootstrap: Bootstrap = None, replication: Replication = None, as_json: Json = False) -> None:
     """Show what `apply` would do; nothing is changed. Exit code 1 if `apply` would refuse a change."""
-    _, made, address = _plan(target, bootstrap, replication)
-    _show(made, address, as_json)
-    if made.refused:
+    _, planned, address = _plan(target, bootstrap, replication)
+    _show(planned, address, as_json)
+    if planned.refused:
         raise typer.Exit(Exit.ERROR)
 
 
@@ -64,21 +64,21 @@ def apply(
     """
     from jobledger.kafka import topics
 
-    admin, made, address = _plan(target, bootstrap, replication)
-    if not as_json or made.refused:
-        _show(made, address, as_json)
-    if made.refused:
+    admin, planned, address = _plan(target, bootstrap, replication)
+    if not as_json or planned.refused:
+        _show(planned, address, as_json)
+    if planned.refused:
         raise typer.Exit(Exit.ERROR)
-    if made.pending and not yes:
-        typer.confirm(f"Apply {_changes(len(made.pending))} to {address}?", abort=True, err=True)
-    notes = topics.apply(admin, made, address=address)
+    if planned.pending and not yes:
+        typer.confirm(f"Apply {_changes(len(planned.pending))} to {address}?", abort=True, err=True)
+    notes = topics.apply(admin, planned, address=address)
     if as_json:
-        print_json({**made.as_dict(), "applied": len(made.pending), "notes": notes})
+        print_json({**planned.as_dict(), "applied": len(planned.pending), "notes": notes})
         return
     for note in notes:
         console().print(f"note: {note}", style="yellow", markup=False)
-    if made.pending:
-        console().print(f"applied {_changes(len(made.pending))}")
+    if planned.pending:
+        console().print(f"applied {_changes(len(planned.pending))}")
 
 
 @app.command("acls")
@@ -88,7 +88,7 @@ def acls(
         list[str] | None,
         typer.Option(
             metavar="ROLE=PRINCIPAL",
-            help="The user of a role, e.g. worker=User:jobs; repeat it for several. `streams` means coordinator and materializer.",
+            help="The user of a role, e.g. worker=User:jobs; repeat the option for several. `streams` means coordinator and materializer.",
             show_default="list what each role needs",
         ),
     ] = None,
@@ -169,20 +169,20 @@ def _plan(target: str, bootstrap: str | None, replication: int | None) -> tuple[
     knock(settings)
     admin = clients.admin(settings)
     copies = replication or topics.default_replication(admin, address=address)
-    made = topics.plan(admin, *topology.wanted(loaded, copies), address=address)
-    return admin, made, address
+    planned = topics.plan(admin, *topology.wanted(loaded, copies), address=address)
+    return admin, planned, address
 
 
-def _show(made: TopicPlan, address: str, as_json: bool) -> None:
+def _show(planned: TopicPlan, address: str, as_json: bool) -> None:
     if as_json:
-        print_json(made.as_dict())
+        print_json(planned.as_dict())
         return
-    print_table(["name", "step", "partitions", "settings"], [_row(change) for change in made.changes])
-    for change in made.refused:
+    print_table(["name", "step", "partitions", "settings"], [_row(change) for change in planned.changes])
+    for change in planned.refused:
         console().print(f"refused: {change.reason}", style="bold red", markup=False)
-    for change in made.advice:
+    for change in planned.advice:
         console().print(f"note: {change.reason}", style="yellow", markup=False)
-    if not made.pending and not made.refused:
+    if not planned.pending and not planned.refused:
         console().print(f"nothing to do: {address} has what the app declares")
 
 
@@ -194,9 +194,9 @@ def _row(change: Change) -> list[Cell]:
 def _partitions(change: Change) -> str:
     if change.partitions is None:
         return ""
-    there, wanted = change.partitions
+    current, wanted = change.partitions
     copies = f" × {change.replication}" if change.replication else ""
-    return f"{wanted}{copies}" if there in (0, wanted) else f"{there} → {wanted}"
+    return f"{wanted}{copies}" if current in (0, wanted) else f"{current} → {wanted}"
 
 
 def _settings(change: Change) -> str:

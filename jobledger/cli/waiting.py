@@ -22,7 +22,7 @@ LOOK_S = 0.25
 
 
 @contextmanager
-def showing_progress(asked: App, job_id: str, *, quiet: bool) -> Iterator[None]:
+def showing_progress(app: App, job_id: str, *, quiet: bool) -> Iterator[None]:
     """Show the job's state and progress on standard error while the block waits, and remove them afterwards."""
     if quiet or not sys.stderr.isatty():
         yield
@@ -30,11 +30,11 @@ def showing_progress(asked: App, job_id: str, *, quiet: bool) -> Iterator[None]:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     over = threading.Event()
-    said = TextColumn("{task.fields[said]}", markup=False)  # the job's message may look like markup
-    columns = (TextColumn("{task.description}"), BarColumn(), said, TimeElapsedColumn())
+    message_column = TextColumn("{task.fields[message]}", markup=False)  # the job's message may look like markup
+    columns = (TextColumn("{task.description}"), BarColumn(), message_column, TimeElapsedColumn())
     with Progress(*columns, console=output.console(stderr=True), transient=True) as bar:
-        line = bar.add_task("submitted", total=None, said="")
-        thread = threading.Thread(target=_follow, args=(asked, job_id, bar, line, over), name="jobledger-progress")
+        line = bar.add_task("submitted", total=None, message="")
+        thread = threading.Thread(target=_follow, args=(app, job_id, bar, line, over), name="jobledger-progress")
         thread.start()
         try:
             yield
@@ -43,13 +43,13 @@ def showing_progress(asked: App, job_id: str, *, quiet: bool) -> Iterator[None]:
             thread.join()
 
 
-def _follow(asked: App, job_id: str, bar: Progress, line: TaskID, over: threading.Event) -> None:
+def _follow(app: App, job_id: str, bar: Progress, line: TaskID, over: threading.Event) -> None:
     from jobledger.cli.facts import progress
 
     while not over.wait(LOOK_S):
         # The block, which waits for the job, reports such an error itself.
         with contextlib.suppress(JobledgerError):
-            seen = asked.status_table().job(job_id)
+            seen = app.status_table().job(job_id)
             done = seen.progress
             bar.update(
                 line,
@@ -57,5 +57,5 @@ def _follow(asked: App, job_id: str, bar: Progress, line: TaskID, over: threadin
                 # Without a total, the bar only shows that the job runs.
                 total=done.total if done is not None and done.total else None,
                 completed=0 if done is None else done.done,
-                said="" if done is None else output.shorten(progress(done.done, done.total, done.message)),
+                message="" if done is None else output.shorten(progress(done.done, done.total, done.message)),
             )

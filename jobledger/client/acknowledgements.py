@@ -57,7 +57,7 @@ class BulkAck:
     def __init__(self, settings: Settings, writer: LogWriter, what: str) -> None:
         self._settings, self._writer, self._what = settings, writer, what
         self._added: list[tuple[str, str]] = []
-        self._places: dict[int, tuple[int, int]] = {}
+        self._positions: dict[int, tuple[int, int]] = {}
         self._settled = 0
         #: Errors by index in the order of `add`.
         self._failed: dict[int, KafkaError | PayloadTooLarge] = {}
@@ -72,7 +72,7 @@ class BulkAck:
         alone: bool = False,
     ) -> None:
         if error is None:
-            self._places[index] = (message.partition() or 0, message.offset() or 0)
+            self._positions[index] = (message.partition() or 0, message.offset() or 0)
         elif self._writer.resend(error, message, headers, partial(self._delivered, index, headers=headers), alone):
             return
         else:
@@ -108,22 +108,25 @@ class BulkAck:
                 settled, since = self._settled, time.monotonic()
             elif time.monotonic() - since > patience:
                 missing = len(self._added) - self._settled
-                raise BrokerUnavailable(f"{missing} of {len(self._added)} {self._what} were not acknowledged in time")
+                raise BrokerUnavailable(
+                    f"{missing} of {len(self._added)} {self._what} were not acknowledged: no acknowledgement arrived for "
+                    f"{patience:g} s"
+                )
 
     def finish(self) -> list[tuple[str, Position]]:
         """Wait for all acknowledgements. Returns the ids and positions in order. Raises the first error."""
         self._await(0)
         if self._failed:
             raise self._error()
-        places = self._places
-        return [(identity, Position(topic, *places[index])) for index, (identity, topic) in enumerate(self._added)]
+        positions = self._positions
+        return [(identity, Position(topic, *positions[index])) for index, (identity, topic) in enumerate(self._added)]
 
     def _error(self) -> JobledgerError:
         failed = tuple(sorted(self._failed))
         named = ", ".join(f"{index} ({self._added[index][0]})" for index in failed[:NAMED])
         more = f" and {len(failed) - NAMED} more" if len(failed) > NAMED else ""
         what = (
-            f"{len(self._places)} of {len(self._added)} {self._what} were accepted; not accepted, counted from 0: "
+            f"{len(self._positions)} of {len(self._added)} {self._what} were accepted; not accepted, counted from 0: "
             f"{named}{more}"
         )
         first, topic = self._failed[failed[0]], self._added[failed[0]][1]

@@ -97,9 +97,9 @@ class Client:
         if self._pid != os.getpid():
             forks.notice()
         single = self._writer(bulk=False) if bulk else None  # publishes the schema
-        found = (self._bulk if bulk else self._single) or self._open(single)
-        found.ensure_schema()
-        return found
+        writer = (self._bulk if bulk else self._single) or self._open(single)
+        writer.ensure_schema()
+        return writer
 
     def _open(self, single: LogWriter | None) -> LogWriter:
         """Open the writer that sends at once, or, if ``single`` is that writer, the writer that sends in batches."""
@@ -117,14 +117,14 @@ class Client:
 
     def _ready(self) -> LogWriter | None:
         """Return the writer that sends at once, if it can be used without blocking; else None."""
-        found = self._single
-        return found if found is not None and found.ready and self._pid == os.getpid() else None
+        writer = self._single
+        return writer if writer is not None and writer.ready and self._pid == os.getpid() else None
 
     def _bulk_writer(self) -> LogWriter:
         """Return the writer that sends in batches. If the caller is a signal handler that interrupted a poll of that
         writer in this thread, return the writer that sends at once."""
-        found = self._writer(bulk=True)
-        return self._writer(bulk=False) if found.polled_here() else found
+        writer = self._writer(bulk=True)
+        return self._writer(bulk=False) if writer.polled_here() else writer
 
     def writer(self) -> LogWriter:
         """Return the writer that sends at once, connected and with the schema published."""
@@ -137,7 +137,7 @@ class Client:
     async def cancel_async(self, job_id: str, reason: str | None = None, run: int = 1, by: str | None = None) -> None:
         """Request that a job be cancelled as `cancel` does, without blocking the event loop."""
         for records in self.orders.cancels([Job(job_id, run)], reason, by):
-            writer = await _aside(self.writer)
+            writer = await _in_thread(self.writer)
             what = f"cancelling job {job_id}"
             await asyncio.gather(*(self._acknowledged(writer, record, what) for record in records))
 
@@ -220,7 +220,7 @@ class Client:
         """Submit one job as `submit` does, without blocking the event loop."""
         writer = self._ready()
         if writer is None:  # connecting and publishing the schema block, but only once
-            writer = await _aside(self._writer, False)
+            writer = await _in_thread(self._writer, False)
         with tracing.submitting(request.task.name, request.queue):
             job_id, record = self._outgoing(request, maybe_current_job())
             position = await self._acknowledged(writer, record, f"submitting job {job_id}")
@@ -333,8 +333,8 @@ class Client:
         event_id, record = self._event(kind, event, maybe_current_job())
         writer = self._ready()
         if writer is None or kind.fingerprint not in self._event_schemas:
-            await _aside(self._published, kind)
-            writer = await _aside(self._writer, False)
+            await _in_thread(self._published, kind)
+            writer = await _in_thread(self._writer, False)
         record = self._framed(kind, record)
         position = await self._acknowledged(writer, record, f"emitting {kind.name} {event_id}")
         return EventHandle(event_id, position)
@@ -412,10 +412,10 @@ async def _post_async(
     if len(writer.producer) < NEAR_FULL and not writer.waits_for(record):
         writer.post(record, delivered)
     else:
-        await _aside(writer.post, record, delivered)
+        await _in_thread(writer.post, record, delivered)
 
 
-async def _aside(function: Callable[P, T], *args: P.args, **more: P.kwargs) -> T:
+async def _in_thread(function: Callable[P, T], *args: P.args, **more: P.kwargs) -> T:
     """Call a blocking function in another thread. The function is called in this thread if no thread can be started any
     more (the process is ending), or if a signal handler has interrupted code here for which the other thread would
     wait."""

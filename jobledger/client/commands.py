@@ -78,14 +78,14 @@ def cancel_key(job_id: str, run: int) -> str:
     return f"cancel:{job_id}:{run}"
 
 
-def is_copy(found: Recorded, names: Names) -> bool:
+def is_copy(record: Recorded, names: Names) -> bool:
     """Return whether a reader of all topics must skip a record, because another record of the same fact counts.
 
     A cancel is on the control topic and on the coordination topic; the record on the coordination topic counts. The
     worker of a leased job reports the job's outcome on the coordination topic, possibly after its lease has ended. The
     outcome counts when the coordinator has written it to the lifecycle topic.
     """
-    topic, fact = found.position.topic, found.event.fact
+    topic, fact = record.position.topic, record.event.fact
     if isinstance(fact, CLOSING):
         return topic == names.coordination
     return isinstance(fact, CancelRequested) and topic == names.control
@@ -167,7 +167,7 @@ class Commands:
         """Return the pauses and limits in force, sorted by kind and name. Raises `BrokerUnavailable` or
         `TopicMissing`."""
         decode = decoder(self._settings, self._names).decode
-        found: dict[tuple[str, str], Standing] = {}
+        in_force: dict[tuple[str, str], Standing] = {}
         with LogReader(self._settings) as log:
             for message in log.read(self._names.control, 0, 0):
                 value = message.value()
@@ -177,7 +177,7 @@ class Commands:
                     continue  # a tombstone, or a record that is not an event
                 kind: Kind = "queue" if event.queue else "task"
                 name = event.queue or event.task
-                known = found.get((kind, name), Standing(kind, name))
+                known = in_force.get((kind, name), Standing(kind, name))
                 paused, limits, limited = known.paused, known.limits, known.limited
                 match event.fact:
                     case QueuePaused(by=by, reason=why):
@@ -189,8 +189,8 @@ class Commands:
                         limited = said(by, why) if limits else None
                     case _:
                         continue
-                found[kind, name] = Standing(kind, name, paused, limits, limited)
-        return [found[place] for place in sorted(found) if found[place].paused or found[place].limits]
+                in_force[kind, name] = Standing(kind, name, paused, limits, limited)
+        return [in_force[key] for key in sorted(in_force) if in_force[key].paused or in_force[key].limits]
 
 
 def said(by: str, reason: str | None) -> str:

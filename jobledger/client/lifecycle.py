@@ -73,12 +73,12 @@ class LifecycleStream:
         self._topics = [*standing, *(names.jobs(q) for q in queues)]
         self._decode = decoder(settings, names).decode
         self._group = names.lifecycle_group(group)
-        self._door = AuthMonitor(settings)
+        self._auth_monitor = AuthMonitor(settings)
         self._consumer = consumer(
             consumer_config(
                 settings,
                 group=self._group,
-                door=self._door,
+                door=self._auth_monitor,
                 **{
                     "group.protocol": "consumer",
                     "auto.offset.reset": start,
@@ -118,9 +118,9 @@ class LifecycleStream:
     def __iter__(self) -> Iterator[Recorded]:
         last = time.monotonic()
         while not self._closed:
-            found = self._next()
-            if found is not None:
-                yield found
+            record = self._next()
+            if record is not None:
+                yield record
                 last = time.monotonic()
             elif self._over(last):
                 return
@@ -130,9 +130,9 @@ class LifecycleStream:
         while not self._closed:
             if not self._fetched:
                 await asyncio.to_thread(self._fetch)
-            found = self._next(fetch=False)
-            if found is not None:
-                yield found
+            record = self._next(fetch=False)
+            if record is not None:
+                yield record
                 last = time.monotonic()
             elif not self._fetched and self._over(last):
                 return
@@ -161,18 +161,21 @@ class LifecycleStream:
                 self._finish_current()  # the tombstone of a control command
                 continue
             try:
-                found = recorded(message, self._decode)
+                record = recorded(message, self._decode)
             except UnknownFact as exc:
                 self._current = None
                 self._fetched.appendleft(message)  # the next call raises again, instead of returning the next record
-                raise UnknownFact(exc.fact, f"{where} carries the fact {exc.fact!r}: upgrade this reader") from exc
+                raise UnknownFact(
+                    exc.fact,
+                    f"{where} has the fact {exc.fact!r}, which this version does not know: upgrade this reader",
+                ) from exc
             except SchemaError as exc:
                 self.skipped += 1
                 LOG.warning("%s is not an event and is skipped: %s", where, exc)
             else:
-                wanted = self._facts is None or isinstance(found.event.fact, self._facts)
-                if wanted and not is_copy(found, self._names):
-                    return found
+                wanted = self._facts is None or isinstance(record.event.fact, self._facts)
+                if wanted and not is_copy(record, self._names):
+                    return record
             self._finish_current()
         return None
 
@@ -211,7 +214,7 @@ class LifecycleStream:
                 topic = error_topic(message, self._topics)
                 raise translate(error, self._settings, f"reading {topic}", read(topic), join(self._group))
         if not batch:
-            self._door.check()
+            self._auth_monitor.check()
 
     def commit(self) -> None:
         """Commit the records processed so far. A refused commit is not an error: those records are delivered again."""
@@ -222,7 +225,7 @@ class LifecycleStream:
         try:
             self._consumer.commit(offsets=due, asynchronous=False)
         except KafkaException as exc:
-            LOG.info("commit refused: %s", exc.args[0].str())
+            LOG.info("the commit was refused, so its records may be delivered again: %s", exc.args[0].str())
         else:
             self._done.clear()
 
@@ -236,6 +239,6 @@ class LifecycleStream:
         self._on_lost(consumer, revoked)
 
     def _on_lost(self, consumer: Consumer, lost: list[TopicPartition]) -> None:
-        for place in {(p.topic, p.partition) for p in lost}:
-            self._owned.discard(place)
-            self._done.pop(place, None)
+        for partition in {(p.topic, p.partition) for p in lost}:
+            self._owned.discard(partition)
+            self._done.pop(partition, None)

@@ -269,9 +269,9 @@ class Follower:
         ids = list(ready)
         for start in range(0, len(ids), ROWS_AT_ONCE):
             part = ids[start : start + ROWS_AT_ONCE]
-            found = table.statuses(part)
+            statuses = table.statuses(part)
             for job_id in part:
-                status = found.get(job_id)
+                status = statuses.get(job_id)
                 for question in ready[job_id]:
                     if status is None:
                         question.settle(table.unknown(job_id))
@@ -294,8 +294,8 @@ def _own(error: Exception) -> Exception:
     """Return a copy of the error for one waiting caller: an error that is raised in several places would collect all
     their tracebacks."""
     try:
-        made = copy.copy(error)
+        copied = copy.copy(error)
     except Exception:  # noqa: BLE001  # an error that cannot be copied from its args
         return error
-    made.__cause__ = error
-    return made
+    copied.__cause__ = error
+    return copied

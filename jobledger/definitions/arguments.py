@@ -69,12 +69,12 @@ class Arguments:
         except Exception as exc:  # a model's own serialiser may raise anything
             if isinstance(exc, UnicodeEncodeError):
                 self._check(named, None)
-            raise BadArguments(f"an argument of {self._name}() cannot be written as JSON: {_said(exc)}") from exc
+            raise BadArguments(f"an argument of {self._name}() cannot be written as JSON: {_reason(exc)}") from exc
         try:
             back = self._decoder.decode(raw)
         except Exception as exc:
             self._check(named, None)
-            raise BadArguments(f"arguments do not fit {self._name}{self.signature}: {_said(exc)}") from exc
+            raise BadArguments(f"arguments do not fit {self._name}{self.signature}: {_reason(exc)}") from exc
         try:
             for key, value in named.items():
                 if value != getattr(back, key):
@@ -85,7 +85,10 @@ class Arguments:
         except BadArguments:
             raise
         except Exception as exc:  # a comparison in the user's code may raise anything
-            raise BadArguments(f"an argument of {self._name}() cannot be compared: {_said(exc)}") from exc
+            raise BadArguments(
+                f"an argument of {self._name}() cannot be compared with the value that a worker would get: "
+                f"{_reason(exc)}"
+            ) from exc
         return raw
 
     def _check(self, named: Mapping[str, Any], back: Any) -> None:
@@ -103,16 +106,16 @@ class Arguments:
             struct = self._decoder.decode(raw)
         except BaseException as exc:  # a dataclass's __post_init__ or a model's validator may raise anything
             shown = raw[:500].decode(errors="replace")
-            raise BadArguments(f"arguments {shown} do not fit {self._name}{self.signature}: {_said(exc)}") from exc
+            raise BadArguments(f"arguments {shown} do not fit {self._name}{self.signature}: {_reason(exc)}") from exc
         unset = msgspec.UNSET
         return {n: v for n in self.names if (v := getattr(struct, n)) is not unset}
 
 
-def _said(exc: BaseException) -> str:
+def _reason(exc: BaseException) -> str:
     """Return why arguments do not fit, from an exception. Jobledger's and msgspec's messages are complete; for errors
     of a user's code the type is added."""
-    said = text_of(exc)
-    return said if is_a(exc, (msgspec.MsgspecError, TypeError, ValueError)) else f"{type_of(exc)}: {said}"
+    message = text_of(exc)
+    return message if is_a(exc, (msgspec.MsgspecError, TypeError, ValueError)) else f"{type_of(exc)}: {message}"
 
 
 def encode_result(value: Any) -> bytes | None:
@@ -123,10 +126,10 @@ def encode_result(value: Any) -> bytes | None:
     try:
         raw = _encode(value)
     except UnicodeEncodeError as exc:
-        raise ValueError(exact.unwritable(value, "it") or str(exc)) from exc
+        raise ValueError(exact.unwritable(value, "the result") or str(exc)) from exc
     if type(value) in _EXACT or _decode(raw) == value or exact.surely_writable(value):
         return raw
-    if (why := exact.unwritable(value, "it")) is not None:
+    if (why := exact.unwritable(value, "the result")) is not None:
         raise ValueError(why)
     return raw
 
@@ -160,7 +163,7 @@ class Results:
         try:
             return msgspec.convert(value, self._type, dec_hook=_dec_hook, str_keys=True)
         except Exception as exc:  # a dataclass's __post_init__ or a model's validator may raise anything
-            raise ResultMismatch(job_id, self._name, self._shown, value, _said(exc)) from exc
+            raise ResultMismatch(job_id, self._name, self._shown, value, _reason(exc)) from exc
 
 
 def _unreadable_as(annotation: Any) -> str | None:
@@ -178,10 +181,10 @@ def _unreadable_as(annotation: Any) -> str | None:
 
 def _returned(fn: Callable[..., Any]) -> Any:
     """Return the return annotation of a function, without Coroutine or Awaitable; `Any` if there is none."""
-    found = typing.get_type_hints(fn).get("return", Any)
-    if typing.get_origin(found) in (Coroutine, Awaitable):  # a plain function around a coroutine
-        found = typing.get_args(found)[-1]
-    return Any if found in (object, typing.NoReturn, typing.Never) else found
+    annotation = typing.get_type_hints(fn).get("return", Any)
+    if typing.get_origin(annotation) in (Coroutine, Awaitable):  # a plain function around a coroutine
+        annotation = typing.get_args(annotation)[-1]
+    return Any if annotation in (object, typing.NoReturn, typing.Never) else annotation
 
 
 def _unreadable(info: msgspec.inspect.Type) -> Iterator[type]:
@@ -233,7 +236,9 @@ def _arguments_struct(fn: Callable[..., Any], name: str) -> tuple[tuple[str, ...
         struct = msgspec.defstruct(f"{name}_arguments", fields, kw_only=True, forbid_unknown_fields=True)
         _check_types(name, msgspec.inspect.type_info(struct))
     except (TypeError, ValueError) as exc:
-        raise ConfigError(f"task {name!r}: a parameter's annotation cannot be read from JSON: {exc}") from exc
+        raise ConfigError(
+            f"task {name!r}: a parameter's annotation is not a type that can be read from JSON: {exc}"
+        ) from exc
     return tuple(positional), struct
 
 

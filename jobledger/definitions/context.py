@@ -76,7 +76,7 @@ class JobContext:
         """
         report = self._report
         if self.ended or report is None:
-            raise self._over("report no progress")
+            raise self._over("report progress")
         for name, value in (("done", done), ("total", total)):
             if name == "total" and value is None:
                 continue
@@ -100,7 +100,7 @@ class JobContext:
         the attempt has ended: the next attempt submits the jobs that this attempt would submit.
         """
         if self.ended:
-            raise self._over("submit no jobs and emit no events")
+            raise self._over("submit jobs or emit events")
         what = task.encode() + b"\0" + hashlib.blake2b(args, digest_size=16).digest()
         # A task may submit from several threads and signal handlers, and in a fork. So there is no lock, but steps that
         # nothing can interrupt: CPython switches threads and runs signal handlers only at calls of Python code and at
@@ -113,8 +113,8 @@ class JobContext:
 
     def _over(self, what: str) -> JobEnded:
         return JobEnded(
-            f"attempt {self.attempt} of job {self.job_id} ({self.task}) has ended: code of it that still runs can {what}. Let "
-            "the task wait for the threads and tasks it starts, or start them outside the job: "
+            f"attempt {self.attempt} of job {self.job_id} ({self.task}) has ended: its code that still runs cannot {what}. Let "
+            "the task wait for the threads and asyncio tasks it starts, or start them outside the job: "
             "contextvars.Context().run(…)"
         )
 
@@ -124,13 +124,13 @@ _CURRENT: ContextVar[JobContext | None] = ContextVar("jobledger_current_job", de
 
 def current_job() -> JobContext:
     """Return the job in which this code runs. Raises `ConfigError` outside a job."""
-    found = _CURRENT.get()
-    if found is None:
+    job = _CURRENT.get()
+    if job is None:
         raise ConfigError(
             "current_job() works only inside a task that a Jobledger worker runs; in a test, inside of "
             "jobledger.testing.job_context()"
         )
-    return found
+    return job
 
 
 def maybe_current_job() -> JobContext | None:

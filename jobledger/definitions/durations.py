@@ -39,7 +39,7 @@ def check_patience(span: object, what: str = "timeout") -> float | None:
     """Return a timeout in seconds, or None to wait forever. Raises `ConfigError` for anything else."""
     if span is None:
         return None
-    found = in_seconds(span)
-    if isinstance(found, bool) or not isinstance(found, int | float) or not found >= 0:
+    duration = in_seconds(span)
+    if isinstance(duration, bool) or not isinstance(duration, int | float) or not duration >= 0:
         raise ConfigError(f"{what}={span!r} is not a number of seconds from 0 up, a timedelta or None")
-    return float(found)
+    return float(duration)

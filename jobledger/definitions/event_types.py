@@ -136,8 +136,8 @@ class EventType:
             out.write(codec.MAGIC + self.fingerprint)
             fastavro.schemaless_writer(out, self._parsed, plain, disable_tuple_notation=True)
         except Exception as exc:
-            said = exact.unsound(plain, self.name) if isinstance(exc, UnicodeEncodeError) else None
-            raise BadEvent(f"{event!r} does not fit event {self.name!r}: {said or text_of(exc)}") from exc
+            reason = exact.unsound(plain, self.name) if isinstance(exc, UnicodeEncodeError) else None
+            raise BadEvent(f"{event!r} does not fit event {self.name!r}: {reason or text_of(exc)}") from exc
         key = None if self.key is None else plain[self.key]
         return out.getvalue(), None if key is None else str(key)
 
@@ -172,12 +172,12 @@ class EventType:
             raise NotAnEvent("the record has no value")
         if self.format == "json":
             try:
-                found = msgspec.json.decode(value.removeprefix(codecs.BOM_UTF8))
+                values = msgspec.json.decode(value.removeprefix(codecs.BOM_UTF8))
             except (msgspec.DecodeError, RecursionError) as exc:  # a RecursionError for [[[[…
-                raise NotAnEvent(f"no JSON: {exc}") from exc
-            if not isinstance(found, dict):
-                raise NotAnEvent("the JSON is no object")
-            return found
+                raise NotAnEvent(f"the value is not JSON: {exc}") from exc
+            if not isinstance(values, dict):
+                raise NotAnEvent("the JSON is not an object")
+            return values
         if by_id is not None and confluent_frame.is_framed(value):
             head, at = value[: confluent_frame.HEAD], confluent_frame.HEAD
         elif self.format == "jobledger" and value.startswith(codec.MAGIC) and len(value) >= _SINGLE_OBJECT:
@@ -198,7 +198,7 @@ class EventType:
         except NotAnEvent:
             raise
         except Exception as exc:
-            raise NotAnEvent(f"the bytes are no {self.name}: {exc}") from exc
+            raise NotAnEvent(f"the bytes are not an event {self.name!r}: {exc}") from exc
         return plain  # type: ignore[no-any-return]  # a record is a dict
 
     def _by_id(self, by_id: Callable[[int, bool], str | None] | None, value: bytes) -> str | None:
@@ -210,7 +210,7 @@ class EventType:
                 raise
             # Jobledger's emitters publish their schema ids on the log. So none of them wrote this record: it is
             # garbage.
-            raise NotAnEvent(f"{exc}, or this is no event") from None
+            raise NotAnEvent(f"{exc}, or the record is not an event") from None
         except SchemaError as exc:  # the schema exists, but cannot be used
             if not self.foreign:
                 raise
@@ -229,13 +229,15 @@ class EventType:
         try:
             written = json.loads(text)
             if not isinstance(written, dict) or written.get("type") != "record":
-                raise IncompatibleEvent(f"event {self.name!r}: the values on {self.topic} are no records ({text:.100})")
+                raise IncompatibleEvent(
+                    f"event {self.name!r}: the values on {self.topic} are not Avro records ({text:.100})"
+                )
             called = _fullname(written)
             fits = ForeignSchema(self.name, written, json.loads(self.schema))
         except (ValueError, fastavro.schema.SchemaParseException) as exc:
             problem = IncompatibleEvent(
-                f"event {self.name!r}: a schema on {self.topic} cannot be used: {exc!r}. Types that it takes from other schemas "
-                "of a registry are not read"
+                f"event {self.name!r}: a schema on {self.topic} cannot be used: {exc!r}. References to other schemas of a "
+                "Schema Registry are not supported"
             )
         except IncompatibleEvent as exc:
             problem = IncompatibleEvent(f"event {self.name!r} cannot be read from {self.topic}: {exc}")
@@ -254,13 +256,13 @@ class EventType:
         try:
             written = json.loads(text)
             if not isinstance(written, dict) or written.get("type") != "record":
-                raise NotAnEvent(f"schema {head.hex()} is no record")
+                raise NotAnEvent(f"the schema {head.hex()} is not a record")
             if not self.foreign and _fullname(written) == self.fullname:
                 check_evolution(self.name, self.schema, {head.hex(): text})
             ours = json.loads(self.schema)
             return fastavro.parse_schema({**written, "name": ours["name"], "namespace": ours["namespace"]})
         except (ValueError, fastavro.schema.SchemaParseException) as exc:
-            raise SchemaError(f"the schema {head.hex()} is no Avro schema: {exc}") from exc
+            raise SchemaError(f"the schema {head.hex()} is not an Avro schema: {exc}") from exc
 
 
 class Handler:
@@ -300,22 +302,22 @@ class Handler:
             ) from exc
 
     def _checked(self, tags: object) -> dict[str, str]:
-        found = check_tags(tags)
-        if EVENT_TAG in found:
+        checked = check_tags(tags)
+        if EVENT_TAG in checked:
             raise ConfigError(f"handler {self.task.name!r}: tag {EVENT_TAG!r} is the event's id, and cannot be set")
-        return found
+        return checked
 
     def args(self, plain: Mapping[str, Any]) -> bytes:
         """Return the job's arguments for an event's plain values. Raises `NotAnEvent` for values nested too deeply, and
         for NaN and infinity, which other programs may write in Avro but JSON does not have."""
         try:
-            found = msgspec.json.encode({self.parameter: plain})
+            encoded = msgspec.json.encode({self.parameter: plain})
         except RecursionError as exc:
-            raise NotAnEvent(f"its values cannot be arguments of a job: {exc}") from exc
+            raise NotAnEvent(f"the event's values cannot be arguments of a job: {exc}") from exc
         # A number that JSON does not have (NaN, infinity) would be encoded as null.
-        if b"null" in found and (why := exact.unwritable(plain, self.event.name)) is not None:
-            raise NotAnEvent(f"its values cannot be arguments of a job: {why}")
-        return found
+        if b"null" in encoded and (why := exact.unwritable(plain, self.event.name)) is not None:
+            raise NotAnEvent(f"the event's values cannot be arguments of a job: {why}")
+        return encoded
 
 
 def _days(span: object, event: str) -> float:
@@ -335,13 +337,13 @@ def _fullname(schema: Mapping[str, Any]) -> str:
 
 def earlier_of(kind: EventType, known: Mapping[bytes, str]) -> dict[str, str]:
     """Return, of all published schemas, those of earlier versions of this event, by fingerprint in hex."""
-    found: dict[str, str] = {}
+    earlier: dict[str, str] = {}
     for mark, text in known.items():
         head = json.loads(text)
         if isinstance(head, dict) and _fullname(head) == kind.fullname:
-            found[mark.hex()] = text
-    found.pop(kind.fingerprint.hex(), None)
-    return found
+            earlier[mark.hex()] = text
+    earlier.pop(kind.fingerprint.hex(), None)
+    return earlier
 
 
 def check_classes(kinds: Iterable[EventType], known: Mapping[bytes, str]) -> None:
@@ -358,10 +360,10 @@ def check_classes(kinds: Iterable[EventType], known: Mapping[bytes, str]) -> Non
 def event_id_of(headers: Mapping[str, Any], topic: str, partition: int, offset: int) -> str:
     """Return an event's id from its header. Without a valid header, as in another program's event, the id is derived
     from topic, partition and offset."""
-    said = headers.get(EVENT_HEADER)
-    if isinstance(said, bytes):
+    header = headers.get(EVENT_HEADER)
+    if isinstance(header, bytes):
         try:
-            return str(uuid.UUID(said.decode()))
+            return str(uuid.UUID(header.decode()))
         except ValueError:
             pass
     return str(uuid.uuid5(uuid.NAMESPACE_OID, f"{topic}/{partition}/{offset}"))

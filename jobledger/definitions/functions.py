@@ -32,9 +32,9 @@ AWAIT: ContextVar[Callable[[Awaitable[Any]], Any]] = ContextVar("jobledger_await
 def check_function(fn: Any, what: str = "@app.task") -> None:
     """Raise `ConfigError` for an object that is not a function, or a function whose body does not run when it is
     called."""
-    said = _no_function(fn)
-    if said is not None:
-        raise ConfigError(f"{what}: {said}")
+    problem = _no_function(fn)
+    if problem is not None:
+        raise ConfigError(f"{what}: {problem}")
     if inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn):
         raise ConfigError(
             f"{what}: {_named(fn)} is a generator: calling it would run none of its code. Collect the yielded values and "
@@ -63,7 +63,7 @@ def _no_function(fn: Any) -> str | None:
     if isinstance(fn, type):
         return f"{named} is a class: write a function that creates an instance"
     if hasattr(fn, "submit") and hasattr(fn, "registry"):
-        return f"{fn!r} is a task already: to run its function in another app, register that: app.task(task.fn)"
+        return f"{fn!r} is a task already: to run its function in another app, register the function: app.task(task.fn)"
     if isinstance(fn, functools.partial | functools.partialmethod):
         return f"{named} is a partial, which has no name and no annotations of its own: write a function that calls it"
     if isinstance(fn, staticmethod | classmethod):

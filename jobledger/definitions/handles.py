@@ -140,8 +140,8 @@ def result_of(status: JobStatus) -> Any:
 def refuse_inside_job(job_id: str) -> None:
     if maybe_current_job() is not None:
         raise ResultInsideJob(
-            f"waiting for job {job_id} inside a job is refused: if every slot waited, none would be free to run the job. "
-            "Submit the next step at the end of this job instead"
+            f"waiting for job {job_id} inside a job is refused: if every running job waited, no slot would be free for "
+            "that job. Submit the next job at the end of this job instead"
         )
 
 

@@ -81,13 +81,13 @@ class Hooks:
 
     def add(self, middleware: object, which: Which = None) -> None:
         """Register the hooks of an object, or of an instance of a class. Raises `ConfigError` if there is no hook."""
-        made = middleware() if inspect.isclass(middleware) else middleware
-        kind = type(made).__qualname__
-        found = [(n, fn) for n in NAMES if callable(fn := getattr(made, n, None))]
-        if not found:
-            raise ConfigError(f"middleware {kind} has none of {', '.join(NAMES)}")
+        instance = middleware() if inspect.isclass(middleware) else middleware
+        kind = type(instance).__qualname__
+        methods = [(n, fn) for n in NAMES if callable(fn := getattr(instance, n, None))]
+        if not methods:
+            raise ConfigError(f"middleware {kind} has none of the methods {', '.join(NAMES)}")
         # A bound method has the `__wrapped__` of its function, and is a generator function if its function is one.
-        self.all += [Hook(name, fn, f"{kind}.{name}", which) for name, fn in found]
+        self.all += [Hook(name, fn, f"{kind}.{name}", which) for name, fn in methods]
 
     def add_around(self, fn: Callable[..., Any], which: Which = None) -> None:
         """Register a generator function that takes the job. Raises `ConfigError`."""
@@ -99,17 +99,17 @@ class Hooks:
         for hook in self.all:
             if foreign := [each for each in hook.given if each.registry is not task.registry]:
                 raise ConfigError(
-                    f"{hook.said}: tasks=… names {foreign[0]!r} of app {foreign[0].registry.names.namespace!r}; it can "
-                    f"only apply to tasks of this app, {task.registry.names.namespace!r}"
+                    f"{hook.said}: tasks=… names {foreign[0]!r} of app {foreign[0].registry.names.namespace!r}; a hook "
+                    f"applies only to tasks of its own app, {task.registry.names.namespace!r}"
                 )
-        found = [hook for hook in self.all if hook.meant(task)]
-        for hook in found:
+        hooks = [hook for hook in self.all if hook.meant(task)]
+        for hook in hooks:
             if hook.is_async and not task.is_async and hook.name in ("before", "after", "around"):
                 raise ConfigError(
                     f"{hook.said} is async, and task {task.name!r} is a plain function, which runs without an event "
                     "loop: write a plain hook, or exclude the task with tasks=lambda task: task.is_async"
                 )
-        return found
+        return hooks
 
 
 def runner(task: Task[Any, Any], hooks: Hooks) -> Callable[..., Any]:
@@ -189,10 +189,10 @@ def _around(hook: Any, inner: Inner) -> Inner:
 def _around_async(hook: Any, inner: Inner) -> Inner:
     make: Callable[[JobContext], contextlib.AbstractAsyncContextManager[None, bool]] = hook.fn
     if not hook.is_async:
-        made: Callable[[JobContext], contextlib.AbstractContextManager[None, bool]] = hook.fn
+        make_plain: Callable[[JobContext], contextlib.AbstractContextManager[None, bool]] = hook.fn
 
         def make(job: JobContext) -> contextlib.AbstractAsyncContextManager[None, bool]:
-            return _Async(made(job))
+            return _Async(make_plain(job))
 
     async def call(job: JobContext, kwargs: dict[str, Any]) -> Any:
         raised: BaseException | None = None
@@ -236,9 +236,9 @@ def _before(hook: Hook, inner: Inner) -> Inner:
 
 def _before_async(hook: Hook, inner: Inner) -> Inner:
     async def call(job: JobContext, kwargs: dict[str, Any]) -> Any:
-        said = hook.fn(job)
-        if isinstance(said, Awaitable):
-            await said
+        returned = hook.fn(job)
+        if isinstance(returned, Awaitable):
+            await returned
         return await inner(job, kwargs)
 
     return call
@@ -260,9 +260,9 @@ def _after_async(hook: Hook, inner: Inner) -> Inner:
     async def call(job: JobContext, kwargs: dict[str, Any]) -> Any:
         result = await inner(job, kwargs)
         try:
-            said = hook.fn(job, result)
-            if isinstance(said, Awaitable):
-                await said
+            returned = hook.fn(job, result)
+            if isinstance(returned, Awaitable):
+                await returned
         except OWN:
             _failed(hook, job)
         return result

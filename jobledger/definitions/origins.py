@@ -68,13 +68,13 @@ def origin_of(declared: Callable[..., Any]) -> Origin:
     """Return where a function or class comes from. Call this while the function or class is being declared."""
     module, name = getattr(declared, "__module__", "") or "", getattr(declared, "__qualname__", "")
     body, outermost, innermost = _frames(module)
-    found = body or outermost
+    frame = body or outermost
     code = _code(declared)
     if code is not None:
         place = f"{short(code.co_filename)}:{code.co_firstlineno}"
     else:
         place = f"{short(innermost.f_code.co_filename)}:{innermost.f_lineno}" if innermost else "unknown place"
-    execution, space = (None, None) if found is None else (found.f_code, found.f_globals)
+    execution, space = (None, None) if frame is None else (frame.f_code, frame.f_globals)
     return Origin(declared, f"{module}.{name}", place, execution, space)
 
 
@@ -108,8 +108,8 @@ def _frames(module: str) -> tuple[FrameType | None, FrameType | None, FrameType 
 
 def _code(declared: Any) -> CodeType | None:
     function = declared if isinstance(declared, type) else inspect.unwrap(declared)
-    found = getattr(function, "__code__", None)
-    return found if isinstance(found, CodeType) else None
+    code = getattr(function, "__code__", None)
+    return code if isinstance(code, CodeType) else None
 
 
 def _equal(one: Any, two: Any) -> bool:
@@ -125,13 +125,13 @@ def _equal(one: Any, two: Any) -> bool:
 
 def _held(function: Any) -> list[Any]:
     """Return the values of a function's closure and defaults."""
-    found: list[Any] = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    values: list[Any] = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
     for cell in function.__closure__ or ():
         try:
-            found.append(cell.cell_contents)
+            values.append(cell.cell_contents)
         except ValueError:  # a name that is bound later, often the function's own
-            found.append(None)
-    return found
+            values.append(None)
+    return values
 
 
 def _same(one: Any, two: Any) -> bool:

@@ -43,24 +43,24 @@ _UNIT = {None: 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "
 def parse_rate(rate: object, what: str = "rate") -> float:
     """Return starts per second, from ``"100/s"``, ``"30/min"``, ``"1000/h"``, ``"5/d"`` or a number per second. Raises
     `ConfigError` for anything else."""
-    found = rate
+    value = rate
     if isinstance(rate, str) and (match := _RATE.fullmatch(rate)):
-        found = float(match[1]) / _PER[match[2]]
-    if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found) or found <= 0:
+        value = float(match[1]) / _PER[match[2]]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
         raise ConfigError(
             f"{what}={rate!r} is not a rate: write '100/s', '30/min', '1000/h' or a number per second above 0"
         )
-    return float(found)
+    return float(value)
 
 
 def parse_size(size: object, what: str = "max_memory") -> int:
     """Return bytes, from ``"512MiB"``, ``"2GB"`` or a number of bytes. Raises `ConfigError` for anything else."""
-    found = size
+    value = size
     if isinstance(size, str) and (match := _SIZE.fullmatch(size)):
-        found = round(float(match[1]) * _UNIT[match[2]])
-    if isinstance(found, bool) or not isinstance(found, int) or found < 1:
+        value = round(float(match[1]) * _UNIT[match[2]])
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigError(f"{what}={size!r} is not a size: write '512MiB', '2GB' or a number of bytes above 0")
-    return found
+    return value
 
 
 def check_priority(priority: object, what: str = "priority") -> Priority | None:
@@ -78,12 +78,12 @@ def check_expiry(seconds: object, what: str = "expires_in") -> float | None:
     the duration is above 0 and at most 366 days."""
     if seconds is None:
         return None
-    found = in_seconds(seconds)
-    if isinstance(found, bool) or not isinstance(found, int | float) or not 0 < found <= MAX_EXPIRY_S:
+    duration = in_seconds(seconds)
+    if isinstance(duration, bool) or not isinstance(duration, int | float) or not 0 < duration <= MAX_EXPIRY_S:
         raise ConfigError(
             f"{what}={seconds!r} is not a number of seconds above 0, at most {MAX_EXPIRY_S:.0f} (366 days)"
         )
-    return float(found)
+    return float(duration)
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,16 +210,16 @@ def policy_of(
         raise ConfigError(f"{what}: key={key!r} is neither the name of a parameter nor a function of the arguments")
     check_plain(key, f"{what}: key=…")
     if isolation not in (None, "process"):
-        raise ConfigError(f"{what}: isolation={isolation!r} is not 'process'; without it `async def` runs on the event "
-                          "loop and a plain function in a thread")  # fmt: skip
+        raise ConfigError(f"{what}: isolation={isolation!r} is not 'process': write 'process', or leave the option out; "
+                          "then `async def` runs on the event loop and a plain function in a thread")  # fmt: skip
     if max_memory is not None and isolation != "process":
         raise ConfigError(
             f"{what}: max_memory={max_memory!r} needs isolation='process': only a process has a memory of its own"
         )
-    given, lease, hold = lease, in_seconds(lease), in_seconds(key_hold_max)
+    given_lease, lease, hold = lease, in_seconds(lease), in_seconds(key_hold_max)
     if isinstance(lease, bool) or not isinstance(lease, int | float) or not LEASE_LEAST_S <= lease <= LEASE_MOST_S:
         raise ConfigError(
-            f"{what}: lease={given!r} is not a number of seconds from {LEASE_LEAST_S:g} to {LEASE_MOST_S:g}"
+            f"{what}: lease={given_lease!r} is not a number of seconds from {LEASE_LEAST_S:g} to {LEASE_MOST_S:g}"
         )
     leased = (timeout is not None and timeout > LONG_FROM_S) if long is None else bool(long)
     level = check_priority(priority, f"{what}: priority")

@@ -78,15 +78,18 @@ class Projection:
                 f"projection {name!r}: table {table.name!r} has no primary key, which is needed to find the row of an event"
             )
         for column in table.columns:
-            made = column.default is not None and not column.default.is_scalar
-            if made or column.server_default is not None or column.onupdate is not None:
+            computed = column.default is not None and not column.default.is_scalar
+            if computed or column.server_default is not None or column.onupdate is not None:
                 raise ConfigError(
                     f"projection {name!r}: column {table.name}.{column.name} gets its value outside the fold "
                     "(server_default, computed, onupdate, or a function as default): folding the same log again would give "
                     "another value; give it a plain default=…, or let the fold set it"
                 )
         if table.name.startswith(RESERVED):
-            raise ConfigError(f"projection {name!r}: table names that begin with {RESERVED!r} are Jobledger's own")
+            raise ConfigError(
+                f"projection {name!r}: table {table.name!r}: names that begin with {RESERVED!r} are Jobledger's "
+                "own; rename the table"
+            )
         if start is not None and start.tzinfo is None:
             raise ConfigError(f"projection {name!r}: start={start!r} has no time zone; write datetime(…, tzinfo=UTC)")
         self.start_ms = None if start is None else round(start.timestamp() * 1000)

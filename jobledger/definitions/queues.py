@@ -32,7 +32,7 @@ class Queue:
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", check_name("queue", self.name))
         if self.partitions is not None:
-            check_partitions(self.partitions, f"Queue({self.name!r}, partitions=…)")
+            check_partitions(self.partitions, f"Queue({self.name!r}): partitions")
         if self.fair_by is not None:
             check_text(f"Queue({self.name!r}): the tag fair_by", self.fair_by, TAG_NAME_MOST)
         Limits.of(self.rate, self.concurrency, f"Queue({self.name!r})")
@@ -56,7 +56,7 @@ class Queue:
 def check_partitions(count: object, what: str) -> int:
     """Return ``count`` if it is a whole number from 1 to 10,000. Raises `ConfigError` for anything else."""
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= 10_000:
-        raise ConfigError(f"{what}={count!r} is not a whole number between 1 and 10,000")
+        raise ConfigError(f"{what}={count!r} is not a whole number from 1 to 10,000")
     return count
 
 
@@ -66,7 +66,7 @@ def check_shares(what: str, queue: Queue, limits: Limits, partitions: int) -> No
     if limits.concurrency is not None and limits.concurrency < count:
         of = "partitions" if not queue.priorities else "partitions, those of all priorities counted,"
         raise ConfigError(
-            f"{what}: concurrency={limits.concurrency} is less than the {count} {of} of queue {queue.name!r}, each of which "
-            f"carries a share of it: declare Queue({queue.name!r}, partitions={max(1, limits.concurrency // len(queue.levels))}) "
-            "or less for it alone"
+            f"{what}: concurrency={limits.concurrency} is less than the {count} {of} of queue {queue.name!r}, and each "
+            f"partition gets a share of the limit: give a limit of {count} or more, or use a queue with fewer partitions, for "
+            f"example Queue({queue.name!r}, partitions={max(1, limits.concurrency // len(queue.levels))})"
         )

@@ -44,11 +44,15 @@ class Resource(Generic[T]):
         self.needs = dependencies(fn)
         wrong = [n.name for n in self.needs.values() if n.is_async and not self.is_async]
         if wrong:
-            raise ConfigError(f"resource {self.name!r} is a plain function, and {wrong[0]!r}, which it needs, is async")
-        asked = [p.name for p in inspect.signature(fn).parameters.values() if p.default is p.empty]
-        if asked:
             raise ConfigError(
-                f"resource {self.name!r}: parameter {asked[0]!r} has no default: only Depends(…) parameters are filled"
+                f"resource {self.name!r} is a plain function, and {wrong[0]!r}, which it needs, is async: "
+                f"make {self.name!r} async, too"
+            )
+        without_default = [p.name for p in inspect.signature(fn).parameters.values() if p.default is p.empty]
+        if without_default:
+            raise ConfigError(
+                f"resource {self.name!r}: parameter {without_default[0]!r} has no default: give it one, or "
+                "Depends(…) if it is a resource"
             )
 
     def __repr__(self) -> str:
@@ -116,9 +120,9 @@ class Resources:
     def get(self, resource: Resource[T]) -> T:
         """Return a resource's value; open the resource if necessary. Raises `ResourceFailed`, and `ConfigError` for an
         ``async`` resource that is not open."""
-        found = self._here().get(resource, _NONE)
-        if found is not _NONE:
-            return found  # type: ignore[no-any-return]  # stored by the key's type
+        value = self._here().get(resource, _NONE)
+        if value is not _NONE:
+            return value  # type: ignore[no-any-return]  # stored by the key's type
         if resource.is_async:
             raise ConfigError(
                 f"resource {resource.name!r} is async and not open: declare it as a parameter of an async task"
@@ -127,22 +131,22 @@ class Resources:
             if resource not in self._values:
                 needs = {name: self.get(other) for name, other in resource.needs.items()}
                 with _naming(resource):
-                    made = resource._open(**needs)
-                    if inspect.isawaitable(made):
+                    opened = resource._open(**needs)
+                    if inspect.isawaitable(opened):
                         raise TypeError("its function is plain but returned an awaitable: make it `async def`")
                     if resource._managed:
-                        self._values[resource] = made.__enter__()
-                        self._closers.append((resource, made))
+                        self._values[resource] = opened.__enter__()
+                        self._closers.append((resource, opened))
                     else:
-                        self._values[resource] = made
+                        self._values[resource] = opened
                 LOG.info("resource %s is open", resource.name)
             return self._values[resource]  # type: ignore[no-any-return]  # as above
 
     async def get_async(self, resource: Resource[T]) -> T:
         """Return a resource's value as `get` does, for plain and ``async`` resources. On the event loop."""
-        found = self._here().get(resource, _NONE)
-        if found is not _NONE:
-            return found  # type: ignore[no-any-return]  # as above
+        value = self._here().get(resource, _NONE)
+        if value is not _NONE:
+            return value  # type: ignore[no-any-return]  # as above
         if not resource.is_async:
             return self.get(resource)
         needs = {name: await self.get_async(other) for name, other in resource.needs.items()}
@@ -152,12 +156,12 @@ class Resources:
         async with self._async_lock[1]:
             if resource not in self._values:
                 with _naming(resource):
-                    made = resource._open(**needs)
+                    opened = resource._open(**needs)
                     if resource._managed:
-                        self._values[resource] = await made.__aenter__()
-                        self._closers.append((resource, made))
+                        self._values[resource] = await opened.__aenter__()
+                        self._closers.append((resource, opened))
                     else:
-                        self._values[resource] = await made
+                        self._values[resource] = await opened
                 LOG.info("resource %s is open", resource.name)
         return self._values[resource]  # type: ignore[no-any-return]  # as above
 
@@ -190,15 +194,15 @@ class Resources:
         self._forget()
 
     @staticmethod
-    async def _close(resource: Resource[Any], made: Any, threads: ThreadPoolExecutor) -> None:
+    async def _close(resource: Resource[Any], manager: Any, threads: ThreadPoolExecutor) -> None:
         try:
             if resource.is_async:
-                await made.__aexit__(None, None, None)
+                await manager.__aexit__(None, None, None)
             else:
                 inside = contextvars.copy_context()
                 # `_closed` returns its exception and does not raise it: an exception that raises another one when
                 # asyncio inspects it would never arrive here.
-                error = await asyncio.get_running_loop().run_in_executor(threads, inside.run, _closed, made)
+                error = await asyncio.get_running_loop().run_in_executor(threads, inside.run, _closed, manager)
                 if error is not None:
                     raise error
             LOG.info("resource %s is closed", resource.name)
@@ -209,10 +213,10 @@ class Resources:
             LOG.exception("resource %s could not be closed", resource.name)
 
 
-def _closed(made: Any) -> BaseException | None:
+def _closed(manager: Any) -> BaseException | None:
     """Close a resource. Return the exception that closing raised, or None."""
     try:
-        made.__exit__(None, None, None)
+        manager.__exit__(None, None, None)
     except BaseException as error:  # noqa: BLE001  # raised again by the caller
         return error
     return None

@@ -60,10 +60,10 @@ class Reject(JobControl):
 def check_delay(delay: object, what: str) -> float:
     """Return ``delay`` in seconds, if it is a number of seconds or a `timedelta`, from 0 to 366 days. Raises
     `ConfigError` for anything else."""
-    found = in_seconds(delay)
-    if isinstance(found, bool) or not isinstance(found, int | float) or not 0 <= found <= MAX_DELAY_S:
+    duration = in_seconds(delay)
+    if isinstance(duration, bool) or not isinstance(duration, int | float) or not 0 <= duration <= MAX_DELAY_S:
         raise ConfigError(f"{what}={delay!r} is not a number of seconds between 0 and {MAX_DELAY_S:.0f} (366 days)")
-    return float(found)
+    return float(duration)
 
 
 @dataclass(frozen=True, slots=True)

@@ -124,7 +124,10 @@ class Task(Generic[P, R_co]):
         self.dependencies = dependencies(fn)
         wrong = [r.name for r in self.dependencies.values() if r.is_async and not self.is_async]
         if wrong:
-            raise ConfigError(f"task {name!r} is a plain function, and resource {wrong[0]!r}, which it needs, is async")
+            raise ConfigError(
+                f"task {name!r} is a plain function, and resource {wrong[0]!r}, which it needs, is async: "
+                "make the task `async def`"
+            )
         self.arguments = Arguments(fn, name, self.dependencies)
         #: The signature as text, for error messages.
         self.signature = self.arguments.signature
@@ -233,13 +236,13 @@ class Task(Generic[P, R_co]):
             bound = self.arguments.bound(args, kwargs)
             if key not in bound:
                 raise BadArguments(f"{self.name}{self.signature} has the ordering key {key!r}, which was not given")
-            found = bound[key]
+            value = bound[key]
         else:
-            found = key(*args, **kwargs)
-        if not isinstance(found, str | int):
-            raise BadArguments(f"the key of {self.name}() is {found!r}: it must be an int or a str")
+            value = key(*args, **kwargs)
+        if not isinstance(value, str | int):
+            raise BadArguments(f"the key of {self.name}() is {value!r}: it must be an int or a str")
         try:
-            return check_text(f"the key of {self.name}()", str(found), KEY_MOST)
+            return check_text(f"the key of {self.name}()", str(value), KEY_MOST)
         except ConfigError as exc:
             raise BadArguments(str(exc)) from None
 

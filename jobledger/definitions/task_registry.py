@@ -56,7 +56,7 @@ class TaskRegistry:
         submitter: Callable[[], Submitter],
     ) -> None:
         self.names = Names(namespace)
-        self.partitions = check_partitions(partitions, "App(partitions=…)")
+        self.partitions = check_partitions(partitions, "App(): partitions")
         self.submitter = submitter
         self.hooks, self.resources = Hooks(), Resources()
         self.tasks: dict[str, Task[Any, Any]] = {}
@@ -82,10 +82,10 @@ class TaskRegistry:
         for task in self.tasks.values():  # the queue of a task with a priority needs priorities
             if task.policy.priority is not None:
                 named[task.queue] = Queue(task.queue, priorities=True)
-        found = named | (self._declared or {})
-        if not found and self._declared is None and self.default_queue is not None:
-            found = {self.default_queue: Queue(self.default_queue)}
-        return {n: replace(q, partitions=q.partitions or self.partitions) for n, q in sorted(found.items())}
+        queues = named | (self._declared or {})
+        if not queues and self._declared is None and self.default_queue is not None:
+            queues = {self.default_queue: Queue(self.default_queue)}
+        return {n: replace(q, partitions=q.partitions or self.partitions) for n, q in sorted(queues.items())}
 
     @property
     def lanes(self) -> dict[str, int]:
@@ -100,7 +100,7 @@ class TaskRegistry:
         known = self.queues
         if queue not in known:
             raise UnknownQueue(
-                f"queue {queue!r} is not declared by app {self.names.namespace!r}: it has {sorted(known)}; "
+                f"queue {queue!r} is not declared by app {self.names.namespace!r}: the app has {sorted(known)}; "
                 "declare it in App(queues=…)"
             )
         return queue
@@ -151,16 +151,16 @@ class TaskRegistry:
         limit = None if timeout is None else _check_timeout(task_name, timeout)
         if isinstance(fallback, Task) and fallback.registry is not self:
             raise ConfigError(
-                f"task {task_name!r}: fallback={fallback!r} is a task of app {fallback.registry.names.namespace!r}; it "
-                f"must be one of this app, {self.names.namespace!r}"
+                f"task {task_name!r}: fallback={fallback!r} is a task of app {fallback.registry.names.namespace!r}; "
+                f"a fallback must be a task of the same app, {self.names.namespace!r}"
             )
-        judged = policy_of(
+        task_policy = policy_of(
             task_name, timeout=limit, is_async=asyncio.iscoroutinefunction(fn), **{**POLICY_DEFAULTS, **policy}
         )
-        if judged.priority is not None and self._declared is not None:
-            self.check_level(queue, judged.priority)
-        made: type[Task[Any, Any]] = AsyncTask if asyncio.iscoroutinefunction(fn) else PlainTask
-        task = made(
+        if task_policy.priority is not None and self._declared is not None:
+            self.check_level(queue, task_policy.priority)
+        task_class: type[Task[Any, Any]] = AsyncTask if asyncio.iscoroutinefunction(fn) else PlainTask
+        task = task_class(
             self,
             fn,
             name=task_name,
@@ -168,7 +168,7 @@ class TaskRegistry:
             retry=retry or Retry(),
             timeout=limit,
             fallback=fallback.name if isinstance(fallback, Task) else fallback,
-            policy=judged,
+            policy=task_policy,
         )
         self.tasks[task_name] = task
         self._origins["task", task_name] = origin
@@ -179,16 +179,16 @@ class TaskRegistry:
     ) -> Origin:
         """Return where ``declared`` comes from. Raises `ConfigError` if another object of this name is in use. An
         object that is declared again, because its module is executed again, replaces the first object."""
-        found = origin_of(declared)
+        origin = origin_of(declared)
         first = self._origins.get((kind, name)) if known else None
         if first is None or first.declared is declared:
-            return found
+            return origin
         # All lambdas of a module have the same name, so a lambda is declared again only if both are from one file.
-        if first.replaced_by(found) and (not nameless or first.shares_file(found)):
-            return found
+        if first.replaced_by(origin) and (not nameless or first.shares_file(origin)):
+            return origin
         raise ConfigError(
-            f"{kind} {name!r} is already registered: {first} and {found} would share this name; give one of them a name "
-            "of its own with name=…. If a factory declares it each time it is called, make the App in that factory, too"
+            f"{kind} {name!r} is already registered: {first} and {origin} would share this name; give one of them a name "
+            f"of its own with name=…. If a function declares the {kind} at each call, create the App in the same function"
         )
 
     def task(self, name: str) -> Task[Any, Any]:
@@ -197,59 +197,62 @@ class TaskRegistry:
             return self.tasks[name]
         except KeyError:
             raise UnknownTask(
-                f"task {name!r} is not registered with app {self.names.namespace!r}: it has {sorted(self.tasks)}"
+                f"task {name!r} is not registered with app {self.names.namespace!r}: the app has {sorted(self.tasks)}"
             ) from None
 
     def add_event(self, cls: type[Any], **options: Any) -> EventType:
         """Register a class of events, and return its event type. Raises `ConfigError` if its name or topic is in
         use."""
-        made = EventType(cls, names=self.names, **options)
-        origin = self._origin("event", made.name, cls, made.name in self.events)
-        same = [e for e in self.events.values() if e.topic == made.topic and e.name != made.name]
+        event_type = EventType(cls, names=self.names, **options)
+        origin = self._origin("event", event_type.name, cls, event_type.name in self.events)
+        same = [e for e in self.events.values() if e.topic == event_type.topic and e.name != event_type.name]
         if same:
-            raise ConfigError(f"event {made.name!r}: topic {made.topic!r} is that of event {same[0].name!r} already")
-        self.events[made.name] = made
-        self._origins["event", made.name] = origin
-        return made
+            raise ConfigError(
+                f"event {event_type.name!r}: topic {event_type.topic!r} is already the topic of event {same[0].name!r}"
+            )
+        self.events[event_type.name] = event_type
+        self._origins["event", event_type.name] = origin
+        return event_type
 
     def event_of(self, cls: type[Any]) -> EventType:
         """Return the event type of a class. Raises `BadEvent` that lists the app's events."""
-        for found in self.events.values():
-            if found.cls is cls:
-                return found
+        for event_type in self.events.values():
+            if event_type.cls is cls:
+                return event_type
         raise BadEvent(
-            f"{getattr(cls, '__qualname__', cls)!r} is not an event of app {self.names.namespace!r}: it has "
+            f"{getattr(cls, '__qualname__', cls)!r} is not an event of app {self.names.namespace!r}: the app has "
             f"{sorted(self.events)}; decorate the class with @app.event"
         )
 
     def add_handler(self, cls: type[Any], task: Task[Any, Any], tags: HandlerTags = None) -> Handler:
         """Register ``task`` as a handler of events of ``cls``. A module that is loaded again replaces its own
         handlers."""
-        made = Handler(self.event_of(cls), task, tags)
-        known = self.handlers.setdefault(made.event.name, [])
-        known[:] = [*(h for h in known if h.task.name != task.name), made]
-        return made
+        handler = Handler(self.event_of(cls), task, tags)
+        known = self.handlers.setdefault(handler.event.name, [])
+        known[:] = [*(h for h in known if h.task.name != task.name), handler]
+        return handler
 
     def add_projection(self, fold: Callable[..., Any], **options: Any) -> Projection:
         """Register a fold, and return its projection. Raises `ConfigError` if its name or table is in use."""
-        made = Projection(fold, **options)
-        origin = self._origin("projection", made.name, fold, made.name in self.projections)
+        projection = Projection(fold, **options)
+        origin = self._origin("projection", projection.name, fold, projection.name in self.projections)
         for other in self.projections.values():
-            if other.table.name == made.table.name and other.name != made.name:
+            if other.table.name == projection.table.name and other.name != projection.name:
                 raise ConfigError(
-                    f"projection {made.name!r}: {other!r} is already registered; give another name and table"
+                    f"projection {projection.name!r}: table {projection.table.name!r} is already used by "
+                    f"{other!r}; use another table"
                 )
-        self.projections[made.name] = made
-        self._origins["projection", made.name] = origin
-        return made
+        self.projections[projection.name] = projection
+        self._origins["projection", projection.name] = origin
+        return projection
 
     def handler(self, name: str) -> Handler:
         """Return the handler of this name. Raises `UnknownTask` that lists the app's handlers."""
-        found = [handler for handlers in self.handlers.values() for handler in handlers]
-        for handler in found:
+        known = [handler for handlers in self.handlers.values() for handler in handlers]
+        for handler in known:
             if handler.task.name == name:
                 return handler
-        raise UnknownTask(f"no handler is called {name!r}: there are {sorted(h.task.name for h in found)}")
+        raise UnknownTask(f"no handler is called {name!r}: the handlers are {sorted(h.task.name for h in known)}")
 
     def _check_topics(self) -> None:
         """Raise `ConfigError` if two topics have names that Kafka refuses as too similar. Each queue, priority and
@@ -302,9 +305,9 @@ class TaskRegistry:
 
 
 def _check_timeout(task: str, timeout: object) -> float:
-    found = in_seconds(timeout)
-    if isinstance(found, bool) or not isinstance(found, int | float) or not 0 < found <= MAX_TIMEOUT_S:
+    duration = in_seconds(timeout)
+    if isinstance(duration, bool) or not isinstance(duration, int | float) or not 0 < duration <= MAX_TIMEOUT_S:
         raise ConfigError(
             f"task {task!r}: timeout={timeout!r} is not a number of seconds above 0, at most {MAX_TIMEOUT_S:.0f}"
         )
-    return float(found)
+    return float(duration)

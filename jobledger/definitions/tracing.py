@@ -138,8 +138,8 @@ class Span:
                 try:
                     span.record_exception(error)
                 except BaseException:  # noqa: BLE001  # the exception's own code is the user's, and may raise anything
-                    said = text_of(error)
-                    span.add_event("exception", {"exception.type": type_of(error), "exception.message": said})
+                    message = text_of(error)
+                    span.add_event("exception", {"exception.type": type_of(error), "exception.message": message})
                 span.set_status(otel.Status(otel.StatusCode.ERROR, type_of(error)))
                 raise
 

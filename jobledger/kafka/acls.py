@@ -83,8 +83,8 @@ _LOG = [
     *_topic("<ns>.dead-letter", "Read"),
     *_topic("<ns>.schemas", "Read"),
 ]
-_LIMITS = "knowledge of the topics' size limits: batches follow a default limit"
-_WATCHING = "error when somebody has changed a topic setting that promises depend on"
+_LIMITS = "knowledge of the topics' size limits: batches have the client's default size"
+_WATCHING = "error message if a topic setting that a promise depends on was changed"
 _TRIMMING = "trimming: the log grows"
 
 #: Exactly the rights that each role needs.
@@ -95,7 +95,7 @@ TABLE: Mapping[str, Sequence[Right]] = {
         *_topic("<ns>.schemas", "Write"),
         *_topic("<ns>.schemas", "Read", lost="`emit`", when="events"),
         *_topic("<ns>.events.", "Write", lost="`emit`", when="events"),
-        *_topic("<ns>.control", "Write", lost="`cancel`, `pause`, `limit`", when="orders"),
+        *_topic("<ns>.control", "Write", lost="`cancel`, `pause`, `limit`", when="control commands"),
         *_topic("<ns>.", "DescribeConfigs", lost=_LIMITS),
     ],
     "worker": [
@@ -175,15 +175,15 @@ TOGETHER: Mapping[str, Sequence[str]] = {"streams": ("coordinator", "materialize
 #: Descriptions of the roles.
 WHO: Mapping[str, str] = {
     "client": "submits jobs, emits events, waits for results",
-    "worker": "`jobledger worker`; also the client's if its jobs submit or emit, or have a fallback",
-    "coordinator": "`jobledger coordinator`, and half of `jobledger streams`",
-    "materializer": "`jobledger materializer`, and half of `jobledger streams`",
-    "router": "`jobledger router`; also Read on topics of others that it handles",
+    "worker": "`jobledger worker`; also needs the client's rights if its jobs submit, emit or have a fallback",
+    "coordinator": "`jobledger coordinator`, and one part of `jobledger streams`",
+    "materializer": "`jobledger materializer`, and one part of `jobledger streams`",
+    "router": "`jobledger router`; also needs Read on topics of other programs whose events the app handles",
     "backfill": "`jobledger backfill`",
     "projection": "`jobledger projections`",
     "reader": "`app.lifecycle(group)`",
-    "web": "`jobledger events`, `audit`, `verify`, `rebuild`; to ask the status table takes no right on Kafka at all",
-    "admin": "`jobledger topics apply`; `topics acls --apply` needs Alter on the cluster beside it",
+    "web": "`jobledger events`, `audit`, `verify`, `rebuild`; reading the status table needs no right on Kafka",
+    "admin": "`jobledger topics apply`; `topics acls --apply` also needs Alter on the cluster",
 }
 
 
@@ -193,7 +193,7 @@ def roles(name: str) -> Sequence[str]:
         return (name,)
     if name in TOGETHER:
         return TOGETHER[name]
-    raise ConfigError(f"{name!r} is not a role; there are {', '.join([*TABLE, *TOGETHER])}")
+    raise ConfigError(f"{name!r} is not a role; the roles are {', '.join([*TABLE, *TOGETHER])}")
 
 
 def rights(name: str, namespace: str, foreign: Iterable[str] = ()) -> list[Right]:
@@ -201,20 +201,20 @@ def rights(name: str, namespace: str, foreign: Iterable[str] = ()) -> list[Right
 
     ``foreign``: topics of other programs whose events the app handles. Raises `ConfigError` for an unknown role.
     """
-    found: dict[tuple[str, str, str, str], Right] = {}
+    by_resource: dict[tuple[str, str, str, str], Right] = {}
     for role in roles(name):
         for right in TABLE[role]:
-            made = right.of(namespace)
-            key = (made.kind, made.name, made.pattern, made.operation)
+            resolved = right.of(namespace)
+            key = (resolved.kind, resolved.name, resolved.pattern, resolved.operation)
             # One role may be able to work without a right that another role needs. Then the entry without ``lost``
             # counts.
-            if key not in found or found[key].lost:
-                found[key] = made
+            if key not in by_resource or by_resource[key].lost:
+                by_resource[key] = resolved
     others = foreign if name in _HANDLES else ()
-    for kind, resource, pattern, operation in [*found]:
-        if operation == "Describe" and (kind, resource, pattern, "Read") in found:
-            del found[kind, resource, pattern, operation]
-    return [*found.values(), *(Right(TOPIC, topic, "Read") for topic in sorted(others))]
+    for kind, resource, pattern, operation in [*by_resource]:
+        if operation == "Describe" and (kind, resource, pattern, "Read") in by_resource:
+            del by_resource[kind, resource, pattern, operation]
+    return [*by_resource.values(), *(Right(TOPIC, topic, "Read") for topic in sorted(others))]
 
 
 def commands(principal: str, wanted: Iterable[Right], server: str) -> Iterator[str]:
@@ -255,31 +255,31 @@ def check(settings: Settings, namespace: str, topics: Iterable[str]) -> None:
     logged. Topics that do not exist are skipped. If a cluster does not report rights, no right counts as missing.
     Raises `BrokerUnavailable`.
     """
-    asked, lacking, spared = sorted(set(topics)), [], []
+    names, lacking, optional = sorted(set(topics)), [], []
     client = clients.admin(settings)  # keep the client: a garbage-collected one never completes its futures
-    told = client.describe_topics(
-        TopicCollection(asked), include_authorized_operations=True, request_timeout=REQUEST_TIMEOUT_S
+    answers = client.describe_topics(
+        TopicCollection(names), include_authorized_operations=True, request_timeout=REQUEST_TIMEOUT_S
     )
-    for topic, future in told.items():
-        may: Container[AclOperation] = ()
+    for topic, future in answers.items():
+        allowed: Container[AclOperation] = ()
         try:
-            may = clients.answer_of(future, REQUEST_TIMEOUT_S).authorized_operations or _ANY
+            allowed = clients.answer_of(future, REQUEST_TIMEOUT_S).authorized_operations or _ANY
         except KafkaException as exc:
             if exc.args[0].code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
                 continue
             if exc.args[0].code() != KafkaError.TOPIC_AUTHORIZATION_FAILED:
                 raise clients.translate(exc.args[0], settings, f"asking for the rights on {topic}") from exc
         for right in rights(settings.role, namespace):
-            if right.covers(topic) and _operation(right) not in may:
+            if right.covers(topic) and _operation(right) not in allowed:
                 need = Need(right.operation, TOPIC, topic)
                 if right.lost:
-                    spared.append(f"{right.operation} on topic {topic} (without it: no {right.lost})")
+                    optional.append(f"{right.operation} on topic {topic} (without it: no {right.lost})")
                 else:
                     lacking.append(need)
     if lacking:
         raise unauthorized(settings, "starting", TOPIC, *lacking)
-    for line in spared:
-        LOG.warning("the %s continues without a right: %s", settings.role, line)
+    for text in optional:
+        LOG.warning("the %s continues without a right: %s", settings.role, text)
 
 
 def grant(admin: AdminClient, settings: Settings, bindings: Sequence[AclBinding]) -> None:
@@ -296,7 +296,7 @@ def grant(admin: AdminClient, settings: Settings, bindings: Sequence[AclBinding]
             error = exc.args[0]
             if error.name() == "SECURITY_DISABLED":
                 raise ConfigError(
-                    "this cluster has no ACLs: its brokers have no authorizer (authorizer.class.name)"
+                    "this cluster cannot store ACLs: set authorizer.class.name on its brokers, or leave out --apply"
                 ) from exc
             alter = Need("Alter", CLUSTER, "kafka-cluster")
             raise clients.translate(error, settings, "creating ACLs", alter) from exc

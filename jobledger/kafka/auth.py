@@ -112,7 +112,7 @@ def unauthorized(settings: Settings, what: str, kind: str, *needs: Need) -> NotA
     user = f"user {name!r}" if (name := settings.kafka.get("sasl.username")) else "this user"
     return NotAuthorized(
         f"{what}: the cluster does not let {user} do this: the {settings.role} needs {shown}; "
-        "`jobledger topics acls MODULE:APP` prints the rights of each part",
+        "`jobledger topics acls MODULE:APP` prints the rights of each role",
         role=settings.role,
         operation=need.operation,
         resource_type=kind,
@@ -120,30 +120,31 @@ def unauthorized(settings: Settings, what: str, kind: str, *needs: Need) -> NotA
     )
 
 
-def refusal(settings: Settings, said: str) -> NotAuthenticated:
+def refusal(settings: Settings, message: str) -> NotAuthenticated:
     """Return the error for a client whose login is refused.
 
-    ``said``: the message of the client or the broker. Unless this message is about SASL, the function connects to the
-    brokers to check their TLS.
+    ``message``: the message of the client or the broker. Unless this message is about SASL, the function connects to
+    the brokers to check their TLS.
     """
     address = settings.bootstrap or "the embedded broker"
     kafka = settings.kafka
-    found = None
-    if "SASL" not in said:  # a client that is asked for a password has passed TLS
+    problem = None
+    if "SASL" not in message:  # a client that is asked for a password has passed TLS
         try:
-            found = tls.trouble(settings.resolve_bootstrap(), kafka)
+            problem = tls.trouble(settings.resolve_bootstrap(), kafka)
         except (ConfigError, BrokerUnavailable) as exc:
-            found = f"{address}: {exc}"
-    if found is not None:
-        return NotAuthenticated(found)
-    words = re.sub(r"\s*\((after|install).*", "", said.rpartition("bootstrap: ")[2])
-    ways = [name for name in sorted(kafka) if name.startswith("sasl.")]
-    if not ways:
-        return NotAuthenticated(f"{address} does not let this client in: {words}; check JOBLEDGER_KAFKA__*")
-    shown = ", ".join(_shown(name, kafka[name]) for name in ways if name in SHOWN)
+            problem = f"{address}: {exc}"
+    if problem is not None:
+        return NotAuthenticated(problem)
+    reason = re.sub(r"\s*\((after|install).*", "", message.rpartition("bootstrap: ")[2])
+    sasl_settings = [name for name in sorted(kafka) if name.startswith("sasl.")]
+    if not sasl_settings:
+        return NotAuthenticated(f"{address} refuses this client's login: {reason}; check JOBLEDGER_KAFKA__*")
+    shown = ", ".join(_shown(name, kafka[name]) for name in sasl_settings if name in SHOWN)
     return NotAuthenticated(
-        f"{address} does not let this client in: {words}; check {shown or 'JOBLEDGER_KAFKA__SASL_*'}, and the password, "
-        "secret or key beside it"
+        f"{address} refuses this client's login: {reason}; check {shown or 'JOBLEDGER_KAFKA__SASL_*'}, and the "
+        "password, "
+        "secret or key that belongs to it"
     )
 
 
@@ -153,7 +154,7 @@ def _shown(name: str, value: str) -> str:
     return f"{tls.setting(name)}={value}"
 
 
-def _told_by_door(record: logging.LogRecord) -> bool:
+def _may_be_logged(record: logging.LogRecord) -> bool:
     """Return False for messages of librdkafka that must not be logged.
 
     These are the messages about failed connections, which are logged less often through `AuthMonitor`, and those about
@@ -163,7 +164,7 @@ def _told_by_door(record: logging.LogRecord) -> bool:
     return not (text.startswith("FAIL [") or (text.startswith("GETPID [") and text.endswith("retrying")))
 
 
-LOG.addFilter(_told_by_door)
+LOG.addFilter(_may_be_logged)
 
 
 class AuthMonitor:
@@ -176,12 +177,12 @@ class AuthMonitor:
     def __init__(self, settings: Settings, *, patient: bool = True) -> None:
         self._settings, self._patient = settings, patient
         self._lock = greenlets.native_lock()
-        self._first: float | None = None
+        self._first_refused_at: float | None = None
         self._no_token = ""
-        self._looked = float("-inf")
-        self._said: dict[str, float] = {}
+        self._tls_checked_at = float("-inf")
+        self._logged_at: dict[str, float] = {}
         self._refusal: NotAuthenticated | None = None
-        self._away_at = float("-inf")
+        self._unreachable_at = float("-inf")
 
     @property
     def refusal(self) -> NotAuthenticated | None:
@@ -196,7 +197,7 @@ class AuthMonitor:
         So an unknown topic counts as an unavailable broker if the client failed to connect in the last `AWAY_S`
         seconds.
         """
-        if error.code() == KafkaError._UNKNOWN_TOPIC and time.monotonic() - self._away_at < AWAY_S:
+        if error.code() == KafkaError._UNKNOWN_TOPIC and time.monotonic() - self._unreachable_at < AWAY_S:
             return BrokerUnavailable(away(self._settings, "cannot be reached"))
         if self._refusal is None and self._no_token and error.code() == KafkaError._MSG_TIMED_OUT:
             return refusal(self._settings, self._no_token)
@@ -217,38 +218,40 @@ class AuthMonitor:
                     self._no_token = text
                     if not self._patient:
                         self._refusal = refusal(self._settings, text)
-                elif self._first is None:
-                    self._first = now
-                elif now - self._first >= AGAIN_S:
+                elif self._first_refused_at is None:
+                    self._first_refused_at = now
+                elif now - self._first_refused_at >= AGAIN_S:
                     self._refusal = refusal(self._settings, text)
             elif error.code() in _LOST:
                 if error.code() == KafkaError._ALL_BROKERS_DOWN:
-                    self._away_at = now
-                    self._look(now)
+                    self._unreachable_at = now
+                    self._check_tls(now)
                 elif error.code() == KafkaError._TRANSPORT and "Connect to" in text:
-                    self._away_at = now
-                    self._first = None  # the broker is unavailable or starting, so earlier refusals do not count
+                    self._unreachable_at = now
+                    self._first_refused_at = (
+                        None  # the broker is unavailable or starting, so earlier refusals do not count
+                    )
                 if self._patient and self._refusal is None:
                     outage_of(self._settings).heard(text, self)
                 return
-            said = re.sub(r"\(.*|\d+ms", "", text)
-            if now - self._said.get(said, float("-inf")) < SAY_EVERY_S:
+            template = re.sub(r"\(.*|\d+ms", "", text)
+            if now - self._logged_at.get(template, float("-inf")) < SAY_EVERY_S:
                 return
-            self._said[said] = now
+            self._logged_at[template] = now
         LOG.warning("%s", text)
 
-    def _look(self, now: float) -> None:
+    def _check_tls(self, now: float) -> None:
         """Check the broker's TLS: a broker that uses TLS closes a plain connection without an error message."""
         plain = self._settings.kafka.get("security.protocol", "PLAINTEXT").upper() in ("PLAINTEXT", "SASL_PLAINTEXT")
-        if not plain or now - self._looked < SAY_EVERY_S:
+        if not plain or now - self._tls_checked_at < SAY_EVERY_S:
             return
-        self._looked = now
+        self._tls_checked_at = now
         try:
-            found = tls.trouble(self._settings.resolve_bootstrap(), self._settings.kafka, 1.0)
+            problem = tls.trouble(self._settings.resolve_bootstrap(), self._settings.kafka, 1.0)
         except (ConfigError, BrokerUnavailable):
             return
-        if found is not None:
-            self._refusal = NotAuthenticated(found)
+        if problem is not None:
+            self._refusal = NotAuthenticated(problem)
 
 
 def _refused_in_words(error: KafkaError) -> bool:
@@ -263,31 +266,32 @@ def knock(settings: Settings, timeout: float = KNOCK_S) -> None:
     Raises `NotAuthenticated` as soon as it is certain that the login is refused, `BrokerUnavailable` if no broker has
     answered within ``timeout`` seconds, and `ConfigError` for settings that cannot be used.
     """
-    door = AuthMonitor(settings, patient=False)
-    conf: dict[str, Any] = {**settings.librdkafka(), "error_cb": door, "logger": LOG, "log_level": 0}
+    monitor = AuthMonitor(settings, patient=False)
+    conf: dict[str, Any] = {**settings.librdkafka(), "error_cb": monitor, "logger": LOG, "log_level": 0}
     try:
         client = forks.client(AdminClient, conf)
     except KafkaException as exc:
         raise unusable(exc) from exc
-    if cluster.answers(client, timeout, door.check):
+    if cluster.answers(client, timeout, monitor.check):
         return
-    found = tls.trouble(settings.resolve_bootstrap(), settings.kafka)
-    if found is not None:
-        raise NotAuthenticated(found)
+    problem = tls.trouble(settings.resolve_bootstrap(), settings.kafka)
+    if problem is not None:
+        raise NotAuthenticated(problem)
     raise BrokerUnavailable(away(settings, f"did not answer within {timeout:g} s"))
 
 
-def away(settings: Settings, said: str) -> str:
+def away(settings: Settings, problem: str) -> str:
     """Return the message for an unavailable broker.
 
-    The message says that the name of the broker's host cannot be resolved, if this is the case, and otherwise ``said``.
+    The message says that the name of the broker's host cannot be resolved, if this is the case, and otherwise
+    ``problem``.
     """
     if settings.bootstrap is None:
-        return f"the embedded broker {said}; check that it runs: `jobledger kafka status`"
-    found = addresses.unresolved(settings.bootstrap)
-    if found is not None:
-        return f"{settings.bootstrap}: {found}; check JOBLEDGER_BOOTSTRAP and the name service"
-    return f"{settings.bootstrap} {said}; check JOBLEDGER_BOOTSTRAP and that the broker runs"
+        return f"the embedded broker {problem}; check that it runs: `jobledger kafka status`"
+    unresolved = addresses.unresolved(settings.bootstrap)
+    if unresolved is not None:
+        return f"{settings.bootstrap}: {unresolved}; check JOBLEDGER_BOOTSTRAP and the name service"
+    return f"{settings.bootstrap} {problem}; check JOBLEDGER_BOOTSTRAP and that the broker runs"
 
 
 def unusable(error: KafkaException) -> ConfigError:

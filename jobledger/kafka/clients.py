@@ -224,15 +224,15 @@ def partitions_of(settings: Settings, topic: str, timeout: float = 10.0, *, need
             break
         except KafkaException as exc:
             if exc.args[0].code() not in ASK_AGAIN or time.monotonic() > deadline:
-                raise translate(exc.args[0], settings, f"asking for {topic}") from exc
+                raise translate(exc.args[0], settings, f"asking for the partitions of {topic}") from exc
         time.sleep(0.05)  # some errors are returned at once: do not ask in a busy loop
     if meta.error is not None:
-        raise translate(meta.error, settings, f"asking for {topic}", need or read(topic))
+        raise translate(meta.error, settings, f"asking for the partitions of {topic}", need or read(topic))
     return len(meta.partitions)
 
 
 def committed(
-    asker: Consumer, places: Sequence[TopicPartition], settings: Settings, need: Need, timeout: float = 10.0
+    asker: Consumer, partitions: Sequence[TopicPartition], settings: Settings, need: Need, timeout: float = 10.0
 ) -> list[TopicPartition]:
     """Return the committed offsets of the consumer group of ``asker``, a client that has not joined this group.
 
@@ -244,11 +244,11 @@ def committed(
     deadline = time.monotonic() + timeout
     while True:
         try:
-            return asker.committed(list(places), min(timeout, 1.0))
+            return asker.committed(list(partitions), min(timeout, 1.0))
         except KafkaException as exc:
             problem: KafkaError = exc.args[0]
-        heard = asker.poll(0)
-        error = None if heard is None else heard.error()
+        polled = asker.poll(0)
+        error = None if polled is None else polled.error()
         failed = translate(error or problem, settings, f"asking for the offsets of group {need.name}", need)
         again = problem.retriable() or problem.code() in (KafkaError._TIMED_OUT, *SEATING, *ASK_AGAIN)
         if isinstance(failed, AccessDenied) or not again or time.monotonic() > deadline:
@@ -264,8 +264,8 @@ def batch_limits(
     The result has no entry for a topic that is missing, or whose settings this user may not read. ``timeout``: in
     seconds. Raises `BrokerUnavailable`, and `AccessDenied` for a refused login.
     """
-    found = topic_settings(settings, topics, timeout, client)
-    return {topic: int(its["max.message.bytes"] or 0) for topic, its in found.items()}
+    settings_by_topic = topic_settings(settings, topics, timeout, client)
+    return {topic: int(topic_config["max.message.bytes"] or 0) for topic, topic_config in settings_by_topic.items()}
 
 
 def topic_settings(
@@ -276,16 +276,16 @@ def topic_settings(
     The result has no entry for a topic that is missing, or whose settings this user may not read. ``timeout``: in
     seconds. Raises `BrokerUnavailable`, and `AccessDenied` for a refused login.
     """
-    found: dict[str, dict[str, str | None]] = {}
+    settings_by_topic: dict[str, dict[str, str | None]] = {}
     client = client or admin(settings)  # keep the client: a garbage-collected one never completes its futures
     wanted = [ConfigResource(ResourceType.TOPIC, topic) for topic in topics]
     for resource, future in client.describe_configs(wanted, request_timeout=timeout).items() if wanted else ():
         try:
-            found[resource.name] = {key: entry.value for key, entry in answer_of(future, timeout).items()}
+            settings_by_topic[resource.name] = {key: entry.value for key, entry in answer_of(future, timeout).items()}
         except KafkaException as exc:
             if exc.args[0].code() not in (KafkaError.TOPIC_AUTHORIZATION_FAILED, *MISSING):
                 raise translate(exc.args[0], settings, f"asking for the settings of {resource.name}") from exc
-    return found
+    return settings_by_topic
 
 
 def answer_of(future: Future[T], timeout: float) -> T:
@@ -309,16 +309,17 @@ def batch_room(settings: Settings, names: Names) -> int | None:
     """
     client = admin(settings)
     try:
-        found = [t for t in client.list_topics(timeout=10.0).topics if t.startswith(f"{names.namespace}.")]
-        limits = batch_limits(settings, found, client=client)
+        topics = [t for t in client.list_topics(timeout=10.0).topics if t.startswith(f"{names.namespace}.")]
+        limits = batch_limits(settings, topics, client=client)
     except (KafkaException, BrokerUnavailable, AccessDenied) as exc:
-        LOG.debug("what the topics of %s take is not known: %s", names.namespace, exc)
+        LOG.debug("the size limits of the topics of namespace %s are not known: %s", names.namespace, exc)
         return None
-    unknown = [topic for topic in found if topic not in limits]
+    unknown = [topic for topic in topics if topic not in limits]
     if unknown and settings.role == "client":  # the other roles check all of their rights when they start
         LOG.warning(
-            "the client continues without a right: DescribeConfigs on topic %s (knowledge of the topics' size limits: batches "
-            "follow a default limit)",
+            "the client continues without a right: DescribeConfigs on topic %s (without it: no knowledge of the "
+            "topics' size "
+            "limits: batches have the client's default size)",
             unknown[0],
         )
     least = min(limits.values(), default=BATCH_BYTES)

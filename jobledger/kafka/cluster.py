@@ -39,13 +39,13 @@ def answers(client: AdminClient, timeout: float, meanwhile: Callable[[], None] =
     The client's callbacks run during the wait. ``meanwhile`` is called after each poll of the client; an exception that
     ``meanwhile`` raises is passed on to the caller.
     """
-    asked = client.describe_topics(TopicCollection([NO_TOPIC]), request_timeout=timeout)[NO_TOPIC]
+    answer = client.describe_topics(TopicCollection([NO_TOPIC]), request_timeout=timeout)[NO_TOPIC]
     deadline = time.monotonic() + timeout
-    while not greenlets.finished(asked) and time.monotonic() < deadline:
+    while not greenlets.finished(answer) and time.monotonic() < deadline:
         client.poll(0.02)
         meanwhile()
     try:
-        greenlets.outcome(asked, 0.0)
+        greenlets.outcome(answer, 0.0)
     except TimeoutError:
         return False
     except KafkaException as exc:

@@ -57,9 +57,9 @@ class Outage:
         self._address, self._answers = address, answers
         self._lock = greenlets.native_lock()  # reentrant: a signal handler may poll a client
         self._watcher = 0  # the pid of the process whose thread checks the connection; 0: no thread does
-        self._heard = 0
+        self._reports = 0
         self._text = ""
-        self._tellers: WeakSet[object] = WeakSet()
+        self._reporters: WeakSet[object] = WeakSet()
         #: Whether an outage has been logged, but not yet its end.
         self.said = False
         forks.in_child(self)
@@ -76,8 +76,8 @@ class Outage:
         to this object is kept.
         """
         with self._lock:
-            self._heard += 1
-            self._tellers.add(by)
+            self._reports += 1
+            self._reporters.add(by)
             if not self._text or "onnect" in text:  # a text about connecting is the most useful
                 self._text = text
             if self._watcher == os.getpid():
@@ -93,16 +93,16 @@ class Outage:
         error_at = since + LONG_S
         while True:
             greenlets.native_sleep(ASK_EVERY_S)
-            if self._forsaken():
+            if self._has_no_reporter():
                 return
-            heard = self._heard
+            reports_before = self._reports
             quiet = time.monotonic() < _quiet_until
             if quiet or self._answered():
                 if self.said and not quiet:
                     LOG.info("connected again to %s, after %.0f s", self._address, time.monotonic() - since)
                 self.said = False
                 with self._lock:
-                    if quiet or self._heard == heard:
+                    if quiet or self._reports == reports_before:
                         self._end()
                         return
                 since = time.monotonic()
@@ -116,13 +116,13 @@ class Outage:
                 LOG.error("%s has not been reachable for %.0f s: %s", self._address, now - since, self._text)
                 error_at = now + AGAIN_S
 
-    def _forsaken(self) -> bool:
+    def _has_no_reporter(self) -> bool:
         """Return whether no client that reported this outage exists any more.
 
         If so, end the outage without a message.
         """
         with self._lock:
-            if self._tellers:
+            if self._reporters:
                 return False
             self.said = False
             self._end()
@@ -130,7 +130,7 @@ class Outage:
 
     def _end(self) -> None:
         self._watcher, self._text = 0, ""
-        self._tellers.clear()
+        self._reporters.clear()
 
     def _answered(self) -> bool:
         try:
@@ -146,10 +146,10 @@ _outages: dict[str, Outage] = {}
 def outage_of(settings: Settings) -> Outage:
     """Return this process's `Outage` for the cluster that these settings name."""
     address = settings.bootstrap or "the embedded broker"
-    found = _outages.get(address)
-    if found is None:
-        found = _outages.setdefault(address, Outage(address, lambda: _answers(settings)))
-    return found
+    outage = _outages.get(address)
+    if outage is None:
+        outage = _outages.setdefault(address, Outage(address, lambda: _answers(settings)))
+    return outage
 
 
 def log_missed(logger: logging.Logger, settings: Settings, message: str, *args: object) -> None:

@@ -35,7 +35,7 @@ _FILES = ("ssl.ca.location", "ssl.certificate.location", "ssl.key.location")
 LOOK_S = 2.0
 
 _UNTRUSTED = (2, 18, 19, 20, 21)
-_ELSEWHERE = (62, 63, 64)
+_OTHER_HOST = (62, 63, 64)
 _EXPIRED, _NOT_YET = 10, 9
 
 
@@ -58,43 +58,44 @@ def context(kafka: Mapping[str, str]) -> ssl.SSLContext:
             )
         if name.startswith("ssl.") and name not in KNOWN:
             raise ConfigError(
-                f"{setting(name)} has no translation for the coordinator (aiokafka), and leaving it out could weaken its "
-                f"connections; known are {', '.join(sorted(KNOWN))}"
+                f"{setting(name)} is not supported by the coordinator (aiokafka). To ignore this setting could weaken "
+                "the "
+                f"connections, so remove it. Supported settings: {', '.join(sorted(KNOWN))}"
             )
     authority = kafka.get("ssl.ca.location")
     if authority == "probe":  # librdkafka's name for the system's own certificate authorities
         authority = None
     folder = authority is not None and Path(authority).is_dir()
     try:
-        made = ssl.create_default_context(
+        tls_context = ssl.create_default_context(
             cafile=None if folder else authority,
             capath=authority if folder else None,
             cadata=kafka.get("ssl.ca.pem"),
         )
-        _load_certificate(made, kafka)
+        _load_certificate(tls_context, kafka)
     except (OSError, ssl.SSLError, ValueError) as exc:
         files = {name: kafka[name] for name in _FILES if name in kafka}
         raise ConfigError(
             f"the TLS settings {files} cannot be used: {exc or type(exc).__name__}{_hint(kafka)}"
         ) from exc
     # From Python 3.13 on, the default is stricter than librdkafka's. A setting must mean the same for both clients.
-    made.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)
+    tls_context.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)
     if kafka.get("ssl.endpoint.identification.algorithm", "https").lower() == "none":
-        made.check_hostname = False
+        tls_context.check_hostname = False
     if kafka.get("enable.ssl.certificate.verification", "true").lower() == "false":
-        made.check_hostname = False
-        made.verify_mode = ssl.CERT_NONE
-    return made
+        tls_context.check_hostname = False
+        tls_context.verify_mode = ssl.CERT_NONE
+    return tls_context
 
 
 def _hint(kafka: Mapping[str, str]) -> str:
     for name in _FILES:
         if name in kafka and not os.access(kafka[name], os.R_OK):
             return f"; {setting(name)}={kafka[name]} cannot be read"
-    return f"; is {setting('ssl.key.password')} right?" if "ssl.key.password" in kafka else ""
+    return f"; check {setting('ssl.key.password')}" if "ssl.key.password" in kafka else ""
 
 
-def _load_certificate(made: ssl.SSLContext, kafka: Mapping[str, str]) -> None:
+def _load_certificate(tls_context: ssl.SSLContext, kafka: Mapping[str, str]) -> None:
     # Without a password, pass an empty one instead of None: with None, OpenSSL would ask for a password at the
     # terminal.
     password = kafka.get("ssl.key.password", "")
@@ -102,7 +103,7 @@ def _load_certificate(made: ssl.SSLContext, kafka: Mapping[str, str]) -> None:
     texts = (kafka.get("ssl.certificate.pem"), kafka.get("ssl.key.pem"))
     if texts == (None, None):
         if chain is not None:
-            made.load_cert_chain(chain, key, password)
+            tls_context.load_cert_chain(chain, key, password)
         elif key is not None:
             raise ValueError("there is a key but no certificate: set ssl.certificate.location as well")
         return
@@ -117,7 +118,7 @@ def _load_certificate(made: ssl.SSLContext, kafka: Mapping[str, str]) -> None:
                 paths[index] = str(path)
         if paths[0] is None:
             raise ValueError("there is a key but no certificate: set ssl.certificate.pem as well")
-        made.load_cert_chain(paths[0], paths[1], password)
+        tls_context.load_cert_chain(paths[0], paths[1], password)
 
 
 def trouble(bootstrap: str, kafka: Mapping[str, str], timeout: float = LOOK_S) -> str | None:
@@ -130,19 +131,19 @@ def trouble(bootstrap: str, kafka: Mapping[str, str], timeout: float = LOOK_S) -
     for address in bootstrap.split(","):
         host, _, port = address.strip().rpartition(":")
         with suppress(OSError, ValueError), socket.create_connection((host.strip("[]"), int(port)), timeout) as plain:
-            found = _refusal(plain, host.strip("[]"), kafka) if wanted else _speaks_tls(plain)
-            if found is not None:
-                return f"{address.strip()} {found}"
+            problem = _handshake_problem(plain, host.strip("[]"), kafka) if wanted else _tls_of_plain_client(plain)
+            if problem is not None:
+                return f"{address.strip()} {problem}"
     return None
 
 
-def _speaks_tls(plain: socket.socket) -> str | None:
+def _tls_of_plain_client(plain: socket.socket) -> str | None:
     # Do not use an `ssl.SSLSocket`: Python leaks the object if its connection is reset while the object is created.
-    asked = ssl.create_default_context()
-    asked.check_hostname, asked.verify_mode = False, ssl.CERT_NONE
+    client = ssl.create_default_context()
+    client.check_hostname, client.verify_mode = False, ssl.CERT_NONE
     incoming, hello = ssl.MemoryBIO(), ssl.MemoryBIO()
     with suppress(ssl.SSLWantReadError):
-        asked.wrap_bio(incoming, hello).do_handshake()
+        client.wrap_bio(incoming, hello).do_handshake()
     try:
         plain.sendall(hello.read())
         head = b""
@@ -157,32 +158,32 @@ def _speaks_tls(plain: socket.socket) -> str | None:
     return None
 
 
-def _refusal(plain: socket.socket, host: str, kafka: Mapping[str, str]) -> str | None:
+def _handshake_problem(plain: socket.socket, host: str, kafka: Mapping[str, str]) -> str | None:
     try:
         with context(kafka).wrap_socket(plain, server_hostname=host) as tls:
             # In TLS 1.3 a broker accepts or refuses a client's certificate only after the handshake.
             tls.recv(1)
     except ssl.SSLCertVerificationError as exc:
-        return _verdict(exc, host)
+        return _certificate_problem(exc, host)
     except TimeoutError:
         return None  # the broker waits for a request, so it has accepted the connection
     except ssl.SSLError as exc:
         if "CERTIFICATE" in (exc.reason or ""):
-            said = (exc.reason or "").lower().replace("_", " ")
+            reason = (exc.reason or "").lower().replace("_", " ")
             return (
-                f"does not take this client's certificate ({said}): check {setting('ssl.certificate.location')} and "
-                f"{setting('ssl.key.location')}, whether it has expired, and that the broker trusts its authority"
+                f"refuses this client's certificate ({reason}): check {setting('ssl.certificate.location')} and "
+                f"{setting('ssl.key.location')}, that it has not expired, and that the broker trusts its authority"
             )
         if exc.reason in ("WRONG_VERSION_NUMBER", "UNEXPECTED_EOF_WHILE_READING", "RECORD_LAYER_FAILURE"):
-            return f"does not speak TLS: check {setting('security.protocol')} and the port"
+            return f"does not use TLS: check {setting('security.protocol')} and the port"
         return f"aborts the TLS handshake ({exc.reason})"
     except ConnectionError:
         return None
     return None
 
 
-def _verdict(exc: ssl.SSLCertVerificationError, host: str) -> str:
-    if exc.verify_code in _ELSEWHERE:
+def _certificate_problem(exc: ssl.SSLCertVerificationError, host: str) -> str:
+    if exc.verify_code in _OTHER_HOST:
         return (
             f"has a certificate that is not for {host} ({exc.verify_message}): connect with a name in the certificate, or disable "
             f"the check with {setting('ssl.endpoint.identification.algorithm')}=none"

@@ -39,9 +39,7 @@ def check_topic(what: str, name: object) -> str:
     Raises a `ConfigError` that begins with ``what`` for any other value.
     """
     if not isinstance(name, str) or not _TOPIC.fullmatch(name) or name in (".", ".."):
-        raise ConfigError(
-            f"{what}={name!r} is not a topic name: Kafka's have 1 to 249 letters, digits, '.', '_' and '-'"
-        )
+        raise ConfigError(f"{what}={name!r} is not a topic name: use 1 to 249 letters, digits, '.', '_' and '-'")
     return name
 
 
@@ -56,10 +54,10 @@ def check_text(what: str, text: object, most: int, *, least: int = 1) -> str:
     if not least <= len(text) <= most:
         shown = repr(text) if len(text) <= SHOWN else f"{text[:SHOWN]!r}…, {len(text):,} characters,"
         raise ConfigError(f"{what}={shown} is not {wanted}")
-    found = check_utf8(what, text)
-    if "\0" in found:
-        raise ConfigError(f"{what}={found!r} has a NUL character, which PostgreSQL cannot hold: leave it out")
-    return found
+    encodable = check_utf8(what, text)
+    if "\0" in encodable:
+        raise ConfigError(f"{what}={encodable!r} has a NUL character, which PostgreSQL cannot store: leave it out")
+    return encodable
 
 
 def check_utf8(what: str, text: object) -> str:
@@ -74,7 +72,8 @@ def check_utf8(what: str, text: object) -> str:
             text.encode()
         except UnicodeEncodeError:
             raise ConfigError(
-                f"{what}={text[:SHOWN]!r} has a lone surrogate, which UTF-8 cannot hold: replace it, for example with "
+                f"{what}={text[:SHOWN]!r} has a lone surrogate, which UTF-8 cannot encode: replace it, for example "
+                "with "
                 "text.encode(errors='replace').decode()"
             ) from None
     return str.__str__(text)
@@ -98,12 +97,12 @@ def colliding(wanted: Iterable[str], others: Iterable[str] = ()) -> dict[str, st
     first: dict[str, str] = {}
     for name in others:
         first.setdefault(_in_metrics(name), name)
-    found: dict[str, str] = {}
+    pairs: dict[str, str] = {}
     for name in wanted:
         other = first.setdefault(_in_metrics(name), name)
         if other != name:
-            found[name] = other
-    return found
+            pairs[name] = other
+    return pairs
 
 
 def _in_metrics(topic: str) -> str:
@@ -130,8 +129,8 @@ class Names:
 
     def queue_of(self, topic: str) -> str | None:
         """Return the queue of a work topic of this namespace; None for any other topic."""
-        found = self.lane_of(topic)
-        return None if found is None else found.partition(".")[0]
+        lane_name = self.lane_of(topic)
+        return None if lane_name is None else lane_name.partition(".")[0]
 
     @property
     def lifecycle(self) -> str:

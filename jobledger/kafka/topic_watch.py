@@ -55,17 +55,17 @@ class TopicWatch(threading.Thread):
     def look(self) -> None:
         """Check once. If no broker is available, or the cluster refuses to answer, `problems` is not changed."""
         try:
-            found = broken_promises(self._names, topic_settings(self._settings, self._topics()))
-            found += self._others()
+            problems = broken_promises(self._names, topic_settings(self._settings, self._topics()))
+            problems += self._others()
         except JobledgerError as exc:
             self._log.debug("the settings of topics are not known: %s", exc)
             return
-        for problem in found:
+        for problem in problems:
             self._log.error("%s", problem)
         for problem in self.problems:
-            if problem not in found:
+            if problem not in problems:
                 self._log.info("resolved: %s", problem)
-        self.problems = tuple(found)
+        self.problems = tuple(problems)
 
     def close(self) -> None:
         """Stop the checks; return at once."""

@@ -80,9 +80,9 @@ def plan(
         changes += [beside(spec, other)] if other else compare(spec, count, configs.get(spec.name, {}), copies)
     if groups:
         bounds = _broker_config(admin, address)
-        found = _configs(admin, ResourceType.GROUP, [group.name for group in groups], address)
+        group_configs = _configs(admin, ResourceType.GROUP, [group.name for group in groups], address)
         for group in groups:
-            changed = differing(within_bounds(group.config, bounds), found.get(group.name, {}))
+            changed = differing(within_bounds(group.config, bounds), group_configs.get(group.name, {}))
             step = Step.CONFIG if changed else Step.UNCHANGED
             changes.append(Change(step, "group", group.name, config=changed))
     return TopicPlan(tuple(changes))
@@ -119,9 +119,9 @@ def ensure(app: DeclaresTopics, settings: Settings, replication: int = 1) -> Top
     """
     address = settings.resolve_bootstrap()
     admin = clients.admin(settings)
-    made = plan(admin, *wanted(app, replication), address=address)
-    apply(admin, made, address=address)
-    return made
+    topic_plan = plan(admin, *wanted(app, replication), address=address)
+    apply(admin, topic_plan, address=address)
+    return topic_plan
 
 
 def _partition_counts(
@@ -132,7 +132,7 @@ def _partition_counts(
     Both are None for a topic that is missing.
     """
     counts: dict[str, tuple[int | None, int | None]] = {}
-    answers = _request(lambda left: _describe(admin, left), names, "describe topics", address)
+    answers = _request(lambda pending: _describe(admin, pending), names, "describe topics", address)
     for name, answer in answers.items():
         if not isinstance(answer, KafkaException):
             counts[name] = len(answer.partitions), min(len(p.replicas) for p in answer.partitions)
@@ -155,15 +155,15 @@ def _metadata(ask: Callable[[], ClusterMetadata], what: str, address: str) -> Cl
         if attempt:
             time.sleep(RETRY_PAUSE_S)
         try:
-            found = ask()
+            metadata = ask()
         except KafkaException as error:
             if _code(error) not in _RETRIABLE:
                 raise _refused_by_cluster(error, what, "Describe") from error
             last = error.args[0].str()
         else:
-            if found.brokers:
-                return found
-            last = "the broker that answers is not in its cluster"
+            if metadata.brokers:
+                return metadata
+            last = "the broker that answered has not joined its cluster"
     raise _unavailable(what, last, address)
 
 
@@ -174,25 +174,25 @@ def _describe(admin: AdminClient, names: Sequence[str]) -> Mapping[str, Future[A
 def _configs(
     admin: AdminClient, kind: ResourceType, names: Sequence[str], address: str
 ) -> dict[str, dict[str, str | None]]:
-    def send(left: Sequence[str]) -> Mapping[str, Future[Any]]:
-        resources = [ConfigResource(kind, name) for name in left]
-        asked = admin.describe_configs(resources, request_timeout=REQUEST_TIMEOUT_S)
-        return {resource.name: future for resource, future in asked.items()}
+    def send(pending: Sequence[str]) -> Mapping[str, Future[Any]]:
+        resources = [ConfigResource(kind, name) for name in pending]
+        futures = admin.describe_configs(resources, request_timeout=REQUEST_TIMEOUT_S)
+        return {resource.name: future for resource, future in futures.items()}
 
-    found: dict[str, dict[str, str | None]] = {}
+    configs: dict[str, dict[str, str | None]] = {}
     for name, answer in _request(send, names, "read settings", address).items():
         if not isinstance(answer, KafkaException):
-            found[name] = {key: entry.value for key, entry in answer.items()}
+            configs[name] = {key: entry.value for key, entry in answer.items()}
         elif kind is ResourceType.TOPIC:
             raise _refused_by_cluster(answer, f"read the settings of topic {name}", "AlterConfigs", name)
         # This user may not be allowed to read the settings of a group or a broker. Then the settings count as unknown.
-    return found
+    return configs
 
 
 def _brokers(admin: AdminClient, address: str) -> list[str]:
     """Return the ids of the cluster's brokers."""
-    found = _metadata(lambda: cluster.describe(admin, REQUEST_TIMEOUT_S), "describe the cluster", address)
-    return [str(number) for number in found.brokers]
+    metadata = _metadata(lambda: cluster.describe(admin, REQUEST_TIMEOUT_S), "describe the cluster", address)
+    return [str(number) for number in metadata.brokers]
 
 
 def _broker_config(admin: AdminClient, address: str) -> dict[str, str | None]:
@@ -203,8 +203,8 @@ def _broker_config(admin: AdminClient, address: str) -> dict[str, str | None]:
 def _apply_topics(admin: AdminClient, step: Step, changes: Sequence[Change], address: str) -> None:
     by_name = {change.name: change for change in changes}
 
-    def send(left: Sequence[str]) -> Mapping[str, Future[Any]]:
-        todo = [by_name[name] for name in left]
+    def send(pending: Sequence[str]) -> Mapping[str, Future[Any]]:
+        todo = [by_name[name] for name in pending]
         if step is Step.CREATE:
             return admin.create_topics([_new_topic(c) for c in todo], request_timeout=REQUEST_TIMEOUT_S)
         if step is Step.PARTITIONS:
@@ -219,7 +219,7 @@ def _apply_topics(admin: AdminClient, step: Step, changes: Sequence[Change], add
         # Another process has created the topic since the plan was made, or an earlier attempt whose answer was lost.
         if step is Step.CREATE and _code(answer) == KafkaError.TOPIC_ALREADY_EXISTS:
             continue
-        raise _refused_by_cluster(answer, f"{what} of topic {name}", _OPERATIONS[step], name)
+        raise _refused_by_cluster(answer, f"carry out '{what}' for topic {name}", _OPERATIONS[step], name)
 
 
 def _new_topic(change: Change) -> NewTopic:
@@ -236,15 +236,16 @@ def _new_topic(change: Change) -> NewTopic:
 def _apply_groups(admin: AdminClient, changes: Sequence[Change], address: str) -> tuple[str, ...]:
     by_name = {change.name: change for change in changes}
 
-    def send(left: Sequence[str]) -> Mapping[str, Future[Any]]:
-        return _alter(admin, ResourceType.GROUP, [by_name[name] for name in left])
+    def send(pending: Sequence[str]) -> Mapping[str, Future[Any]]:
+        return _alter(admin, ResourceType.GROUP, [by_name[name] for name in pending])
 
     notes = []
     for name, answer in _request(send, list(by_name), "alter groups", address).items():
         if isinstance(answer, KafkaException):
             wanted = ", ".join(f"{key}={value}" for key, (_, value) in by_name[name].config.items())
             notes.append(
-                f"group {name} keeps the broker's timeouts, {wanted} was not accepted ({answer.args[0].str()}): "
+                f"group {name} keeps the broker's timeouts, because the cluster refused {wanted} "
+                f"({answer.args[0].str()}): "
                 "a worker that dies without leaving the group is noticed only after the broker's session timeout"
             )
     return tuple(notes)
@@ -262,8 +263,8 @@ def _alter(admin: AdminClient, kind: ResourceType, changes: Sequence[Change]) ->
         )
         for change in changes
     ]
-    asked = admin.incremental_alter_configs(resources, request_timeout=REQUEST_TIMEOUT_S)
-    return {resource.name: future for resource, future in asked.items()}
+    futures = admin.incremental_alter_configs(resources, request_timeout=REQUEST_TIMEOUT_S)
+    return {resource.name: future for resource, future in futures.items()}
 
 
 def _await_visible(admin: AdminClient, expected: Mapping[str, int], address: str) -> None:
@@ -274,7 +275,9 @@ def _await_visible(admin: AdminClient, expected: Mapping[str, int], address: str
     deadline = time.monotonic() + VISIBLE_TIMEOUT_S
     missing = dict(expected)
     while True:
-        for name, answer in _request(lambda left: _describe(admin, left), list(missing), "describe", address).items():
+        for name, answer in _request(
+            lambda pending: _describe(admin, pending), list(missing), "describe", address
+        ).items():
             if isinstance(answer, KafkaException):
                 continue  # not visible yet
             if len(answer.partitions) >= missing[name] and all(p.leader is not None for p in answer.partitions):
@@ -298,15 +301,15 @@ def _request(
     attempts.
     """
     answers: dict[str, Any] = {}
-    left = list(keys)
+    pending = list(keys)
     last = ""
     for attempt in range(ATTEMPTS):
-        if not left:
+        if not pending:
             return answers
         if attempt:
             time.sleep(RETRY_PAUSE_S)
         again = []
-        for key, future in send(left).items():
+        for key, future in send(pending).items():
             try:
                 answers[key] = greenlets.outcome(future, 2 * REQUEST_TIMEOUT_S)
             except TimeoutError:
@@ -318,8 +321,8 @@ def _request(
                     again.append(key)
                 else:
                     answers[key] = error
-        left = again
-    if left:
+        pending = again
+    if pending:
         raise _unavailable(what, last, address)
     return answers
 

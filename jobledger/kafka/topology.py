@@ -30,8 +30,8 @@ _CLOCK = {"message.timestamp.type": "LogAppendTime"}
 _KEPT = {"cleanup.policy": "delete", "retention.ms": "-1", "retention.bytes": "-1"}
 _COMPACTED = {"cleanup.policy": "compact"}
 _WHY = {
-    "message.timestamp.type": "delays, retries and expiries are counted on the broker's clock",
-    "cleanup.policy": "only so are the records kept that are still needed",
+    "message.timestamp.type": "delays, retries and expiries are measured with the broker's clock",
+    "cleanup.policy": "with another value the broker removes records that are still needed",
     "retention.ms": "the broker deletes records that were not read yet, or are still needed",
     "retention.bytes": "the broker deletes records that were not read yet, or are still needed",
 }
@@ -221,21 +221,28 @@ def desired(
             replication,
             kept,
             Growth.FIXED,
-            "schedules, locks and batches are in the partition of their key, and with another count every key would "
-            "be in another partition than its state",
+            "the coordinator's rows are in the partition of their key, and with another count a key would "
+            "be in another partition than its row",
         ),
         TopicSpec(names.dead_letter, partitions, replication, kept),
         # These two topics have one partition each: every process that uses them reads them to the end at its start, and
         # a tombstone must be in the partition of its record.
-        TopicSpec(names.control, 1, replication, compacted, Growth.FIXED, "a tombstone must meet its record"),
-        TopicSpec(names.schemas, 1, replication, compacted, Growth.FIXED, "it is read as one sequence"),
+        TopicSpec(
+            names.control,
+            1,
+            replication,
+            compacted,
+            Growth.FIXED,
+            "a tombstone must be in the partition of the record that it removes",
+        ),
+        TopicSpec(names.schemas, 1, replication, compacted, Growth.FIXED, "this topic is read as one sequence"),
         TopicSpec(
             changelog(names),
             partitions,
             replication,
             compacted,
             Growth.FIXED,
-            "Faust pairs its partitions with those of coordination, number by number",
+            "Faust assigns a partition of this topic together with the partition of coordination of the same number",
         ),
     ]
     return specs
@@ -250,29 +257,29 @@ def changelog(names: Names) -> str:
     return f"{names.coordinator_group}-schedules-changelog"
 
 
-def broken_promises(names: Names, found: Mapping[str, Mapping[str, str | None]]) -> list[str]:
-    """Return messages about topic settings that break a promise. ``found``: the current settings, by topic. Pure.
+def broken_promises(names: Names, current: Mapping[str, Mapping[str, str | None]]) -> list[str]:
+    """Return messages about topic settings that break a promise. ``current``: the current settings, by topic. Pure.
 
     Only the settings that promises depend on are checked, and not those of topics of events. A setting that is not
     known is skipped.
     """
     compacted = (names.control, names.schemas, changelog(names))
     kept = (names.lifecycle, names.coordination, names.dead_letter)
-    said: list[str] = []
-    for topic, settings in sorted(found.items()):
+    messages: list[str] = []
+    for topic, settings in sorted(current.items()):
         if topic in compacted:
             wanted = {**_CLOCK, **_COMPACTED}
         elif topic in kept or names.queue_of(topic) is not None:
             wanted = {**_CLOCK, **_KEPT}
         else:
             continue
-        said += [
+        messages += [
             f"topic {topic} has {key}={settings[key]} and needs {value}: {_WHY[key]}. "
             "`jobledger topics apply MODULE:APP` sets it"
             for key, value in wanted.items()
             if settings.get(key) not in (None, value)
         ]
-    return said
+    return messages
 
 
 def lifecycle_too_small(topic: str, partitions: int, lifecycle: str, there: int) -> str:
@@ -282,7 +289,8 @@ def lifecycle_too_small(topic: str, partitions: int, lifecycle: str, there: int)
     """
     return (
         f"{topic} has {partitions} partitions and {lifecycle} only {there}: the facts of a job are written to the "
-        f"lifecycle partition that has the number of its work record's. Raise it with `kafka-topics.sh --alter --topic {lifecycle} "
+        f"lifecycle partition with the number of its work record's partition. Raise the count of {lifecycle} with "
+        f"`kafka-topics.sh --alter --topic {lifecycle} "
         f"--partitions {partitions}` and start the workers again; partitions of {topic} cannot be removed"
     )
 
@@ -352,7 +360,8 @@ def compare(
                 "topic",
                 spec.name,
                 replication=copies,
-                reason=f"topic {spec.name!r} has {copies} of {spec.replication} copies: if a broker is lost for good, "
+                reason=f"topic {spec.name!r} has {copies} of {spec.replication} copies: if a broker is lost "
+                "permanently, "
                 "records are lost too. Raise the number with kafka-reassign-partitions.sh, or your vendor's tool, and apply again; or use "
                 f"--replication {copies}",
             )
@@ -400,13 +409,14 @@ def _named(queues: Mapping[str, int]) -> list[tuple[str, int]]:
 
 
 def _refusal(spec: TopicSpec, counts: tuple[int, int], why: str) -> Change:
-    there, wanted = counts
+    current, declared = counts
     reason = (
-        f"topic {spec.name!r} has {there} partitions and the app asks for {wanted}: {why}. Declare the existing count, "
-        "or use a new namespace (a new queue, for a queue's topic) and let the old one drain."
+        f"topic {spec.name!r} has {current} partitions and the app asks for {declared}: {why}. Declare the existing "
+        "count, "
+        "or use a new namespace (for a work topic: a new queue), and wait until the jobs of the old one have ended."
     )
     return Change(Step.REFUSE, "topic", spec.name, partitions=counts, reason=reason)
 
 
-def differing(wanted: Mapping[str, str], found: Mapping[str, str | None]) -> dict[str, tuple[str | None, str]]:
-    return {key: (found.get(key), value) for key, value in wanted.items() if found.get(key) != value}
+def differing(wanted: Mapping[str, str], current: Mapping[str, str | None]) -> dict[str, tuple[str | None, str]]:
+    return {key: (current.get(key), value) for key, value in wanted.items() if current.get(key) != value}

@@ -60,23 +60,23 @@ class Framing:
         return (self._heads.get(topic) or self._register(topic)) + value[_SKIP:]
 
     def _register(self, topic: str) -> bytes:
-        came = time.monotonic()
+        arrived_at = time.monotonic()
         with self._lock(f"registering the schema of {topic}"):
             if topic in self._heads:
                 return self._heads[topic]
-            if self._failed_at > came:  # failed while this thread waited; a new request would delay the next one
+            if self._failed_at > arrived_at:  # failed while this thread waited; a new request would delay the next one
                 raise RegistryUnavailable(self._failure)
             try:
-                found = self._registry.register(f"{topic}-value", codec.SCHEMA_TEXT)
-                if found not in self._published:
+                schema_id = self._registry.register(f"{topic}-value", codec.SCHEMA_TEXT)
+                if schema_id not in self._published:
                     shown = self._registry.shown
-                    if self._is_published is None or not self._is_published(found, codec.SCHEMA_TEXT, shown):
-                        self._publish(id_key(found))
-                    self._published.add(found)
+                    if self._is_published is None or not self._is_published(schema_id, codec.SCHEMA_TEXT, shown):
+                        self._publish(id_key(schema_id))
+                    self._published.add(schema_id)
             except RegistryUnavailable as exc:
                 self._failed_at, self._failure = time.monotonic(), str(exc)
                 raise
-            self._heads[topic] = confluent_frame.head(found)
+            self._heads[topic] = confluent_frame.head(schema_id)
             return self._heads[topic]
 
 

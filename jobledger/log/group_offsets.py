@@ -46,23 +46,23 @@ def group_offsets(
     offsets aborts the process (assertion ``eonce->refcnt > 0``, librdkafka issue 4605) if the broker becomes
     unavailable meanwhile.
     """
-    places = [TopicPartition(topic, partition) for partition in range(partitions_of(settings, topic))]
+    partitions = [TopicPartition(topic, partition) for partition in range(partitions_of(settings, topic))]
     asker = consumer(consumer_config(settings, group=group))
     try:
-        found = committed(asker, places, settings, Need("Describe", "group", group), timeout)
+        answers = committed(asker, partitions, settings, Need("Describe", "group", group), timeout)
     finally:
         asker.close()
     return {
-        (p.topic, p.partition): Committed(p.offset, floor_of(p.metadata), p.metadata) for p in found if p.offset >= 0
+        (p.topic, p.partition): Committed(p.offset, floor_of(p.metadata), p.metadata) for p in answers if p.offset >= 0
     }
 
 
 def worker_commits(settings: Settings, names: Names, queues: Iterable[str]) -> dict[tuple[str, int], Committed]:
     """Return the committed offsets of every queue's worker group, by work topic and partition."""
-    found: dict[tuple[str, int], Committed] = {}
+    commits: dict[tuple[str, int], Committed] = {}
     for queue in queues:
-        found.update(group_offsets(settings, names.worker_group(queue), names.jobs(queue)))
-    return found
+        commits.update(group_offsets(settings, names.worker_group(queue), names.jobs(queue)))
+    return commits
 
 
 def lifecycle_groups(settings: Settings, names: Names, timeout: float = 10.0) -> list[str]:
@@ -75,9 +75,9 @@ def lifecycle_groups(settings: Settings, names: Names, timeout: float = 10.0) ->
     group_offsets(settings, prefix, names.lifecycle, timeout)
     client = admin(settings)  # kept in a variable: without the client its answers are lost
     try:
-        found = answer_of(client.list_consumer_groups(request_timeout=timeout), timeout)
+        listed = answer_of(client.list_consumer_groups(request_timeout=timeout), timeout)
     except KafkaException as exc:
         raise translate(exc.args[0], settings, "listing consumer groups") from exc
-    for error in found.errors:
+    for error in listed.errors:
         raise translate(error.args[0], settings, "listing consumer groups")
-    return sorted(group.group_id for group in found.valid if group.group_id.startswith(prefix))
+    return sorted(group.group_id for group in listed.valid if group.group_id.startswith(prefix))

@@ -70,7 +70,7 @@ class LogReader:
                     again = True
                     self._renew()
                 if not again:
-                    what = f"asking for the ends of {topic}[{partition}]"
+                    what = f"asking for the first and last offset of {topic}[{partition}]"
                     raise translate(exc.args[0], self.settings, what, read(topic)) from exc
                 time.sleep(0.05)
 
@@ -85,11 +85,13 @@ class LogReader:
         """Return the first offset that was appended at or after a time (milliseconds since the epoch); the high
         watermark if there is none."""
         try:
-            found = self._consumer.offsets_for_times([TopicPartition(topic, partition, timestamp_ms)], timeout=timeout)
+            offsets = self._consumer.offsets_for_times(
+                [TopicPartition(topic, partition, timestamp_ms)], timeout=timeout
+            )
         except KafkaException as exc:
-            what = f"asking {topic}[{partition}] for a time"
+            what = f"asking for the offset of a time in {topic}[{partition}]"
             raise translate(exc.args[0], self.settings, what, read(topic)) from exc
-        return found[0].offset if found[0].offset >= 0 else self.watermarks(topic, partition, timeout)[1]
+        return offsets[0].offset if offsets[0].offset >= 0 else self.watermarks(topic, partition, timeout)[1]
 
     def read(
         self, topic: str, partition: int, start: int, end: int | None = None, *, stall: float = 30.0
@@ -103,9 +105,9 @@ class LogReader:
         start = max(start, low)
         if start >= end:
             return
-        here = TopicPartition(topic, partition, start)
+        assigned = TopicPartition(topic, partition, start)
         self._reading += 1
-        self._consumer.assign([here])
+        self._consumer.assign([assigned])
         try:
             last_seen = time.monotonic()
             while True:
@@ -121,11 +123,14 @@ class LogReader:
                         return
                     yield message
                 # position() also moves past gaps without messages (compaction, transaction markers).
-                where = self._consumer.position([here])[0].offset
-                if where >= end:
+                next_offset = self._consumer.position([assigned])[0].offset
+                if next_offset >= end:
                     return
                 if not batch and time.monotonic() - last_seen > stall:
-                    raise BrokerUnavailable(f"{topic}[{partition}] sent no records at offset {where} for {stall:g} s")
+                    raise BrokerUnavailable(
+                        f"no record of {topic}[{partition}] arrived for {stall:g} s, from offset {next_offset} on: "
+                        "check that every broker runs"
+                    )
         finally:
             self._reading -= 1
             self._consumer.unassign()

@@ -41,7 +41,7 @@ class SchemaLookup:
         self._registry = None if settings.schema_registry is None else SchemaRegistry(settings.schema_registry)
         self._known: dict[bytes, str] = {}
         self._by_key: dict[bytes, str] = {}
-        self._denied: dict[int, float] = {}
+        self._unknown_until: dict[int, float] = {}
         self._reader: LogReader | None = None
         self._partitions = 0
         self._next: dict[int, int] = {}
@@ -52,7 +52,7 @@ class SchemaLookup:
         `TopicMissing`."""
         with self._lock("reading the schemas on the log"):
             if fingerprint not in self._known:
-                self._read_anew()
+                self._read_new_schemas()
             return self._known.get(fingerprint)
 
     def by_id(self, schema_id: int, likely: bool) -> str | None:
@@ -64,12 +64,12 @@ class SchemaLookup:
         that are not published. Raises `RegistryNeeded` if the id is not published and no registry is configured,
         `RegistryUnavailable`, `BrokerUnavailable`, `TopicMissing`.
         """
-        if time.monotonic() < self._denied.get(schema_id, 0.0):
+        if time.monotonic() < self._unknown_until.get(schema_id, 0.0):
             return None
-        found = self.published(schema_id)
-        if found is None:
-            found = self._registered(schema_id, likely)
-        return found
+        text = self.published(schema_id)
+        if text is None:
+            text = self._registered(schema_id, likely)
+        return text
 
     def of_others(self, schema_id: int, likely: bool) -> str | None:
         """Return the text of the schema with this id in a record of another program, whose ids only the registry knows;
@@ -78,12 +78,12 @@ class SchemaLookup:
         Raises `ConfigError` if Jobledger's writers published another schema under this id: then this registry is not
         the one that they used, and it is not known which of the two schemas the record has.
         """
-        if time.monotonic() < self._denied.get(schema_id, 0.0):
+        if time.monotonic() < self._unknown_until.get(schema_id, 0.0):
             return None
-        found = self._registered(schema_id, likely)
-        if found is not None and self._registry is not None:
-            self.check(schema_id, found, self._registry.shown)
-        return found
+        text = self._registered(schema_id, likely)
+        if text is not None and self._registry is not None:
+            self.check(schema_id, text, self._registry.shown)
+        return text
 
     def check(self, schema_id: int, text: str, registry: str) -> bool:
         """Return whether Jobledger's writers published this schema under the id that a registry gives it; False if no
@@ -106,12 +106,12 @@ class SchemaLookup:
                 f"the record carries schema id {schema_id} of a Schema Registry, and none is configured: "
                 f"set {SETTING} to the registry's URL"
             )
-        found = self._registry.schema(schema_id, sure=likely)
-        if found is None and likely:
-            if len(self._denied) > DENIED_MOST:
-                self._denied.clear()
-            self._denied[schema_id] = time.monotonic() + DENIED_S
-        return found
+        text = self._registry.schema(schema_id, sure=likely)
+        if text is None and likely:
+            if len(self._unknown_until) > DENIED_MOST:
+                self._unknown_until.clear()
+            self._unknown_until[schema_id] = time.monotonic() + DENIED_S
+        return text
 
     def published(self, schema_id: int) -> str | None:
         """Return the schema that Jobledger's writers published under a registry's id; None if there is no such
@@ -119,28 +119,28 @@ class SchemaLookup:
         key = id_key(schema_id).encode()
         with self._lock("reading the schemas on the log"):
             if key not in self._by_key:
-                self._read_anew()
+                self._read_new_schemas()
             return self._by_key.get(key)
 
     def all(self) -> dict[bytes, str]:
         """Return every schema on ``<ns>.schemas`` by its fingerprint. Raises `BrokerUnavailable`, `TopicMissing`."""
         with self._lock("reading the schemas on the log"):
-            self._read_anew()
+            self._read_new_schemas()
             return dict(self._known)
 
     def close(self) -> None:
         """Close the connection; the next lookup opens a new one."""
         with self._lock("reading the schemas on the log"):
-            self._drop()
+            self._close_reader()
 
-    def _read_anew(self) -> None:
+    def _read_new_schemas(self) -> None:
         try:
             self._read()
         except Exception:
-            self._drop()
+            self._close_reader()
             raise
 
-    def _drop(self) -> None:
+    def _close_reader(self) -> None:
         """Close the connection. After an error this is necessary, because a client that has lost its broker may report
         the topic as missing for minutes."""
         reader, self._reader = self._reader, None
@@ -167,11 +167,11 @@ class SchemaLookup:
             return
         try:
             text = bytes(value).decode()
-            mark = codec.fingerprint(text)
+            fingerprint = codec.fingerprint(text)
         except (UnicodeDecodeError, SchemaError) as exc:
             LOG.warning("%s is not a schema: %s", position_of(message), exc)
             return
-        self._known[mark] = text
+        self._known[fingerprint] = text
         self._by_key[key] = text
 
 

@@ -92,7 +92,7 @@ class SchemaRegistry:
         status, answer = self._ask("POST", path + "/versions", what, until, body)
         if status in (409, 422):
             raise SchemaRefused(
-                f"the schema registry {self.shown} refuses this version's schema for {subject}: {_said(answer)}. "
+                f"the schema registry {self.shown} refuses this version's schema for {subject}: {_message_of(answer)}. "
                 "Compare the subject's versions and its compatibility with schemas/released/; nothing was sent"
             )
         if unset and status == 200 and not self._restrict(subject, what, until):
@@ -104,10 +104,10 @@ class SchemaRegistry:
         return self._ask("PUT", path, what, until, {"compatibility": COMPATIBILITY})[0] == 200
 
     def _id(self, status: int, answer: dict[str, Any]) -> int:
-        found = answer.get("id")
-        if status != 200 or not isinstance(found, int):
+        schema_id = answer.get("id")
+        if status != 200 or not isinstance(schema_id, int):
             raise self._not_a_registry(status, answer)
-        return found
+        return schema_id
 
     def _text(self, schema_id: int, answer: dict[str, Any]) -> str:
         if answer.get("schemaType", "AVRO") != "AVRO":
@@ -123,7 +123,7 @@ class SchemaRegistry:
         """Return status and body of one request. The request is repeated while the registry is unavailable or busy,
         until ``until`` (monotonic clock)."""
         problem = "no answer in time"
-        for asked in range(1, TRIES + 1):
+        for attempt in range(1, TRIES + 1):
             try:
                 status, content = self._answer(method, path, until, body)
             except self._httpx.TransportError as exc:
@@ -132,22 +132,22 @@ class SchemaRegistry:
                 if status not in _BUSY:
                     return self._read(status, content)
                 problem = f"HTTP status {status}"
-            if asked == TRIES or time.monotonic() + PAUSE_S >= until:
+            if attempt == TRIES or time.monotonic() + PAUSE_S >= until:
                 break
             time.sleep(PAUSE_S)
         raise RegistryUnavailable(
-            f"{what}: the schema registry {self.shown} did not answer within {TOTAL_S:g} s ({problem}; asked {asked} "
+            f"{what}: the schema registry {self.shown} did not answer within {TOTAL_S:g} s ({problem}; asked {attempt} "
             f"times); check {SETTING} and that the registry runs"
         )
 
     def _answer(self, method: str, path: str, until: float, body: Any) -> tuple[int, bytes]:
         """Return status and content of one answer. The answer must be complete before ``until`` (monotonic clock), even
         if the registry sends it slowly."""
-        left = max(0.001, until - time.monotonic())
+        remaining = max(0.001, until - time.monotonic())
         content = b""
         # A new HTTP client for each request: requests are few, and no client must be closed later or exists in a fork.
         with (
-            self._httpx.Client(auth=self._auth, timeout=left, verify=self._context()) as client,
+            self._httpx.Client(auth=self._auth, timeout=remaining, verify=self._context()) as client,
             client.stream(method, self._base + path, json=body, headers={"Content-Type": _MEDIA}) as response,
         ):
             for chunk in response.iter_bytes():
@@ -178,12 +178,12 @@ class SchemaRegistry:
 
     def _not_a_registry(self, status: int, answer: dict[str, Any]) -> ConfigError:
         return ConfigError(
-            f"{self.shown} does not answer as a schema registry does (HTTP status {status}: {_said(answer)}); "
+            f"{self.shown} does not answer as a schema registry does (HTTP status {status}: {_message_of(answer)}); "
             f"check {SETTING}, including its path"
         )
 
 
-def _said(answer: dict[str, Any]) -> str:
+def _message_of(answer: dict[str, Any]) -> str:
     return str(answer.get("message") or answer.get("title") or "no message")[:500]
 
 

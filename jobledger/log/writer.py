@@ -71,17 +71,17 @@ class LogWriter:
         self.settings = settings
         self._names = names
         self.framing = framing or self._own_framing()
-        self._door = AuthMonitor(settings)
+        self._auth = AuthMonitor(settings)
         self._fatal: KafkaError | None = None
         self._linger_ms, self.batch = linger_ms, batch
         self.producer = self._connected()
-        self._alone: Producer | None = None
+        self._single_producer: Producer | None = None
         self._schema_published = names is None
         self._failed_at = float("-inf")
         self._failure: JobledgerError | None = None
         self._lock = forks.Lock()
         self._polling = forks.Alone()
-        self._alone_lock = greenlets.native_lock()
+        self._single_lock = greenlets.native_lock()
         self._closing = threading.Event()
         #: The class of the events that a callback sets. Callbacks run in a native thread.
         self.event = greenlets.event()
@@ -96,12 +96,12 @@ class LogWriter:
 
     def _connected(self, **more: Any) -> Producer:
         return producer(
-            producer_config(self.settings, linger_ms=self._linger_ms, door=self._door, batch=self.batch) | more
+            producer_config(self.settings, linger_ms=self._linger_ms, door=self._auth, batch=self.batch) | more
         )
 
     @property
     def _producers(self) -> tuple[Producer, ...]:
-        return (self.producer,) if self._alone is None else (self.producer, self._alone)
+        return (self.producer,) if self._single_producer is None else (self.producer, self._single_producer)
 
     def _serve(self) -> None:
         while not self._closing.is_set():
@@ -143,17 +143,17 @@ class LogWriter:
     def _poll(self, timeout: float) -> None:
         try:
             self.producer.poll(timeout)
-            if self._alone is not None:
-                self._alone.poll(0.0)
+            if self._single_producer is not None:
+                self._single_producer.poll(0.0)
         except KafkaException as exc:  # a fatal error: this producer can send nothing more
             self._fatal = exc.args[0]
-        if self._fatal is not None or self._door.refusal is not None:
+        if self._fatal is not None or self._auth.refusal is not None:
             for each in self._producers:
                 each.purge()
 
     def failed(self, error: KafkaError, what: str, *needs: Need) -> JobledgerError:
         """Return Jobledger's error for a record that was not delivered."""
-        return self._door.behind(error) or undelivered(self._fatal or error, self.settings, what, *needs)
+        return self._auth.behind(error) or undelivered(self._fatal or error, self.settings, what, *needs)
 
     @property
     def ready(self) -> bool:
@@ -167,11 +167,13 @@ class LogWriter:
         if self._lock.busy():  # the caller is a signal handler, which cannot wait; publishing twice is harmless
             self.publish(codec.FINGERPRINT.hex())
             return
-        came = time.monotonic()
+        arrived_at = time.monotonic()
         with self._lock("publishing the events' schema"):
             if self._schema_published or self._names is None:
                 return
-            if self._failure is not None and self._failed_at > came:  # while this thread waited: do not wait again
+            if (
+                self._failure is not None and self._failed_at > arrived_at
+            ):  # while this thread waited: do not wait again
                 raise self._failure.with_traceback(None)
             try:
                 self.publish(codec.FINGERPRINT.hex())
@@ -228,7 +230,7 @@ class LogWriter:
                 if now >= deadline:
                     raise BrokerUnavailable(
                         f"the send queue stayed full for {self.settings.submit_timeout:g} s: "
-                        + away(self.settings, "takes nothing")
+                        + away(self.settings, "accepts no records")
                     ) from None
                 if self.served:
                     time.sleep(0.005)
@@ -251,22 +253,22 @@ class LogWriter:
         """
         if alone or error.code() != KafkaError.MSG_SIZE_TOO_LARGE:
             return False
-        with self._alone_lock:
-            if self._alone is None:
-                self._alone = self._connected(**{"batch.num.messages": 1})
+        with self._single_lock:
+            if self._single_producer is None:
+                self._single_producer = self._connected(**{"batch.num.messages": 1})
         again = partial(on_delivery, alone=True)
         more: dict[str, Any] = {} if headers is None else {"headers": headers}
         deadline = time.monotonic() + self.settings.submit_timeout
         while True:
             try:
-                self._alone.produce(
+                self._single_producer.produce(
                     message.topic() or "", message.value(), message.key(), message.partition() or 0, again, **more
                 )
                 return True
             except BufferError:
                 if time.monotonic() >= deadline:
                     return False
-                self._alone.poll(0.05)
+                self._single_producer.poll(0.05)
             except KafkaException:
                 return False
 
@@ -283,7 +285,7 @@ class LogWriter:
         positions: list[Position | None] = []
         failed: list[tuple[KafkaError, str]] = []
         settled: list[int] = []
-        some = self.event()
+        some_settled = self.event()
 
         def delivered(index: int, headers: Headers | None) -> DeliveryCallback:
             def callback(error: KafkaError | None, message: Message, *, alone: bool = False) -> None:
@@ -294,7 +296,7 @@ class LogWriter:
                 else:
                     positions[index] = position_of(message)
                 settled.append(index)
-                some.set()
+                some_settled.set()
 
             return callback
 
@@ -303,10 +305,10 @@ class LogWriter:
             self.post(record, delivered(len(positions) - 1, record.headers))
         deadline = time.monotonic() + self.settings.submit_timeout + 5.0
         while len(settled) < len(positions):
-            some.clear()
-            if len(settled) < len(positions) and not self.wait(some, max(0.0, deadline - time.monotonic())):
+            some_settled.clear()
+            if len(settled) < len(positions) and not self.wait(some_settled, max(0.0, deadline - time.monotonic())):
                 raise BrokerUnavailable(
-                    f"{self.settings.bootstrap or 'the embedded broker'} acknowledged nothing within "
+                    f"{self.settings.bootstrap or 'the embedded broker'} did not acknowledge every record within "
                     f"{self.settings.submit_timeout:g} s (JOBLEDGER_SUBMIT_TIMEOUT)"
                 )
         if failed:
@@ -319,9 +321,9 @@ class LogWriter:
         with self._polling("serving acknowledgements"):
             with suppress(KafkaException):  # of a producer with a fatal error: its records have failed
                 self.producer.flush(timeout)
-            if self._alone is not None:  # created by now if the broker refused a record of the other producer
+            if self._single_producer is not None:  # created by now if the broker refused a record of the other producer
                 with suppress(KafkaException):
-                    self._alone.flush(max(0.0, deadline - time.monotonic()))
+                    self._single_producer.flush(max(0.0, deadline - time.monotonic()))
         return sum(map(len, self._producers))
 
     def close(self, timeout: float = 10.0) -> None:

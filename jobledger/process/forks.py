@@ -73,8 +73,8 @@ _clients: WeakSet[Any] = WeakSet()
 _pools: WeakSet[Engine] = WeakSet()
 _owners: WeakSet[Owner] = WeakSet()
 _closables: dict[int, Closable] = {}
-_alone: WeakSet[Alone] = WeakSet()
-_making = greenlets.native_lock()  # native, because the thread that watches an outage creates clients, too
+_sections: WeakSet[Alone] = WeakSet()
+_creation_lock = greenlets.native_lock()  # native, because the thread that watches an outage creates clients, too
 _held: dict[int, bool] = {}
 _queries: set[object] = set()  # a token for each query that runs now
 _forking: set[int] = set()  # the threads that are about to fork
@@ -87,10 +87,10 @@ def client(kind: type[K], conf: Mapping[str, Any]) -> K:
     """Create a Kafka client that is inert in a forked child and does not block other greenlets. Raises what the
     client's constructor raises, and `ConfigError` under eventlet."""
     own = (greenlets.GREEN if greenlets.patched() else _OWN)[kind]
-    with _making:
-        made = own(dict(conf))
-    _clients.add(made)
-    return made  # type: ignore[no-any-return]  # the table has a class for each kind
+    with _creation_lock:
+        created = own(dict(conf))
+    _clients.add(created)
+    return created  # type: ignore[no-any-return]  # the table has a class for each kind
 
 
 def pool(engine: Engine) -> Engine:
@@ -140,7 +140,7 @@ class Alone:
 
     def __init__(self) -> None:
         self._inside: set[int] = set()
-        _alone.add(self)
+        _sections.add(self)
 
     def busy(self) -> bool:
         """Return whether this thread is inside."""
@@ -193,7 +193,7 @@ def inside() -> bool:
     """Return whether this thread is inside any `Alone` section: then a signal handler has interrupted the thread
     there."""
     try:
-        return any(each.busy() for each in list(_alone))
+        return any(each.busy() for each in list(_sections))
     except RuntimeError:  # another thread creates a section at this moment
         return True
 
@@ -232,7 +232,7 @@ def end_query(token: object) -> None:
 
 
 def _before() -> None:
-    _held[threading.get_ident()] = _making.acquire(timeout=QUIET_S)
+    _held[threading.get_ident()] = _creation_lock.acquire(timeout=QUIET_S)
     _forking.add(threading.get_ident())
     deadline = time.monotonic() + QUIET_S
     while _queries and time.monotonic() < deadline:
@@ -245,34 +245,34 @@ def _before() -> None:
 def _in_parent() -> None:
     _forking.discard(threading.get_ident())
     if _held.pop(threading.get_ident(), False):
-        _making.release()
+        _creation_lock.release()
 
 
 def _after_in_child() -> None:
     if _held.pop(threading.get_ident(), False):
-        _making.release()
+        _creation_lock.release()
     _in_child()
 
 
 def _in_child() -> None:
-    global _making, _pid, depth
+    global _creation_lock, _pid, depth
     _pid = os.getpid()
     depth += 1
-    if _making.acquire(blocking=False):
-        _making.release()
+    if _creation_lock.acquire(blocking=False):
+        _creation_lock.release()
     else:
-        _making = greenlets.native_lock()
+        _creation_lock = greenlets.native_lock()
     _forking.clear()
     _queries.clear()
-    for made in list(_clients):
-        keep(made)
-        made.__class__ = _INERT[type(made)]
+    for inherited in list(_clients):
+        keep(inherited)
+        inherited.__class__ = _INERT[type(inherited)]
     _clients.clear()
     _closables.clear()
     for engine in list(_pools):
         keep(engine.pool)
         engine.dispose(close=False)
-    for lock in list(_alone):
+    for lock in list(_sections):
         lock.after_fork()
     for owner in list(_owners):
         owner.after_fork()

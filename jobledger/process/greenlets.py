@@ -124,7 +124,7 @@ class _Event:
     def __init__(self) -> None:
         gevent = sys.modules["gevent"]
         self._set = False
-        self._told = sys.modules["gevent.event"].Event()
+        self._event = sys.modules["gevent.event"].Event()
         self._hub = gevent.get_hub()
         if self._hub not in _bells:
             _bells[self._hub] = _Bell(self._hub)
@@ -132,10 +132,10 @@ class _Event:
 
     def set(self) -> None:
         self._set = True
-        self._bell.ring(self._told)
+        self._bell.ring(self._event)
 
     def clear(self) -> None:
-        self._told.clear()
+        self._event.clear()
         self._set = False
 
     def is_set(self) -> bool:
@@ -143,7 +143,7 @@ class _Event:
 
     def wait(self, timeout: float) -> bool:
         if not self._set:
-            self._told.wait(timeout)
+            self._event.wait(timeout)
         return self._set
 
 
@@ -151,18 +151,18 @@ class _Bell:
     """Wakes the greenlets of one hub, from any thread."""
 
     def __init__(self, hub: Any) -> None:
-        self._told: deque[Any] = deque()
+        self._events: deque[Any] = deque()
         self._watcher = hub.loop.async_(ref=False)
         self._watcher.start(self._drain)
 
-    def ring(self, told: Any) -> None:
-        self._told.append(told)
+    def ring(self, event: Any) -> None:
+        self._events.append(event)
         with contextlib.suppress(ValueError):  # the hub has ended meanwhile: no greenlet waits
             self._watcher.send()
 
     def _drain(self) -> None:
-        while self._told:
-            self._told.popleft().set()
+        while self._events:
+            self._events.popleft().set()
 
 
 _bells: WeakKeyDictionary[Any, _Bell] = WeakKeyDictionary()
@@ -194,8 +194,8 @@ def outcome(future: Future[T], timeout: float) -> T:
     error: BaseException | None = future._exception
     if error is not None:
         raise error
-    found: T = future._result  # type: ignore[assignment]  # there is a result if there is no exception
-    return found
+    result: T = future._result  # type: ignore[assignment]  # there is a result if there is no exception
+    return result
 
 
 # -- clients ----------------------------------------------------------------------------------------------------------
@@ -207,7 +207,7 @@ _BLOCKING = (
 
 
 def _green(kind: type[Any]) -> type[Any]:
-    def aside(name: str) -> Callable[..., Any]:
+    def in_pool(name: str) -> Callable[..., Any]:
         blocking = getattr(kind, name)
 
         def call(self: Any, *args: Any, **more: Any) -> Any:
@@ -215,7 +215,7 @@ def _green(kind: type[Any]) -> type[Any]:
 
         return call
 
-    return type(kind.__name__, (kind,), {name: aside(name) for name in _BLOCKING if hasattr(kind, name)})
+    return type(kind.__name__, (kind,), {name: in_pool(name) for name in _BLOCKING if hasattr(kind, name)})
 
 
 #: For each client class the subclass whose calls do not block the other greenlets.

@@ -33,14 +33,14 @@ class _Guarded(logging.Logger):
         """Decide as any logger does. For an error in one of Jobledger's own processes only the level of Jobledger's own
         loggers counts."""
         return super().isEnabledFor(level) or (
-            level >= logging.ERROR and _at_last is not None and level >= _own_level(self)
+            level >= logging.ERROR and _last_resort is not None and level >= _own_level(self)
         )
 
     def callHandlers(self, record: logging.LogRecord) -> None:
         """Pass a record to the handlers. An error that no handler takes is passed to the last-resort handler."""
         super().callHandlers(record)
-        if record.levelno >= logging.ERROR and _at_last is not None and not _taken(self, record):
-            _at_last.handle(record)
+        if record.levelno >= logging.ERROR and _last_resort is not None and not _taken(self, record):
+            _last_resort.handle(record)
 
     def _log(self, level: int, msg: object, args: Any, **named: Any) -> None:  # type: ignore[override]  # as it is called
         try:
@@ -49,21 +49,21 @@ class _Guarded(logging.Logger):
             raise
         except BaseException as broken:  # noqa: BLE001  # see the module's docstring
             with contextlib.suppress(Exception):
-                said = str(msg) % args if args else str(msg)
+                message = str(msg) % args if args else str(msg)
                 level_name = logging.getLevelName(level)
                 sys.stderr.write(
-                    f"{level_name} {self.name}: {said} [logging broke: {type_of(broken)}: {text_of(broken)}]\n"
+                    f"{level_name} {self.name}: {message} [logging failed: {type_of(broken)}: {text_of(broken)}]\n"
                 )
 
 
 #: Handler for errors that no other handler takes; None outside Jobledger's own processes.
-_at_last: logging.Handler | None = None
+_last_resort: logging.Handler | None = None
 
 
 def write_errors_to(handler: logging.Handler | None) -> None:
     """Give ``handler`` every error of Jobledger's that the app's logging would drop."""
-    global _at_last
-    _at_last = handler
+    global _last_resort
+    _last_resort = handler
 
 
 def _own_level(logger: logging.Logger | None) -> int:

@@ -112,7 +112,7 @@ def left_behind(children: list[Any]) -> str:
     idle = {
         ident for ident, frame in frames.items() if frame.f_code is waits
     }  # these threads wait for work, and end when Python asks them to
-    found = [
+    remaining = [
         f"thread {thread.name}"
         for thread in threading.enumerate()
         if thread is not main
@@ -120,8 +120,8 @@ def left_behind(children: list[Any]) -> str:
         and thread.ident not in idle
         and not thread.name.startswith("jobledger-")  # Jobledger's own threads end by themselves
     ]
-    found += [f"child process {child.name} (pid {child.pid})" for child in children if not child.daemon]
-    return ", ".join(found) or _what_runs_in(frames.get(main.ident or 0))
+    remaining += [f"child process {child.name} (pid {child.pid})" for child in children if not child.daemon]
+    return ", ".join(remaining) or _what_runs_in(frames.get(main.ident or 0))
 
 
 def _what_runs_in(frame: FrameType | None) -> str:

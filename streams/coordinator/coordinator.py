@@ -121,13 +121,13 @@ class Coordinator:
         self._failure: BaseException | None = None
         self.stuck = False  # whether Faust did not stop: its threads would keep the process alive
         self._app: Any = None
-        self._cycle: Pipeline | None = None
+        self._pipeline: Pipeline | None = None
         self._ends: Ends | None = None
-        self._high: dict[int, int] = {}
+        self._end_offsets: dict[int, int] = {}
         self._broker_seen = time.monotonic()
         self._last_ready = self._broker_seen
         self._started = False
-        self._topics = TopicWatch(self.settings, names, self._watched, LOG, others=self._uneven)
+        self._topics = TopicWatch(self.settings, names, self._watched, LOG, others=self._partition_problems)
 
     # -- called from outside -----------------------------------------------------------------------------------------
 
@@ -149,19 +149,21 @@ class Coordinator:
         topics that releases wait for; if there are any, run ``jobledger topics apply``. ``topic_problems``: texts about
         changed topic settings that break a guarantee.
         """
-        cycle, metrics = self._cycle, self.metrics
+        pipeline, metrics = self._pipeline, self.metrics
         settled = self._started and not self._app.rebalancing
-        ready = cycle is not None and settled and bool(self._app.tables.actives_ready) and cycle.ready
-        owned = [] if cycle is None else cycle.firing.partitions
+        ready = pipeline is not None and settled and bool(self._app.tables.actives_ready) and pipeline.ready
+        owned = [] if pipeline is None else pipeline.firing.partitions
         now = time.monotonic()
         if ready:
             self._last_ready = now
-        overdue = 0.0 if cycle is None else cycle.firing.overdue
+        overdue = 0.0 if pipeline is None else pipeline.firing.overdue
         lag = (
-            0 if cycle is None else sum(max(0, end - cycle.position(p)) for p, end in self._high.items() if p in owned)
+            0
+            if pipeline is None
+            else sum(max(0, end - pipeline.position(p)) for p, end in self._end_offsets.items() if p in owned)
         )
-        scheduled = 0 if cycle is None else sum(cycle.table.scheduled.values())
-        missing = [] if cycle is None else cycle.topics.missing
+        scheduled = 0 if pipeline is None else sum(pipeline.table.scheduled.values())
+        missing = [] if pipeline is None else pipeline.topics.missing
         state = "ready" if ready else "starting" if not self._started else "catching-up" if settled else "rebalancing"
         metrics.ready.set(ready)
         metrics.overdue.set(overdue)
@@ -169,7 +171,7 @@ class Coordinator:
         metrics.partitions.set(len(owned))
         metrics.scheduled.set(scheduled)
         metrics.missing_topics.set(len(missing))
-        metrics.clock_ahead.set(0 if cycle is None else cycle.firing.clock.ahead_us / 1e6)
+        metrics.clock_ahead.set(0 if pipeline is None else pipeline.firing.clock.ahead_us / 1e6)
         return {
             "state": state,
             "ready": ready,
@@ -177,7 +179,7 @@ class Coordinator:
             "partitions": owned,
             "lag": lag,
             "scheduled": scheduled,
-            "next_due_us": None if cycle is None else cycle.firing.next_due,
+            "next_due_us": None if pipeline is None else pipeline.firing.next_due,
             "overdue_s": round(overdue, 1),
             "not_ready_s": round(now - self._last_ready, 1),
             "fired": metrics.fired,
@@ -192,28 +194,30 @@ class Coordinator:
     async def run(self) -> None:
         """Run until `stop` is called. Raises the error that ended the instance. Commits only fully processed events."""
         self._loop = asyncio.get_running_loop()
-        place = take_place(self._root, self.names.namespace)
+        instance_dir = take_place(self._root, self.names.namespace)
         # A record of the largest size that may be read must not be too large when the coordinator sends it on.
         settings = replace(self.settings, max_record_bytes=self.settings.max_record_bytes + ROOM_BYTES)
         writer: AckedWriter | None = None
         tasks: list[asyncio.Task[None]] = []
         try:
             quieten(heard=partial(outage.outage_of(self.settings).heard, by=self))
-            if idle := unused(self.settings):
-                LOG.warning("client settings that the coordinator does not use (aiokafka): %s", ", ".join(idle))
-            origin, topics, max_batch = await self._with_patience(self._prepare)
-            place.keep_for(origin)
+            if unused_settings := unused(self.settings):
+                LOG.warning(
+                    "client settings that the coordinator does not use (aiokafka): %s", ", ".join(unused_settings)
+                )
+            origin, topics, max_batch = await self._retry_until_available(self._prepare)
+            instance_dir.keep_for(origin)
             self._ends = Ends(self.settings, self.options.patience / 2)
             framed = framing(self.settings, self.names, self._publish)
-            await self._with_patience(partial(self._publish, None))
+            await self._retry_until_available(partial(self._publish, None))
             if framed is not None:
                 written = (self.names.coordination, self.names.lifecycle, self.names.dead_letter, *topics)
-                await self._with_patience(partial(framed.prepare, written))
+                await self._retry_until_available(partial(framed.prepare, written))
             writer = AckedWriter(settings, security(self.settings), self.options.patience, max_batch, framed)
             await writer.start()
-            app, table = build(self.names, self.settings, self.options, self._partitions, place)
+            app, table = build(self.names, self.settings, self.options, self._partitions, instance_dir)
             self._app = app
-            cycle = self._cycle = Pipeline(
+            pipeline = self._pipeline = Pipeline(
                 self.names,
                 self.settings,
                 self.options,
@@ -225,23 +229,23 @@ class Coordinator:
                 self._step,
                 topics,
             )
-            deliver_to(app, self.names, cycle.take)
+            deliver_to(app, self.names, pipeline.take)
             app.on_partitions_revoked.connect(self._on_revoked, weak=False)
             table.on_recover(self._on_recover)
             if self._on_step is not None:
                 app.sensors.add(CommitHook(self._step))
-            await self._or_stuck(app.start())
+            await self._await_start(app.start())
             hasten(app)
             quieten()
             self._started = True
             self._topics.start()
-            LOG.info("coordinator of %s started, local copy in %s", self.names.namespace, place.folder)
+            LOG.info("coordinator of %s started, local copy in %s", self.names.namespace, instance_dir.folder)
             for work in (
-                cycle.decide,
-                cycle.settle,
-                cycle.firing.run,
-                cycle.sweep,
-                cycle.topics.watch,
+                pipeline.decide,
+                pipeline.settle,
+                pipeline.firing.run,
+                pipeline.sweep,
+                pipeline.topics.watch,
                 self._pulse,
                 self._survey,
                 self._watch_faust,
@@ -251,7 +255,7 @@ class Coordinator:
                 tasks.append(asyncio.create_task(self._guarded(work()), name=work.__name__))
             await self._stop.wait()
             if self._failure is None:
-                await cycle.finish(FINISH_TIMEOUT)
+                await pipeline.finish(FINISH_TIMEOUT)
         except _StoppedEarly:
             pass
         finally:
@@ -268,8 +272,8 @@ class Coordinator:
                 self._ends.close()
             tell_no_more()
             if isinstance(self._failure, ConsistencyError):
-                place.clear()  # the local copy belongs to a log that no longer exists
-            place.release()
+                instance_dir.clear()  # the local copy belongs to a log that no longer exists
+            instance_dir.release()
         if self._failure is not None:
             raise self._failure
 
@@ -294,10 +298,10 @@ class Coordinator:
 
     def _watched(self) -> list[str]:
         names = self.names
-        work = [] if self._cycle is None else self._cycle.topics.known
+        work = [] if self._pipeline is None else self._pipeline.topics.known
         return [names.coordination, changelog(names), names.lifecycle, names.dead_letter, names.schemas, *work]
 
-    def _uneven(self) -> list[str]:
+    def _partition_problems(self) -> list[str]:
         """Return the problem that `check_topics` reports now, if any. Partitions added since the start are not read."""
         try:
             check_topics(self.settings, self.names, self._partitions)
@@ -316,7 +320,7 @@ class Coordinator:
         finally:
             writer.close(0.0)
 
-    async def _with_patience(self, ask: Callable[[], T]) -> T:
+    async def _retry_until_available(self, ask: Callable[[], T]) -> T:
         """Call ``ask`` in a thread. Repeat the call while the broker is unavailable, for `Options.patience` seconds.
 
         Raises what ``ask`` raises, and `_StoppedEarly` if a stop was requested while the broker was unavailable.
@@ -331,7 +335,7 @@ class Coordinator:
                     raise _StoppedEarly from None
                 if time.monotonic() >= deadline:
                     raise
-                LOG.warning("trying for %.0f s more: %s", deadline - time.monotonic(), exc)
+                LOG.warning("the coordinator tries again for %.0f s: %s", deadline - time.monotonic(), exc)
                 await asyncio.sleep(1.0)
 
     async def _end(self, app: Any) -> None:
@@ -370,12 +374,12 @@ class Coordinator:
     # -- called by Faust ---------------------------------------------------------------------------------------------
 
     async def _on_revoked(self, *_: Any, **__: Any) -> None:
-        if self._cycle is not None:
-            await self._shielded(self._cycle.revoked)
+        if self._pipeline is not None:
+            await self._shielded(self._pipeline.revoked)
 
     async def _on_recover(self, *_: Any) -> None:
-        if self._cycle is not None:
-            await self._shielded(self._cycle.rebuild)
+        if self._pipeline is not None:
+            await self._shielded(self._pipeline.rebuild)
 
     async def _shielded(self, call: Callable[[], Awaitable[None]]) -> None:
         """Call ``call``. End the coordinator if ``call`` raises, because Faust ignores exceptions of its callbacks."""
@@ -384,7 +388,7 @@ class Coordinator:
         except Exception as exc:  # noqa: BLE001  # any error ends the coordinator
             self._fail(exc)
 
-    async def _or_stuck(self, starting: Awaitable[Any]) -> None:
+    async def _await_start(self, starting: Awaitable[Any]) -> None:
         """Wait until Faust has started. Raises an error if Faust's client cannot join the group or makes no progress.
 
         There is no limit for the whole start, because restoring a large table may take long.
@@ -409,16 +413,16 @@ class Coordinator:
         A rebalance is complete when the new part of the table is read and restored.
         """
         await self._watch_progress(
-            "a rebalance of its group, or the part of its table that came with one", self._moving
+            "a rebalance of its group, or reading the part of its table that it was assigned", self._is_rebalancing
         )
 
-    def _moving(self, app: Any) -> bool:
-        restoring = self._cycle is not None and self._cycle.restoring
+    def _is_rebalancing(self, app: Any) -> bool:
+        restoring = self._pipeline is not None and self._pipeline.restoring
         seen = time.monotonic() - self._broker_seen < SEEN_LATELY
         return seen and (app.rebalancing or recovering(app) or restoring)
 
     def _progress(self) -> tuple[object, ...]:
-        return progress(self._app), 0 if self._cycle is None else self._cycle.table.restored
+        return progress(self._app), 0 if self._pipeline is None else self._pipeline.table.restored
 
     async def _watch_progress(self, what: str, waiting: Callable[[Any], bool]) -> None:
         """Raise `BrokerUnavailable` if Faust makes no progress with ``what`` while ``waiting(app)`` is true.
@@ -435,7 +439,7 @@ class Coordinator:
             seen = now
         raise BrokerUnavailable(
             f"the coordinator made no progress for {bound:.0f} s with {what} (rebalancing: {self._app.rebalancing}, "
-            f"restoring: {recovering(self._app)}); look whether every broker of {self.settings.resolve_bootstrap()} "
+            f"restoring: {recovering(self._app)}); check that every broker of {self.settings.resolve_bootstrap()} "
             "answers, and start the coordinator again"
         )
 
@@ -463,17 +467,17 @@ class Coordinator:
         names = self.names
         source, rows = names.coordination, changelog(names)
         needs = (read(rows if rows in str(reason) else source), join(names.coordinator_group))
-        return unauthorized(self.settings, "running the coordinator's group", kind, *needs)
+        return unauthorized(self.settings, "reading as a member of the coordinator's group", kind, *needs)
 
     # -- guards ------------------------------------------------------------------------------------------------------
 
     async def _pulse(self) -> None:
-        assert self._cycle is not None
+        assert self._pipeline is not None
         while True:
-            self._cycle.beat()
+            self._pipeline.beat()
             await asyncio.sleep(PULSE)
 
-    async def _still_let_in(self) -> None:
+    async def _check_login(self) -> None:
         """Raise `NotAuthenticated` if the cluster refuses the login.
 
         A client reports a changed password or an expired certificate as an unavailable broker.
@@ -484,26 +488,27 @@ class Coordinator:
     async def _survey(self) -> None:
         """Measure the lag every `SURVEY` seconds. Raises `BrokerUnavailable` after more than `Options.patience` seconds
         without an answer."""
-        assert self._cycle is not None
+        assert self._pipeline is not None
         assert self._ends is not None
         self._broker_seen = time.monotonic()
         while True:
-            owned = self._cycle.firing.partitions
+            owned = self._pipeline.firing.partitions
             try:
                 # Ask also without partitions: an unavailable broker may be the reason why this instance owns none.
-                found = await self._ends.of(self.names.coordination, owned or [0])
-                self._high = {p: end for p, (_, end) in found.items() if p in owned}
+                bounds = await self._ends.of(self.names.coordination, owned or [0])
+                self._end_offsets = {p: end for p, (_, end) in bounds.items() if p in owned}
                 self._broker_seen = time.monotonic()
             except AccessDenied:
                 raise
             except JobledgerError as exc:
                 outage.log_missed(LOG, self.settings, "%s", exc)
-                await self._still_let_in()
+                await self._check_login()
             self.health()
-            away = time.monotonic() - self._broker_seen
-            if away > self.options.patience:
+            unanswered_s = time.monotonic() - self._broker_seen
+            if unanswered_s > self.options.patience:
                 raise BrokerUnavailable(
-                    f"{self.settings.bootstrap or 'the embedded broker'} did not answer the coordinator for {away:.0f} s; "
+                    f"{self.settings.bootstrap or 'the embedded broker'} did not answer the coordinator for "
+                    f"{unanswered_s:.0f} s; "
                     "check JOBLEDGER_BOOTSTRAP and that the broker runs"
                 )
             await asyncio.sleep(SURVEY)
@@ -551,7 +556,7 @@ def run_coordinator(
             LOG.error("%s", exc)
             code = EXIT_DENIED if isinstance(exc, AccessDenied) else EXIT_FAILED
         except Exception:
-            LOG.exception("the coordinator gave up")
+            LOG.exception("the coordinator ended with an error")
             code = EXIT_FAILED
         if (code or stuck) and threading.current_thread() is threading.main_thread():
             # Threads of Faust's clients that wait for a dead broker would keep the process alive.

@@ -78,7 +78,7 @@ class RecordReader:
         return read, rejects
 
     def _reject(self, message: Any, why: str) -> Outgoing:
-        LOG.error("%s is no event and goes to %s: %s", _where(message), self._names.dead_letter, why)
+        LOG.error("%s is not an event and is copied to %s: %s", _where(message), self._names.dead_letter, why)
         key, value, why = bounded(message.key, message.value, why, REJECT_BYTES)
         fact = RecordRejected(message.topic, message.partition, message.offset, key, value, why)
         event_id = derived_id(message.topic, message.partition, message.offset, "rejected")
@@ -90,12 +90,14 @@ def check_head(event: JobEvent) -> None:
     """Raise `NotAnEvent` if the coordinator cannot keep a row for this event: the event has no job id, or has an id or
     a number that is too large for the records that derive from the event."""
     if not event.job_id:
-        raise NotAnEvent(f"a {type(event.fact).__name__} of no job: its job_id is empty")
+        raise NotAnEvent(f"the job_id of this {type(event.fact).__name__} is empty")
     for name, text in (("job_id", event.job_id), ("home", event.home or "")):
         if len(text) > ID_BYTES // 4 and len(text.encode()) > ID_BYTES:
             raise NotAnEvent(f"its {name} has more than {ID_BYTES} bytes")
     if max(event.run, event.attempt, event.release) >= NUMBER_MOST:
-        raise NotAnEvent(f"run {event.run}, attempt {event.attempt}, release {event.release}: no next one is a number")
+        raise NotAnEvent(
+            f"run {event.run}, attempt {event.attempt} or release {event.release} is above {NUMBER_MOST - 1}"
+        )
 
 
 def bounded(key: bytes | None, value: bytes | None, why: str, most: int) -> tuple[bytes | None, bytes | None, str]:

@@ -29,26 +29,30 @@ class Metrics:
         def counter(name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
             return Counter(prefix + name, text, labels, registry=self.registry)
 
-        self._events = counter("events", "Events of the coordination topic, by what was decided", ("verdict",))
+        self._events = counter("events", "Decided events of the coordination topic, by verdict", ("verdict",))
         self._released = counter("releases", "JobDue records acknowledged")
-        self._rejected = counter("rejected_records", "Records that were no event and went to the dead letters")
+        self._rejected = counter(
+            "rejected_records", "Records that were not events and were written to the dead letters"
+        )
         self._undeliverable = counter(
             "undeliverable_jobs", "Jobs that ended because their work topic refuses their size"
         )
-        self._swept = counter("swept_markers", "Markers of passed releases that were deleted")
+        self._swept = counter("swept_markers", "Deleted markers of earlier releases")
         self._late = Histogram(
             prefix + "lateness_seconds",
-            "From the due time to the append of JobDue, on the broker's clock",
+            "Seconds from the due time to the append time of JobDue, by the broker's clock",
             buckets=LATENESS_BUCKETS,
             registry=self.registry,
         )
-        self.lag = gauge("lag", "Events of owned partitions not dealt with")
-        self.scheduled = gauge("scheduled", "Releases that wait for their time")
-        self.ready = gauge("ready", "1 if every owned partition is restored and read up to its barrier")
-        self.overdue = gauge("overdue_seconds", "For how long the first release that is due has been waiting")
+        self.lag = gauge("lag", "Events of owned partitions that are not processed yet")
+        self.scheduled = gauge("scheduled", "Releases that wait until they are due")
+        self.ready = gauge("ready", "1 if every owned partition is restored, and read up to the end that it had then")
+        self.overdue = gauge("overdue_seconds", "Seconds since the earliest waiting release was due")
         self.partitions = gauge("partitions", "Partitions owned")
         self.missing_topics = gauge("missing_topics", "Work topics that releases wait for")
-        self.clock_ahead = gauge("clock_ahead_seconds", "This process's clock less the broker's, at most")
+        self.clock_ahead = gauge(
+            "clock_ahead_seconds", "Upper bound of the seconds by which this process's clock is ahead of the broker's"
+        )
         self.fired = 0
 
     def verdicts(self, counts: Mapping[str, int]) -> None:

@@ -69,7 +69,10 @@ class Ownership:
         gap = max(abs(b - a) for a, b in zip(self._last_beat, now, strict=True))
         self._last_beat = now
         if gap > GAP:
-            LOG.warning("this process was paused for %.1f s: nothing is sent until the group confirms it", gap)
+            LOG.warning(
+                "this process was paused for %.1f s: nothing is sent until the broker confirms its group membership",
+                gap,
+            )
             self._doubted = True
             self._on_gap()
 
@@ -97,7 +100,7 @@ class Ownership:
         self._doubted = self._doubted or doubt
         if self._doubted and self._group.settled and await self._group.confirm():
             self._doubted = False
-            LOG.info("the group confirmed this coordinator")
+            LOG.info("the broker confirmed the group membership of this coordinator")
         return not self._doubted
 
     async def certain(self, epoch: int) -> None:

@@ -100,7 +100,7 @@ class Pipeline:
         self.firing = TimerLoop(
             names, self._source, self.table, writer, self.topics, self._ownership, self._caught_up, step
         )
-        self._intake = RecordReader(names, decoder, self._source, self.firing.now_ms)
+        self._record_reader = RecordReader(names, decoder, self._source, self.firing.now_ms)
         self._inbox: deque[Any] = deque()
         self._arrived, self._room = asyncio.Event(), asyncio.Event()
         self._plans: deque[PlannedWrites] = deque()
@@ -108,7 +108,7 @@ class Pipeline:
         self._ending = False
         self._changed = asyncio.Condition()  # guards `_plans` and `_under_way`
         self._position: dict[int, int] = {}  # events below this offset were processed
-        self._ends_then: dict[int, int] = {}  # end of the source topic when the rows were restored
+        self._ends_at_restore: dict[int, int] = {}  # end of the source topic when the rows were restored
         self._barrier: dict[int, int] = {}  # timers act only after the source topic was read up to here
 
     # -- state, for the coordinator ----------------------------------------------------------------------------------
@@ -174,7 +174,7 @@ class Pipeline:
                     self._changed.notify_all()
 
     async def _plan(self, records: Sequence[Any], epoch: int) -> PlannedWrites:
-        read, rejects = await self._intake.decode(records)
+        read, rejects = await self._record_reader.decode(records)
         while True:
             batch = DecisionBatch(self.table.row, self.table.floor, self.topics.is_open)
             for event, partition, offset, appended_ms in read:
@@ -214,7 +214,7 @@ class Pipeline:
                 released.append(row)
                 outputs.append(record)
                 continue
-            LOG.error("job %s (%s) ends in the dead letters: %s", row.job_id, row.task, over)
+            LOG.error("job %s (%s) fails and is written to the dead letters: %s", row.job_id, row.task, over)
             failed, letter = undeliverable(row, ErrorInfo("PayloadTooLarge", over), now, self._source)
             ended.append(Outgoing(self._names.lifecycle, codec.encode(failed), row.job_id))
             ended.append(Outgoing(self._names.dead_letter, codec.encode(letter), row.job_id))
@@ -247,7 +247,10 @@ class Pipeline:
             try:
                 await self._settle([plan for plan in plans if plan.epoch == self._ownership.epoch])
             except Superseded:
-                LOG.info("%d events were dropped: their partitions are being moved", sum(len(p.records) for p in plans))
+                LOG.info(
+                    "%d events are read again later: their partitions are being reassigned",
+                    sum(len(p.records) for p in plans),
+                )
             finally:
                 async with self._changed:
                     self._under_way -= sum(len(plan.records) for plan in plans)
@@ -295,7 +298,12 @@ class Pipeline:
         for partition, done in offsets.items():
             expected = self._position.get(partition)
             if expected is not None and done[0] > expected:
-                LOG.warning("partition %d: no record between %d and %d", partition, expected, done[0])
+                LOG.warning(
+                    "partition %d of the coordination topic: offset %d was expected, but the next record has offset %d",
+                    partition,
+                    expected,
+                    done[0],
+                )
             self._position[partition] = done[-1] + 1
         self._metrics.verdicts(plan.batch.verdicts)
         self._metrics.rejected(plan.rejects)
@@ -316,7 +324,10 @@ class Pipeline:
             async with asyncio.timeout(self._options.session_timeout * 0.8), self._changed:
                 await self._changed.wait_for(lambda: self._under_way == 0)
         except TimeoutError:
-            LOG.warning("the partitions are given back before %d events were handled", self._under_way)
+            LOG.warning(
+                "the partitions are given back before %d events were processed; the next owner processes these events",
+                self._under_way,
+            )
         self._ownership.moved()
 
     async def finish(self, seconds: float) -> None:
@@ -330,7 +341,9 @@ class Pipeline:
             async with asyncio.timeout(seconds), self._changed:
                 await self._changed.wait_for(lambda: self._under_way == 0)
         except TimeoutError:
-            LOG.warning("%d events were not handled within %g s; the next start handles them", self._under_way, seconds)
+            LOG.warning(
+                "%d events were not processed within %g s; the next start processes them", self._under_way, seconds
+            )
 
     async def rebuild(self) -> None:
         """Set up timers, floors and barriers of the owned partitions. Called when Faust has restored the table and
@@ -343,8 +356,8 @@ class Pipeline:
         self._room.set()
         owned = self._group.partitions()
         ends = await self._ends.of(self._names.coordination, owned)
-        self._ends_then = {partition: end for partition, (_, end) in ends.items()}
-        timers = await self.table.restore(owned, self._ends_then)
+        self._ends_at_restore = {partition: end for partition, (_, end) in ends.items()}
+        timers = await self.table.restore(owned, self._ends_at_restore)
         if epoch != self._ownership.epoch:
             return  # the next rebalance has begun, and another call of `rebuild` follows
         self._position.clear()
@@ -353,8 +366,8 @@ class Pipeline:
         self._ownership.gained()
         self.firing.take_over(timers)
         scheduled = sum(self.table.scheduled.values())
-        took = time.monotonic() - began
-        LOG.info("partitions %s: %d releases scheduled, restored in %.2f s", sorted(owned), scheduled, took)
+        duration = time.monotonic() - began
+        LOG.info("partitions %s: %d releases scheduled, restored in %.2f s", sorted(owned), scheduled, duration)
 
     async def sweep(self) -> None:
         """Delete markers that are no longer needed. Runs until cancelled."""
@@ -362,12 +375,12 @@ class Pipeline:
         while True:
             await asyncio.sleep(min(30.0, max(self._options.keep_markers / 10, 0.1)))
             for partition in self.firing.partitions:
-                if self._committed_is_dealt_with(partition):
+                if self._committed_is_processed(partition):
                     swept = await self.table.sweep(partition, self.firing.now_ms, keep_ms)
                     self._metrics.swept(swept)
 
-    def _committed_is_dealt_with(self, partition: int) -> bool:
+    def _committed_is_processed(self, partition: int) -> bool:
         """Return whether all events below the committed offset were processed. This is false if the log has lost its
         end: then the offset that was committed before may be above the new end."""
         committed = self._group.committed(partition) or 0
-        return committed <= max(self._ends_then.get(partition, 0), self._position.get(partition, 0))
+        return committed <= max(self._ends_at_restore.get(partition, 0), self._position.get(partition, 0))

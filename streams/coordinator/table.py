@@ -134,9 +134,9 @@ class Table:
                 self._next[partition] = max(offsets) + 1
                 rows = [(key, value) for p, key, value in puts if p == partition]
                 self._group.rows.write(partition, rows, max(offsets))
-            puts = await self._covered(foreign)
+            puts = await self._rows_to_repair(foreign)
 
-    async def _covered(self, foreign: Mapping[int, set[int]]) -> list[Put]:
+    async def _rows_to_repair(self, foreign: Mapping[int, set[int]]) -> list[Put]:
         """Return this instance's rows for the keys that another instance wrote at these changelog offsets."""
         puts: list[Put] = []
         for partition, offsets in foreign.items():
@@ -160,7 +160,7 @@ class Table:
             self.scheduled.clear()
             self._next = {p: end for p, (_, end) in (await self._ends.of(self._changelog, partitions)).items()}
             timers = {partition: await self._timers_of(partition, ends[partition]) for partition in sorted(partitions)}
-            await self._mend(partitions)
+            await self._repair_overtaken(partitions)
             return timers
 
     async def _timers_of(self, partition: int, end: int) -> Timers:
@@ -198,7 +198,7 @@ class Table:
         await self._write([(partition, floor_key(partition), encode_row(floor))])
         self._shifts[partition] = floor.shift
 
-    async def _mend(self, partitions: set[int]) -> None:
+    async def _repair_overtaken(self, partitions: set[int]) -> None:
         """Write those rows again whose last changelog record is an older version that a paused instance wrote late."""
         rows = self._group.rows
         puts: list[Put] = []
@@ -210,7 +210,10 @@ class Table:
             await self._write(puts[start : start + WRITE_CHUNK])
             self.restored += WRITE_CHUNK
         if puts:
-            LOG.warning("%d rows were written to the changelog again: a late write had covered them", len(puts))
+            LOG.warning(
+                "%d rows were written to the changelog again: another coordinator had written older rows late",
+                len(puts),
+            )
 
     # -- sweeping ----------------------------------------------------------------------------------------------------
 
@@ -250,14 +253,14 @@ class Table:
         if committed is None or not self._ownership.undisputed:
             return 0
         committed = self.at(partition, committed)
-        gone: list[bytes] = []
+        deletable: list[bytes] = []
         for key, data in marked:
             # The scan did not hold the lock, so the row may have been replaced since, or a decision on it may be
             # pending.
             unchanged = self._group.rows.get(partition, key) == data and (partition, key) not in self._pending
             if unchanged and sweepable(decode_row(data), committed, now_ms, keep_ms):
-                gone.append(key)
-        if not gone:
+                deletable.append(key)
+        if not deletable:
             return 0
         floor, shift = raised_floor(self.floor(partition), committed), self._shifts.get(partition, 0)
         self._step("sweep-begins")
@@ -265,6 +268,6 @@ class Table:
         self._floors[partition] = floor
         self._step("floor-kept")
         await self._ownership.certain(epoch)
-        await self._write([(partition, key, None) for key in gone])
+        await self._write([(partition, key, None) for key in deletable])
         self._step("swept")
-        return len(gone)
+        return len(deletable)

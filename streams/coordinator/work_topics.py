@@ -54,13 +54,14 @@ class WorkTopics:
         if limit is None or size <= limit:
             return None
         return (
-            f"its release has {size} bytes, above the {limit} that {topic} accepts (max.message.bytes): raise the limit"
+            f"its release has {size} bytes, more than the {limit} that {topic} accepts: raise the topic's "
+            "max.message.bytes"
         )
 
     def wait_for(self, lane: str) -> float:
         """Return the seconds after which to retry a lane whose topic is missing; 0 for any other lane."""
-        found = self._missing.get(self._names.jobs(lane))
-        return 0.0 if found is None else max(found[0] - time.monotonic(), 0.0) + BEAT
+        search = self._missing.get(self._names.jobs(lane))
+        return 0.0 if search is None else max(search[0] - time.monotonic(), 0.0) + BEAT
 
     async def find(self, lanes: Iterable[str]) -> bool:
         """Search for those topics of ``lanes`` that are neither known nor missing. Return whether a topic was found."""

@@ -15,22 +15,22 @@ from jobledger.streams.status.store.protocol import StatusReader
 
 def standing(log: LogReader, names: Names, decode: Callable[[bytes | None], JobEvent]) -> dict[str, JobEvent]:
     """Return the cancels on the control topic that no tombstone has removed, by key."""
-    found: dict[str, JobEvent] = {}
+    cancels: dict[str, JobEvent] = {}
     for message in log.read(names.control, 0, 0):
         key, value = message.key(), message.value()
         name = key.decode(errors="replace") if isinstance(key, bytes) else str(key or "")
         if not name.startswith("cancel:"):
             continue
         if value is None:
-            found.pop(name, None)
+            cancels.pop(name, None)
             continue
         try:
             event = decode(value if isinstance(value, bytes) else None)
         except SchemaError:
             continue
         if isinstance(event.fact, CancelRequested):
-            found[name] = event
-    return found
+            cancels[name] = event
+    return cancels
 
 
 def settled(cancels: dict[str, JobEvent], names: Names, table: StatusReader) -> Iterator[Outgoing]:

@@ -68,8 +68,14 @@ UNCLOSED = Gauge(
     "Work records below a committed offset that no fact closes. Must be 0.",
     ["namespace"],
 )
-AUDITED = Gauge("jobledger_audit_time_seconds", "When the audit last came to a result.", ["namespace"])
-ASKED = Counter("jobledger_watchdog_overdue", "Overdue releases the coordinator was asked about.", ["namespace"])
+AUDITED = Gauge(
+    "jobledger_audit_time_seconds",
+    "Time of the last audit that had a result, in seconds since the epoch.",
+    ["namespace"],
+)
+ASKED = Counter(
+    "jobledger_watchdog_overdue", "Overdue releases about which the watchdog asked the coordinator.", ["namespace"]
+)
 TRIMMED = Counter("jobledger_trimmed_records", "Records deleted past the retention age.", ["namespace", "topic"])
 
 #: Largest number of overdue releases that one round of the watchdog checks.
@@ -115,8 +121,8 @@ class Maintenance:
         self.names, self.settings, self.queues = names, settings, list(queues)
         self.cadence = cadence or Cadence(retention=settings.retention_days * 24 * 3600.0)
         self._reader, self._active = reader, active
-        self._asked: dict[tuple[str, int, int], float] = {}
-        self._looked_to: Overdue | None = None  # the last overdue release that the watchdog checked
+        self._asked_at: dict[tuple[str, int, int], float] = {}
+        self._last_checked: Overdue | None = None  # the last overdue release that the watchdog checked
         self._writer: LogWriter | None = None
         self._source = source("watchdog")
         self._decode = decoder(settings, names).decode
@@ -162,23 +168,25 @@ class Maintenance:
         bound_ms = int(self.cadence.overdue_after * 1000)
         now_ms = time.time_ns() // 1_000_000
         # Each round checks the next page, so that jobs that can no longer be released do not hide the jobs after them.
-        after = self._looked_to
+        after = self._last_checked
         page = self._reader.overdue(now_ms, bound_ms, OVERDUE_PAGE, after)
         if not page and after is not None:
             after = None
             page = self._reader.overdue(now_ms, bound_ms, OVERDUE_PAGE, after)
-        suspects = {(o.job_id, o.run, o.release): o for o in page}
-        if not suspects:
+        candidates = {(o.job_id, o.run, o.release): o for o in page}
+        if not candidates:
             return 0
-        if not self._live(self._topics()):
-            LOG.info("%d releases look overdue, but the table is not live: no judgement", len(suspects))
+        if not self._table_is_current(self._topics()):
+            LOG.info(
+                "%d releases look overdue, but the status table is behind the log: the watchdog waits", len(candidates)
+            )
             return 0
-        self._looked_to = page[-1] if len(page) == OVERDUE_PAGE else None
+        self._last_checked = page[-1] if len(page) == OVERDUE_PAGE else None
         again = self._reader.overdue(now_ms, bound_ms, OVERDUE_PAGE, after)
-        still = [o for o in again if (o.job_id, o.run, o.release) in suspects]
+        still = [o for o in again if (o.job_id, o.run, o.release) in candidates]
         again_before = time.monotonic() - max(60.0, self.cadence.overdue_after)
-        self._asked = {k: t for k, t in self._asked.items() if t > again_before}
-        wanted = [o for o in still if (o.job_id, o.run, o.release) not in self._asked]
+        self._asked_at = {k: t for k, t in self._asked_at.items() if t > again_before}
+        wanted = [o for o in still if (o.job_id, o.run, o.release) not in self._asked_at]
         records = []
         with LogReader(self.settings) as log:
             for overdue in wanted:
@@ -186,19 +194,19 @@ class Maintenance:
                 if record is not None:
                     records.append(record)
         if records:
-            LOG.warning("%d releases are overdue; asking the coordinator", len(records))
+            LOG.warning("%d releases are overdue: the watchdog asks the coordinator", len(records))
             self._send(records)
             ASKED.labels(self.names.namespace).inc(len(records))
         for overdue in wanted:
-            self._asked[overdue.job_id, overdue.run, overdue.release] = time.monotonic()
+            self._asked_at[overdue.job_id, overdue.run, overdue.release] = time.monotonic()
         return len(records)
 
     def _ask(self, log: LogReader, overdue: Overdue) -> Outgoing | None:
-        found = None if overdue.spec_at is None else self._event_at(log, overdue.spec_at)
-        if found is None or key_text(found[0].job_id) != overdue.job_id:  # the topic was recreated
+        origin_and_spec = None if overdue.spec_at is None else self._event_at(log, overdue.spec_at)
+        if origin_and_spec is None or key_text(origin_and_spec[0].job_id) != overdue.job_id:  # the topic was recreated
             LOG.error("job %s is overdue and the log no longer holds it: nothing can release it", overdue.job_id)
             return None
-        origin, spec = found
+        origin, spec = origin_and_spec
         # Use the id from the log: the table stores a long id as its first characters and a digest.
         job_id, home = origin.job_id, origin.home or origin.job_id
         event = JobEvent(
@@ -223,12 +231,14 @@ class Maintenance:
         if message is None:
             return None
         try:
-            found = recorded(message, self._decode)
-            check_head(found.event)  # do not ask about events that the coordinator refuses
+            record = recorded(message, self._decode)
+            check_head(record.event)  # do not ask about events that the coordinator refuses
         except SchemaError:
             return None
-        fact = found.event.fact
-        return (found.event, lasting(fact.spec, found.appended_ms)) if isinstance(fact, JobSubmitted | JobDue) else None
+        fact = record.event.fact
+        return (
+            (record.event, lasting(fact.spec, record.appended_ms)) if isinstance(fact, JobSubmitted | JobDue) else None
+        )
 
     # -- the audit ------------------------------------------------------------------------------------------------
 
@@ -236,19 +246,24 @@ class Maintenance:
         """Return the number of work records below a committed offset that no fact closes; None if the table is not
         live."""
         bases = {
-            place: c.base for place, c in group_offsets.worker_commits(self.settings, self.names, self.queues).items()
+            position: c.base
+            for position, c in group_offsets.worker_commits(self.settings, self.names, self.queues).items()
         }
-        if not self._live([self.names.lifecycle]):
+        if not self._table_is_current([self.names.lifecycle]):
             return None
         unclosed = 0
         for job_id, life in self._reader.open_lives(AUDIT_MOST):
-            place = work_position(life, self.names)
+            position = work_position(life, self.names)
             if life.leased is not None and life.leased.release >= (0 if life.due is None else life.due.release):
                 continue  # a job lease replaces the work record
-            if place is not None and place.offset < bases.get((place.topic, place.partition), 0):
+            if position is not None and position.offset < bases.get((position.topic, position.partition), 0):
                 unclosed += 1
                 if unclosed <= 10:
-                    LOG.error("audit: job %s at %s is below the committed offset and not closed", job_id, place)
+                    LOG.error(
+                        "audit: the work record of job %s at %s is below the committed offset, but no fact closes it",
+                        job_id,
+                        position,
+                    )
         UNCLOSED.labels(self.names.namespace).set(unclosed)
         AUDITED.labels(self.names.namespace).set(time.time())
         return unclosed
@@ -258,8 +273,8 @@ class Maintenance:
     def forget_cancels(self) -> int:
         """Remove cancels of runs that have ended from the control topic; return the number of these cancels."""
         with LogReader(self.settings) as log:
-            found = cancels.standing(log, self.names, self._decode)
-        done = list(cancels.settled(found, self.names, self._reader))
+            standing = cancels.standing(log, self.names, self._decode)
+        done = list(cancels.settled(standing, self.names, self._reader))
         if done:
             self._send(done)
         return len(done)
@@ -291,9 +306,9 @@ class Maintenance:
                     workers[place] = bases[place].base
             elif topic == self.names.lifecycle:
                 # Every queue that has this partition number must have committed its takeover floor.
-                mine = [bases.get((t, partition)) for t in jobs if (t, partition) in starts]
-                floors = [c.floor for c in mine if c is not None and c.floor is not None]
-                if mine and len(floors) == len(mine):
+                commits = [bases.get((t, partition)) for t in jobs if (t, partition) in starts]
+                floors = [c.floor for c in commits if c is not None and c.floor is not None]
+                if commits and len(floors) == len(commits):
                     workers[place] = min(floors)
             elif topic == self.names.coordination:
                 if place in coordinator:
@@ -304,12 +319,14 @@ class Maintenance:
         # missed. Wait until the table is live: a job that is unfinished in an outdated table may have ended, and would
         # run again if its submission were sent again.
         readers = Readers.least(aged, self._reader.offsets(), workers, *self._followers(aged))
-        if not self._live(self._topics()):
-            LOG.info("the status table is not live: not trimming")
+        if not self._table_is_current(self._topics()):
+            LOG.info("the status table is behind the log: nothing is trimmed")
             return {}
         unfinished = list(self._reader.open_lives(UNFINISHED_MOST, waiting=True, before_ms=cutoff_ms))
         if len(unfinished) >= UNFINISHED_MOST:
-            LOG.warning("%d or more jobs are past the retention age and have not ended: not trimming", UNFINISHED_MOST)
+            LOG.warning(
+                "%d or more jobs are past the retention age and have not ended: nothing is trimmed", UNFINISHED_MOST
+            )
             return {}
         todo = plan(aged, readers, unfinished)
         if todo.resend:
@@ -329,23 +346,24 @@ class Maintenance:
         """
         facts = {*self._topics(), self.names.dead_letter, self.names.control}
         url = self.settings.resolve_status_url(self.names.namespace)
-        found: dict[str, dict[Partition, int]] = {}
+        followers: dict[str, dict[Partition, int]] = {}
         for name, at in folded(url, self.names.namespace).items():
             if any(topic in facts for topic, _ in at):
-                found[f"projection {name}"] = {place: at.get(place, 0) for place in aged}
+                followers[f"projection {name}"] = {place: at.get(place, 0) for place in aged}
         for group in group_offsets.lifecycle_groups(self.settings, self.names):
-            read = found[f"group {group}"] = dict(aged)
+            read = followers[f"group {group}"] = dict(aged)
             for topic in {topic for topic, _ in aged}:
                 done = group_offsets.group_offsets(self.settings, group, topic)
                 for place in [place for place in aged if place[0] == topic and done]:
                     read[place] = done[place].base if place in done else 0
-        for who, read in found.items():
+        for follower, read in followers.items():
             behind = sorted(place for place in aged if read[place] < aged[place])
             if behind:
                 LOG.warning(
                     "trimming waits for %s: it has not read the records past the retention age on %d partitions (the first: "
-                    "%s[%d] from offset %d on). Run it; or, if it no longer exists, see docs/how-to.md, keep the log from growing",
-                    who, len(behind), *behind[0], read[behind[0]],
+                    "%s[%d] from offset %d on). Run it. If it no longer exists, see \"keep the log from growing\" in "
+                    "docs/how-to.md",
+                    follower, len(behind), *behind[0], read[behind[0]],
                 )  # fmt: skip
             yield read
 
@@ -358,15 +376,15 @@ class Maintenance:
                 message = log.at(position)
                 if message is None:
                     continue
-                found = recorded(message, self._decode)
-                fact = found.event.fact
-                if not isinstance(fact, JobSubmitted) or key_text(found.event.job_id) != job_id:
+                record = recorded(message, self._decode)
+                fact = record.event.fact
+                if not isinstance(fact, JobSubmitted) or key_text(record.event.job_id) != job_id:
                     continue  # another record: the topic was deleted and recreated
                 due_at = fact.due_at
                 if due_at is None:
-                    due_at = later(found.appended_ms, fact.delay_ms or 0)
+                    due_at = later(record.appended_ms, fact.delay_ms or 0)
                 event = msgspec.structs.replace(
-                    found.event, fact=JobSubmitted(lasting(fact.spec, found.appended_ms), None, due_at)
+                    record.event, fact=JobSubmitted(lasting(fact.spec, record.appended_ms), None, due_at)
                 )
                 records.append(Outgoing(position.topic, codec.encode(event), event.home or event.job_id))
         self._send(records)
@@ -388,7 +406,7 @@ class Maintenance:
     def _topics(self) -> list[str]:
         return [*(self.names.jobs(q) for q in self.queues), self.names.lifecycle, self.names.coordination]
 
-    def _live(self, topics: Collection[str]) -> bool:
+    def _table_is_current(self, topics: Collection[str]) -> bool:
         """Return whether the table reaches the topics' present ends within ``patience`` seconds."""
         with LogReader(self.settings) as log:
             ends = {

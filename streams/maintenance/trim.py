@@ -27,12 +27,12 @@ class Readers:
     def least(cls, wanted: Iterable[Partition], *readers: Mapping[Partition, int]) -> Readers:
         """Return the least offset over ``readers`` of each wanted partition. A partition for which a reader has no
         offset is left out."""
-        found = {}
-        for place in wanted:
-            known = [r.get(place) for r in readers]
+        offsets = {}
+        for partition in wanted:
+            known = [r.get(partition) for r in readers]
             if all(k is not None for k in known):
-                found[place] = min(k for k in known if k is not None)
-        return cls(found)
+                offsets[partition] = min(k for k in known if k is not None)
+        return cls(offsets)
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,10 +50,11 @@ PERSONS = (Exception, SystemExit, GeneratorExit, asyncio.CancelledError)
 
 def failed(projection: Projection, what: str, at: Position, why: str | BaseException) -> JobledgerError:
     """Return the error for the user's code or for a value that it returned. The error names the record at ``at``."""
-    said = why if isinstance(why, str) else f"{type_of(why)}: {text_of(why)}"
+    reason = why if isinstance(why, str) else f"{type_of(why)}: {text_of(why)}"
     return JobledgerError(
-        f"projection {projection.name}: its {what} failed at {at} ({said}); nothing of the batch was written. Fix it and "
-        "start again: folding continues there"
+        f"projection {projection.name}: its {what} failed at {at} ({reason}); nothing of the batch was written. "
+        "Correct "
+        "the cause and start again: folding continues at this record"
     )
 
 
@@ -87,44 +88,53 @@ class Reading:
             appended_ms = message.timestamp()[1]
             if projection.start_ms is not None and appended_ms < projection.start_ms:
                 continue
-            where = position_of(message)
-            if message.value() is None and where.topic == self._names.control:
+            position = position_of(message)
+            if message.value() is None and position.topic == self._names.control:
                 continue  # a tombstone: the control command was removed
             try:
                 if projection.facts:
-                    found: Any = recorded(message, self._decode)
-                    if not isinstance(found.event.fact, projection.facts) or is_copy(found, self._names):
+                    item: Any = recorded(message, self._decode)
+                    if not isinstance(item.event.fact, projection.facts) or is_copy(item, self._names):
                         continue
-                    event_id = found.event.event_id
+                    event_id = item.event.event_id
                 else:
-                    kind = projection.events[where.topic]
+                    kind = projection.events[position.topic]
                     if kind.passes(message.value()):
                         continue
                     by_id = self._lookup.of_others if kind.foreign else self._lookup.by_id
                     plain = kind.decode(message.value(), self._lookup, by_id)
-                    event_id = event_id_of(dict(message.headers() or ()), where.topic, where.partition, where.offset)
-                    found = self._converters[where.topic](plain)
+                    event_id = event_id_of(
+                        dict(message.headers() or ()), position.topic, position.partition, position.offset
+                    )
+                    item = self._converters[position.topic](plain)
             except UnknownFact as exc:
-                raise UnknownFact(exc.fact, f"{where} carries the fact {exc.fact!r}: upgrade this projection") from exc
+                raise UnknownFact(
+                    exc.fact, f"{position} carries the fact {exc.fact!r}: upgrade this projection"
+                ) from exc
             except (SchemaError, BadEvent, ValueError) as exc:
                 self.unreadable += 1
-                LOG.error("%s is skipped by %s: %s", where, projection.name, exc)
+                LOG.error("%s is skipped by projection %s: %s", position, projection.name, exc)
                 continue
-            key = self._key(found, where)
+            key = self._key(item, position)
             if key is not None:
-                yield key, found, Where(event_id, where, appended_ms)
+                yield key, item, Where(event_id, position, appended_ms)
 
-    def _key(self, found: Any, where: Position) -> Key | None:
+    def _key(self, item: Any, position: Position) -> Key | None:
         try:
-            key = self._projection.key(found)
+            key = self._projection.key(item)
             if key is None:
                 return None
             key = key if isinstance(key, tuple) else (key,)
             hash(key)
         except PERSONS as exc:
-            raise failed(self._projection, "key=", where, exc) from exc
+            raise failed(self._projection, "key=", position, exc) from exc
         if len(key) != len(self._columns):
-            raise failed(self._projection, "key=", where, f"{key!r} is not a key of {', '.join(self._columns)}")
+            raise failed(
+                self._projection,
+                "key=",
+                position,
+                f"{key!r} does not have one value for each of {', '.join(self._columns)}",
+            )
         return key
 
 
@@ -157,22 +167,22 @@ class Fold:
         # A fold may change its row argument, so it gets a copy; the row as read is needed for the comparison below.
         after = {key: row and _copied(row) for key, row in before.items()}
         fold, wants_where, names = self._projection.fold, self._projection.wants_where, self._key_names
-        for key, found, where in items:
+        for key, item, where in items:
             row = after[key]
             # Columns that a fold does not return keep their values, within a batch and from one batch to the next.
-            kept = _copied(self._defaults) if row is None else row
+            current = _copied(self._defaults) if row is None else row
             try:
-                made = fold(row, found, where) if wants_where else fold(row, found)
-                after[key] = None if made is None else {**kept, **made, **dict(zip(names, key, strict=True))}
+                returned = fold(row, item, where) if wants_where else fold(row, item)
+                after[key] = None if returned is None else {**current, **returned, **dict(zip(names, key, strict=True))}
             except PERSONS as exc:
                 raise failed(self._projection, "fold", where.position, exc) from exc
         changed = {key: row for key, row in after.items() if row is not None and row != before.get(key)}
         with self._fitting(db, at, changed):
             self._write(db, list(changed.values()))
-        gone = [key for key, row in after.items() if row is None and before.get(key) is not None]
-        if gone:
+        deleted = [key for key, row in after.items() if row is None and before.get(key) is not None]
+        if deleted:
             match = and_(*(column == bindparam(f"k_{column.name}") for column in self._keys))
-            named = [dict(zip([f"k_{n}" for n in names], key, strict=True)) for key in gone]
+            named = [dict(zip([f"k_{n}" for n in names], key, strict=True)) for key in deleted]
             db.execute(delete(self.table).where(match), named)
 
     @contextmanager
@@ -197,14 +207,14 @@ class Fold:
             raise failed(self._projection, "batch", next(iter(at.values())), exc) from exc
 
     def _rows(self, db: Connection, keys: list[Key], at: Mapping[Key, Position]) -> dict[Key, dict[str, Any] | None]:
-        found: dict[Key, dict[str, Any] | None] = dict.fromkeys(keys)
+        rows: dict[Key, dict[str, Any] | None] = dict.fromkeys(keys)
         width = len(self._keys)
         for first in range(0, len(keys), KEYS_A_QUERY):
             some = keys[first : first + KEYS_A_QUERY]
             wanted = self._keys[0].in_([k[0] for k in some]) if width == 1 else tuple_(*self._keys).in_(some)
             for row in db.execute(select(self.table).where(wanted)).mappings():
                 key = tuple(row[name] for name in self._key_names)
-                if key not in found:  # the key's row would never be found, and each batch would fold it from None
+                if key not in rows:  # the key's row would never be found, and each batch would fold it from None
                     raise failed(
                         self._projection,
                         "key=",
@@ -212,8 +222,8 @@ class Fold:
                         f"the database stores one of {len(some)} keys like {some[0]!r} as {key!r}: give keys of the types of "
                         f"{', '.join(map(repr, self._keys))}",
                     )
-                found[key] = dict(row)
-        return found
+                rows[key] = dict(row)
+        return rows
 
     def _write(self, db: Connection, rows: list[dict[str, Any]]) -> None:
         # One statement for all rows with the same columns: columns that a fold does not return keep their values.
@@ -221,13 +231,16 @@ class Fold:
         for row in rows:
             unknown = [name for name in row if name not in self._names]
             if unknown:
-                raise JobledgerError(f"projection {self._projection.name}: table {self.table.name} has no {unknown}")
+                raise JobledgerError(
+                    f"projection {self._projection.name}: table {self.table.name} has no columns {unknown}, which the "
+                    "fold returned"
+                )
             by_columns.setdefault(tuple(sorted(row)), []).append(row)
         insert = postgresql.insert if db.dialect.name == "postgresql" else sqlite.insert
         for columns, some in by_columns.items():
-            made = insert(self.table)
-            rest = {name: made.excluded[name] for name in columns if name not in self._key_names}
+            statement = insert(self.table)
+            rest = {name: statement.excluded[name] for name in columns if name not in self._key_names}
             if rest:
-                db.execute(made.on_conflict_do_update(index_elements=self._keys, set_=rest), some)
+                db.execute(statement.on_conflict_do_update(index_elements=self._keys, set_=rest), some)
             else:
-                db.execute(made.on_conflict_do_nothing(), some)
+                db.execute(statement.on_conflict_do_nothing(), some)

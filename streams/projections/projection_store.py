@@ -132,8 +132,9 @@ class ProjectionStore:
         owner = namespace_in(Path(self._url.removeprefix("sqlite:///")))
         if owner is not None:
             raise StoreError(
-                f"projections are kept beside the status table, in {self._url}, and that file is the status table of "
-                f"namespace {owner!r}: set JOBLEDGER_STATUS_URL to another file for one of the two"
+                f"the tables of projections would be in {self._url}, beside the status table, but that file is the "
+                "status table "
+                f"of namespace {owner!r}: set JOBLEDGER_STATUS_URL to another file for one of the two"
             )
 
     @contextmanager
@@ -144,7 +145,7 @@ class ProjectionStore:
 
         The lock is an advisory lock in PostgreSQL, and a lock file beside a SQLite file.
         """
-        busy = StoreError(f"{what} is under way in another process: wait until it has ended")
+        busy = StoreError(f"another process has begun {what}: wait until it has ended")
         with ExitStack() as held:
             if self._address is None:
                 path = Path(self._url.removeprefix("sqlite:///"))
@@ -176,17 +177,18 @@ class ProjectionStore:
             # An error that Python's module raises itself, for a value that it cannot bind, has no code.
             passing = (getattr(cause, "sqlite_errorcode", None) or 0) & 0xFF in _SQLITE_PASSING
             return (StoreUnavailable if passing else StoreError)(f"{who}: {shown(self._url)}: {cause}")
-        code, said = getattr(cause, "sqlstate", None), str(cause).partition("\n")[0]
+        code, message = getattr(cause, "sqlstate", None), str(cause).partition("\n")[0]
         if code in _POSTGRES_PASSING:
-            return StoreUnavailable(f"{who}: {self._address.place}: {said}")
+            return StoreUnavailable(f"{who}: {self._address.place}: {message}")
         if code == "42501":  # insufficient_privilege
             return StoreError(
-                f"{who} cannot be kept in {self._address.place} by user {self._address.user!r}: {said}. Its "
-                "table and `jobledger_projections` are made in the user's own schema search path: GRANT CREATE ON SCHEMA "
-                "helps, or `?options=-csearch_path%3Dyours` in JOBLEDGER_STATUS_URL"
+                f"{who} cannot be kept in {self._address.place} by user {self._address.user!r}: {message}. Its "
+                "table and `jobledger_projections` are created in the first schema of the user's search path: grant "
+                "the right "
+                "with GRANT CREATE ON SCHEMA, or add `?options=-csearch_path%3Dyours` to JOBLEDGER_STATUS_URL"
             )
-        found = self._address.explain(exc, "reached")
-        return type(found)(f"{who}: {found}")
+        error = self._address.explain(exc, "reached")
+        return type(error)(f"{who}: {error}")
 
 
 def folded(status_url: str, namespace: str) -> dict[str, dict[tuple[str, int], int]]:
@@ -198,7 +200,7 @@ def folded(status_url: str, namespace: str) -> dict[str, dict[tuple[str, int], i
     url = database_of(status_url)
     if url.startswith("sqlite") and not Path(url.removeprefix("sqlite:///")).exists():
         return {}
-    found: dict[str, dict[tuple[str, int], int]] = {}
+    offsets: dict[str, dict[tuple[str, int], int]] = {}
     store = ProjectionStore(status_url, namespace)
     try:
         with store.engine.begin() as db:
@@ -208,12 +210,12 @@ def folded(status_url: str, namespace: str) -> dict[str, dict[tuple[str, int], i
                 db.exec_driver_sql(bounded(lock_timeout="4s", statement_timeout="5s"))
             if sqlalchemy.inspect(db).has_table(offsets_table.name):
                 for row in db.execute(select(offsets_table).where(offsets_table.c.namespace == namespace)):
-                    found.setdefault(row.projection, {})[row.topic, row.partition] = row.next_offset
+                    offsets.setdefault(row.projection, {})[row.topic, row.partition] = row.next_offset
     except (DBAPIError, StoreError) as exc:
-        raise store.explain(exc, f"how far the projections of {namespace} are") from exc
+        raise store.explain(exc, f"the offsets of the projections of {namespace}") from exc
     finally:
         store.close()
-    return found
+    return offsets
 
 
 def _sqlite(url: str) -> Engine:

@@ -51,7 +51,7 @@ IDENTIFY_S = 10.0
 #: Number of retries while the database is unavailable; after them the error is raised.
 AWAY_TRIES = 30
 
-Place = tuple[str, int]
+Partition = tuple[str, int]
 
 
 class Overtaken(StoreError):
@@ -107,7 +107,7 @@ class ProjectionRunner:
 
     # -- the database ---------------------------------------------------------------------------------------------
 
-    def _patiently(self, stop: threading.Event, work: Callable[[], None]) -> None:
+    def _retry(self, stop: threading.Event, work: Callable[[], None]) -> None:
         """Call ``work``; retry up to `AWAY_TRIES` times while the database is unavailable. Raises `StoreError`."""
         tries = 0
         while True:
@@ -140,54 +140,62 @@ class ProjectionRunner:
         client = admin(self.settings)  # keep a reference: a garbage-collected client never completes its futures
         return identities(client, self.settings, self._reading.topics)
 
-    def _keep_topics(self, db: Connection, found: Mapping[str, str]) -> None:
+    def _keep_topics(self, db: Connection, ids: Mapping[str, str]) -> None:
         """Store the ids of the topics to which the offsets belong."""
         rows = [
-            {"namespace": self.names.namespace, "projection": self.projection.name, "topic": topic, "topic_id": its}
-            for topic, its in sorted(found.items())
+            {
+                "namespace": self.names.namespace,
+                "projection": self.projection.name,
+                "topic": topic,
+                "topic_id": topic_id,
+            }
+            for topic, topic_id in sorted(ids.items())
         ]
         if rows:
-            made = (postgresql.insert if db.dialect.name == "postgresql" else sqlite.insert)(topics_table)
+            statement = (postgresql.insert if db.dialect.name == "postgresql" else sqlite.insert)(topics_table)
             keys = list(topics_table.primary_key.columns)
-            db.execute(made.on_conflict_do_update(index_elements=keys, set_={"topic_id": made.excluded.topic_id}), rows)
+            db.execute(
+                statement.on_conflict_do_update(index_elements=keys, set_={"topic_id": statement.excluded.topic_id}),
+                rows,
+            )
 
     def _identify(self, stop: threading.Event) -> dict[str, str]:
         """Return the id of every topic that is folded. Raises `BrokerUnavailable` if an id is not returned in time:
         offsets must not be stored before the ids of their topics are known."""
         deadline = time.monotonic() + IDENTIFY_S
         while True:
-            found = self._identities()
-            left = sorted(set(self._reading.topics) - found.keys())
-            if not left or stop.is_set():
-                return found
+            ids = self._identities()
+            unidentified = sorted(set(self._reading.topics) - ids.keys())
+            if not unidentified or stop.is_set():
+                return ids
             if time.monotonic() > deadline:
                 raise BrokerUnavailable(
-                    away(self.settings, f"did not return the ids of {', '.join(left)} within {IDENTIFY_S:g} s")
+                    away(self.settings, f"did not return the ids of {', '.join(unidentified)} within {IDENTIFY_S:g} s")
                 )
             stop.wait(0.2)
 
-    def _same_topics(self, known: Mapping[Place, int], found: Mapping[str, str]) -> None:
-        """Raise `JobledgerError` if a folded topic was recreated, however many records it has now. ``found``: the ids
+    def _check_topic_ids(self, known: Mapping[Partition, int], ids: Mapping[str, str]) -> None:
+        """Raise `JobledgerError` if a folded topic was recreated, however many records it has now. ``ids``: the ids
         that the topics have now."""
         with self._engine.begin() as db:
-            kept = {row.topic: row.topic_id for row in db.execute(select(topics_table).where(self._my_topics))}
-            for place, offset in sorted(known.items()):
-                topic = place[0]
-                if topic in found and kept.get(topic, found[topic]) != found[topic]:
-                    raise self._went_back(place, offset, "is a later topic of this name")
-            if any(kept.get(topic) != its for topic, its in found.items()):
-                self._keep_topics(db, found)
+            stored = {row.topic: row.topic_id for row in db.execute(select(topics_table).where(self._my_topics))}
+            for partition, offset in sorted(known.items()):
+                topic = partition[0]
+                if topic in ids and stored.get(topic, ids[topic]) != ids[topic]:
+                    raise self._offsets_went_back(partition, offset, "is a later topic with the same name")
+            if any(stored.get(topic) != topic_id for topic, topic_id in ids.items()):
+                self._keep_topics(db, ids)
 
-    def offsets(self, db: Connection) -> dict[Place, int]:
+    def offsets(self, db: Connection) -> dict[Partition, int]:
         """Return the next offset of each partition."""
         rows = db.execute(select(offsets_table).where(self._mine)).mappings()
         return {(row["topic"], row["partition"]): row["next_offset"] for row in rows}
 
-    def _move(self, db: Connection, before: Mapping[Place, int], after: Mapping[Place, int]) -> None:
+    def _move(self, db: Connection, before: Mapping[Partition, int], after: Mapping[Partition, int]) -> None:
         """Move the offsets from ``before`` to ``after``. Raises `Overtaken` if the stored offsets are not those of
         ``before``."""
         for (topic, partition), offset in sorted(after.items()):  # the same order in all processes prevents deadlocks
-            place = and_(self._mine, offsets_table.c.topic == topic, offsets_table.c.partition == partition)
+            row_of_partition = and_(self._mine, offsets_table.c.topic == topic, offsets_table.c.partition == partition)
             known = before.get((topic, partition))
             if known is None:
                 values = {
@@ -195,12 +203,12 @@ class ProjectionRunner:
                     "partition": partition, "next_offset": offset,
                 }  # fmt: skip
                 insert = postgresql.insert if db.dialect.name == "postgresql" else sqlite.insert
-                made = insert(offsets_table).values(values).on_conflict_do_nothing()
+                statement = insert(offsets_table).values(values).on_conflict_do_nothing()
                 # SQLAlchemy drops the row count of an INSERT unless this option is set.
-                moved = db.execute(made, execution_options={"preserve_rowcount": True})
+                moved = db.execute(statement, execution_options={"preserve_rowcount": True})
             else:
-                place = and_(place, offsets_table.c.next_offset == known)
-                moved = db.execute(update(offsets_table).where(place).values(next_offset=offset))
+                row_of_partition = and_(row_of_partition, offsets_table.c.next_offset == known)
+                moved = db.execute(update(offsets_table).where(row_of_partition).values(next_offset=offset))
             if moved.rowcount != 1:
                 raise Overtaken(f"another process folds projection {self.projection.name}")
 
@@ -215,105 +223,109 @@ class ProjectionRunner:
         """
         knock(self.settings)
         acls.check(self.settings, self.names.namespace, [*self._reading.topics, self.names.schemas])
-        self._patiently(stop, self._set_up)
+        self._retry(stop, self._set_up)
         self._reading.check()
         while not stop.is_set():
             try:
                 self._follow(stop, until_end)
                 return
             except Overtaken as exc:
-                LOG.warning("%s; looking again", exc)
+                LOG.warning("%s; the offsets are read again", exc)
                 stop.wait(2.0)
 
-    def _places(self) -> list[Place]:
+    def _partitions(self) -> list[Partition]:
         return [(t, p) for t in self._reading.topics for p in range(partitions_of(self.settings, t))]
 
     def _follow(self, stop: threading.Event, until_end: bool) -> None:
         folding = Fold(self.projection, self.projection.table)
-        known: dict[Place, int] = {}
+        known: dict[Partition, int] = {}
 
         def load() -> None:
             with self._engine.begin() as db:
                 known.clear()
                 known.update(self.offsets(db))
 
-        self._patiently(stop, load)
-        found = self._identify(stop)
-        self._patiently(stop, partial(self._same_topics, known, found))
+        self._retry(stop, load)
+        ids = self._identify(stop)
+        self._retry(stop, partial(self._check_topic_ids, known, ids))
         with _consumer(self.settings) as consumer:
-            places = self._places()
-            ends = self._ends(places) if until_end else {}
-            for place, (low, high) in self._watermarks(known).items():
-                if known[place] > high:
-                    raise self._went_back(place, known[place], f"ends at {high}")
-                if known[place] < low:
+            partitions = self._partitions()
+            ends = self._ends(partitions) if until_end else {}
+            for partition, (low, high) in self._watermarks(known).items():
+                if known[partition] > high:
+                    raise self._offsets_went_back(partition, known[partition], f"ends at {high}")
+                if known[partition] < low:
                     LOG.error(
-                        "projection %s: %s[%d] was trimmed up to %d before %d records of it were folded: they are lost",
-                        self.projection.name, *place, low, low - known[place],
+                        "projection %s: %s[%d] was trimmed up to offset %d before %d records of it were folded: they "
+                        "are lost",
+                        self.projection.name, *partition, low, low - known[partition],
                     )  # fmt: skip
-            consumer.assign([TopicPartition(t, p, known.get((t, p), OFFSET_BEGINNING)) for t, p in places])
+            consumer.assign([TopicPartition(t, p, known.get((t, p), OFFSET_BEGINNING)) for t, p in partitions])
             look_at = time.monotonic() + LOOK_S
             while not stop.is_set():
                 if not until_end and time.monotonic() >= look_at:
-                    self._patiently(stop, lambda: self._undisturbed(known))
-                    found = self._identities()
-                    self._patiently(stop, partial(self._same_topics, known, found))
-                    places = self._join_new(consumer, places, known)
+                    self._retry(stop, lambda: self._check_offsets(known))
+                    ids = self._identities()
+                    self._retry(stop, partial(self._check_topic_ids, known, ids))
+                    partitions = self._join_new(consumer, partitions, known)
                     look_at = time.monotonic() + LOOK_S
-                if until_end and not _open(consumer, ends, known):
-                    self._patiently(stop, lambda: self._undisturbed(known))
+                if until_end and not _has_unread(consumer, ends, known):
+                    self._retry(stop, lambda: self._check_offsets(known))
                     return
                 messages = _fetch(consumer, self.settings)
                 if messages:
-                    self._patiently(stop, lambda batch=messages: self._transaction(folding, known, batch))  # type: ignore[misc]
+                    self._retry(stop, lambda batch=messages: self._transaction(folding, known, batch))  # type: ignore[misc]
 
-    def _undisturbed(self, known: Mapping[Place, int]) -> None:
+    def _check_offsets(self, known: Mapping[Partition, int]) -> None:
         """Raise `Overtaken` if a rebuild has moved the offsets. Without new records no transaction would detect the
         move."""
         with self._engine.begin() as db:
             if self.offsets(db) != known:
                 raise Overtaken(f"another process has moved the offsets of projection {self.projection.name}")
 
-    def _join_new(self, consumer: Consumer, places: Sequence[Place], known: Mapping[Place, int]) -> list[Place]:
+    def _join_new(
+        self, consumer: Consumer, partitions: Sequence[Partition], known: Mapping[Partition, int]
+    ) -> list[Partition]:
         """Assign partitions that were added meanwhile; return all partitions that are read."""
         try:
-            found = self._places()
+            current = self._partitions()
         except BrokerUnavailable as exc:
             log_missed(LOG, self.settings, "projection %s: %s", self.projection.name, exc)
-            return list(places)
-        new = sorted(set(found) - set(places))
+            return list(partitions)
+        new = sorted(set(current) - set(partitions))
         if new:
-            LOG.info("projection %s reads %d partitions more: %s", self.projection.name, len(new), new)
+            LOG.info("projection %s reads %d new partitions: %s", self.projection.name, len(new), new)
             consumer.incremental_assign([TopicPartition(t, p, known.get((t, p), OFFSET_BEGINNING)) for t, p in new])
-        return [*places, *new]
+        return [*partitions, *new]
 
-    def _watermarks(self, places: Iterable[Place]) -> dict[Place, tuple[int, int]]:
+    def _watermarks(self, partitions: Iterable[Partition]) -> dict[Partition, tuple[int, int]]:
         with LogReader(self.settings) as reader:
-            return {place: reader.watermarks(*place) for place in places}
+            return {partition: reader.watermarks(*partition) for partition in partitions}
 
-    def _ends(self, places: Sequence[Place]) -> dict[Place, int]:
-        return {place: high for place, (low, high) in self._watermarks(places).items() if high > low}
+    def _ends(self, partitions: Sequence[Partition]) -> dict[Partition, int]:
+        return {partition: high for partition, (low, high) in self._watermarks(partitions).items() if high > low}
 
-    def _lows(self, places: Iterable[Place]) -> dict[Place, int]:
-        return {place: low for place, (low, _) in self._watermarks(places).items()}
+    def _lows(self, partitions: Iterable[Partition]) -> dict[Partition, int]:
+        return {partition: low for partition, (low, _) in self._watermarks(partitions).items()}
 
-    def _went_back(self, place: Place, known: int, now: str) -> JobledgerError:
+    def _offsets_went_back(self, partition: Partition, known: int, now: str) -> JobledgerError:
         name = self.projection.name
         return JobledgerError(
-            f"projection {name} was folded up to offset {known} of {place[0]}[{place[1]}], which now {now}: the topic was truncated "
+            f"projection {name} was folded up to offset {known} of {partition[0]}[{partition[1]}], which now {now}: "
+            "the topic was truncated "
             f"or recreated. Nothing was folded twice; `jobledger projections rebuild MODULE:APP {name}` folds the current records"
         )
 
-    def _trimmed(self, places: Iterable[Place]) -> list[str]:
+    def _trimmed(self, partitions: Iterable[Partition]) -> list[str]:
         """Return a description of each of the partitions whose first records are no longer in the log."""
-        return [f"{t}[{p}] begins at {low}" for (t, p), low in sorted(self._lows(places).items()) if low > 0]
+        return [f"{t}[{p}] begins at {low}" for (t, p), low in sorted(self._lows(partitions).items()) if low > 0]
 
-    def _transaction(self, folding: Fold, known: dict[Place, int], messages: Sequence[Message]) -> None:
+    def _transaction(self, folding: Fold, known: dict[Partition, int], messages: Sequence[Message]) -> None:
         after = _ends_of(messages)
         for message in messages:
-            place, offset = _place(message), message.offset() or 0
-            if offset < known.get(place, 0):
-                raise self._went_back(place, known[place], f"gives offset {offset}")
+            partition, offset = _partition_of(message), message.offset() or 0
+            if offset < known.get(partition, 0):
+                raise self._offsets_went_back(partition, known[partition], f"has a new record at offset {offset}")
         with self._engine.begin() as db:
             self._move(db, known, after)
             items = list(self._reading.items(messages))
@@ -333,7 +345,7 @@ class ProjectionRunner:
         """
         began = time.monotonic()
         self._reading.check()
-        self._patiently(stop, self._set_up)
+        self._retry(stop, self._set_up)
         with self._explained(), self._store.begin_snapshot() as db:
             ends = self.offsets(db)
             live, rows = _digest(db, self.projection.table)
@@ -341,9 +353,9 @@ class ProjectionRunner:
             records, trimmed = self._fold_again(copy, ends, stop, tell, "verify")
             with self._engine.begin() as db:
                 again, _ = _digest(db, copy)
-        took = time.monotonic() - began
+        duration = time.monotonic() - began
         equal = True if again == live else None if trimmed else False
-        return Checked(self.projection.name, equal, rows, records, self.unreadable, again, live, took, trimmed)
+        return Checked(self.projection.name, equal, rows, records, self.unreadable, again, live, duration, trimmed)
 
     def rebuild(
         self,
@@ -362,11 +374,11 @@ class ProjectionRunner:
         """
         began = time.monotonic()
         self._reading.check()
-        self._patiently(stop, self._set_up)
-        places = self._places()
+        self._retry(stop, self._set_up)
+        partitions = self._partitions()
         if not from_what_is_left:
-            self._refuse(self._trimmed(places))
-        ends, topics = self._ends(places), self._identify(stop)
+            self._refuse(self._trimmed(partitions))
+        ends, topics = self._ends(partitions), self._identify(stop)
         table = self.projection.table
         with self._explained(), self._copying("rebuild") as copy:
             records, trimmed = self._fold_again(copy, ends, stop, tell, "rebuild")
@@ -380,9 +392,9 @@ class ProjectionRunner:
                 self._move(db, {}, ends)
                 db.execute(delete(table))
                 db.execute(table.insert().from_select([c.name for c in copy.columns], select(copy)))
-                made, rows = _digest(db, table)
-        took = time.monotonic() - began
-        return Checked(self.projection.name, None, rows, records, self.unreadable, made, live, took, trimmed)
+                new_digest, rows = _digest(db, table)
+        duration = time.monotonic() - began
+        return Checked(self.projection.name, None, rows, records, self.unreadable, new_digest, live, duration, trimmed)
 
     def _refuse(self, trimmed: Sequence[str]) -> None:
         if trimmed:
@@ -413,7 +425,7 @@ class ProjectionRunner:
     def _fold_again(
         self,
         copy: Table,
-        ends: Mapping[Place, int],
+        ends: Mapping[Partition, int],
         stop: threading.Event,
         tell: Callable[[int, int], None],
         why: str,
@@ -421,47 +433,47 @@ class ProjectionRunner:
         """Fold the log up to ``ends`` into ``copy``. Return the number of records, and descriptions of the records that
         are missing."""
         begin = self._lows(ends)
-        at, orders = dict(begin), 0
+        at, commands = dict(begin), 0
         folding, total, done = Fold(self.projection, copy), sum(ends.values()), 0
         with _consumer(self.settings) as consumer:
             consumer.assign([TopicPartition(t, p, OFFSET_BEGINNING) for t, p in ends])
-            while _open(consumer, ends, at):
+            while _has_unread(consumer, ends, at):
                 if stop.is_set():
                     raise JobledgerError(
                         f"{why} of projection {self.projection.name} was interrupted; nothing has changed"
                     )
-                messages = [m for m in _fetch(consumer, self.settings) if (m.offset() or 0) < ends[_place(m)]]
+                messages = [m for m in _fetch(consumer, self.settings) if (m.offset() or 0) < ends[_partition_of(m)]]
                 if not messages:
                     continue
                 with self._engine.begin() as db:
                     folding.apply(db, list(self._reading.items(messages)))
                 at.update(_ends_of(messages))
-                orders += sum(m.topic() == self.names.control for m in messages)
+                commands += sum(m.topic() == self.names.control for m in messages)
                 done += len(messages)
                 tell(sum(at.values()), total)
         trimmed = self._trimmed(ends)
         control = (self.names.control, 0)
-        gone = ends[control] - begin[control] - orders if control in ends else 0
-        if gone > 0:  # compaction keeps only the latest command of a key
-            trimmed.append(f"{self.names.control} is compacted: {gone} of its records are gone")
+        missing = ends[control] - begin[control] - commands if control in ends else 0
+        if missing > 0:  # compaction keeps only the latest command of a key
+            trimmed.append(f"{self.names.control} is compacted: {missing} of its records are gone")
         return done, trimmed
 
 
-def _place(message: Message) -> Place:
+def _partition_of(message: Message) -> Partition:
     return message.topic() or "", message.partition() or 0
 
 
-def _ends_of(messages: Sequence[Message]) -> dict[Place, int]:
-    return {_place(message): (message.offset() or 0) + 1 for message in messages}
+def _ends_of(messages: Sequence[Message]) -> dict[Partition, int]:
+    return {_partition_of(message): (message.offset() or 0) + 1 for message in messages}
 
 
-def _open(consumer: Consumer, ends: Mapping[Place, int], at: Mapping[Place, int]) -> bool:
+def _has_unread(consumer: Consumer, ends: Mapping[Partition, int], at: Mapping[Partition, int]) -> bool:
     """Return whether a partition is not yet read to its end. The client's position also moves past offsets without a
     record."""
-    left = [place for place, end in ends.items() if at.get(place, 0) < end]
-    if not left:
+    unread = [partition for partition, end in ends.items() if at.get(partition, 0) < end]
+    if not unread:
         return False
-    positions = consumer.position([TopicPartition(*place) for place in left])
+    positions = consumer.position([TopicPartition(*partition) for partition in unread])
     return any(p.offset < ends[p.topic, p.partition] for p in positions)
 
 
@@ -491,8 +503,8 @@ def _fetch(consumer: Consumer, settings: Settings) -> list[Message]:
 def _digest(db: Connection, table: Table) -> tuple[str, int]:
     """Return a digest of a table's rows in the order of their keys, and their number. Reads 1,000 rows at a time."""
     digest, rows = hashlib.sha256(), 0
-    asked = select(table).order_by(*table.primary_key.columns).execution_options(yield_per=1_000)
-    for row in db.execute(asked):
+    query = select(table).order_by(*table.primary_key.columns).execution_options(yield_per=1_000)
+    for row in db.execute(query):
         digest.update(msgspec.json.encode(list(row), enc_hook=repr))
         rows += 1
     return digest.hexdigest(), rows

@@ -58,12 +58,12 @@ class LogFeed:
 
     def __init__(self, settings: Settings, names: Names) -> None:
         self._settings, self._names = settings, names
-        self._door = AuthMonitor(settings)
+        self._auth = AuthMonitor(settings)
         self._consumer = consumer(
             consumer_config(
                 settings,
                 group="jobledger-status",
-                door=self._door,
+                door=self._auth,
                 **{
                     # An offset that the log does not have is reported as an error, not silently replaced.
                     "auto.offset.reset": "error",
@@ -98,7 +98,7 @@ class LogFeed:
     def present(self, timeout: float = REQUEST_TIMEOUT_S) -> set[Partition]:
         """Return the existing partitions of the topics to read. ``timeout``: seconds. Raises `BrokerUnavailable`,
         `NotAuthenticated`."""
-        self._door.check()
+        self._auth.check()
         try:
             topics = self._consumer.list_topics(timeout=timeout).topics
         except KafkaException as exc:
@@ -122,25 +122,25 @@ class LogFeed:
 
     def restart(self, partitions: Iterable[Partition]) -> None:
         """Read these partitions again from the log's start. Raises `BrokerUnavailable`, `TopicMissing`."""
-        places = list(partitions)
-        starts = {place: low for place, (low, _) in bounds(self._settings, places).items()}
-        self.drop(places)
+        to_restart = list(partitions)
+        starts = {partition: low for partition, (low, _) in bounds(self._settings, to_restart).items()}
+        self.drop(to_restart)
         self.add(starts)
         self.resets |= starts
 
     def add(self, offsets: Mapping[Partition, int | None]) -> None:
         """Start to read these partitions, from these offsets on (None: from the log's start). A partition that is read
         already is not changed."""
-        new = {place: offset for place, offset in offsets.items() if place not in self._assigned}
+        new = {partition: offset for partition, offset in offsets.items() if partition not in self._assigned}
         if new:
-            self._consumer.incremental_assign([_at(place, offset) for place, offset in new.items()])
+            self._consumer.incremental_assign([_at(partition, offset) for partition, offset in new.items()])
             self._assigned |= set(new)
 
     def drop(self, partitions: Iterable[Partition]) -> None:
         """Stop reading these partitions."""
-        known = [place for place in partitions if place in self._assigned]
+        known = [partition for partition in partitions if partition in self._assigned]
         if known:
-            self._consumer.incremental_unassign([_at(place, None) for place in known])
+            self._consumer.incremental_unassign([_at(partition, None) for partition in known])
             self._assigned -= set(known)
 
     def read(self, most: int, patience: float, until: float = 0.0) -> list[Message]:
@@ -152,60 +152,63 @@ class LogFeed:
         """
         messages = self._consumer.consume(1, patience)
         if not messages:
-            self._door.check()
+            self._auth.check()
             return messages
         messages += self._consumer.consume(most - 1, max(0.0, until - time.monotonic()))
         if any(message.error() is not None for message in messages):
-            return [message for message in messages if not self._error(message)]
+            return [message for message in messages if not self._is_error(message)]
         return messages
 
-    def _error(self, message: Message) -> bool:
+    def _is_error(self, message: Message) -> bool:
         """Return whether a message is an error, and handle the error. Raises an error after which reading cannot
         continue."""
         error = message.error()
         if error is None:
             return False
-        place = (message.topic() or "", message.partition() or 0)
+        partition = (message.topic() or "", message.partition() or 0)
         code = error.code()
         if code in _OUT_OF_RANGE:
-            if place in self._assigned:
-                low, high = bounds(self._settings, [place])[place]
+            if partition in self._assigned:
+                low, high = bounds(self._settings, [partition])[partition]
                 LOG.error(
-                    "%s[%d]: the next records to read are gone (%s): continuing at its start, offset %d of %d. Was "
-                    "the topic deleted or trimmed by hand?",
-                    *(*place, error.str(), low, high),
+                    "%s[%d]: the next records to read no longer exist (%s): reading continues at the first offset, %d, "
+                    "of a "
+                    "partition that ends at %d. Was the topic deleted or trimmed manually?",
+                    *(*partition, error.str(), low, high),
                 )
-                self.resets[place] = low
+                self.resets[partition] = low
                 # Not seek(): after this error the partition is paused until it is assigned again.
-                self._consumer.incremental_unassign([_at(place, None)])
-                self._consumer.incremental_assign([_at(place, low)])
+                self._consumer.incremental_unassign([_at(partition, None)])
+                self._consumer.incremental_assign([_at(partition, low)])
         elif code in _GONE:
-            LOG.warning("%s[%d] is gone: %s", *place, error.str())
-            self.drop([place])
+            LOG.warning("%s[%d] no longer exists: %s", *partition, error.str())
+            self.drop([partition])
         elif error.fatal() or not (error.retriable() or code in _TRANSPORT or code in PASSING):
-            raise translate(error, self._settings, f"reading {place[0]}[{place[1]}]", read(place[0]))
+            raise translate(error, self._settings, f"reading {partition[0]}[{partition[1]}]", read(partition[0]))
         return True
 
     def lag(self, offsets: Mapping[Partition, int]) -> dict[str, int]:
         """Return for each topic how many records are in the log at or above ``offsets``. Uses the ends that the client
         knows, without a request to the broker."""
-        found: dict[str, int] = {}
-        for place in self._assigned:
-            ends = self._consumer.get_watermark_offsets(_at(place, None), cached=True)
-            behind = 0 if ends is None or ends[1] < 0 else max(0, ends[1] - offsets.get(place, max(0, ends[0])))
-            found[place[0]] = found.get(place[0], 0) + behind
-        return found
+        lags: dict[str, int] = {}
+        for partition in self._assigned:
+            ends = self._consumer.get_watermark_offsets(_at(partition, None), cached=True)
+            behind = 0 if ends is None or ends[1] < 0 else max(0, ends[1] - offsets.get(partition, max(0, ends[0])))
+            lags[partition[0]] = lags.get(partition[0], 0) + behind
+        return lags
 
     def passed(self, ends: Mapping[Partition, int]) -> set[Partition]:
         """Return the partitions being read whose next record is at or past the given end."""
-        asked = [_at(place, None) for place in self._assigned if place in ends]
+        assigned = [_at(partition, None) for partition in self._assigned if partition in ends]
         return {
-            (p.topic, p.partition) for p in self._consumer.position(asked) if p.offset >= ends[(p.topic, p.partition)]
+            (p.topic, p.partition)
+            for p in self._consumer.position(assigned)
+            if p.offset >= ends[(p.topic, p.partition)]
         }
 
 
-def _at(place: Partition, offset: int | None) -> TopicPartition:
-    return TopicPartition(place[0], place[1], OFFSET_BEGINNING if offset is None else offset)
+def _at(partition: Partition, offset: int | None) -> TopicPartition:
+    return TopicPartition(partition[0], partition[1], OFFSET_BEGINNING if offset is None else offset)
 
 
 def identities(
@@ -214,16 +217,16 @@ def identities(
     """Return the ids of topics. ``timeout``: seconds. A recreated topic has another id than the earlier topic of its
     name. Topics whose id the broker does not return are left out. Raises `NotAuthorized` for a topic that this user may
     not read."""
-    found: dict[str, str] = {}
-    asked = TopicCollection(sorted(topics))
-    for topic, future in client.describe_topics(asked, request_timeout=timeout).items():
+    ids: dict[str, str] = {}
+    collection = TopicCollection(sorted(topics))
+    for topic, future in client.describe_topics(collection, request_timeout=timeout).items():
         try:
-            found[topic] = str(answer_of(future, timeout).topic_id)
+            ids[topic] = str(answer_of(future, timeout).topic_id)
         except KafkaException as exc:
             refused = denied(exc.args[0], settings, f"asking for the id of {topic}", read(topic))
             if refused is not None:
                 raise refused from exc
-    return found
+    return ids
 
 
 def bounds(
@@ -237,25 +240,25 @@ def bounds(
     """
     client = admin(settings)
     deadline = time.monotonic() + timeout
-    found: list[dict[Partition, int]] = []
+    results: list[dict[Partition, int]] = []
     for spec in (OffsetSpec.earliest(), OffsetSpec.latest()):  # type: ignore[no-untyped-call]  # untyped functions
-        told: dict[Partition, int] = {}
-        left = {_at(place, None) for place in partitions}
-        while left:
-            asked = client.list_offsets(dict.fromkeys(left, spec), request_timeout=timeout)
-            for at, future in asked.items():
+        offsets: dict[Partition, int] = {}
+        pending = {_at(partition, None) for partition in partitions}
+        while pending:
+            answers = client.list_offsets(dict.fromkeys(pending, spec), request_timeout=timeout)
+            for at, future in answers.items():
                 try:
-                    told[(at.topic, at.partition)] = answer_of(future, timeout).offset
+                    offsets[(at.topic, at.partition)] = answer_of(future, timeout).offset
                 except KafkaException as exc:
                     error: KafkaError = exc.args[0]
                     again = error.retriable() or error.code() in (*_TRANSPORT, *_ELECTING)
                     if not again or time.monotonic() > deadline:
-                        what = f"asking for the ends of {at.topic}[{at.partition}]"
+                        what = f"asking for the first and last offset of {at.topic}[{at.partition}]"
                         raise translate(error, settings, what, read(at.topic)) from exc
                     time.sleep(0.05)
-            left = {at for at in left if (at.topic, at.partition) not in told}
-        found.append(told)
-    return {place: (low, found[1][place]) for place, low in found[0].items()}
+            pending = {at for at in pending if (at.topic, at.partition) not in offsets}
+        results.append(offsets)
+    return {partition: (low, results[1][partition]) for partition, low in results[0].items()}
 
 
 def read_until(feed: LogFeed, ends: Mapping[Partition, int], most: int, stall: float = 60.0) -> Iterator[list[Message]]:
@@ -271,6 +274,8 @@ def read_until(feed: LogFeed, ends: Mapping[Partition, int], most: int, stall: f
             # Partitions that reached their end are dropped below. Records fetched beyond the end are left out.
             yield [m for m in messages if (m.offset() or 0) < ends[(m.topic() or "", m.partition() or 0)]]
         elif time.monotonic() - last > stall:
-            left = ", ".join(f"{topic}[{partition}]" for topic, partition in sorted(feed.assigned))
-            raise BrokerUnavailable(f"no record arrived for {stall:g} s, and {left} is not read to its end")
+            unread = ", ".join(f"{topic}[{partition}]" for topic, partition in sorted(feed.assigned))
+            raise BrokerUnavailable(
+                f"no record arrived for {stall:g} s, but {unread} is not read to its end: check that every broker runs"
+            )
         feed.drop(feed.passed(ends))

@@ -163,14 +163,14 @@ class Materializer:
             return
         self._topics.start()
         try:
-            going = self._stand_by(store, stop)
-            while going:
-                going = False
+            continues = self._stand_by(store, stop)
+            while continues:
+                continues = False
                 try:
                     self._write(store, stop)
                 except CommitUnknown as exc:
-                    LOG.warning("%s; continuing from its offsets", exc)
-                    going = not stop.is_set()
+                    LOG.warning("%s; reading continues from the offsets in the table", exc)
+                    continues = not stop.is_set()
         finally:
             self._topics.close()
             self._active.clear()
@@ -181,17 +181,17 @@ class Materializer:
             try:
                 store.close()
             except StoreError as exc:  # the lease expires by itself
-                LOG.warning("the lease could not be given back: %s", exc)
+                LOG.warning("the lease of the status table could not be released: %s", exc)
 
     def _stand_by(self, store: Store, stop: threading.Event) -> bool:
-        said = False
+        logged = False
         while not stop.is_set():
             if self._persist(store.acquire, stop):
                 LOG.info("writing the status table %s", shown(self._url))
                 return True
-            if not said:
-                LOG.info("the status table %s has a writer; standing by", shown(self._url))
-                said = True
+            if not logged:
+                LOG.info("another materializer writes the status table %s; this one is standing by", shown(self._url))
+                logged = True
             stop.wait(STAND_BY_S)
         return False
 
@@ -205,7 +205,7 @@ class Materializer:
         self._active.set()
         self.metrics.active.set(1)
         missing = True
-        discovered = committed = renewed = looked = float("-inf")
+        discovered = committed = renewed = measured = float("-inf")
         with LogFeed(self._settings, self._names) as feed:
             while not stop.is_set():
                 now = time.monotonic()
@@ -221,9 +221,9 @@ class Materializer:
                 elif now - renewed > RENEW_S:
                     self._persist(store.renew, stop)
                     renewed = now
-                if now - looked > 1.0:
+                if now - measured > 1.0:
                     self.metrics.lag(feed.lag(self._offsets))
-                    looked = now
+                    measured = now
 
     def _wanted(self) -> set[str]:
         names = self._names
@@ -238,7 +238,7 @@ class Materializer:
             log_missed(LOG, self._settings, "%s", exc)
             return True
         readable, unidentified = self._identified(feed, present)
-        feed.add({place: self._offsets.get(place) for place in readable})
+        feed.add({partition: self._offsets.get(partition) for partition in readable})
         names = self._names
         wanted = self._wanted()
         missing = wanted - {topic for topic, _ in present}
@@ -268,23 +268,24 @@ class Materializer:
         now. A topic whose id is not known is not read: if the topic were recreated before its id is stored, the stored
         offsets would be taken for offsets of the new topic.
         """
-        found = feed.identities({topic for topic, _ in present}, DISCOVER_TIMEOUT_S)
+        ids = feed.identities({topic for topic, _ in present}, DISCOVER_TIMEOUT_S)
         known = {**self._known, **self._new_ids}
-        unidentified = {topic for topic, _ in present} - known.keys() - found.keys()
-        present = {place for place in present if place[0] not in unidentified}
-        others = {topic for topic, its in found.items() if known.get(topic, its) != its}
+        unidentified = {topic for topic, _ in present} - known.keys() - ids.keys()
+        present = {partition for partition in present if partition[0] not in unidentified}
+        others = {topic for topic, topic_id in ids.items() if known.get(topic, topic_id) != topic_id}
         try:
             if others:
-                feed.restart([place for place in present if place[0] in others])
+                feed.restart([partition for partition in present if partition[0] in others])
                 LOG.error(
-                    "%s: deleted and recreated since the table was written; reading from the start. Jobs that the table knows "
-                    "stay in it",
+                    "%s: the topics were deleted and recreated, and are read from the start. Jobs that the status "
+                    "table already "
+                    "has stay in it",
                     ", ".join(sorted(others)),
                 )
         except (BrokerUnavailable, TopicMissing) as exc:  # the old id stays, so the next search compares again
             LOG.warning("%s", exc)
-            return {place for place in present if place[0] not in others}, unidentified
-        self._new_ids |= {topic: its for topic, its in found.items() if known.get(topic) != its}
+            return {partition for partition in present if partition[0] not in others}, unidentified
+        self._new_ids |= {topic: topic_id for topic, topic_id in ids.items() if known.get(topic) != topic_id}
         return present, unidentified
 
     def _write_batch(
@@ -330,14 +331,16 @@ class Materializer:
         letters = []
         for number, each in enumerate(folded.rejected):
             level = logging.WARNING if number < SAY_REJECTS else logging.DEBUG
-            where = position_of(each.message)
+            position = position_of(each.message)
             # A fact of a newer version is a valid event. The record stays in the topic, so that a table of that version
             # can include it.
-            if where.topic == self._names.lifecycle and not isinstance(each.error, UnknownFact):
-                LOG.log(level, "%s is no event and goes to %s: %s", where, self._names.dead_letter, each.error)
+            if position.topic == self._names.lifecycle and not isinstance(each.error, UnknownFact):
+                LOG.log(
+                    level, "%s is not an event and is copied to %s: %s", position, self._names.dead_letter, each.error
+                )
                 letters.append(self._letter(each.message, each.error))
             else:
-                LOG.log(level, "%s is passed: %s", where, each.error)
+                LOG.log(level, "%s is skipped: %s", position, each.error)
         if letters:
             if self._writer is None:
                 self._writer = LogWriter(self._settings, self._names)
@@ -346,10 +349,10 @@ class Materializer:
             self._writer.send(letters)
 
     def _letter(self, message: Message, error: SchemaError) -> Outgoing:
-        where = position_of(message)
+        position = position_of(message)
         raw_key, raw, why = bounded(_raw(message.key()), _raw(message.value()), str(error), REJECT_BYTES)
-        fact = RecordRejected(where.topic, where.partition, where.offset, raw_key, raw, why)
-        event_id = derived_id(where.topic, where.partition, where.offset, "rejected")
+        fact = RecordRejected(position.topic, position.partition, position.offset, raw_key, raw, why)
+        event_id = derived_id(position.topic, position.partition, position.offset, "rejected")
         source = identity.source("materializer")
         event = JobEvent(event_id, "", 0, 0, 0, now_us(), "", "", None, None, source, None, fact)
         return Outgoing(self._names.dead_letter, codec.encode(event), event_id)
@@ -394,9 +397,9 @@ def behind(settings: Settings, names: Names, offsets: Mapping[Partition, int]) -
     Raises `BrokerUnavailable`.
     """
     with LogFeed(settings, names) as feed:
-        there = bounds(settings, feed.present())
-    lags = {place: high - max(low, offsets.get(place, 0)) for place, (low, high) in there.items()}
-    return {place: lag for place, lag in lags.items() if lag > 0}
+        in_log = bounds(settings, feed.present())
+    lags = {partition: high - max(low, offsets.get(partition, 0)) for partition, (low, high) in in_log.items()}
+    return {partition: lag for partition, lag in lags.items() if lag > 0}
 
 
 def _raw(data: bytes | str | None) -> bytes | None:

@@ -24,10 +24,14 @@ class TableMetrics:
 
         self._events = counter("events", "Records read", ("topic",))
         self._rejected = counter("rejected_records", "Records that could not be read, by reason", ("topic", "reason"))
-        self._resets = counter("offset_resets", "Offsets that the log no longer had", ("topic",))
+        self._resets = counter(
+            "offset_resets",
+            "Partitions read again from their start, because the log no longer had the next offset",
+            ("topic",),
+        )
         self.batches = counter("batches", "Transactions written")
         self.jobs = counter("rows", "Job rows written")
-        self.retries = counter("store_retries", "Transactions tried again because the database was away")
+        self.retries = counter("store_retries", "Operations retried because the database or the broker was unavailable")
         self._lag = Gauge(prefix + "lag", "Records not in the table yet", ("topic",), registry=self.registry)
         self.active = Gauge(
             prefix + "active", "1 while this materializer writes, 0 while it stands by", registry=self.registry

@@ -104,7 +104,7 @@ class Span:
 
     @property
     def records(self) -> int:
-        return sum(high - self.low[place] for place, high in self.high.items())
+        return sum(high - self.low[partition] for partition, high in self.high.items())
 
     def holds(self, life: Life) -> bool:
         """Return whether every fact of a life is in the span."""
@@ -133,7 +133,7 @@ def rebuild(
     began = time.monotonic()
     settings = _allowed(names, settings, queues)
     with open_store(store_url, names.namespace) as live:
-        _take(live, store_url)
+        _acquire_lease(live, store_url)
         with live.beside() as new:
             span, records, rejected = _fold_log(names, settings, new, None, {}, progress, live.renew)
             carried = _carry(names, settings, store_url, span, new, live.renew)
@@ -175,24 +175,24 @@ def verify(
                 store.acquire()
                 span, records, _ = _fold_log(names, settings, store, offsets, kept.topics(), progress, lambda: None)
             with closing(open_sqlite(url, names.namespace)) as folded:
-                found = _compare(kept, folded, span)
+                comparison = _compare(kept, folded, span)
                 counters = kept.counters_hold()
     return VerifyReport(
-        equal=found.differing == 0 and counters,
+        equal=comparison.differing == 0 and counters,
         url=shown(store_url),
-        jobs=found.jobs,
-        left_out=found.left_out,
-        differing=found.differing,
-        first_differing=tuple(found.named),
+        jobs=comparison.jobs,
+        left_out=comparison.left_out,
+        differing=comparison.differing,
+        first_differing=tuple(comparison.named),
         counters_equal=counters,
-        table_digest=found.table.hexdigest(),
-        log_digest=found.log.hexdigest(),
+        table_digest=comparison.table.hexdigest(),
+        log_digest=comparison.log.hexdigest(),
         records=records,
         seconds=time.monotonic() - began,
     )
 
 
-def _take(live: Store, url: str) -> None:
+def _acquire_lease(live: Store, url: str) -> None:
     deadline = time.monotonic() + LEASE_PATIENCE_S
     while not live.acquire():
         if time.monotonic() > deadline:
@@ -247,10 +247,12 @@ def _fold_log(
                     f"did not return the ids of {', '.join(sorted(unidentified))} in time; nothing has changed",
                 )
             )
-        later = {topic for topic, its in ids.items() if topics.get(topic, its) != its}
-        for place in [p for p in span.low if p[0] in later]:
-            del span.low[place], span.high[place]
-        feed.add({place: low for place, low in span.low.items() if low < span.high[place]})
+        later = {topic for topic, topic_id in ids.items() if topics.get(topic, topic_id) != topic_id}
+        for topic_partition in [p for p in span.low if p[0] in later]:
+            del span.low[topic_partition], span.high[topic_partition]
+        feed.add(
+            {topic_partition: low for topic_partition, low in span.low.items() if low < span.high[topic_partition]}
+        )
         unbegun = set(feed.assigned)
         total, renewed = span.records, time.monotonic()
         for messages in read_until(feed, span.high, BATCH):
@@ -258,10 +260,10 @@ def _fold_log(
                 lost = ", ".join(f"{topic}[{partition}]" for topic, partition in sorted(feed.resets))
                 raise StoreError(f"the log was trimmed while it was read ({lost}): try again")
             for message in messages if unbegun else ():
-                place = (message.topic() or "", message.partition() or 0)
-                if place in unbegun:
-                    unbegun.discard(place)
-                    span.begins[place] = message.timestamp()[1]
+                topic_partition = (message.topic() or "", message.partition() or 0)
+                if topic_partition in unbegun:
+                    unbegun.discard(topic_partition)
+                    span.begins[topic_partition] = message.timestamp()[1]
             in_batches(messages, size, write, LOG)
             records += len(messages)
             if progress is not None:
@@ -282,10 +284,10 @@ def _span(settings: Settings, names: Names, feed: LogFeed, offsets: Mapping[Part
         )  # raises an error: without lifecycle the log would seem empty, and no job would be compared
     low: dict[Partition, int] = {}
     high: dict[Partition, int] = {}
-    for place, (first, end) in sorted(bounds(settings, present).items()):
+    for partition, (first, end) in sorted(bounds(settings, present).items()):
         if offsets is not None:
-            end = min(end, offsets.get(place, 0))
-        low[place], high[place] = min(first, end), end
+            end = min(end, offsets.get(partition, 0))
+        low[partition], high[partition] = min(first, end), end
     return Span(low, high)
 
 
@@ -337,24 +339,24 @@ class _Comparison:
 
 
 def _compare(kept: SqlReader, folded: SqlReader, span: Span) -> _Comparison:
-    found = _Comparison()
+    comparison = _Comparison()
     ours, theirs = kept.rows(), folded.rows()
     a, b = next(ours, None), next(theirs, None)
     while a is not None or b is not None:
         if b is None or (a is not None and a[0] < b[0]):
             assert a is not None
             if span.holds(life_of_row(a)):
-                found.take(a[0], a, None)
+                comparison.take(a[0], a, None)
             else:
-                found.left_out += 1
+                comparison.left_out += 1
             a = next(ours, None)
         elif a is None or b[0] < a[0]:
-            found.take(b[0], None, b)
+            comparison.take(b[0], None, b)
             b = next(theirs, None)
         else:
             if span.holds(life_of_row(a)):
-                found.take(a[0], a, b)
+                comparison.take(a[0], a, b)
             else:
-                found.left_out += 1
+                comparison.left_out += 1
             a, b = next(ours, None), next(theirs, None)
-    return found
+    return comparison

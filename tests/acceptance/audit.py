@@ -1,8 +1,8 @@
-"""The product's audit (`jobledger.audit`), held against what only a test knows.
+"""The product's audit (`jobledger.audit`), together with what only a test knows.
 
-A test knows which submissions were acknowledged, when it paused a process or took the broker away, and, by the side log
-that its own tasks write, which code really ran. A worker that was paused beyond its session had not ended what it ran,
-so another runs it again, and both ends may stand in the log: that is excused, and nothing else.
+A test knows which submissions were acknowledged and when it paused a process or stopped the broker. It also knows which
+code really ran, because the tests' tasks write a side log. A worker that was paused beyond its session may have running
+jobs that another worker runs again, so both outcomes may be in the log. Such faults are excused, and no others.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from jobledger.audit.spill import keys_of
 from tests.acceptance.promises import BROKEN_BY
 from tests.acceptance.rawlog import Log, by_time
 
-#: A worker that is paused for less than that has not lost its partitions: its session is 6 s, and it was heard of in the
-#: last three of them.
+#: A worker that is paused for a shorter time, in ms, has not lost its partitions: its session is 6 s, and the group has
+#: heard of the worker in the last three of them.
 PAUSE_MS = 3_000
-#: How long after an outage workers may reconnect, milliseconds: the client's longest pause between two attempts.
+#: Milliseconds in which workers may reconnect after an outage: the client's longest pause between two attempts.
 BACK_MS = 10_000
-#: How long after a fault its traces may appear in the log, milliseconds.
+#: Milliseconds after a fault in which its effects may appear in the log.
 WAKE_MS = 3_000
 
-#: Faults that the product cannot see: it knows neither who was told what, nor what code really ran.
+#: Faults that the product cannot see, because it does not know which submissions were acknowledged, and which code
+#: really ran.
 ONLY_HERE = {
     "accepted-lost": "accepted, but its submission is not in the log",
     "run-after-end": "run after its end was in the log",
@@ -38,9 +39,10 @@ ONLY_HERE = {
 
 
 class Window(NamedTuple):
-    """A time in which a process of this role was paused (SIGSTOP to SIGCONT) or the broker was away, ms.
+    """A time in which a process of this role was paused (from SIGSTOP to SIGCONT), or the broker was unavailable; in
+    ms.
 
-    ``pid``: of the process that was paused.
+    ``pid``: the paused process.
     """
 
     role: str
@@ -50,7 +52,7 @@ class Window(NamedTuple):
 
 
 class Execution(NamedTuple):
-    """One real run of a task's code, by its own account. ``ended`` None: it was killed. Times in ms."""
+    """One real run of a task's code, from the side log. ``ended`` is None if the code was killed. Times are in ms."""
 
     job_id: str
     run: int
@@ -62,21 +64,23 @@ class Execution(NamedTuple):
 
 
 class Pauses:
-    """What workers had begun when they were paused: none of it had ended before the pause, so it may run again."""
+    """What workers had started when they were paused. None of it had ended before the pause, so it may run again."""
 
     def __init__(self, log: Log, windows: Sequence[Window]) -> None:
         long = [w for w in windows if w.end - w.begin >= PAUSE_MS]
         self._windows = [w for w in long if w.role == "worker"]
-        #: In which workers were cut off from the broker. What lay in their Kafka clients is sent when it is back.
+        #: Windows in which workers had no connection to the broker. Records in their Kafka clients are sent afterwards.
         self._outages = [w for w in long if w.role == "broker"]
         self._begun: dict[tuple[tuple[str, int, int], str], float] = {}
         for record in log.of("lifecycle"):
             if record.fact == "JobStarted":
-                # By the worker's clock: what lies in its Kafka client is sent on waking.
+                # The time of the worker's clock, because a paused worker's Kafka client sends queued records only
+                # later.
                 self._begun.setdefault((record.release, record.head["source"]), int(record.head["occurred_at"]) / 1000)
 
     def ended(self, end: Record) -> bool:
-        """Whether a worker wrote this end after a pause, or an outage, of a job that it had begun before."""
+        """Return whether a worker wrote this closing fact after a pause or an outage, about a job that it had started
+        before."""
         source = str(end.head["source"])
         begun = self._begun.get((end.release, source))
         return begun is not None and (
@@ -85,16 +89,17 @@ class Pauses:
         )
 
     def started(self, start: Record) -> bool:
-        """Whether a worker had begun this before a pause: what lay in its Kafka client is sent on waking."""
+        """Return whether a worker had started this job before a pause. Its Kafka client sends queued records when the
+        worker continues."""
         source, at = str(start.head["source"]), int(start.head["occurred_at"]) / 1000
         return any(source.endswith(f":{w.pid}") and at <= w.end and w.begin <= start.at for w in self._windows)
 
 
 class Audit(Findings):
-    """The product's findings, less those that the test's own knowledge excuses.
+    """The product's findings without those that the test's knowledge excuses.
 
-    ``product``: all that the product found, by kind, as `jobledger audit` must tell it. ``noted``: its notes, and how
-    often what was excused.
+    ``product``: the number of all findings of the product, by kind, as `jobledger audit` must report them. ``noted``:
+    the product's notes, and the number of excused findings.
     """
 
     def __init__(self, log: Log, frozen: Sequence[Window], executions: Sequence[Execution]) -> None:
@@ -107,19 +112,19 @@ class Audit(Findings):
             if record.fact in rules.TERMINAL or (record.fact in rules.PASSING_ON and not rules.in_place(record)):
                 self._closes[record.release].append(record)
         self._executions = executions
-        self._ran_until: dict[tuple[str, int, int], int] = {}  # when the last run of a release began
+        self._ran_until: dict[tuple[str, int, int], int] = {}  # when the last run of each release began
         for each in executions:
             release = (each.job_id, each.run, each.release)
             self._ran_until[release] = max(each.began, self._ran_until.get(release, 0))
 
     @property
     def good(self) -> bool:
-        """Whether nothing was broken."""
+        """Return whether no promise was broken."""
         return not self.counts
 
     @property
     def violations(self) -> Mapping[str, list[str]]:
-        """Examples of each kind."""
+        """Return examples of each kind."""
         return {kind: list(map(str, several)) for kind, several in self.faults.items()}
 
     def __str__(self) -> str:
@@ -127,7 +132,7 @@ class Audit(Findings):
         return "\n".join([*lines, f"within the limits: {dict(self.noted)}"])
 
     def fault(self, kind: str, job_id: str, detail: str, *records: Record) -> None:
-        """One of the product's: counted, and kept unless it is excused."""
+        """Take a finding of the product: count it, and keep it unless it is excused."""
         self.product[kind] += 1
         excuse = None
         if kind == "started-after-end":
@@ -142,7 +147,7 @@ class Audit(Findings):
             self.noted[excuse] += 1
 
     def broken(self, kind: str, job_id: str, detail: str, *records: Record) -> None:
-        """One that only the test can see."""
+        """Take a finding that only the test can make."""
         self.counts[kind] += 1
         if len(self.faults[kind]) < self.most:
             self.faults[kind].append(Finding(kind, job_id, detail, records))
@@ -150,7 +155,7 @@ class Audit(Findings):
     def _start_excused(self, start: Record, end: Record) -> str | None:
         release = start.release
         if self._executions and self._ran_until.get(release, 0) < end.at:
-            # A suspect's start is said before its code runs, and its partition may be lost in between.
+            # A suspect's start is recorded before its code runs, and the worker may lose the partition in between.
             return "said to start after its end, and not run"
         if self._pauses.started(start):
             return "said to start by a paused process, when it woke"
@@ -160,7 +165,7 @@ class Audit(Findings):
         return None
 
     def runs(self, lifecycle: Iterable[Record]) -> None:
-        """Hold the side log against the log."""
+        """Compare the side log with the log."""
         if not self._executions:
             return
         terminals: dict[tuple[str, int], Record] = {}
@@ -194,8 +199,8 @@ def audit(
     executions: Sequence[Execution] = (),
     finished: bool = True,
 ) -> Audit:
-    """Hold a log against the promises. ``accepted``: ids of jobs whose submission was acknowledged. ``finished``: every job
-    of it must have ended."""
+    """Check a log against the promises. ``accepted``: ids of jobs whose submission was acknowledged. ``finished``:
+    whether every job must have ended."""
     found = Audit(log, frozen, executions)
     jobs, places = grouped(log)
     lowest = dict.fromkeys(((r.topic, r.partition) for r in log.records), 0)
@@ -218,7 +223,8 @@ def audit(
 
 
 def hold(log: Log, frozen: Sequence[Window] = (), *, finished: bool = True) -> Audit:
-    """Break the promise that a log breaks, if it does. ``finished``: every job of it must have ended."""
+    """Raise `PromiseBroken` with the promise that the log breaks, if it breaks one. ``finished``: whether every job
+    must have ended."""
     found = audit(log, frozen=frozen, finished=finished)
     for kind, number in found.counts.items():
         first = found.violations[kind][0].partition(":")[0]
@@ -228,7 +234,8 @@ def hold(log: Log, frozen: Sequence[Window] = (), *, finished: bool = True) -> A
 
 
 def grouped(log: Log) -> tuple[dict[str, list[Record]], dict[str, list[Record]]]:
-    """The records of each job, and those that are judged by their place, as the product's audit groups them."""
+    """Return the records of each job, and the records that are judged by their position, grouped as in the product's
+    audit."""
     jobs: dict[str, list[Record]] = defaultdict(list)
     places: dict[str, list[Record]] = defaultdict(list)
     judged = {f"{log.namespace}.{name}" for name in ("lifecycle", "coordination", "dead-letter")}
@@ -241,17 +248,18 @@ def grouped(log: Log) -> tuple[dict[str, list[Record]], dict[str, list[Record]]]
 
 
 def within(windows: Sequence[Window], *times: int) -> bool:
-    """Whether all of these times lie in one of the windows."""
+    """Return whether all of these times are in one of the windows."""
     return any(all(w.begin <= t <= w.end + WAKE_MS for t in times) for w in windows)
 
 
 def read_executions(path: str | Path) -> list[Execution]:
-    """The side log that a test's own tasks write: ``B|E job run release attempt ms pid``, a line each."""
+    """Read the side log that the tests' tasks write: one line ``B|E job run release attempt ms pid`` for each begin and
+    end."""
     begun: dict[tuple[str, ...], list[Execution]] = defaultdict(list)
     out: list[Execution] = []
     source = Path(path)
     text = source.read_text() if source.exists() else ""
-    for line in text.rpartition("\n")[0].splitlines():  # the last one may just be being written
+    for line in text.rpartition("\n")[0].splitlines():  # the last line may be incomplete
         kind, job, run, release, attempt, at, pid = line.split()
         mark = (job, run, release, attempt, pid)
         if kind == "B":

@@ -1,10 +1,11 @@
-"""An app whose jobs fail at random, but always the same way: what a job does is a function of the seed and its number.
+"""An app whose jobs fail at random, but always in the same way: what a job does is computed from the seed and its
+number.
 
-So a test can say beforehand how every job must end (`expected`), and every real run of a task's code is noted beside
-the log (one line in a file, appended in one write), so runs that the log does not know of are counted too.
+So a test knows beforehand how every job must end (`expected`). Every real run of a task's code is written to a side log
+(one line in a file, in one write), so that runs which are not in the log are counted, too.
 
-``CHAOS_NAMESPACE``, ``CHAOS_SEED`` and ``CHAOS_EXECUTIONS`` (the file) come from the environment: every process of a
-test, and the test itself, must mean the same.
+``CHAOS_NAMESPACE``, ``CHAOS_SEED`` and ``CHAOS_EXECUTIONS`` (the file) come from the environment, because they must be
+the same in all processes of a test and in the test itself.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ SEED = os.environ.get("CHAOS_SEED", "0")
 EXECUTIONS = os.environ.get("CHAOS_EXECUTIONS", os.devnull)
 
 app = App(os.environ.get("CHAOS_NAMESPACE", "chaos"), partitions=4)
-#: Children are submitted inside a job; while the broker is away that fails, so these are tried more often.
+#: For tasks that submit jobs: this fails while the broker is unavailable, so they have more attempts.
 PATIENT = Retry(max_attempts=50, initial=0.2, factor=1.5, cap=2.0)
 
 Step = Literal["ok", "error", "later", "snooze", "reject", "never", "hang"]
@@ -34,21 +35,22 @@ Kind = Literal["quick", "thread", "timed", "consoled", "parent", "delayed"]
 
 
 class Flaky(Exception):
-    """What retried attempts fail with."""
+    """The error of attempts that are retried."""
 
 
 class Hopeless(Exception):
-    """What no retry helps against."""
+    """An error that is not retried."""
 
 
 FAST = Retry(max_attempts=4, initial=0.05, factor=2.0, cap=0.5, never=(Hopeless,))
-#: Seconds. A worker that stands still makes good jobs pass it as well, so how these end is left to chance.
+#: Seconds. In a frozen worker, also successful jobs exceed this limit, so the outcome of these jobs is not checked.
 TIME_LIMIT = 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class Fate:
-    """A job's life: its ``kind`` of task, what each release does, and its delay in seconds, if any."""
+    """The life of a job: its ``kind`` of task, what each release does, its delay in seconds, if any, and how long the
+    code takes."""
 
     kind: Kind
     steps: tuple[Step, ...]
@@ -57,11 +59,11 @@ class Fate:
 
 
 def fate(number: int, seed: str = SEED) -> Fate:
-    """What the job of this number does at each release: the n-th release takes the n-th step."""
+    """Return the life of the job with this number. The n-th release does the n-th step."""
     dice = random.Random(f"{seed}/{number}")
     kind: Kind = dice.choices(("quick", "thread", "timed", "consoled", "parent", "delayed"), (55, 15, 4, 4, 4, 18))[0]
     delay = dice.choice((0.0, 0.2, 0.5, 1.0, 2.0, 4.0)) if kind == "delayed" else None
-    # Long enough, often enough, that whoever is killed is always in the middle of some.
+    # Long and frequent enough that some jobs are running whenever a worker is killed.
     pause = dice.choice((0.0, 0.0, 0.005, 0.02, 0.1, 0.3, 1.0))
     if kind == "parent":
         return Fate(kind, ("ok",), delay, pause)
@@ -81,7 +83,7 @@ def fate(number: int, seed: str = SEED) -> Fate:
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """How a job must end; None: the faults decide."""
+    """How a job must end. None: this depends on the faults."""
 
     state: str | None
     attempt: int | None
@@ -90,7 +92,7 @@ class Expected:
 
 
 def expected(task: str, number: int, seed: str = SEED) -> Expected:
-    """How the job of this number ends, whatever is killed meanwhile."""
+    """Return how the job with this number ends, whatever is killed meanwhile."""
     if task == "console":
         return Expected("succeeded", None, str(-number), None)
     if task == "child":
@@ -114,7 +116,7 @@ def expected(task: str, number: int, seed: str = SEED) -> Expected:
 
 
 class _Noted:
-    """Notes that a task's code begins, and that it ended; a line that is missing means that it was cut off."""
+    """Writes to the side log when a task's code begins and when it ends. Without the second line, the code was cut off."""
 
     def __init__(self) -> None:
         job = current_job()
@@ -127,7 +129,7 @@ class _Noted:
         self._write("E")
 
     def _write(self, kind: str) -> None:
-        # O_APPEND and one write: lines of several processes never mix, and survive a kill -9 of the writer.
+        # O_APPEND and one write: lines of several processes are not mixed, and survive a kill -9 of the writer.
         line = f"{kind} {self._words % (time.time_ns() // 1_000_000)}".encode()
         out = os.open(EXECUTIONS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
@@ -160,7 +162,7 @@ def _end(step: Step, number: int) -> int:
 
 @app.task(retry=FAST)
 async def quick(number: int) -> int:
-    """Most jobs: asynchronous, short."""
+    """Most jobs: asynchronous and short."""
     with _Noted():
         await asyncio.sleep(fate(number).pause)
         return _end(_step(number), number)
@@ -168,7 +170,7 @@ async def quick(number: int) -> int:
 
 @app.task(retry=FAST)
 def thread(number: int) -> int:
-    """The same in a thread."""
+    """Do the same in a thread."""
     with _Noted():
         time.sleep(fate(number).pause)
         return _end(_step(number), number)
@@ -176,7 +178,7 @@ def thread(number: int) -> int:
 
 @app.task(retry=FAST, timeout=TIME_LIMIT)
 async def timed(number: int) -> int:
-    """Hangs where others fail, until its time is over."""
+    """Hang until the time limit, where other tasks fail."""
     with _Noted():
         step = _step(number)
         await asyncio.sleep(3600 if step == "hang" else fate(number).pause)
@@ -192,21 +194,21 @@ async def console(number: int) -> int:
 
 @app.task(retry=Retry(max_attempts=2, initial=0.05, cap=0.2), fallback=console)
 async def consoled(number: int) -> int:
-    """Always fails, so that its fallback runs."""
+    """Always fail, so that the fallback runs."""
     with _Noted():
         return _end(_step(number), number)
 
 
 @app.task(retry=PATIENT)
 async def child(number: int) -> int:
-    """A job that another job submitted."""
+    """A job that another job submits."""
     with _Noted():
         return number
 
 
 @app.task(retry=PATIENT)
 async def parent(number: int) -> int:
-    """Submits two children; when it is run again, they must be the same."""
+    """Submit two jobs. If this job runs again, the two jobs must be the same."""
     with _Noted():
         for each in range(2):
             await child.submit_async(number * 10 + each)
@@ -214,7 +216,7 @@ async def parent(number: int) -> int:
 
 
 def request(number: int) -> JobRequest[Any]:
-    """The job of this number, to be submitted."""
+    """Return the job with this number, to be submitted."""
     life = fate(number)
     if life.kind == "delayed":
         return quick.using(delay=life.delay).job(number)
@@ -229,12 +231,12 @@ def request(number: int) -> JobRequest[Any]:
 
 
 def requests(first: int, last: int) -> Iterator[JobRequest[Any]]:
-    """The jobs from one number up to, not including, another."""
+    """Return the jobs from number ``first`` up to, and not including, ``last``."""
     return (request(n) for n in range(first, last))
 
 
 def submit(first: int, last: int, rate: float) -> None:
-    """Be a service: submit jobs at so many a second, and print ``number job_id`` of each once it is acknowledged."""
+    """Submit jobs as a service does, ``rate`` a second. Print ``number job_id`` of each job when it is acknowledged."""
     began = time.monotonic()
     at = first
     while at < last:
@@ -243,7 +245,7 @@ def submit(first: int, last: int, rate: float) -> None:
             time.sleep(1 / rate)
             continue
         until = min(last, at + min(room, 200))
-        # What was not acknowledged is submitted again; that it may have arrived all the same is the client's word.
+        # Jobs without an acknowledgement are submitted again, although some of them may be in the log already.
         try:
             for number, handle in zip(range(at, until), app.submit_many(requests(at, until)), strict=True):
                 print(number, handle.job_id)

@@ -1,4 +1,4 @@
-"""What the tests of processes and faults share."""
+"""Fixtures of the tests of processes and faults."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ from tests.patience import PATIENCE
 
 @pytest.fixture(scope="module")
 def kafka() -> Iterator[EmbeddedKafka]:
-    """A broker of each module's own: some stop and start it."""
+    """Yield a broker for one module, because some modules stop and start it."""
     with EmbeddedKafka(timeout=PATIENCE * START_TIMEOUT_S) as broker:
         yield broker

@@ -1,5 +1,4 @@
-"""A coordinator as a process of its own, which kills itself at a given step. Run by the
-fault tests, not a test itself."""
+"""A coordinator in its own process, which can kill itself at a given step. The fault tests run this program."""
 
 from __future__ import annotations
 
@@ -20,8 +19,9 @@ from jobledger.streams.coordinator.faust.faust_app import Options, PatientRecove
 
 
 def main() -> int:
-    """Arguments as one JSON object: bootstrap, namespace, partitions, folder, options, kill (step, which time), freeze (the
-    broker's pid and a file: if it is there, the broker is frozen when the table is about to be restored)."""
+    """Run the coordinator. The argument is one JSON object: bootstrap, namespace, partitions, folder, options, kill (a
+    step, and at which occurrence of it), freeze (the broker's pid and a file: if the file exists, the broker is frozen
+    directly before the table is restored)."""
     given: dict[str, Any] = json.loads(sys.argv[1])
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     step, times = given.get("kill") or ("", 0)
@@ -35,7 +35,7 @@ def main() -> int:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     if given.get("freeze"):
-        freeze_at_a_restoring(int(given["freeze"][0]), Path(given["freeze"][1]))
+        freeze_at_the_next_restore(int(given["freeze"][0]), Path(given["freeze"][1]))
 
     async def run() -> None:
         coordinator = Coordinator(
@@ -62,12 +62,13 @@ def main() -> int:
         except Exception:
             logging.getLogger("jobledger").exception("the coordinator gave up")
             logging.shutdown()
-            os._exit(70)  # before the runner waits for tasks that hang on a dead broker, as `run_coordinator` does
+            # The runner would wait for tasks that wait for a dead broker. `run_coordinator` exits in the same way.
+            os._exit(70)
     return 0
 
 
-def freeze_at_a_restoring(pid: int, file: Path) -> None:
-    """Stop process ``pid`` once ``file`` is there and a rebalance has brought partitions whose rows are to be read."""
+def freeze_at_the_next_restore(pid: int, file: Path) -> None:
+    """Stop process ``pid`` when ``file`` exists and a rebalance has assigned partitions whose rows must be read."""
     ask = PatientRecovery._build_highwaters
 
     async def frozen(recovery: Any, *given: Any) -> None:
@@ -76,7 +77,7 @@ def freeze_at_a_restoring(pid: int, file: Path) -> None:
             os.kill(pid, signal.SIGSTOP)
         await ask(recovery, *given)
 
-    PatientRecovery._build_highwaters = frozen  # type: ignore[method-assign,assignment]  # the fault
+    PatientRecovery._build_highwaters = frozen  # type: ignore[method-assign,assignment]  # this is the fault
 
 
 if __name__ == "__main__":

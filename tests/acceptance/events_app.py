@@ -1,4 +1,4 @@
-"""Domain events for the router's fault tests: two handlers, each noting beside the log what it ran for."""
+"""Domain events for the router's fault tests. Each of two handlers writes to a side log for which event it ran."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ EXECUTIONS = os.environ.get("CHAOS_EXECUTIONS", os.devnull)
 @app.event(key="user")
 @dataclass(frozen=True)
 class Happened:
-    """Something did, to a user."""
+    """An event about a user."""
 
     number: int
     user: str
 
 
 def note(what: str) -> None:
-    """One line, written at once: it is there even if the process dies right after."""
+    """Write one line at once, so that it is in the file even if the process dies directly afterwards."""
     file = os.open(EXECUTIONS, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     try:
         os.write(file, f"{current_job().job_id} {what}\n".encode())
@@ -31,11 +31,11 @@ def note(what: str) -> None:
 
 @app.on(Happened, queue="crm")
 async def sync(event: Happened) -> None:
-    """Runs on the event loop."""
+    """Run on the event loop."""
     note(f"sync-{event.number}")
 
 
 @app.on(Happened, queue="mail")
 def write(event: Happened) -> None:
-    """Runs in a thread."""
+    """Run in a thread."""
     note(f"write-{event.number}")

@@ -1,4 +1,4 @@
-"""Jobs for the worker's fault tests: short, some failing, and each noting beside the log that its code began."""
+"""Jobs for the worker's fault tests. They are short, some fail, and each writes to a side log when its code begins."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EXECUTIONS = os.environ.get("CHAOS_EXECUTIONS", os.devnull)
 
 
 def note(what: str) -> None:
-    """One line, written at once: it is there even if the process dies right after."""
+    """Write one line at once, so that it is in the file even if the process dies directly afterwards."""
     file = os.open(EXECUTIONS, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     try:
         os.write(file, f"{current_job().job_id} {what} {os.getpid()} {time.time_ns() // 1_000_000}\n".encode())
@@ -25,7 +25,8 @@ def note(what: str) -> None:
 
 @app.task(retry=Retry(max_attempts=3, initial=3600.0))
 async def work(number: int) -> int:
-    """Takes a few milliseconds, one in ten fails; -1 takes an hour, numbers below -1 take two seconds."""
+    """Run for some milliseconds; one in ten jobs fails. The number -1 takes an hour, and smaller numbers take two
+    seconds."""
     note("began")
     dice = random.Random(number)
     await asyncio.sleep(3600 if number == -1 else 2 if number < 0 else dice.random() * 0.05)
@@ -36,7 +37,7 @@ async def work(number: int) -> int:
 
 @app.task(retry=Retry(max_attempts=3, initial=3600.0), timeout=8)
 async def timed(number: int) -> int:
-    """Takes two seconds. Its time limit of eight seconds is shorter than the pause of a worker."""
+    """Run for two seconds. The time limit of eight seconds is shorter than the pause of a worker."""
     note("began")
     await asyncio.sleep(2)
     return number
@@ -44,7 +45,7 @@ async def timed(number: int) -> int:
 
 @app.task(retry=Retry(max_attempts=3, initial=3600.0))
 def thread(number: int) -> int:
-    """The same in a thread."""
+    """Run for some milliseconds in a thread; one in ten jobs fails."""
     note("began")
     dice = random.Random(number)
     time.sleep(dice.random() * 0.02)
@@ -55,7 +56,7 @@ def thread(number: int) -> int:
 
 @app.task(isolation="process", retry=Retry(max_attempts=3, initial=3600.0))
 def isolated(number: int) -> int:
-    """Takes three seconds, in a child process."""
+    """Run for three seconds in a child process."""
     note("began")
     time.sleep(3)
     return number

@@ -1,7 +1,7 @@
-"""Real processes of one namespace, and what can be done to them: started, killed, frozen, stopped, started again.
+"""Real processes of one namespace, and what tests do with them: start, kill, freeze, stop and restart them.
 
-Every process is known by the id it was started with and ended by it; none is left when the fleet is closed. Broker
-faults go through `EmbeddedKafka`. Knows how a command line looks, nothing of what runs behind it.
+Each process is ended by the id with which it was started, and none is left when the fleet is closed. `EmbeddedKafka`
+stops and kills the broker. The module knows the commands, and nothing of the code behind them.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from tests.patience import PATIENCE
 ROOT = Path(__file__).resolve().parents[2]
 TARGET = "tests/acceptance/chaos_app.py:app"
 ROLES = ("worker", "coordinator", "materializer")
-#: Seconds a process may take to stop when it is asked to, and to be gone when it is killed.
+#: Seconds in which a process must have stopped after SIGTERM, and must have ended after SIGKILL.
 GRACE_S, GONE_S = 120.0, 10.0 * PATIENCE
 
 
 class FleetError(AssertionError):
-    """A process did what it must not; the message has the end of its output."""
+    """A process did something that it must not do. The message has the end of its output."""
 
 
 def now_ms() -> int:
-    """This machine's clock, which is the embedded broker's too."""
+    """Return the time of this machine's clock, which is also the embedded broker's."""
     return time.time_ns() // 1_000_000
 
 
 @dataclass(eq=False)
 class Member:
-    """One place in the fleet: the same role and options through several lives."""
+    """A member of the fleet: the same role and options, for several processes one after the other."""
 
     role: str
     name: str
@@ -58,22 +58,22 @@ class Member:
 
     @property
     def pid(self) -> int:
-        """The id of the living process. Raises `FleetError` if there is none."""
+        """Return the id of the running process. Raises `FleetError` if there is none."""
         if self.process is None:
             raise FleetError(f"{self.name} does not run")
         return self.process.pid
 
     def output(self) -> str:
-        """All it has written, through all its lives."""
+        """Return all output of all processes of this member."""
         return self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
 
     def tail(self, lines: int = 25) -> str:
-        """The end of what it wrote."""
+        """Return the end of the output."""
         return "\n".join(self.output().splitlines()[-lines:])
 
 
 class Fleet:
-    """The processes of one namespace against one broker. ``folder`` holds logs, the status table and the side log."""
+    """The processes of one namespace with one broker. ``folder`` has the logs, the status table and the side log."""
 
     def __init__(self, folder: Path, bootstrap: str, namespace: str, *, seed: str = "0", target: str = TARGET) -> None:
         self.folder, self.bootstrap, self.namespace, self.target = folder, bootstrap, namespace, target
@@ -90,7 +90,7 @@ class Fleet:
             "CHAOS_SEED": seed,
             "CHAOS_EXECUTIONS": str(self.executions),
             "PYTHONUNBUFFERED": "1",
-            # A hard error inside the C clients shall leave a trace in the log.
+            # A crash inside the C clients must leave a trace in the log.
             "PYTHONFAULTHANDLER": "1",
         }
         self.members: list[Member] = []
@@ -104,12 +104,12 @@ class Fleet:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    # -- lives --------------------------------------------------------------------------------------------------------
+    # -- processes ----------------------------------------------------------------------------------------------------
 
     def start(
         self, role: str, *options: str, name: str | None = None, target: str | None = None, cwd: Path = ROOT
     ) -> Member:
-        """Start a new member; ``options`` are those of its command. ``cwd``: the checkout whose code it runs."""
+        """Start a new member with the ``options`` of its command. ``cwd``: the checkout whose code it runs."""
         name = name or f"{role}-{sum(m.role == role for m in self.members) + 1}"
         argv = [sys.executable, "-m", "jobledger", role, target or self.target, *options]
         member = Member(role, name, argv, self.folder / f"{name}.log", cwd)
@@ -135,7 +135,7 @@ class Fleet:
         member.wanted = True
 
     def tend(self) -> None:
-        """Start again what was killed or ended by itself, as a supervisor does, and remember how it ended."""
+        """Start members again that were killed or ended by themselves, as a supervisor does, and note their exit codes."""
         for member in self.members:
             if member.frozen_at is not None:
                 continue
@@ -153,18 +153,18 @@ class Fleet:
     # -- faults -------------------------------------------------------------------------------------------------------
 
     def kill(self, member: Member) -> None:
-        """kill -9. Children of the process are left to notice by themselves."""
+        """Kill a process with SIGKILL. Its child processes must notice that by themselves."""
         self._signal(member, signal.SIGKILL)
         self._reap(member, GONE_S)
         self.did[f"{member.role} killed"] += 1
 
     def freeze(self, member: Member) -> None:
-        """SIGSTOP: the process is paused, and knows nothing of it."""
+        """Pause a process with SIGSTOP."""
         member.frozen_at = now_ms()
         self._signal(member, signal.SIGSTOP)
 
     def thaw(self, member: Member) -> None:
-        """SIGCONT; the time between is kept as a `Window`."""
+        """Let a paused process continue (SIGCONT), and keep the time of the pause as a `Window`."""
         assert member.frozen_at is not None
         self.windows.append(Window(member.role, member.frozen_at, now_ms(), member.pid))
         self._signal(member, signal.SIGCONT)
@@ -172,7 +172,8 @@ class Fleet:
         self.did[f"{member.role} frozen"] += 1
 
     def stop(self, member: Member, timeout: float = GRACE_S) -> int:
-        """SIGTERM, and wait for the end; its exit code. Raises `FleetError` after ``timeout`` seconds."""
+        """Stop a process with SIGTERM, wait for its end and return its exit code. Raises `FleetError` after ``timeout``
+        seconds."""
         member.wanted = False
         self._signal(member, signal.SIGTERM)
         try:
@@ -183,11 +184,11 @@ class Fleet:
         return code
 
     def outage(self, kafka: EmbeddedKafka, seconds: float) -> None:
-        """Stop the broker, and start it again after so long."""
+        """Stop the broker, and start it again after this time."""
         began = now_ms()
         kafka.stop()
         until = time.monotonic() + seconds
-        while time.monotonic() < until:  # what is away is the fact here, and it lasts as long as was asked
+        while time.monotonic() < until:  # the outage must last as long as requested
             self.tend()
             time.sleep(0.1)
         kafka.start()
@@ -209,17 +210,17 @@ class Fleet:
     # -- questions ----------------------------------------------------------------------------------------------------
 
     def of(self, role: str) -> list[Member]:
-        """Members of one role."""
+        """Return the members with this role."""
         return [m for m in self.members if m.role == role]
 
     def lines(self) -> list[str]:
-        """What the jobs' code has noted in the side log, line by line; without a line that is just being written."""
+        """Return the complete lines of the side log, which the jobs' code writes."""
         text = self.executions.read_text() if self.executions.exists() else ""
         return text.rpartition("\n")[0].splitlines()
 
     def until(self, check: Callable[[], bool], timeout: float, what: str) -> None:
-        """Wait for a fact while tending the fleet, ``timeout`` times `PATIENCE`. Raises `FleetError` naming it, with the ends
-        of all outputs."""
+        """Poll ``check`` and tend the fleet until ``check`` is true. Raises `FleetError` after ``timeout`` seconds
+        times `PATIENCE`, with ``what`` and the ends of all outputs."""
         deadline = time.monotonic() + PATIENCE * timeout
         while not check():
             self.tend()
@@ -229,7 +230,8 @@ class Fleet:
             time.sleep(0.1)
 
     def run(self, *words: str, timeout: float = 60.0 * PATIENCE) -> tuple[int, Any, str]:
-        """Run ``jobledger WORDS --json`` to its end: exit code, what it printed as JSON (None: nothing), its errors."""
+        """Run ``jobledger WORDS --json`` to its end. Return its exit code, its output as JSON (None: no output) and its
+        errors."""
         argv = [sys.executable, "-m", "jobledger", *words, "--json"]
         done = subprocess.run(
             argv, cwd=ROOT, env=self.environ, capture_output=True, timeout=timeout, text=True, check=False
@@ -239,7 +241,7 @@ class Fleet:
     # -- end ----------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """End every process that was started here, and what it started."""
+        """End every process that was started here, with its child processes."""
         family: list[psutil.Process] = []
         for member in self.members:
             if member.process is None:
@@ -266,7 +268,7 @@ class Fleet:
 
 @contextlib.contextmanager
 def paused(fleet: Fleet, member: Member, seconds: float) -> Iterator[None]:
-    """Freeze a member for as long as the body takes, and at least so many seconds."""
+    """Pause a member until the end of the block, and at least for this time."""
     fleet.freeze(member)
     until = time.monotonic() + seconds
     try:
@@ -278,6 +280,6 @@ def paused(fleet: Fleet, member: Member, seconds: float) -> Iterator[None]:
         fleet.thaw(member)
 
 
-def serves(fleet: Fleet, worker: Member) -> None:
-    """Wait until a worker serves: before that it does not listen to signals, either."""
+def wait_until_serving(fleet: Fleet, worker: Member) -> None:
+    """Wait until a worker serves its queues. Before that it does not react to signals."""
     fleet.until(lambda: "serves" in worker.output().rpartition("--- life ")[2], 30.0, f"{worker.name} that serves")

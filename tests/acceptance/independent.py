@@ -1,7 +1,7 @@
-"""The second opinion that the fault tests use: the product's own audit, over a whole log in memory.
+"""A second check for the fault tests: the product's own audit, over a whole log in memory.
 
-`jobledger.audit` shares no code with the fold, the codec or the worker. What a test knows beside the log is in
-`tests.acceptance.audit`.
+`jobledger.audit` shares no code with the fold, the codec or the worker. `tests.acceptance.audit` adds what a test knows
+besides the log.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ __all__ = [
 
 
 def fold(records: Iterable[Record]) -> dict[str, Final]:
-    """Every job's last state."""
+    """Return the last state of every job."""
     lives: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         if record.fact is not None and record.head["job_id"]:
@@ -47,7 +47,7 @@ def fold(records: Iterable[Record]) -> dict[str, Final]:
 
 
 def table(path: str | Path) -> dict[str, Final]:
-    """The status table as the same tuples, read with nothing but SQL."""
+    """Return the status table in the same form, read with SQL only."""
     kept = StatusFile(Path(path))
     try:
         return {row.job_id: row.final for row in kept.rows()}
@@ -56,5 +56,5 @@ def table(path: str | Path) -> dict[str, Final]:
 
 
 def compare(folded: Mapping[str, Final], kept: Mapping[str, Final]) -> list[Difference]:
-    """Where the two do not say the same."""
+    """Return the differences between the two."""
     return [d for job in sorted({*folded, *kept}) for d in differences(job, folded.get(job), kept.get(job))]

@@ -1,7 +1,7 @@
-"""Long jobs for the fault tests of leases, each noting beside the log what it does.
+"""Long jobs for the fault tests of job leases. Each writes to a side log what it does.
 
-``python -m tests.acceptance.long_app submit TASK ARGUMENT…`` submits one and prints its id; ``delayed SECONDS TASK
-ARGUMENT…`` later; ``cancel ID…`` cancels.
+``python -m tests.acceptance.long_app submit TASK ARGUMENT…`` submits a job and prints its id; ``delayed SECONDS TASK
+ARGUMENT…`` submits with a delay; ``cancel ID…`` cancels.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from jobledger import App, Retry, Snooze, current_job
 
 app = App(os.environ.get("CHAOS_NAMESPACE", "long"), partitions=4)
 EXECUTIONS = os.environ.get("CHAOS_EXECUTIONS", os.devnull)
-#: Once this file is there, the jobs that take a time end at once.
+#: When this file exists, running jobs end at once.
 OVER = f"{EXECUTIONS}.over"
 AGAIN = Retry(max_attempts=2, initial=0.2, jitter=False)
 
 
 def note(what: str) -> None:
-    """One line, written at once: it is there even if the process dies right after."""
+    """Write one line at once, so that it is in the file even if the process dies directly afterwards."""
     file = os.open(EXECUTIONS, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     try:
         os.write(file, f"{current_job().job_id} {what} {os.getpid()} {time.time():.3f}\n".encode())
@@ -31,7 +31,7 @@ def note(what: str) -> None:
 
 
 def work(seconds: float) -> int:
-    """Busy in small steps, so that a thread can be told."""
+    """Work in small steps, so that an exception can be raised in the thread."""
     note("began")
     end = time.monotonic() + seconds
     try:
@@ -46,7 +46,7 @@ def work(seconds: float) -> int:
 
 @app.task(long=True, lease=8)
 async def coroutine(seconds: float) -> int:
-    """On the event loop."""
+    """Run on the event loop."""
     note("began")
     end = time.monotonic() + seconds
     try:
@@ -61,19 +61,19 @@ async def coroutine(seconds: float) -> int:
 
 @app.task(long=True, lease=8)
 def thread(seconds: float) -> int:
-    """In a thread."""
+    """Run in a thread."""
     return work(seconds)
 
 
 @app.task(long=True, lease=8, isolation="process")
 def process(seconds: float) -> int:
-    """In a child process."""
+    """Run in a child process."""
     return work(seconds)
 
 
 @app.task(long=True, lease=8, retry=AGAIN, fallback="console")
 async def fails(seconds: float) -> int:
-    """Twice, for good."""
+    """Fail in both attempts."""
     note("began")
     await asyncio.sleep(seconds)
     raise ValueError(f"attempt {current_job().attempt}")
@@ -81,13 +81,13 @@ async def fails(seconds: float) -> int:
 
 @app.task
 async def console(seconds: float) -> str:
-    """After `fails`."""
+    """The fallback of `fails`."""
     return "consoled"
 
 
 @app.task(long=True, lease=8)
 async def snoozes(seconds: float) -> int:
-    """Once."""
+    """Snooze once."""
     note("began")
     if current_job().release == 1:
         raise Snooze(seconds)
@@ -96,14 +96,14 @@ async def snoozes(seconds: float) -> int:
 
 @app.task(long=True, lease=8)
 def kills() -> None:
-    """Its worker, each time."""
+    """Kill the process in which the job runs, each time."""
     note("began")
     os.kill(os.getpid(), 9)
 
 
 @app.task
 async def short(number: int) -> int:
-    """Takes a few milliseconds."""
+    """Run for some milliseconds."""
     await asyncio.sleep(0.005)
     return number
 

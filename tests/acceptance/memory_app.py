@@ -1,4 +1,5 @@
-"""Jobs that do nothing, and jobs of one key, for what a backlog costs a worker. ``CHAOS_NAMESPACE``: as of `chaos_app`."""
+"""Jobs that do nothing, and jobs of one key, to measure a worker's memory with a backlog. ``CHAOS_NAMESPACE`` is the
+namespace."""
 
 from __future__ import annotations
 

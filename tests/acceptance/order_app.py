@@ -1,7 +1,8 @@
-"""Jobs for the fault tests of order and cancels: keyed ones that fail and go on, each
-noting beside the log what it did.
+"""Jobs for the fault tests of order and cancels. The keyed jobs fail and are retried, and each job writes to a side log
+what it did.
 
-``python -m tests.acceptance.order_app submit ACCOUNTS EACH`` submits; ``cancel REASON ID…`` cancels.
+``python -m tests.acceptance.order_app submit ACCOUNTS EACH`` submits; ``cancel REASON`` cancels the jobs whose ids it
+reads.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ EXECUTIONS = os.environ.get("CHAOS_EXECUTIONS", os.devnull)
 
 
 def note(what: str) -> None:
-    """One line, written at once: it is there even if the process dies right after."""
+    """Write one line at once, so that it is in the file even if the process dies directly afterwards."""
     file = os.open(EXECUTIONS, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     try:
         os.write(file, f"{current_job().job_id} {what}\n".encode())
@@ -32,18 +33,18 @@ RETRY = Retry(max_attempts=4, initial=0.1, factor=1.0)
 
 @app.task(key="account", timeout=20, retry=RETRY)
 async def book(account: str, number: int) -> int:
-    """Takes a few milliseconds; every seventh fails at first, every fiftieth to the end."""
+    """Run for some milliseconds. Every seventh job fails in its first attempt, and every fiftieth in each attempt."""
     return await booked(account, number)
 
 
 @app.task(key="account", timeout=20, retry=RETRY, isolation="process")
 async def book_apart(account: str, number: int) -> int:
-    """The same in a child process."""
+    """Do the same in a child process."""
     return await booked(account, number)
 
 
 async def booked(account: str, number: int) -> int:
-    """What both of them do."""
+    """The code of both tasks."""
     attempt = current_job().attempt
     note(f"began {account} {number} {attempt}")
     await asyncio.sleep(random.random() * 0.01)
@@ -55,7 +56,7 @@ async def booked(account: str, number: int) -> int:
 
 @app.task
 async def plain(number: int) -> int:
-    """Takes a few milliseconds."""
+    """Run for some milliseconds."""
     note(f"began {number}")
     await asyncio.sleep(random.random() * 0.02)
     return number

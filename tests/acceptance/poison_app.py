@@ -1,7 +1,7 @@
-"""Jobs for the fault tests of poison: good ones in every place, and ones that kill the process they run in.
+"""Jobs for the fault tests of poison: good jobs of each kind, and jobs that kill the process in which they run.
 
-``python -m tests.acceptance.poison_app submit GOOD MODE…`` submits ``GOOD`` good jobs, and in the middle of them a
-poison of each mode; it prints the ids of the poisons.
+``python -m tests.acceptance.poison_app submit GOOD MODE…`` submits ``GOOD`` good jobs, with a poison job of each mode
+in the middle, and prints the ids of the poison jobs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ EXECUTIONS = os.environ.get("CHAOS_EXECUTIONS", os.devnull)
 
 
 def note(what: str) -> None:
-    """One line, written at once: it is there even if the process dies right after."""
+    """Write one line at once, so that it is in the file even if the process dies directly afterwards."""
     file = os.open(EXECUTIONS, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     try:
         os.write(file, f"{current_job().job_id} {what}\n".encode())
@@ -30,7 +30,7 @@ def note(what: str) -> None:
 
 
 def die(after: float) -> None:
-    """End this process at once, as the system does when memory is short."""
+    """Kill this process, as the system does when memory is short."""
     time.sleep(after)
     print(f"job {current_job().job_id} takes process {os.getpid()} along", file=sys.stderr, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
@@ -38,7 +38,7 @@ def die(after: float) -> None:
 
 @app.task
 async def good_async(number: int) -> int:
-    """Takes a few milliseconds on the event loop."""
+    """Run for some milliseconds on the event loop."""
     note("good")
     await asyncio.sleep(0.005)
     return number
@@ -46,7 +46,7 @@ async def good_async(number: int) -> int:
 
 @app.task
 def good_thread(number: int) -> int:
-    """Takes a few milliseconds in a thread."""
+    """Run for some milliseconds in a thread."""
     note("good")
     time.sleep(0.005)
     return number
@@ -54,7 +54,7 @@ def good_thread(number: int) -> int:
 
 @app.task(isolation="process")
 def good_process(number: int) -> int:
-    """Takes a few milliseconds in a child process."""
+    """Run for some milliseconds in a child process."""
     note("good")
     time.sleep(0.005)
     return number
@@ -62,7 +62,7 @@ def good_process(number: int) -> int:
 
 @app.task
 async def poison_async(after: float) -> None:
-    """Kills the worker from its event loop."""
+    """Kill the worker from its event loop."""
     note("poison")
     await asyncio.sleep(after)
     die(0.0)
@@ -70,14 +70,14 @@ async def poison_async(after: float) -> None:
 
 @app.task
 def poison_thread(after: float) -> None:
-    """Kills the worker from a thread."""
+    """Kill the worker from a thread."""
     note("poison")
     die(after)
 
 
 @app.task(isolation="process")
 def poison_process(after: float) -> None:
-    """Kills its child process."""
+    """Kill the child process."""
     note("poison")
     die(after)
 
@@ -89,7 +89,7 @@ if __name__ == "__main__":
     count, modes = int(sys.argv[2]), sys.argv[3:]
     jobs: list[JobRequest[Any]] = [GOOD[n % len(GOOD)].job(n) for n in range(count)]
     for place, mode in enumerate(modes):
-        # At once, and after a while in which much else was begun and committed.
+        # The first job dies at once, the second after a while in which many other jobs are started and committed.
         jobs.insert(count // 2 + place, POISON[mode].job(0.0 if place % 2 == 0 else 0.4))
     for request, handle in zip(jobs, app.submit_many(jobs), strict=True):
         if request.task.name.startswith("poison"):

@@ -1,7 +1,7 @@
-"""What Jobledger promises, word by word, with the limits that are part of the promise.
+"""What Jobledger promises, with the limits of each promise.
 
-Tests of processes and faults say which promise they try to break by asserting through it; `Promise.hold` then names the
-promise, and not just a number, when it breaks.
+A test of processes and faults asserts through the promise that it tries to break. So the failure names the promise, and
+not only a number (`Promise.hold`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import enum
 
 
 class Promise(enum.Enum):
-    """One promise. ``says``: what is promised; ``limits``: where it ends, as the documentation says too."""
+    """One promise. ``says``: what is promised; ``limits``: its limits, as in the documentation."""
 
     AT_LEAST_ONCE = (
         "Every accepted job ends: its code is run until an end of it is in the log, whatever dies in between.",
@@ -77,16 +77,17 @@ class Promise(enum.Enum):
         self.__doc__ = f"{says} Limits: {limits}"
 
     def hold(self, kept: bool, evidence: object = "") -> None:
-        """Fail the test naming this promise, unless it was kept."""
+        """Fail the test and name this promise, unless the promise was kept."""
         if not kept:
             raise PromiseBroken(f"{self.name}: {self.says}\nBroken: {evidence}")
 
 
 class PromiseBroken(AssertionError):
-    """A promise was not kept; the message says which and shows the evidence."""
+    """A promise was not kept. The message names the promise and shows the evidence."""
 
 
-#: Which promise each fault breaks: those of `jobledger.audit.findings.FAULTS`, and those that only a test can see.
+#: The promise that each fault breaks: the faults of `jobledger.audit.findings.FAULTS`, and those that only a test can
+#: see.
 BROKEN_BY = {
     "not-ended": Promise.AT_LEAST_ONCE,
     "submission-missing": Promise.STATUS_CONVERGES,

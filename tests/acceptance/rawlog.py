@@ -1,6 +1,6 @@
-"""The topics of a namespace as they lie in the log, whole and in memory.
+"""Reads all topics of a namespace into memory.
 
-What reads and decodes them is `jobledger.audit`: by hand, with none of the product's codec.
+`jobledger.audit` reads and decodes them, without the product's codec.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ SCHEMA_FILE = Path(__file__).resolve().parents[2] / "schemas" / "job_event.avsc"
 
 @dataclass
 class Log:
-    """Everything a namespace's topics hold. ``committed``, ``ends``: by (topic, partition), of the work topics."""
+    """All records of a namespace's topics. ``committed`` and ``ends`` are those of the work topics, by (topic,
+    partition)."""
 
     namespace: str
     records: list[Record] = field(default_factory=list)
@@ -42,16 +43,17 @@ class Log:
     ends: dict[tuple[str, int], int] = field(default_factory=dict)
 
     def work(self) -> Iterable[Record]:
-        """Records of work topics."""
+        """Return the records of the work topics."""
         return (r for r in self.records if r.topic.startswith(f"{self.namespace}.jobs."))
 
     def of(self, topic: str) -> Iterable[Record]:
-        """Records of one other topic, by its short name."""
+        """Return the records of one other topic, by its short name."""
         return (r for r in self.records if r.topic == f"{self.namespace}.{topic}")
 
 
 def read(bootstrap: str, namespace: str, timeout: float = 120.0) -> Log:
-    """The topics of a namespace from their first offset to the ends they have now; asks again while the broker is away."""
+    """Read the topics of a namespace from their first offset to their present ends. The request is repeated while the
+    broker is unavailable."""
     settings, names = Settings(bootstrap=bootstrap), Names(namespace)
     deadline = time.monotonic() + timeout
     while True:
@@ -68,10 +70,10 @@ def read(bootstrap: str, namespace: str, timeout: float = 120.0) -> Log:
 
 
 def life_of(log: Log, job_id: str) -> list[str]:
-    """All that the log says of one job, in order of time: for a failure's message."""
+    """Return everything that the log says about one job, by time, for the message of a failure."""
     return [show(r) for r in by_time(log) if r.head.get("job_id") == job_id]
 
 
 def by_time(log: Log) -> list[Record]:
-    """All records in order of their append times."""
+    """Return all records in the order of their append times."""
     return sorted(log.records, key=lambda r: (r.at, r.place))

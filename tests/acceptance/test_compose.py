@@ -1,7 +1,8 @@
-"""docker-compose.yml as a person uses it: up, jobs, events, a killed worker, the demo inside, Prometheus, Grafana.
+"""docker-compose.yml as people use it: start, jobs, events, a killed worker, the demo in a container, Prometheus,
+Grafana.
 
-Needs a Docker engine with Compose, and the images, here or from a registry; without them the
-tests are skipped with the reason.
+The tests need a Docker engine with Compose, and the images, local or from a registry. Without them the tests are
+skipped, with a reason.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ pytestmark = [pytest.mark.kafka, pytest.mark.extended, pytest.mark.timeout(900)]
 ROOT = Path(__file__).resolve().parents[2]
 PULL_S, BUILD_S, UP_S = 300, 600, 240
 PORTS = ("KAFKA_PORT", "REGISTRY_PORT", "POSTGRES_PORT", "PROMETHEUS_PORT", "GRAFANA_PORT")
-#: A program of this machine, where the official image cannot be had.
+#: A program of this machine, for use without the official image.
 PROMETHEUS = os.environ.get("JOBLEDGER_TEST_PROMETHEUS") or shutil.which("prometheus")
 
 
 class Stack:
-    """One project of docker-compose.yml with ports of its own."""
+    """One project of docker-compose.yml, with its own ports."""
 
     def __init__(self) -> None:
         self.project = f"jl{uuid.uuid4().hex[:10]}"
@@ -44,7 +45,7 @@ class Stack:
         self.files = ["docker-compose.yml"]
 
     def docker(self, *words: str, seconds: float = 60, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """``docker WORDS``; with ``check`` a failure is an error with what it said."""
+        """Run ``docker WORDS``. With ``check``, a failure raises an error with the output."""
         done = subprocess.run(
             ["docker", *words], cwd=ROOT, env=self.env, capture_output=True, text=True, timeout=seconds, check=False
         )
@@ -53,16 +54,16 @@ class Stack:
         return done
 
     def compose(self, *words: str, seconds: float = 120, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """``docker compose WORDS`` of this project."""
+        """Run ``docker compose WORDS`` for this project."""
         files = [word for name in self.files for word in ("--file", name)]
         return self.docker("compose", "--project-name", self.project, *files, *words, seconds=seconds, check=check)
 
     def cli(self, *words: str) -> str:
-        """What ``jobledger WORDS`` prints in a container of its own."""
+        """Return the output of ``jobledger WORDS`` in a new container."""
         return self.compose("run", "--rm", "--no-TTY", "cli", *words).stdout
 
     def image(self, service: str) -> None:
-        """The image of a service is here, or is fetched; else the test is skipped."""
+        """Make sure that the image of a service exists: pull it if it is not local. Skips the test if that fails."""
         image = self.config(service)["image"]
         if self.docker("image", "inspect", image, check=False).returncode == 0:
             return
@@ -74,7 +75,7 @@ class Stack:
             pytest.skip(f"the image {image} cannot be had: {done.stderr.strip().splitlines()[-1][:160]}")
 
     def config(self, service: str) -> dict[str, Any]:
-        """A service as Compose understands it."""
+        """Return a service's settings as Compose reads them."""
         told = self.compose("--profile", "*", "config", "--format", "json").stdout
         found: dict[str, Any] = json.loads(told)["services"][service]
         return found
@@ -82,7 +83,7 @@ class Stack:
 
 @pytest.fixture(scope="module")
 def stack() -> Iterator[Stack]:
-    """The whole system, built and up."""
+    """Build and start the whole system."""
     made = Stack()
     if shutil.which("docker") is None:
         pytest.skip("no `docker` on the PATH")
@@ -107,7 +108,7 @@ def stack() -> Iterator[Stack]:
 
 
 def test_every_service_is_healthy(stack: Stack, say: Callable[[str], None]) -> None:
-    """What runs has a healthcheck, and it passes."""
+    """Every running service has a healthcheck, which passes."""
     told = [json.loads(line) for line in stack.compose("ps", "--format", "json").stdout.splitlines()]
     states = {each["Service"]: each["Health"] for each in told}
     assert states == dict.fromkeys(
@@ -118,11 +119,11 @@ def test_every_service_is_healthy(stack: Stack, say: Callable[[str], None]) -> N
     )
 
 
-def test_jobs_events_and_tables(stack: Stack) -> None:
-    """A job that fails once, an event with its two jobs and its projection, and the tables equal the log."""
+def test_jobs_and_events_run_and_the_tables_agree_with_the_log(stack: Stack) -> None:
+    """A job fails once and is retried. An event gets its two jobs and its projection. The tables agree with the log."""
     ended = stack.cli("submit", "examples.shop:app", "send_mail", "to=slow@example.org", "--wait")
     assert re.search(r"state\s+succeeded", ended)
-    assert re.search(r"try\s+2", ended)
+    assert re.search(r"attempt\s+2", ended)
     stack.cli("emit", "examples.shop:app", "UserRegistered", "user_id=u-1")
 
     def listed() -> list[dict[str, Any]]:
@@ -141,8 +142,8 @@ def test_jobs_events_and_tables(stack: Stack) -> None:
     assert rows.stdout.split() == ["free|1"]
 
 
-def test_a_program_on_this_machine_is_part_of_it(stack: Stack) -> None:
-    """Kafka, the registry and PostgreSQL are reachable on their published ports."""
+def test_a_program_outside_the_containers_can_submit(stack: Stack) -> None:
+    """Kafka, the registry and PostgreSQL can be reached at their published ports."""
     settings = Settings(
         bootstrap=f"localhost:{stack.ports['KAFKA_PORT']}",
         schema_registry=f"http://localhost:{stack.ports['REGISTRY_PORT']}/apis/ccompat/v7",
@@ -161,7 +162,7 @@ def test_a_program_on_this_machine_is_part_of_it(stack: Stack) -> None:
 
 
 def test_a_killed_worker_loses_nothing(stack: Stack) -> None:
-    """kill -9 in the middle of jobs; the service comes up again, and each of them ends."""
+    """A worker is killed with kill -9 while it has jobs. The service starts again, and each job succeeds."""
     ids = [stack.cli("submit", "examples.shop:app", "send_mail", f"to=k{n}@example.org", "--json") for n in range(3)]
     stack.compose("kill", "--signal", "SIGKILL", "worker")
     ids += [stack.cli("submit", "examples.shop:app", "send_mail", "to=later@example.org", "--json")]
@@ -173,8 +174,8 @@ def test_a_killed_worker_loses_nothing(stack: Stack) -> None:
     assert json.loads(stack.cli("verify", "examples.shop:app", "--json"))["equal"] is True
 
 
-def test_the_demo_inside(stack: Stack, say: Callable[[str], None]) -> None:
-    """Its own worker and streams on this broker; every one of its checks holds."""
+def test_the_demo_runs_in_a_container(stack: Stack, say: Callable[[str], None]) -> None:
+    """The demo runs its own worker and stream processor with this broker, and all its checks pass."""
     began = time.monotonic()
     done = stack.compose("run", "--rm", "--no-TTY", "demo", seconds=400, check=False)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
@@ -182,14 +183,14 @@ def test_the_demo_inside(stack: Stack, say: Callable[[str], None]) -> None:
 
 
 def test_prometheus_sees_every_part(stack: Stack, tmp_path: Path, say: Callable[[str], None]) -> None:
-    """A real Prometheus with docker/prometheus.yml: all parts answer, alerts are silent,
-    each panel's queries have data."""
+    """A real Prometheus uses docker/prometheus.yml: all parts answer, no alert fires, and each query of the dashboard
+    has data."""
     how = "the official image"
     if stack.docker("image", "inspect", stack.config("prometheus")["image"], check=False).returncode:
         if PROMETHEUS is None:
             stack.image("prometheus")
         else:
-            # The same settings and the same place in the network, by another build of the program.
+            # The same settings and network, with another build of the program.
             how = f"{Path(PROMETHEUS).name} of this machine in {stack.config('worker')['image']}"
             stack.files.append(_with_this_machines(tmp_path, stack))
     stack.compose("--profile", "metrics", "up", "--detach", "--no-deps", "prometheus", seconds=UP_S)
@@ -237,7 +238,7 @@ def _with_this_machines(folder: Path, stack: Stack) -> str:
 
 
 def test_grafana_shows_the_dashboard(stack: Stack) -> None:
-    """It is provisioned with its source of data."""
+    """Grafana has the dashboard and its data source."""
     stack.image("grafana")
     stack.compose("--profile", "metrics", "up", "--detach", "--no-deps", "grafana", seconds=UP_S)
     at = f"http://127.0.0.1:{stack.ports['GRAFANA_PORT']}"
@@ -255,7 +256,7 @@ def test_grafana_shows_the_dashboard(stack: Stack) -> None:
 
 
 def until(true: Callable[[], Any], seconds: float = 60.0, every: Sequence[float] = (0.5,)) -> None:
-    """Wait until it is, ``seconds`` times `PATIENCE`. Raises `AssertionError`."""
+    """Poll ``true`` until it is true, for ``seconds`` times `PATIENCE`. Raises `AssertionError`."""
     deadline = time.monotonic() + PATIENCE * seconds
     while not true():
         assert time.monotonic() < deadline, "not within its time"

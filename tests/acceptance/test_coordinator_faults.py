@@ -1,8 +1,7 @@
-"""The coordinator as real processes under kill -9 between any two steps, SIGSTOP, a broker that stops, and takeovers.
+"""The coordinator in real processes: kill -9 between any two steps, SIGSTOP, a broker that stops, and takeovers.
 
-What is asserted is read from the raw topics by code of its own: each release that was asked for has at
-least one JobDue, all its copies are the same record, none is appended before its due time, and none
-stands for what nobody asked for.
+The tests read the raw topics: each requested release has at least one JobDue, all its copies have the same id, none is
+appended before it is due, and there is no JobDue without a request.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ pytestmark = pytest.mark.kafka
 PARTITIONS = 3
 CHILD = Path(__file__).with_name("coordinator_process.py")
 
-#: Every place between two steps: of a timer, of a cycle, of a commit, of a sweep.
+#: Every point between two steps of a timer, a cycle, a commit or a removal of old rows.
 STEPS = [
     "due",
     "decisions-sent",
@@ -63,7 +62,7 @@ STEPS = [
 
 @dataclass
 class Fleet:
-    """Coordinator processes of one namespace, and what was asked of them."""
+    """The coordinator processes of one namespace, and the releases that were requested from them."""
 
     bootstrap: str
     namespace: str
@@ -95,7 +94,8 @@ class Fleet:
     def start(
         self, name: str = "a", kill: tuple[str, int] | None = None, freeze: tuple[int | None, str] | None = None
     ) -> subprocess.Popen[bytes]:
-        """One more process; ``name`` is its folder, ``freeze`` the broker's pid and the file that has it frozen."""
+        """Start a process. ``name``: its folder; ``freeze``: the broker's pid, and the file that makes the process
+        freeze the broker."""
         folder = self.folder / name
         folder.mkdir(parents=True, exist_ok=True)
         given = {
@@ -115,11 +115,11 @@ class Fleet:
         return child
 
     def log_of(self, name: str = "a") -> str:
-        """The end of what a process wrote."""
+        """Return the end of a process's output."""
         return (self.folder / name / "log").read_text("utf-8", "replace")[-5000:]
 
     def health(self, name: str = "a") -> dict[str, Any]:
-        """What a process last said of itself."""
+        """Return the health that a process last reported."""
         try:
             found: dict[str, Any] = json.loads((self.folder / name / "health.json").read_text("utf-8"))
         except (OSError, ValueError):
@@ -127,13 +127,13 @@ class Fleet:
         return found
 
     def submit(self, count: int, longest_ms: int) -> list[str]:
-        """``count`` delayed jobs, due within ``longest_ms``."""
+        """Submit ``count`` delayed jobs that are due within ``longest_ms``."""
         jobs = [str(uuid_utils.uuid7()) for _ in range(count)]
         self.ask([(job, 0, JobSubmitted(JobSpec(b"{}"), random.randrange(longest_ms + 1))) for job in jobs])
         return jobs
 
     def retry(self, jobs: list[str], release: int, longest_ms: int) -> None:
-        """The next release of jobs whose last one was let go, as a worker asks for it."""
+        """Request the next release of jobs, as a worker does."""
         self.ask([(job, release, ReleaseRequested(JobSpec(b"{}"), random.randrange(longest_ms + 1))) for job in jobs])
 
     def ask(self, requests: list[tuple[str, int, JobSubmitted | ReleaseRequested]]) -> None:
@@ -145,7 +145,7 @@ class Fleet:
         self.writer.send(records)
 
     def raw(self, topic: str) -> list[tuple[JobEvent, int]]:
-        """Every event of a topic so far with its append time, ms."""
+        """Return every event of a topic until now, with its append time in ms."""
         read = self._read[topic]
         for partition in range(PARTITIONS):
             for message in self.reader.read(topic, partition, self._next[topic, partition]):
@@ -157,7 +157,7 @@ class Fleet:
         return read
 
     def due_times(self) -> dict[tuple[str, int, int], int]:
-        """When each release was due, µs: read from the requests."""
+        """Return when each release was due, in µs, computed from the requests."""
         found: dict[tuple[str, int, int], int] = {}
         for event, appended in self.raw(self.names.coordination):
             if isinstance(event.fact, JobSubmitted | ReleaseRequested):
@@ -166,7 +166,7 @@ class Fleet:
         return found
 
     def released(self) -> dict[tuple[str, int, int], list[tuple[JobEvent, int]]]:
-        """Every JobDue by what it lets go."""
+        """Return every JobDue, by release."""
         found: dict[tuple[str, int, int], list[tuple[JobEvent, int]]] = defaultdict(list)
         for event, appended in self.raw(self.names.jobs("mail")):
             assert isinstance(event.fact, JobDue)
@@ -176,7 +176,7 @@ class Fleet:
     def await_all(
         self, timeout: float = 60.0, said: Callable[[], str] | None = None
     ) -> dict[tuple[str, int, int], list[tuple[JobEvent, int]]]:
-        """Wait until everything that was asked for was let go, and check it."""
+        """Wait until every requested release was made, and check the releases."""
         wait_for(lambda: self.asked.keys() <= self.released().keys(), timeout, said or self.log_of)
         found, due = self.released(), self.due_times()
         assert found.keys() == self.asked.keys(), "something was let go that nobody asked for"
@@ -196,7 +196,7 @@ class Fleet:
 
 
 def wait_for(fact: Callable[[], bool], timeout: float, said: Callable[[], str]) -> None:
-    """Poll ``fact``; after ``timeout`` seconds, times `PATIENCE`, fail with what the process said."""
+    """Poll ``fact`` until it is true. After ``timeout`` seconds times `PATIENCE`, fail with the output of the process."""
     deadline = time.monotonic() + PATIENCE * timeout
     while not fact():
         if time.monotonic() > deadline:
@@ -206,19 +206,20 @@ def wait_for(fact: Callable[[], bool], timeout: float, said: Callable[[], str]) 
 
 @pytest.fixture
 def fleet(broker: str, namespace: str, tmp_path: Path) -> Iterator[Fleet]:
-    """A fleet of processes on the shared broker; all ended afterwards."""
+    """Yield a fleet of processes with the shared broker. All processes are ended afterwards."""
     made = Fleet(broker, namespace, tmp_path)
     yield made
     made.close()
 
 
 @pytest.mark.parametrize("steps", [STEPS[1::4], pytest.param(STEPS, marks=pytest.mark.extended)], ids=["some", "all"])
-def test_kill_minus_nine_between_any_two_steps_loses_and_contradicts_nothing(fleet: Fleet, steps: list[str]) -> None:
-    """Killed at every step in turn, with and without its local copy, each time under load: every release that was asked
-    for is let go, never early, copies carry one id; at the end an unharmed process lets go what is left."""
+def test_kill_9_between_any_two_steps_loses_and_contradicts_nothing(fleet: Fleet, steps: list[str]) -> None:
+    """The process is killed at every step in turn, with and without its local copy, while jobs are submitted. Every
+    requested release is made, none too early, and copies have one id. In the end, another process makes the remaining
+    releases."""
     jobs: list[str] = []
     for number, step in enumerate(steps):
-        # Every third restart finds no local copy and restores the changelog.
+        # Every third start has no local copy and restores the table from the changelog.
         name = f"a{number // 3}"
         child = fleet.start(name, kill=(step, random.randrange(1, 4)))
         let_go = fleet.released()
@@ -227,7 +228,7 @@ def test_kill_minus_nine_between_any_two_steps_loses_and_contradicts_nothing(fle
         deadline = time.monotonic() + 60 * PATIENCE
         while child.poll() is None:
             assert time.monotonic() < deadline, f"never came to step {step!r}:\n{fleet.log_of(name)}"
-            fleet.submit(2, 100)  # something must go on for every step to come
+            fleet.submit(2, 100)  # each step needs some jobs
             time.sleep(0.1)
         assert child.returncode == -signal.SIGKILL, fleet.log_of(name)
     fleet.start("b")
@@ -237,7 +238,7 @@ def test_kill_minus_nine_between_any_two_steps_loses_and_contradicts_nothing(fle
 
 @pytest.mark.extended
 def test_a_paused_instance_repeats_decisions_and_contradicts_none(fleet: Fleet) -> None:
-    """Two instances; one is stopped for longer than its session while releases are due, then goes on."""
+    """One of two instances is paused for longer than its session while releases are due, and then continues."""
     one, two = fleet.start("one"), fleet.start("two")
     wait_for(
         lambda: (
@@ -252,7 +253,7 @@ def test_a_paused_instance_repeats_decisions_and_contradicts_none(fleet: Fleet) 
     fleet.submit(600, 12_000)
     wait_for(lambda: len(fleet.released()) > 50, 30, lambda: fleet.log_of("two"))
     one.send_signal(signal.SIGSTOP)
-    # The other one owns everything now, and lets go what the paused one had.
+    # The other instance now owns all partitions and makes the releases of the paused one.
     wait_for(lambda: len(fleet.health("two").get("partitions", [])) == 3, 30, lambda: fleet.log_of("two"))
     wait_for(lambda: len(fleet.released()) > 400, 60, lambda: fleet.log_of("two"))
     one.send_signal(signal.SIGCONT)
@@ -263,7 +264,7 @@ def test_a_paused_instance_repeats_decisions_and_contradicts_none(fleet: Fleet) 
 
 
 def test_an_instance_that_dies_is_replaced_by_the_other(fleet: Fleet) -> None:
-    """Two instances, one killed with kill -9 under load: the other lets go what the dead one owned."""
+    """One of two instances is killed with kill -9 while releases are due. The other one makes its releases."""
     fleet.options["session_timeout"] = 6.0  # the dead instance's session ends before the last release
     one, two = fleet.start("one"), fleet.start("two")
     wait_for(
@@ -278,9 +279,9 @@ def test_an_instance_that_dies_is_replaced_by_the_other(fleet: Fleet) -> None:
     assert two.poll() is None
 
 
-def test_sigterm_ends_cleanly_and_the_next_one_goes_on(fleet: Fleet) -> None:
-    """Exit code 0 within a bound, and no job is released twice: processed events are committed."""
-    fleet.options["session_timeout"] = 10.0  # if it ended early, events would be read twice
+def test_sigterm_ends_a_coordinator_cleanly_and_the_next_one_continues(fleet: Fleet) -> None:
+    """The exit code is 0, and no job is released twice, because processed events are committed."""
+    fleet.options["session_timeout"] = 10.0  # if the session ended early, events would be read twice
     first = fleet.start("a")
     fleet.submit(200, 4_000)
     wait_for(lambda: len(fleet.released()) > 60, 60, fleet.log_of)
@@ -293,24 +294,24 @@ def test_sigterm_ends_cleanly_and_the_next_one_goes_on(fleet: Fleet) -> None:
 
 @pytest.fixture
 def own_broker(tmp_path: Path) -> Iterator[EmbeddedKafka]:
-    """A broker that the test may stop."""
+    """Yield a broker that the test may stop."""
     with EmbeddedKafka(tmp_path / "kafka", timeout=PATIENCE * START_TIMEOUT_S) as kafka:
         yield kafka
 
 
 @pytest.mark.extended
-def test_a_broker_that_stops_for_ten_seconds_is_survived(
+def test_a_coordinator_survives_a_broker_outage_of_ten_seconds(
     own_broker: EmbeddedKafka, namespace: str, tmp_path: Path
 ) -> None:
-    """The same process goes on, nothing is lost, early or contradicted."""
-    # The broker's stop and start come on top of the ten seconds.
+    """The same process continues. No release is lost, too early or contradicted."""
+    # The stop and the start of the broker take more time than the ten seconds.
     fleet = Fleet(own_broker.bootstrap, namespace, tmp_path, options={"patience": 120.0})
     try:
         child = fleet.start()
         fleet.submit(300, 15_000)
         wait_for(lambda: len(fleet.released()) > 20, 60, fleet.log_of)
         own_broker.stop()
-        time.sleep(10)  # the fault itself, not a wait for a fact
+        time.sleep(10)  # the duration of the fault, not a wait for a fact
         own_broker.start()
         fleet.await_all(120)
         assert child.poll() is None, fleet.log_of()
@@ -319,11 +320,11 @@ def test_a_broker_that_stops_for_ten_seconds_is_survived(
 
 
 @pytest.mark.extended
-def test_a_broker_that_stands_still_while_partitions_move_leaves_no_coordinator_idle(
+def test_a_broker_that_freezes_during_a_rebalance_leaves_no_coordinator_idle(
     own_broker: EmbeddedKafka, namespace: str, tmp_path: Path
 ) -> None:
-    """One of two coordinators is frozen; while the other takes its partitions over, the broker stands still for longer than
-    a request may take. It asks again, and every release comes."""
+    """One of two coordinators is frozen. While the other one takes over its partitions, the broker is frozen for longer
+    than a request may take. The coordinator repeats the request, and every release is made."""
     fleet = Fleet(own_broker.bootstrap, namespace, tmp_path)
     freeze = tmp_path / "freeze"
 
@@ -339,14 +340,14 @@ def test_a_broker_that_stands_still_while_partitions_move_leaves_no_coordinator_
         running["b"].send_signal(signal.SIGSTOP)
         wait_for(lambda: not freeze.exists(), 60, fleet.log_of)
         until = time.monotonic() + 15
-        wait_for(lambda: "restoring begins again" in written(), 60, fleet.log_of)  # it has waited for as long as it may
-        time.sleep(max(0.0, until - time.monotonic()))  # the fault itself, not a wait for a fact
+        wait_for(lambda: "restoring begins again" in written(), 60, fleet.log_of)  # the request has failed
+        time.sleep(max(0.0, until - time.monotonic()))  # the duration of the fault, not a wait for a fact
         own_broker.resume()
         running["b"].send_signal(signal.SIGCONT)
 
         def released() -> bool:
             for name, child in running.items():
-                if child.poll() is not None:  # as a supervisor does
+                if child.poll() is not None:  # restarts a child, as a supervisor does
                     running[name] = fleet.start(name)
             return fleet.asked.keys() <= fleet.released().keys()
 
@@ -359,10 +360,10 @@ def test_a_broker_that_stands_still_while_partitions_move_leaves_no_coordinator_
 
 
 @pytest.mark.extended
-def test_a_broker_that_stays_away_ends_it_with_an_error(
+def test_a_broker_that_stays_unreachable_ends_the_coordinator_with_an_error(
     own_broker: EmbeddedKafka, namespace: str, tmp_path: Path
 ) -> None:
-    """After its patience it ends with exit code 70 and names the address: it does not wait for ever."""
+    """After its patience, the coordinator exits with 70 and names the address."""
     fleet = Fleet(own_broker.bootstrap, namespace, tmp_path, options={"patience": 6.0})
     try:
         child = fleet.start()
@@ -376,9 +377,9 @@ def test_a_broker_that_stays_away_ends_it_with_an_error(
 
 
 def test_garbage_between_good_records_is_dead_lettered_and_stops_nothing(fleet: Fleet) -> None:
-    """Random bytes, half an event and no value at all, from a foreign producer, among 200 jobs."""
+    """Another producer writes random bytes, half an event and empty records among 200 jobs."""
     foreign = Producer({"bootstrap.servers": fleet.bootstrap})
-    fleet.options["session_timeout"] = 10.0  # if it ended early, events would be read twice
+    fleet.options["session_timeout"] = 10.0  # if the session ended early, events would be read twice
     fleet.start()
     good = codec.encode(JobEvent("x", "x", 1, 1, 0, 0, "t", "mail", None, "x", "t", None, JobSubmitted(JobSpec(b"{}"))))
     garbage = [os.urandom(40), good[:25], None, b""]

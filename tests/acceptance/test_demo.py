@@ -1,4 +1,5 @@
-"""The demo as a user runs it: real processes, its own account checked, nothing left running however it ends."""
+"""The demo as people run it: real processes. Its own checks pass, and no process is left running, however the demo
+ends."""
 
 from __future__ import annotations
 
@@ -23,9 +24,11 @@ from examples.airports.thirdparty import distance_m, fate
 from tests.patience import PATIENCE
 
 ROOT = Path(__file__).parents[2]
-#: Marks every process of one test, in its environment: Kafka's JVM and grandchildren included.
+#: The environment variable that marks every process of one test, including Kafka's JVM and child processes of child
+#: processes.
 MARK = "AIRPORTS_TEST"
-#: `python -m examples.airports`, that hears Ctrl-C even if these tests run in the background of a shell, which ignores it.
+#: `python -m examples.airports`, which reacts to Ctrl-C even if these tests run in the background of a shell, where
+#: SIGINT is ignored.
 AS_IN_A_TERMINAL = (
     "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
     "runpy.run_module('examples.airports', run_name='__main__', alter_sys=True)"
@@ -36,7 +39,8 @@ pytestmark = pytest.mark.kafka
 
 @pytest.fixture
 def mark() -> Iterator[str]:
-    """A text that the environment of every process of this test holds; what still runs at the end is killed."""
+    """Yield a text that is in the environment of every process of this test. Processes that still run at the end are
+    killed."""
     text = uuid.uuid4().hex
     yield text
     for process in marked(text):
@@ -44,7 +48,7 @@ def mark() -> Iterator[str]:
 
 
 def marked(mark: str) -> list[psutil.Process]:
-    """The living processes whose environment holds ``mark``."""
+    """Return the running processes with ``mark`` in their environment."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -56,7 +60,7 @@ def marked(mark: str) -> list[psutil.Process]:
 
 
 def demo(mark: str, home: Path, rows: int, bootstrap: str | None) -> subprocess.Popen[str]:
-    """The demo as a process, in a home of its own."""
+    """Start the demo in its own home."""
     environ = {k: v for k, v in os.environ.items() if not k.startswith("JOBLEDGER_")} | {MARK: mark}
     if bootstrap is not None:
         environ["JOBLEDGER_BOOTSTRAP"] = bootstrap
@@ -65,7 +69,7 @@ def demo(mark: str, home: Path, rows: int, bootstrap: str | None) -> subprocess.
 
 
 def read_until(process: subprocess.Popen[str], text: str) -> str:
-    """What the process printed up to the line that holds ``text``."""
+    """Return the output of the process up to the line with ``text``."""
     assert process.stdout is not None
     seen = ""
     for line in process.stdout:
@@ -76,15 +80,15 @@ def read_until(process: subprocess.Popen[str], text: str) -> str:
 
 
 def wait_for(check: Callable[[], bool], timeout: float, what: str) -> None:
-    """Poll until ``check`` is true, at most ``timeout`` seconds."""
+    """Poll ``check`` until it is true, for at most ``timeout`` seconds times `PATIENCE`."""
     deadline = time.monotonic() + PATIENCE * timeout
     while not check():
         assert time.monotonic() < deadline, f"not within {PATIENCE * timeout:g} s: {what}"
         time.sleep(0.1)
 
 
-def test_the_demo_balances_and_leaves_nothing_running(mark: str, tmp_path: Path) -> None:
-    """With a broker of its own it ends with 0, every claim is ticked, and the commands it prints work."""
+def test_the_demo_succeeds_and_leaves_nothing_running(mark: str, tmp_path: Path) -> None:
+    """With its own broker, the demo exits with 0, every check passes, and the commands that it prints work."""
     process = demo(mark, tmp_path / "demo", 1_000, None)
     out, _ = process.communicate(timeout=100 * PATIENCE)
     assert process.returncode == 0, out
@@ -111,7 +115,7 @@ def test_the_demo_balances_and_leaves_nothing_running(mark: str, tmp_path: Path)
 
 @pytest.mark.extended
 def test_ctrl_c_stops_everything(mark: str, broker: str, tmp_path: Path) -> None:
-    """An interrupt in the middle of the import ends with 130 and no process left behind."""
+    """After an interrupt during the import, the demo exits with 130, and no process is left running."""
     process = demo(mark, tmp_path / "demo", 20_000, broker)
     read_until(process, "submitted")
     assert len(marked(mark)) >= 4
@@ -123,7 +127,7 @@ def test_ctrl_c_stops_everything(mark: str, broker: str, tmp_path: Path) -> None
 
 @pytest.mark.extended
 def test_kill_9_leaves_no_orphan(mark: str, broker: str, tmp_path: Path) -> None:
-    """Killed without a chance to clean up, the demo still takes its children with it."""
+    """If the demo is killed, its child processes end, too."""
     process = demo(mark, tmp_path / "demo", 20_000, broker)
     read_until(process, "submitted")
     process.kill()
@@ -133,7 +137,7 @@ def test_kill_9_leaves_no_orphan(mark: str, broker: str, tmp_path: Path) -> None
 
 @pytest.mark.extended
 def test_a_child_that_dies_fails_the_demo(mark: str, broker: str, tmp_path: Path) -> None:
-    """If the third party goes away the demo says so, ends with 1 and stops the others."""
+    """If the third party's process dies, the demo reports that, exits with 1 and stops the other processes."""
     process = demo(mark, tmp_path / "demo", 20_000, broker)
     read_until(process, "submitted")
     victims = [p for p in marked(mark) if "examples.airports.thirdparty" in p.cmdline()]
@@ -145,8 +149,9 @@ def test_a_child_that_dies_fails_the_demo(mark: str, broker: str, tmp_path: Path
     assert marked(mark) == [], "left running"
 
 
-def test_the_third_party_answers_what_can_be_checked(mark: str) -> None:
-    """Over HTTP it gives the great-circle distance, refuses what is no place, counts its calls and ends when told."""
+def test_the_answers_of_the_third_party_can_be_checked(mark: str) -> None:
+    """Over HTTP, the third party returns the great-circle distance, refuses an invalid place, counts its calls and ends
+    on SIGTERM."""
     seed = 3
     argv = [sys.executable, "-m", "examples.airports.thirdparty", "--seed", str(seed)]
     with subprocess.Popen(argv, cwd=ROOT, env=os.environ | {MARK: mark}, stdout=subprocess.PIPE) as process:
@@ -161,7 +166,7 @@ def test_the_third_party_answers_what_can_be_checked(mark: str) -> None:
         answers = refused = 0
         for lat in range(30):
             query = f"lat={lat}&lon=7.5&tz=Europe/Zurich"
-            # The outcome of each call is known beforehand, so a slow answer is not taken for a missing one.
+            # The outcome of each call is known beforehand, so a slow answer does not count as a missing one.
             outcome = fate(seed, query, 1).outcome
             try:
                 found = ask(query)

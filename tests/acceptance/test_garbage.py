@@ -1,7 +1,7 @@
-"""Poison on every topic while good jobs run: nothing is lost, nothing stands still, all of it is kept and counted.
+"""Poison on every topic while good jobs run: no job is lost, nothing is blocked, and all poison is kept and counted.
 
-The one exception is deliberate: a fact from the future that must be acted on stops its
-partition until somebody upgrades.
+There is one deliberate exception: an unknown fact that must be acted on stops its partition until the process is
+upgraded.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.acceptance.chaos_app import Fate, fate
 from tests.acceptance.fleet import TARGET, Fleet, FleetError
 from tests.acceptance.promises import Promise
 from tests.acceptance.rawlog import SCHEMA_FILE, SINGLE_OBJECT, plain
-from tests.acceptance.test_survival import Service, counts, judge, ready, settle
+from tests.acceptance.test_survival import Service, counts, judge, start_parts, wait_until_ended
 
 pytestmark = pytest.mark.kafka
 
@@ -42,7 +42,7 @@ HOUR_MS = 3_600_000
 
 
 def future_schema() -> str:
-    """The schema as a later version may have it: a new header field, a new field of a fact, and a new fact."""
+    """Return the schema as a later version may have it: with a new header field, a new field of a fact, and a new fact."""
     schema = json.loads(SCHEMA_FILE.read_text(encoding="utf-8"))
     fact = next(f for f in schema["fields"] if f["name"] == "fact")
     submitted = next(r for r in fact["type"] if r["name"] == "JobSubmitted")
@@ -54,7 +54,8 @@ def future_schema() -> str:
 
 
 class Poison:
-    """Writes to the topics of a namespace what Jobledger would not. ``placed``: where the unreadable records stand."""
+    """Writes records to the topics of a namespace that Jobledger would not write. ``placed``: the positions of the
+    unreadable records."""
 
     def __init__(self, bootstrap: str, namespace: str) -> None:
         self.namespace = namespace
@@ -67,7 +68,7 @@ class Poison:
     def put(
         self, topic: str, value: bytes | None, key: bytes | None = None, partition: int = 0
     ) -> tuple[str, int, int]:
-        """Write a record and wait for it; where it stands."""
+        """Write a record, wait for its acknowledgement, and return its position."""
         found: list[tuple[KafkaError | None, Message]] = []
         full = f"{self.namespace}.{topic}"
         self._producer.produce(
@@ -79,7 +80,7 @@ class Poison:
         return full, partition, message.offset() or 0
 
     def garbage(self, topic: str, partition: int, *, keyed: bool = False) -> None:
-        """One of each kind of bytes that are no event."""
+        """Write one record of each kind of bytes that are no event."""
         good = self.event("JobSubmitted", self.body(), future=False, job=str(uuid.uuid4()))
         unknown = SINGLE_OBJECT + os.urandom(8) + good[10:]
         values = [
@@ -93,19 +94,19 @@ class Poison:
             good[:-1],
             good[:10] + b"\xff" * 40,
             unknown,
-            b"\x00\x00\x00\x00\x07" + good[:9:-1],  # a registry's frame, and no event in it
+            b"\x00\x00\x00\x00\x07" + good[:9:-1],  # the frame of a registry without an event
             os.urandom(2_000),
-            self.domain_event(),  # sent to the wrong topic
+            self.domain_event(),  # an event on the wrong topic
         ]
         for n, value in enumerate(values):
-            # Compacted topics take no record without a key.
+            # Compacted topics accept no record without a key.
             key = f"garbage-{n}".encode() if keyed else (None, b"\xff\xfe", b"")[n % 3]
             self.placed[self.put(topic, value, key, partition)] = value
         small = b"a key larger than any dead letter's room for it"
         self.placed[self.put(topic, small, BIG_KEY, partition)] = small
 
     def publish(self) -> None:
-        """Publish the future schema, as its writers do before they use it."""
+        """Publish the later schema, as its writers do before they use it."""
         self._publish(self._text)
 
     def publish_domain(self) -> None:
@@ -116,18 +117,18 @@ class Poison:
         self.put("schemas", text.encode(), independent.fingerprint(text).hex().encode())
 
     def domain_event(self) -> bytes:
-        """A domain event's bytes, written by hand: its schema is published, and is no job event's."""
+        """Encode a domain event by hand. Its schema is published, but is no schema of job events."""
         out = io.BytesIO()
         fastavro.schemaless_writer(out, fastavro.parse_schema(json.loads(DOMAIN_SCHEMA)), {"order": "7"})
         return SINGLE_OBJECT + independent.fingerprint(DOMAIN_SCHEMA) + out.getvalue()
 
     def body(self, number: int = 0, **more: Any) -> dict[str, Any]:
-        """A submission of the job of this number."""
+        """Return the submission of the job with this number."""
         spec: dict[str, Any] = {"args": json.dumps({"number": number}).encode(), "tags": {}, "parent": None}
         return {"spec": spec, "delay_ms": None, "due_at": None, **more}
 
     def event(self, fact: str, body: dict[str, Any], *, future: bool = True, **head: Any) -> bytes:
-        """An event's bytes, written by hand."""
+        """Encode an event by hand."""
         job = head.pop("job")
         datum = {
             "event_id": str(uuid.uuid4()),
@@ -152,7 +153,7 @@ class Poison:
 
 
 def good_number(steps: tuple[str, ...]) -> int:
-    """The number of a job of the task `quick` that lives like this."""
+    """Return the number of a job of the task `quick` with these steps."""
 
     def fits(life: Fate) -> bool:
         return life.kind == "quick" and life.steps == steps
@@ -161,7 +162,7 @@ def good_number(steps: tuple[str, ...]) -> int:
 
 
 def committed(fleet: Fleet, group: str, topic: str, partition: int) -> int:
-    """The offset a group has committed; -1001: none."""
+    """Return the offset that a group has committed; -1001: none."""
     consumer = Consumer({"bootstrap.servers": fleet.bootstrap, "group.id": f"{fleet.namespace}.{group}"})
     try:
         found = consumer.committed([TopicPartition(f"{fleet.namespace}.{topic}", partition)], timeout=20)
@@ -171,7 +172,7 @@ def committed(fleet: Fleet, group: str, topic: str, partition: int) -> int:
 
 
 def rejected(log: independent.Log) -> dict[tuple[str, int, int], bytes | None]:
-    """The unreadable records that are in the dead letters, by the place where they were found."""
+    """Return the unreadable records in the dead letters, by the position where they were found."""
     return {
         (r.body["topic"], r.body["partition"], r.body["offset"]): r.body["raw_value"]
         for r in log.of("dead-letter")
@@ -179,16 +180,16 @@ def rejected(log: independent.Log) -> dict[tuple[str, int, int], bytes | None]:
     }
 
 
-def test_garbage_on_every_topic_is_kept_and_counted_and_good_jobs_go_on(
+def test_garbage_on_every_topic_is_dead_lettered_and_good_jobs_continue(
     broker: str, namespace: str, tmp_path: Path, say: Callable[[str], None]
 ) -> None:
-    """Fourteen kinds of bytes that are no event, on every partition of every topic, before and while 500 jobs run: each
-    of them is in the dead letters, bytes and place, if somebody had to act on it; every job ends as it must; events of
-    a published later schema are read; and the table agrees with the log."""
+    """There are fourteen kinds of bytes that are no event, on every partition of every topic, before and while 500 jobs
+    run. Those on topics that must be acted on are in the dead letters, with their bytes and positions. Every job ends
+    as expected, events of a published later schema are read, and the table agrees with the log."""
     began = time.monotonic()
     with ExitStack() as stack:
         fleet = stack.enter_context(Fleet(tmp_path, broker, namespace, seed=SEED))
-        ready(fleet)
+        start_parts(fleet)
         poison = Poison(broker, namespace)
         acted_on = [(t, p) for t in ("jobs.default", "lifecycle", "coordination") for p in range(PARTITIONS)]
 
@@ -202,13 +203,14 @@ def test_garbage_on_every_topic_is_kept_and_counted_and_good_jobs_go_on(
 
         poison.publish_domain()
         spoil()
-        ready(fleet, worker=2, coordinator=1, materializer=1)
+        start_parts(fleet, worker=2, coordinator=1, materializer=1)
         service = Service(fleet, 0, GOOD_JOBS, rate=GOOD_JOBS / 10)
         stack.callback(service.close)
         fleet.until(lambda: counts(fleet)[0] >= GOOD_JOBS // 10, 60.0, "the first jobs ended in spite of garbage")
         spoil()
 
-        # From a later version: jobs that this one can run, and facts that only it knows where nobody must act on them.
+        # Records of a later version: jobs that this version can run, and unknown facts on topics where no part must act
+        # on them.
         poison.publish()
         plain_number, delayed_number = good_number(("ok",)), good_number(("error", "ok"))
         later = {str(uuid.uuid4()): n for n in (plain_number, delayed_number)}
@@ -221,17 +223,18 @@ def test_garbage_on_every_topic_is_kept_and_counted_and_good_jobs_go_on(
         for topic in ("lifecycle", "dead-letter", "control"):
             unlocked = poison.event("JobUnlocked", {"spec": poison.body()["spec"], "due_at": 1}, job=str(uuid.uuid4()))
             poison.put(topic, unlocked, b"future")
-        # A good event where it does not belong.
+        # A valid event on the wrong topic.
         lost = poison.event(
             "JobStarted", {"worker": "w", "work_topic": "t", "work_offset": 0, "takeover": 0}, job=first
         )
         misplaced = poison.put("jobs.default", lost, partition=2)
 
-        settle(fleet, service, 60.0)
+        wait_until_ended(fleet, service, 60.0)
         fleet.until(lambda: set(later) <= ended_jobs(fleet), 30.0, "the later version's jobs ended")
         short = {f"{namespace}.{t}" for t, _ in acted_on}
         wanted = {place: raw for place, raw in poison.placed.items() if place[0] in short}
-        # Waits also for unreadable records after the last good one of a partition; the checks below say what is missing.
+        # Wait also for unreadable records after the last good record of a partition. The checks below report missing
+        # ones.
         with contextlib.suppress(FleetError):
             fleet.until(
                 lambda: wanted.keys() <= rejected(independent.read(broker, namespace)).keys(),
@@ -260,19 +263,19 @@ def test_garbage_on_every_topic_is_kept_and_counted_and_good_jobs_go_on(
 
 
 def ended_jobs(fleet: Fleet) -> set[str]:
-    """Ids of the jobs the status table has as ended."""
+    """Return the ids of jobs that have ended according to the status table."""
     return {job for job, final in independent.table(fleet.status).items() if final.state in independent.ENDED}
 
 
 @pytest.mark.extended
-def test_a_fact_from_the_future_stops_its_partition_until_the_worker_is_upgraded(
+def test_an_unknown_fact_stops_its_partition_until_the_worker_is_upgraded(
     broker: str, namespace: str, tmp_path: Path
 ) -> None:
-    """On a work topic a fact that this worker does not know is not passed, neither by it nor by its successors; it says
-    that it must be upgraded, the other partitions go on, and an upgraded worker loses nothing."""
+    """A fact on a work topic that this worker does not know is not skipped, by this worker or by the next ones. The
+    worker says that it must be upgraded, the other partitions continue, and an upgraded worker loses nothing."""
     with ExitStack() as stack:
         fleet = stack.enter_context(Fleet(tmp_path, broker, namespace, seed=SEED))
-        ready(fleet, worker=1, coordinator=1, materializer=1)
+        start_parts(fleet, worker=1, coordinator=1, materializer=1)
         poison = Poison(broker, namespace)
         poison.publish()
         job = str(uuid.uuid4())
@@ -289,7 +292,8 @@ def test_a_fact_from_the_future_stops_its_partition_until_the_worker_is_upgraded
         fleet.until(service.done, 60.0, "the service submitted everything")
 
         def others_ended() -> bool:
-            """The jobs that do not wait behind the unknown fact have ended; raises if it was passed."""
+            """Return whether the jobs that do not wait behind the unknown fact have ended. Raises an error if the fact
+            was skipped."""
             log = independent.read(broker, namespace)
             executions = independent.read_executions(fleet.executions)
             behind = {r.head["job_id"] for r in log.work() if r.partition == where[1] and r.offset >= where[2]}
@@ -304,7 +308,7 @@ def test_a_fact_from_the_future_stops_its_partition_until_the_worker_is_upgraded
             return len(behind) > 1 and open_jobs <= behind
 
         fleet.until(others_ended, 60.0, "the jobs of the other partitions ended")
-        # Neither a crash nor a restart may get past it.
+        # Neither a crash nor a restart may skip the fact.
         fleet.kill(worker)
         said = worker.output().count("upgrade this worker")
         fleet.tend()
@@ -318,19 +322,21 @@ def test_a_fact_from_the_future_stops_its_partition_until_the_worker_is_upgraded
 
         fleet.stop(worker)
         fleet.start("worker", "--concurrency", "50", target=UPGRADED)
-        settle(fleet, service, 60.0)
+        wait_until_ended(fleet, service, 60.0)
         fleet.until(lambda: job in ended_jobs(fleet), 30.0, "the job from the future ended")
         log, _ = judge(fleet, service, seed=SEED)
         assert independent.fold(log.records)[job].state == "succeeded"
 
 
 @pytest.mark.extended
-def test_a_fact_from_the_future_is_waited_for_by_the_coordinator(broker: str, namespace: str, tmp_path: Path) -> None:
-    """On coordination a fact that this coordinator does not know ends it with a clear word, again and again, and is
-    never passed; plain jobs go on meanwhile, and an upgraded coordinator lets go what waited behind it."""
+def test_an_unknown_fact_stops_the_coordinator_until_it_is_upgraded(
+    broker: str, namespace: str, tmp_path: Path
+) -> None:
+    """A fact on the coordination topic that this coordinator does not know ends it with an error, again and again, and
+    is never skipped. Plain jobs run meanwhile, and an upgraded coordinator releases the jobs behind the fact."""
     with ExitStack() as stack:
         fleet = stack.enter_context(Fleet(tmp_path, broker, namespace, seed=SEED))
-        ready(fleet, worker=1, coordinator=1, materializer=1)
+        start_parts(fleet, worker=1, coordinator=1, materializer=1)
         poison = Poison(broker, namespace)
         poison.publish()
         job, plain_job = str(uuid.uuid4()), str(uuid.uuid4())

@@ -1,4 +1,4 @@
-"""BOUNDED_MEMORY: what a worker process takes does not grow with what waits for it."""
+"""BOUNDED_MEMORY: the memory of a worker process does not grow with the number of waiting jobs."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from tests.acceptance.promises import Promise
 pytestmark = pytest.mark.kafka
 
 PARTITIONS = 4
-#: Jobs of one key, more than a worker looks ahead.
+#: Number of jobs of one key, more than a worker reads ahead.
 HOT = 200_000
 MIB = 1 << 20
 
 
 @pytest.fixture
 def fleet(kafka: EmbeddedKafka, tmp_path: Path) -> Iterator[Fleet]:
-    """A namespace with no process yet; its topics come with `client`."""
+    """Yield a namespace without any process. `client` creates its topics."""
     with Fleet(
         tmp_path, kafka.bootstrap, f"m{uuid.uuid4().hex[:10]}", target="tests/acceptance/memory_app.py:app"
     ) as made:
@@ -37,7 +37,7 @@ def fleet(kafka: EmbeddedKafka, tmp_path: Path) -> Iterator[Fleet]:
 
 
 def client(fleet: Fleet) -> App:
-    """The submitter's side of `memory_app`, with its topics."""
+    """Create the submitter's app of `memory_app`, and its topics."""
     app = App(fleet.namespace, settings=Settings(bootstrap=fleet.bootstrap), partitions=PARTITIONS)
     app.task(name="noop")(memory_app.noop.fn)
     app.task(name="keyed", key="account", timeout=10)(memory_app.keyed.fn)
@@ -46,8 +46,8 @@ def client(fleet: Fleet) -> App:
 
 
 class Group:
-    """How far the workers' group is. Asked as a member would be that never joins: the admin client's way crashes where a
-    broker that has just started answers that it is still loading (confluent-kafka 2.16)."""
+    """Asks how far the workers' group has committed. It uses a consumer that never joins the group, because the admin
+    client crashes if a broker that has just started answers that it is still loading (confluent-kafka 2.16)."""
 
     def __init__(self, app: App) -> None:
         about = {"group.id": app.names.worker_group("default")}
@@ -55,21 +55,21 @@ class Group:
         self._where = [TopicPartition(app.names.jobs("default"), p) for p in range(PARTITIONS)]
 
     def done(self) -> int:
-        """Records below the committed offsets."""
+        """Return the number of records below the committed offsets."""
         try:
             found = self._asks.committed(self._where, timeout=20)
-        except KafkaException:  # still loading
+        except KafkaException:  # the broker is still loading
             return 0
         return sum(max(0, where.offset) for where in found)
 
 
 def resident(member: Member) -> int:
-    """Bytes of memory of a member's process."""
+    """Return the resident memory of a member's process in bytes."""
     return int(psutil.Process(member.pid).memory_info().rss)
 
 
 def waiting(port: int) -> int:
-    """Records that a worker has received and not begun, by its metrics."""
+    """Return the number of records that a worker has received and not started, from its metrics."""
     text = httpx2.get(f"http://127.0.0.1:{port}/metrics", timeout=10).text
     return int(
         sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith("jobledger_worker_waiting{"))
@@ -77,8 +77,10 @@ def waiting(port: int) -> int:
 
 
 @pytest.mark.parametrize("backlog", [60_000, pytest.param(300_000, marks=pytest.mark.extended)])
-def test_a_backlog_leaves_the_memory_flat(fleet: Fleet, say: Callable[[str], None], backlog: int) -> None:
-    """While a worker drains a backlog, it takes in the second half no more than it took in the first."""
+def test_the_memory_of_a_worker_does_not_grow_with_a_backlog(
+    fleet: Fleet, say: Callable[[str], None], backlog: int
+) -> None:
+    """In the second half of a backlog, a worker uses about as much memory as in the first half."""
     app = client(fleet)
     for start in range(0, backlog, 20_000):
         app.submit_many(app.tasks["noop"].job(n) for n in range(start, start + 20_000))
@@ -101,8 +103,9 @@ def test_a_backlog_leaves_the_memory_flat(fleet: Fleet, say: Callable[[str], Non
 
 
 @pytest.mark.extended
-def test_what_waits_for_its_key_takes_a_bounded_share(fleet: Fleet, say: Callable[[str], None]) -> None:
-    """200,000 jobs of a keyed task that is paused, more than a worker may look ahead: it stops reading in time."""
+def test_jobs_that_wait_for_their_key_use_limited_memory(fleet: Fleet, say: Callable[[str], None]) -> None:
+    """There are 200,000 jobs of a paused keyed task, more than a worker may read ahead. The worker stops reading in
+    time."""
     app = client(fleet)
     app.pause(task="keyed", reason="to see what it takes")
     port = free_port()

@@ -1,7 +1,7 @@
-"""KEY_ORDER and CANCEL_IS_DURABLE against faults: workers killed, stopped one by one and frozen, a broker frozen; judged
-by what the jobs' code noted beside the log, by the raw log, and by the rules of `jobledger audit`.
+"""KEY_ORDER and CANCEL_IS_DURABLE under faults: workers are killed, stopped one by one and frozen, and a broker is
+frozen. The tests judge by the side log of the jobs' code, by the raw log, and by the rules of `jobledger audit`.
 
-``FAULT_KILLS`` scales the tests up.
+``FAULT_KILLS`` is the number of kills.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from jobledger.kafka.embedded import EmbeddedKafka
 from jobledger.kafka.topic_names import Names
 from tests.acceptance import rawlog
 from tests.acceptance.audit import hold
-from tests.acceptance.fleet import Fleet, FleetError, paused, serves
+from tests.acceptance.fleet import Fleet, FleetError, paused, wait_until_serving
 from tests.brokers import Brokers
 from tests.patience import PATIENCE
 
@@ -36,7 +36,8 @@ ROOT = Path(__file__).resolve().parents[2]
 KILLS = int(os.environ.get("FAULT_KILLS", "4"))
 ACCOUNTS, EACH = 40, 60
 PLAIN = 1_500
-#: How often the broker is paused, and how many seconds: fewer than a worker's lease has, after which it starts no jobs.
+#: How often the broker is paused, and for how many seconds: less than the ownership lease, after which a worker starts
+#: no jobs.
 FREEZES, LAG_S = max(2, KILLS // 2), 2.5
 BEYOND_SESSION_S = 9.0
 PARTITIONS = 4
@@ -44,8 +45,8 @@ TERMINAL = {"JobSucceeded", "JobFailed", "JobCancelled", "JobExpired"}
 
 
 @contextlib.contextmanager
-def made(folder: Path, bootstrap: str) -> Iterator[Fleet]:
-    """A namespace with its topics and no process yet."""
+def new_namespace(folder: Path, bootstrap: str) -> Iterator[Fleet]:
+    """Yield a namespace with its topics and without any process."""
     namespace = f"k{uuid.uuid4().hex[:10]}"
     settings, names = Settings(bootstrap=bootstrap), Names(namespace)
     specs = topology.desired(names, {"default": PARTITIONS}, partitions=PARTITIONS, replication=1)
@@ -57,13 +58,13 @@ def made(folder: Path, bootstrap: str) -> Iterator[Fleet]:
 
 @pytest.fixture
 def fleet(kafka: EmbeddedKafka, tmp_path: Path) -> Iterator[Fleet]:
-    """A namespace on the broker that other tests use, too."""
-    with made(tmp_path, kafka.bootstrap) as fleet:
+    """Yield a namespace with a broker that other tests use, too."""
+    with new_namespace(tmp_path, kafka.bootstrap) as fleet:
         yield fleet
 
 
-def tell(fleet: Fleet, *words: str, text: str = "") -> str:
-    """Run the app's own little command, in a process of its own."""
+def run_app(fleet: Fleet, *words: str, text: str = "") -> str:
+    """Run a command of the app module in a separate process, and return its output."""
     argv = [sys.executable, "-m", "tests.acceptance.order_app", *words]
     done = subprocess.run(
         argv, env=fleet.environ, check=True, cwd=ROOT, timeout=60 * PATIENCE, input=text, capture_output=True, text=True
@@ -71,13 +72,13 @@ def tell(fleet: Fleet, *words: str, text: str = "") -> str:
     return done.stdout
 
 
-def began(fleet: Fleet) -> list[list[str]]:
-    """What the jobs' code noted at its begin, in order."""
+def noted_starts(fleet: Fleet) -> list[list[str]]:
+    """Return what the jobs' code wrote to the side log at its begin, in order."""
     return [words for line in fleet.lines() if (words := line.split())[1] == "began"]
 
 
 class Keys:
-    """The log, key by key."""
+    """The log, by key."""
 
     def __init__(self, fleet: Fleet) -> None:
         self.log = log = rawlog.read(fleet.bootstrap, fleet.namespace)
@@ -92,11 +93,11 @@ class Keys:
         self.ended = {r.head["job_id"] for r in self.lifecycle if r.fact in TERMINAL}
 
     def done(self) -> bool:
-        """Whether every job has ended."""
+        """Return whether every job has ended."""
         return len(self.number) == ACCOUNTS * EACH and self.ended >= self.number.keys()
 
     def out_of_order(self) -> list[str]:
-        """Starts of a job while an earlier one of its key had not ended, in the order of the log."""
+        """Return the starts of jobs before the outcome of an earlier job of their key, in the order of the log."""
         found: list[str] = []
         ended: dict[str, int] = defaultdict(int)
         seen: set[str] = set()
@@ -111,7 +112,7 @@ class Keys:
         return found
 
     def early(self) -> list[str]:
-        """Starts of an attempt before the delay was over that the attempt before asked for, by the log's own times."""
+        """Return the starts of attempts before the delay of the previous attempt was over, by the times in the log."""
         found: list[str] = []
         due: dict[tuple[str, int], int] = {}
         for record in self.lifecycle:
@@ -124,17 +125,17 @@ class Keys:
         return found
 
     def attempts(self) -> Counter[str]:
-        """Attempts of each job that failed and were followed by another, as the log has them."""
+        """Return the number of retried attempts of each job."""
         return Counter(r.head["job_id"] for r in self.lifecycle if r.fact == "JobRetried")
 
 
-def finished(fleet: Fleet) -> Keys:
-    """The log once every keyed job has ended."""
+def wait_until_ended(fleet: Fleet) -> Keys:
+    """Wait until every keyed job has ended, and return the log."""
     found: list[Keys] = []
 
     def whole() -> bool:
         fleet.tend()
-        if len({words[0] for words in began(fleet)}) < ACCOUNTS * EACH:
+        if len({words[0] for words in noted_starts(fleet)}) < ACCOUNTS * EACH:
             return False
         found.append(Keys(fleet))
         return found[-1].done()
@@ -144,11 +145,11 @@ def finished(fleet: Fleet) -> Keys:
 
 
 def passed_over(fleet: Fleet) -> list[str]:
-    """Runs that broke the order of a key, by what the jobs' code noted: not of the job whose turn it was, or of an attempt
+    """Return the runs that broke the order of a key, by the side log: runs of a job that was not next, or of an attempt
     before the last one."""
     found: list[str] = []
     last: dict[str, tuple[int, int]] = {}
-    for _, _, account, *rest in began(fleet):
+    for _, _, account, *rest in noted_starts(fleet):
         number, attempt = map(int, rest)
         before, tried = last.get(account, (-1, 1))
         if number not in (before, before + 1) or (number == before and attempt < tried):
@@ -158,8 +159,8 @@ def passed_over(fleet: Fleet) -> list[str]:
 
 
 def run_again(fleet: Fleet) -> dict[str, int]:
-    """How often an attempt ran again, by account."""
-    runs = Counter(tuple(words) for words in began(fleet))
+    """Return how often an attempt ran again, by account."""
+    runs = Counter(tuple(words) for words in noted_starts(fleet))
     again: Counter[str] = Counter()
     for words, count in runs.items():
         again[words[2]] += count - 1
@@ -167,9 +168,10 @@ def run_again(fleet: Fleet) -> dict[str, int]:
 
 
 def judge(fleet: Fleet, keys: Keys) -> None:
-    """What holds whatever happened: order, ends, delays, attempts that are counted on. The audit finds no fault either."""
+    """Check what must hold after every fault: order, outcomes, delays and the count of attempts. The audit must find no
+    fault."""
     assert passed_over(fleet) == []
-    hold(keys.log, fleet.windows, finished=False)  # dead letters may still be on their way
+    hold(keys.log, fleet.windows, finished=False)  # some dead letters may not be written yet
     assert max(run_again(fleet).values()) <= fleet.did["worker killed"], "more than the one job that ran"
     assert keys.out_of_order() == []
     assert keys.early() == []
@@ -181,88 +183,90 @@ def judge(fleet: Fleet, keys: Keys) -> None:
 
 
 def test_keys_keep_their_order_under_kill_9(fleet: Fleet) -> None:
-    """KEY_ORDER: two workers killed in turn while every seventh job is tried again: no job begins before the one before
-    it has ended, attempts are counted on by the next owner, and everything ends."""
-    tell(fleet, "submit", str(ACCOUNTS), str(EACH))
+    """KEY_ORDER: two workers are killed in turn while every seventh job is retried. No job starts before the outcome of
+    the job before it, the next owner continues the count of attempts, and every job ends."""
+    run_app(fleet, "submit", str(ACCOUNTS), str(EACH))
     workers = [fleet.start("worker", "--concurrency", "20") for _ in range(2)]
     for n in range(KILLS):
         least = ACCOUNTS * EACH * (n + 1) // (KILLS + 2)
-        fleet.until(lambda least=least: len(began(fleet)) >= least, 90, f"{least} begun")  # type: ignore[misc]  # bound now
+        fleet.until(lambda least=least: len(noted_starts(fleet)) >= least, 90, f"{least} begun")  # type: ignore[misc]  # bound in this iteration
         fleet.kill(workers[n % 2])
         fleet.tend()
-    judge(fleet, finished(fleet))
+    judge(fleet, wait_until_ended(fleet))
 
 
 def test_keys_keep_their_order_when_acknowledgements_lag(tmp_path: Path) -> None:
-    """KEY_ORDER with a paused broker: the worker continues, and is killed before anything that it sent is acknowledged. Of
-    each key at most the one job that ran runs again, and none after a later one."""
-    with Brokers() as brokers, made(tmp_path, brokers.bootstrap) as fleet:
-        tell(fleet, "submit", str(ACCOUNTS), str(EACH))
+    """KEY_ORDER with a paused broker: the worker continues, and is killed before its records are acknowledged. For each
+    key, at most the one job that was running runs again, and none runs after a later job."""
+    with Brokers() as brokers, new_namespace(tmp_path, brokers.bootstrap) as fleet:
+        run_app(fleet, "submit", str(ACCOUNTS), str(EACH))
         worker = fleet.start("worker", "--concurrency", "20")
         for n in range(FREEZES):
             least = ACCOUNTS * EACH * (n + 1) // (FREEZES + 2)
-            fleet.until(lambda least=least: len(began(fleet)) >= least, 90, f"{least} begun")  # type: ignore[misc]  # bound now
+            fleet.until(lambda least=least: len(noted_starts(fleet)) >= least, 90, f"{least} begun")  # type: ignore[misc]  # bound in this iteration
             brokers.pause(1)
             until = time.monotonic() + LAG_S
-            while time.monotonic() < until:  # how long nothing is acknowledged is the fault itself
+            while time.monotonic() < until:  # the duration of the fault, not a wait for a fact
                 fleet.tend()
                 time.sleep(0.1)
             fleet.kill(worker)
             brokers.resume(1)
             fleet.tend()
-        judge(fleet, finished(fleet))
+        judge(fleet, wait_until_ended(fleet))
 
 
 def test_a_rolling_restart_keeps_the_order_and_runs_no_attempt_twice(fleet: Fleet) -> None:
-    """GRACEFUL_STOP with keys: stopped one by one while keys are held by jobs that wait for their retry."""
-    tell(fleet, "submit", str(ACCOUNTS), str(EACH))
+    """GRACEFUL_STOP with keys: workers are stopped one by one while jobs that wait for a retry hold their keys."""
+    run_app(fleet, "submit", str(ACCOUNTS), str(EACH))
     workers = [fleet.start("worker", "--concurrency", "20") for _ in range(2)]
     for n, member in enumerate(workers * 2):
-        serves(fleet, member)
+        wait_until_serving(fleet, member)
         least = ACCOUNTS * EACH * (n + 1) // 6
-        fleet.until(lambda least=least: len(began(fleet)) >= least, 90, f"{least} begun")  # type: ignore[misc]  # bound now
+        fleet.until(lambda least=least: len(noted_starts(fleet)) >= least, 90, f"{least} begun")  # type: ignore[misc]  # bound in this iteration
         assert fleet.stop(member) == 0, member.tail()
         fleet.restart(member)
-    judge(fleet, finished(fleet))
-    twice = {what: count for what, count in Counter(tuple(words) for words in began(fleet)).items() if count > 1}
+    judge(fleet, wait_until_ended(fleet))
+    twice = {what: count for what, count in Counter(tuple(words) for words in noted_starts(fleet)).items() if count > 1}
     assert twice == {}
 
 
 @pytest.mark.extended
-def test_a_frozen_worker_does_not_go_on_with_a_key_that_was_taken_over(fleet: Fleet) -> None:
-    """A worker that stood still past its session begins nothing of a key that has another owner by then."""
-    tell(fleet, "submit", str(ACCOUNTS), str(EACH))
+def test_a_frozen_worker_does_not_continue_with_a_key_that_was_taken_over(fleet: Fleet) -> None:
+    """A worker that was frozen beyond its session starts no job of a key that has another owner by then."""
+    run_app(fleet, "submit", str(ACCOUNTS), str(EACH))
     workers = [fleet.start("worker", "--concurrency", "20") for _ in range(2)]
-    fleet.until(lambda: len(began(fleet)) >= ACCOUNTS * EACH // 4, 90, "a quarter begun")
+    fleet.until(lambda: len(noted_starts(fleet)) >= ACCOUNTS * EACH // 4, 90, "a quarter begun")
     with paused(fleet, workers[0], BEYOND_SESSION_S):
-        fleet.until(lambda: len(began(fleet)) >= ACCOUNTS * EACH // 2, 90, "half begun")
-    keys = finished(fleet)
+        fleet.until(lambda: len(noted_starts(fleet)) >= ACCOUNTS * EACH // 2, 90, "half begun")
+    keys = wait_until_ended(fleet)
     window = fleet.windows[-1]
     assert keys.done()
-    # What it had on its way when it was frozen is sent when it wakes, and then stands behind what came meanwhile.
+    # Records that the worker had queued when it was frozen are sent when it continues. Then they are behind the records
+    # that came meanwhile.
     waking = {rawlog.show(r) for r in keys.lifecycle if window.end - 500 <= r.at <= window.end + 3_000}
     late = [line for line in keys.out_of_order() if line.partition(", at ")[2] not in waking]
     assert len(late) == 0, late[:5]
     hold(keys.log, fleet.windows, finished=False)
 
 
-def test_what_was_cancelled_never_runs(fleet: Fleet) -> None:
-    """CANCEL_IS_DURABLE: cancelled while no worker ran; workers are then killed in turn, and none of them runs one."""
-    ids = tell(fleet, "plain", str(PLAIN)).split()
+def test_a_cancelled_job_never_runs(fleet: Fleet) -> None:
+    """CANCEL_IS_DURABLE: jobs are cancelled while no worker runs. Then workers are killed in turn, and none of them
+    runs a cancelled job."""
+    ids = run_app(fleet, "plain", str(PLAIN)).split()
     cancelled = ids[::3]
-    tell(fleet, "cancel", "wrong list", text="\n".join(cancelled))
+    run_app(fleet, "cancel", "wrong list", text="\n".join(cancelled))
     workers = [fleet.start("worker", "--concurrency", "20") for _ in range(2)]
     wanted = len(ids) - len(cancelled)
     for n in range(KILLS):
         least = wanted * (n + 1) // (KILLS + 2)
-        fleet.until(lambda least=least: len(began(fleet)) >= least, 90, f"{least} begun")  # type: ignore[misc]  # bound now
+        fleet.until(lambda least=least: len(noted_starts(fleet)) >= least, 90, f"{least} begun")  # type: ignore[misc]  # bound in this iteration
         fleet.kill(workers[n % 2])
         fleet.tend()
     seen: list[dict[str, list[rawlog.Record]]] = []
 
     def whole() -> bool:
         fleet.tend()
-        if len({words[0] for words in began(fleet)}) < wanted:
+        if len({words[0] for words in noted_starts(fleet)}) < wanted:
             return False
         ends: dict[str, list[rawlog.Record]] = defaultdict(list)
         for record in rawlog.read(fleet.bootstrap, fleet.namespace).of("lifecycle"):
@@ -283,7 +287,7 @@ def test_what_was_cancelled_never_runs(fleet: Fleet) -> None:
             *(f"== {worker.name}\n{worker.output()}" for worker in workers),
         ]
         raise FleetError("\n".join([*said, str(error)])) from None
-    assert not {words[0] for words in began(fleet)} & set(cancelled)
+    assert not {words[0] for words in noted_starts(fleet)} & set(cancelled)
     for job in cancelled:
         assert {r.fact for r in seen[-1][job]} == {"JobCancelled"}
         assert msgspec.convert(seen[-1][job][0].body["reason"], str) == "wrong list"

@@ -1,4 +1,5 @@
-"""POISON_IS_CONTAINED for jobs: ones that kill their own process, among thousands of good ones; judged by the raw log."""
+"""POISON_IS_CONTAINED for jobs: some jobs kill their own process, among thousands of good jobs. The test judges by the
+raw log."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from jobledger.kafka import topics, topology
 from jobledger.kafka.embedded import EmbeddedKafka
 from jobledger.kafka.topic_names import Names
 from tests.acceptance import rawlog
-from tests.acceptance.fleet import Fleet, serves
+from tests.acceptance.fleet import Fleet, wait_until_serving
 from tests.acceptance.promises import Promise
 
 pytestmark = pytest.mark.kafka
@@ -29,7 +30,7 @@ TERMINAL = {"JobSucceeded", "JobFailed", "JobCancelled", "JobExpired"}
 
 @pytest.fixture
 def fleet(kafka: EmbeddedKafka, tmp_path: Path) -> Iterator[Fleet]:
-    """A namespace with its topics and no process yet."""
+    """Yield a namespace with its topics and without any process."""
     namespace = f"p{uuid.uuid4().hex[:10]}"
     settings, names = Settings(bootstrap=kafka.bootstrap), Names(namespace)
     specs = topology.desired(names, {"default": PARTITIONS}, partitions=PARTITIONS, replication=1)
@@ -40,7 +41,7 @@ def fleet(kafka: EmbeddedKafka, tmp_path: Path) -> Iterator[Fleet]:
 
 
 def submit(fleet: Fleet, good: int, *modes: str) -> set[str]:
-    """Submit from a process of its own; the ids of the poisons."""
+    """Submit jobs from a separate process. Return the ids of the poison jobs."""
     argv = [sys.executable, "-m", "tests.acceptance.poison_app", "submit", str(good), *modes]
     done = subprocess.run(argv, env=fleet.environ, check=True, cwd=ROOT, timeout=120, capture_output=True, text=True)
     return set(done.stdout.split())
@@ -63,7 +64,8 @@ LONG = pytest.mark.extended
 def test_a_job_that_kills_its_process_is_contained(
     fleet: Fleet, modes: tuple[str, ...], workers: int, good: int, say: Callable[[str], None]
 ) -> None:
-    """All good ones succeed and run once more at most; the poison is quarantined after three starts, with words."""
+    """All good jobs succeed and run at most once more. A poison job fails after three starts, with the last output of
+    its process."""
     poisons = submit(fleet, good, *modes)
     for _ in range(workers):
         fleet.start("worker", "--children", "2")
@@ -100,8 +102,8 @@ def test_a_job_that_kills_its_process_is_contained(
         )
         starts = facts[job].count("JobStarted")
         Promise.POISON_IS_CONTAINED.hold(starts == 3, f"{starts} starts: {rawlog.life_of(logs[0], job)}")
-        # The very first start may have died with its process, on its way to the log.
-        # Where several die, one may have been cut off between its start and its first line.
+        # The first start may be missing in the log, because it was lost with its process. If several jobs kill
+        # processes, one of them may be cut off between its start and its first line.
         fewest = 3 if len(modes) == 1 else 2
         Promise.POISON_IS_CONTAINED.hold(
             fewest <= runs[job] <= 4, f"the poison ran {runs[job]} times: {rawlog.life_of(logs[0], job)}"
@@ -114,5 +116,5 @@ def test_a_job_that_kills_its_process_is_contained(
         f"each poison 3 times, then quarantined"
     )
     for member in fleet.of("worker"):
-        serves(fleet, member)
+        wait_until_serving(fleet, member)
         assert fleet.stop(member) == 0

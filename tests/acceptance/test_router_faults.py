@@ -1,4 +1,5 @@
-"""The router against faults: killed, frozen, its broker stopped; of each event and handler exactly one job is run."""
+"""Faults of the router: it is killed or frozen, or its broker is stopped. Each pair of event and handler still has
+exactly one job, which runs once."""
 
 from __future__ import annotations
 
@@ -27,8 +28,8 @@ pytestmark = pytest.mark.kafka
 BEYOND_SESSION_S = 9.0
 
 
-def routes(fleet: Fleet, router: Member) -> None:
-    """Wait until a router has partitions: before it starts it does not listen to signals, either."""
+def wait_until_routing(fleet: Fleet, router: Member) -> None:
+    """Wait until a router has partitions. Before that it does not react to signals."""
     fleet.until(lambda: "assigned [" in router.output().rpartition("--- life ")[2], 60.0, f"{router.name} that routes")
 
 
@@ -36,11 +37,12 @@ def routes(fleet: Fleet, router: Member) -> None:
 def test_each_event_and_handler_is_one_job_whatever_happens_to_the_router(
     tmp_path: Path, say: Callable[[str], None], events: int, kills: int
 ) -> None:
-    """Two routers, one killed again and again at random moments, one frozen beyond its session, the broker stopped."""
+    """Of two routers, one is killed several times at random moments, and the other is frozen beyond its session. The
+    broker is stopped once."""
     dice = random.Random(7)
     with EmbeddedKafka(timeout=PATIENCE * START_TIMEOUT_S) as kafka:
         namespace = f"r{uuid.uuid4().hex[:10]}"
-        # Events are emitted while the broker is away, too, for as long as its stop and its start take.
+        # Events are also emitted while the broker is unavailable, for as long as its stop and its start take.
         settings = Settings(bootstrap=kafka.bootstrap, submit_timeout=30.0 * PATIENCE)
         app = App(namespace, settings=settings, partitions=4)
         app.event(key="user")(events_app.Happened)
@@ -86,19 +88,21 @@ def test_each_event_and_handler_is_one_job_whatever_happens_to_the_router(
             until(all_there, timeout=90.0, what="a job for each event and handler")
             assert set(submitted()) == wanted
             for router in (killed, frozen):
-                routes(fleet, router)
+                wait_until_routing(fleet, router)
                 assert fleet.stop(router) == 0, router.tail()
             fleet.start("worker")
-            until(lambda: len(_of(app, JobSucceeded)) >= len(wanted), timeout=90.0, what="the end of all jobs")
+            until(
+                lambda: len(_facts_by_job(app, JobSucceeded)) >= len(wanted), timeout=90.0, what="the end of all jobs"
+            )
             runs = Counter(line.split()[1] for line in fleet.lines())
             again = sum(count - 1 for count in submitted().values())
             fleet.stop(fleet.members[-1])
         assert Counter(runs.values()) == {1: 2 * events}
-        assert Counter(_of(app, JobStarted).values()) == {1: 2 * events}
+        assert Counter(_facts_by_job(app, JobStarted).values()) == {1: 2 * events}
         app.close()
     say(f"router: {events} events, {len(wanted)} jobs, each run once; submitted again {again}x; {dict(fleet.did)}")
 
 
-def _of(app: App, fact: type) -> Counter[str]:
-    """How many facts of a kind each job has."""
+def _facts_by_job(app: App, fact: type) -> Counter[str]:
+    """Return how many facts of a kind each job has."""
     return Counter(r.event.job_id for r in log_of(app, app.names.lifecycle) if isinstance(r.event.fact, fact))

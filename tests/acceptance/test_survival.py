@@ -1,7 +1,7 @@
-"""Real processes, real faults: whatever is killed, frozen or taken away, the promises hold.
+"""Real processes and real faults: whatever is killed, frozen or stopped, the promises hold.
 
-The shortest form belongs to `make test`, a longer one to `make test-all`. The longest, `make chaos`, sets ``CHAOS_JOBS`` and
-``CHAOS_SECONDS`` and draws its faults at random; ``CHAOS_SEED`` repeats a run's choices.
+`make test` runs the shortest form, `make test-all` a longer one. `make chaos` runs the longest form: it sets
+``CHAOS_JOBS`` and ``CHAOS_SECONDS`` and draws its faults at random. ``CHAOS_SEED`` repeats the choices of a run.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import pytest
 
 from jobledger.kafka.embedded import EmbeddedKafka
 from tests.acceptance import chaos_app, independent
-from tests.acceptance.fleet import ROOT, TARGET, Fleet, Member, paused, serves
+from tests.acceptance.fleet import ROOT, TARGET, Fleet, Member, paused, wait_until_serving
 from tests.acceptance.promises import BROKEN_BY, Promise
 
 pytestmark = pytest.mark.kafka
@@ -31,14 +31,15 @@ pytestmark = pytest.mark.kafka
 LONG_JOBS = int(os.environ.get("CHAOS_JOBS", "40000"))
 SECONDS = float(os.environ.get("CHAOS_SECONDS", "0"))
 SEED = os.environ.get("CHAOS_SEED") or uuid.uuid4().hex[:8]
-#: Beyond every session: the workers' and the coordinators' are 6 s here, the materializer's lease is no longer.
+#: Seconds that are longer than every session: the sessions of workers and coordinators are 6 s here, and the
+#: materializer's lease is no longer.
 BEYOND_SESSION_S = 9.0
 OUTAGE_S = 10.0
 OPTIONS: dict[str, tuple[str, ...]] = {"worker": ("--concurrency", "50"), "coordinator": (), "materializer": ()}
 
 
 class Service:
-    """A submitting process. ``accepted``: ids of the jobs that were acknowledged to it, and their numbers."""
+    """A process that submits jobs. ``accepted``: the ids of the acknowledged jobs, and their numbers."""
 
     def __init__(self, fleet: Fleet, first: int, last: int, rate: float) -> None:
         self._out = fleet.folder / "accepted.txt"
@@ -51,39 +52,39 @@ class Service:
 
     @property
     def accepted(self) -> dict[str, int]:
-        """Numbers by job id."""
+        """Return the numbers of the acknowledged jobs, by job id."""
         lines = self._out.read_text().splitlines(keepends=True)
         return {line.split()[1]: int(line.split()[0]) for line in lines if line.endswith("\n")}
 
     def done(self) -> bool:
-        """Whether it has submitted everything. Raises if it failed."""
+        """Return whether the service has submitted everything. Raises an error if the service failed."""
         code = self.process.poll()
         if code:
             raise AssertionError(f"the service ended with {code}:\n{self._errors.read_text()[-3000:]}")
         return code == 0
 
     def close(self) -> None:
-        """End it."""
+        """End the service."""
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
 
 
 def counts(fleet: Fleet) -> tuple[int, int]:
-    """How many jobs the status table has as ended, and how many it has."""
+    """Return how many jobs have ended according to the status table, and how many it has."""
     try:
         connection = sqlite3.connect(f"file:{fleet.status}?mode=ro", uri=True, timeout=5.0)
         try:
             states = dict(connection.execute("SELECT state, count(*) FROM jobs GROUP BY state").fetchall())
         finally:
             connection.close()
-    except sqlite3.OperationalError:  # not there yet
+    except sqlite3.OperationalError:  # the table does not exist yet
         return 0, 0
     return sum(n for state, n in states.items() if state in independent.ENDED), sum(states.values())
 
 
-def ready(fleet: Fleet, **members: int) -> None:
-    """Create the topics and start so many members of each role."""
+def start_parts(fleet: Fleet, **members: int) -> None:
+    """Create the topics, and start this number of members of each role."""
     code, _, errors = fleet.run("topics", "apply", TARGET, "--yes")
     assert code == 0, errors
     for role, number in members.items():
@@ -91,8 +92,8 @@ def ready(fleet: Fleet, **members: int) -> None:
             fleet.start(role, *OPTIONS[role])
 
 
-def settle(fleet: Fleet, service: Service, timeout: float) -> None:
-    """Wait until everything that was accepted has ended, as far as the status table knows."""
+def wait_until_ended(fleet: Fleet, service: Service, timeout: float) -> None:
+    """Wait until every accepted job has ended according to the status table."""
     fleet.until(service.done, timeout, "the service submitted everything")
     accepted = len(service.accepted)
 
@@ -117,7 +118,7 @@ def settle(fleet: Fleet, service: Service, timeout: float) -> None:
 
 
 def judge(fleet: Fleet, service: Service, *, seed: str) -> tuple[independent.Log, independent.Audit]:
-    """Hold everything that can be seen against the promises; `jobledger audit` and `verify` must agree."""
+    """Check everything that can be seen against the promises. `jobledger audit` and `verify` must agree."""
     folded: dict[str, independent.Final] = {}
     differences: list[independent.Difference] = []
     log = independent.Log(fleet.namespace)
@@ -155,7 +156,7 @@ def judge(fleet: Fleet, service: Service, *, seed: str) -> tuple[independent.Log
     Promise.STATUS_CONVERGES.hold(
         code == 0 and report["equal"] is True, f"verify: exit code {code}, {report}, {errors[-2000:]}"
     )
-    # The command reads and sorts the log in its own way, and must find what was found here, excused or not.
+    # The command reads and sorts the log in another way, and must find the same faults, excused or not.
     code, report, errors = fleet.run("audit", TARGET, "--finished")
     assert code == (4 if audit.product else 0), (code, report, errors[-2000:])
     assert {fault["kind"]: fault["count"] for fault in report["faults"]} == audit.product, report
@@ -166,7 +167,7 @@ def judge(fleet: Fleet, service: Service, *, seed: str) -> tuple[independent.Log
 def as_expected(
     log: independent.Log, folded: dict[str, independent.Final], audit: independent.Audit, seed: str
 ) -> None:
-    """Every job's end is the one that its number decided beforehand, children and fallbacks included."""
+    """Check that every job ended as its number determines, also jobs of other jobs and fallbacks."""
     crashed = {r.head["job_id"] for r in log.of("lifecycle") if r.fact == "JobFailed" and r.body["reason"] == "crashed"}
     audit.noted["failed as crashed"] = len(crashed)
     numbers = {r.head["job_id"]: json.loads(r.body["spec"]["args"])["number"] for r in log.records if submits(r)}
@@ -196,12 +197,12 @@ def as_expected(
 
 
 def submits(record: independent.Record) -> bool:
-    """Whether it hands a job over."""
+    """Return whether the record is a submission."""
     return record.fact == "JobSubmitted"
 
 
 def summary(fleet: Fleet, log: independent.Log, audit: independent.Audit, seed: str, seconds: float) -> str:
-    """What was done and what was seen, in one line."""
+    """Return in one line what was done and what was seen."""
     states = Counter(f.state for f in independent.fold(log.records).values())
     did = ", ".join(f"{what} {n}x" for what, n in sorted(fleet.did.items()))
     noted = ", ".join(f"{what} {n}" for what, n in sorted(audit.noted.items()) if n)
@@ -212,18 +213,19 @@ def summary(fleet: Fleet, log: independent.Log, audit: independent.Audit, seed: 
 
 
 @pytest.mark.parametrize(("jobs", "rounds"), [(1_000, 1), pytest.param(3_000, 3, marks=pytest.mark.extended)])
-def test_whatever_is_killed_frozen_or_away_every_job_ends_once_and_is_told_right(
+def test_every_job_ends_once_and_its_status_is_right_under_faults(
     kafka: EmbeddedKafka, tmp_path: Path, namespace: str, say: Callable[[str], None], jobs: int, rounds: int
 ) -> None:
-    """Workers, coordinators and materializers are killed, once or three times each, and frozen past their sessions once, and
-    the broker is away for ten seconds: every accepted job ends as it must, none early, none again after its end was in the
-    log; the table agrees with an independent fold and with `verify`; no work record was passed over."""
+    """Workers, coordinators and materializers are killed, once or three times each, and frozen once beyond their
+    sessions, and the broker is unavailable for ten seconds. Every accepted job ends as expected. No job starts too
+    early, or again after its outcome is in the log. The table agrees with an independent fold and with `verify`, and no
+    work record is skipped."""
     if SECONDS:
         pytest.skip("the long form runs instead")
     began = time.monotonic()
     with ExitStack() as stack:
         fleet = stack.enter_context(Fleet(tmp_path, kafka.bootstrap, namespace, seed=SEED))
-        ready(fleet, worker=2, coordinator=2, materializer=2)
+        start_parts(fleet, worker=2, coordinator=2, materializer=2)
         service = Service(fleet, 0, jobs, rate=43)
         stack.callback(service.close)
         dice = random.Random(SEED)
@@ -244,7 +246,7 @@ def test_whatever_is_killed_frozen_or_away_every_job_ends_once_and_is_told_right
                 still.enter_context(paused(fleet, member, BEYOND_SESSION_S))
         progress()
         fleet.outage(kafka, OUTAGE_S)
-        settle(fleet, service, 120.0)
+        wait_until_ended(fleet, service, 120.0)
         log, audit = judge(fleet, service, seed=SEED)
         say(summary(fleet, log, audit, SEED, time.monotonic() - began))
 
@@ -252,15 +254,15 @@ def test_whatever_is_killed_frozen_or_away_every_job_ends_once_and_is_told_right
 @pytest.mark.extended
 @pytest.mark.timeout(0)
 @pytest.mark.skipif(not SECONDS, reason="the long form: make chaos")
-def test_the_promises_hold_through_random_faults_for_as_long_as_asked(
+def test_the_promises_hold_under_random_faults(
     kafka: EmbeddedKafka, tmp_path: Path, namespace: str, say: Callable[[str], None]
 ) -> None:
-    """As the short form, with faults drawn at random, several at a time, for CHAOS_SECONDS over CHAOS_JOBS."""
+    """The same as the short form, with random faults, several at a time, for CHAOS_SECONDS with CHAOS_JOBS."""
     began = time.monotonic()
     say(f"chaos: {LONG_JOBS} jobs, {SECONDS:g} s, CHAOS_SEED={SEED}, logs in {tmp_path}")
     with ExitStack() as stack:
         fleet = stack.enter_context(Fleet(tmp_path, kafka.bootstrap, namespace, seed=SEED))
-        ready(fleet, worker=3, coordinator=2, materializer=2)
+        start_parts(fleet, worker=3, coordinator=2, materializer=2)
         service = Service(fleet, 0, LONG_JOBS, rate=LONG_JOBS / (SECONDS * 0.8))
         stack.callback(service.close)
         fleet.until(lambda: counts(fleet)[0] > 0, 60.0, "the first jobs ended")
@@ -301,7 +303,7 @@ def test_the_promises_hold_through_random_faults_for_as_long_as_asked(
                 )
         for _, member in thaws:
             fleet.thaw(member)
-        settle(fleet, service, 600.0)
+        wait_until_ended(fleet, service, 600.0)
         log, audit = judge(fleet, service, seed=SEED)
         say(summary(fleet, log, audit, SEED, time.monotonic() - began))
 
@@ -310,25 +312,25 @@ def test_the_promises_hold_through_random_faults_for_as_long_as_asked(
 def test_a_rolling_restart_under_load_runs_nothing_twice(
     kafka: EmbeddedKafka, tmp_path: Path, namespace: str, say: Callable[[str], None]
 ) -> None:
-    """Two workers are replaced by SIGTERM, one after the other and twice round, while jobs keep coming: every release
-    is started once and its code is run once."""
+    """Two workers are stopped with SIGTERM and restarted, one after the other and twice, while jobs are submitted.
+    Every release is started once, and its code runs once."""
     began = time.monotonic()
     jobs = 1500
     with ExitStack() as stack:
         fleet = stack.enter_context(Fleet(tmp_path, kafka.bootstrap, namespace, seed=SEED))
-        ready(fleet, worker=2, coordinator=1, materializer=1)
+        start_parts(fleet, worker=2, coordinator=1, materializer=1)
         service = Service(fleet, 0, jobs, rate=jobs / 30)
         stack.callback(service.close)
         fleet.until(lambda: counts(fleet)[0] >= jobs // 30, 60.0, "the first jobs ended")
         for _ in range(2):
             for member in fleet.of("worker"):
-                serves(fleet, member)
+                wait_until_serving(fleet, member)
                 code = fleet.stop(member)
                 Promise.GRACEFUL_STOP.hold(code == 0, f"{member.name} ended with {code}:\n{member.tail()}")
                 fleet.restart(member)
                 goal = min(counts(fleet)[0] + jobs // 15, jobs)
                 fleet.until(lambda goal=goal: counts(fleet)[0] >= goal, 60.0, f"{goal} jobs ended")  # type: ignore[misc]
-        settle(fleet, service, 90.0)
+        wait_until_ended(fleet, service, 90.0)
         log, audit = judge(fleet, service, seed=SEED)
         for kind in ("releases run more than once", "started-again", "closed-again"):
             Promise.GRACEFUL_STOP.hold(audit.noted[kind] == 0, f"{kind}: {audit.noted[kind]}")

@@ -1,8 +1,8 @@
-"""Three brokers, three copies, two of which must have a record: whichever broker dies, stands still or is replaced,
-nothing is lost and nothing runs again.
+"""Three brokers with three copies of each record, of which two must be written: if any one broker dies, is frozen or is
+restarted, no job is lost and none runs again.
 
-What is put under load is everything at once: submissions, workers, the coordinator (Faust and aiokafka), the
-materializer and the router (librdkafka).
+The load includes everything: submissions, workers, the coordinator (Faust and aiokafka), the materializer and the
+router (librdkafka).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 from confluent_kafka import KafkaException
-from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported without saying so
+from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported without __all__
     AdminClient,
     ConfigResource,
     ConfigSource,
@@ -32,7 +32,7 @@ from jobledger.schemas.events import JobSubmitted
 from tests.acceptance import chaos_app, events_app, independent
 from tests.acceptance.audit import Window
 from tests.acceptance.fleet import Fleet, now_ms
-from tests.acceptance.test_survival import Service, counts, judge, ready, settle, summary
+from tests.acceptance.test_survival import Service, counts, judge, start_parts, summary, wait_until_ended
 from tests.brokers import Brokers
 from tests.integration.worker_app import log_of, until
 
@@ -48,14 +48,14 @@ IN_SYNC_S = 60.0
 
 @pytest.fixture(scope="module")
 def three() -> Iterator[Brokers]:
-    """Three brokers of this module's own."""
+    """Yield three brokers for this module."""
     with Brokers(3) as made:
         yield made
 
 
 @pytest.fixture
 def brokers(three: Brokers) -> Brokers:
-    """All of them up, whatever an earlier test has left."""
+    """Return the brokers, all of them running."""
     away = [node for node in three.nodes if not three.runs(node)]
     if away:
         three.start(*away)
@@ -63,21 +63,21 @@ def brokers(three: Brokers) -> Brokers:
 
 
 class Cluster:
-    """What the cluster says of itself, through whichever broker answers."""
+    """The state of the cluster, as any of its brokers reports it."""
 
     def __init__(self, brokers: Brokers) -> None:
         self._brokers = brokers
         self._admin = AdminClient({"bootstrap.servers": brokers.bootstrap, "log_level": 0})
 
     def leaders(self, namespace: str) -> Counter[int]:
-        """How many partitions of a namespace each broker leads."""
+        """Return how many partitions of a namespace each broker leads."""
         found = self._admin.list_topics(timeout=10).topics
         return Counter(
             p.leader for name, t in found.items() if name.startswith(namespace) for p in t.partitions.values()
         )
 
     def in_sync(self) -> bool:
-        """Whether every partition has a leader and all its copies."""
+        """Return whether every partition has a leader and all its copies."""
         try:
             found = self._admin.list_topics(timeout=2).topics
         except KafkaException:
@@ -86,14 +86,14 @@ class Cluster:
         return bool(parts) and all(p.leader > 0 and len(p.isrs) == len(p.replicas) for p in parts)
 
     def busiest(self, namespace: str) -> int:
-        """The broker that leads most."""
+        """Return the broker that leads the most partitions."""
         ((node, _),) = self.leaders(namespace).most_common(1)
         return node
 
 
 def gaps(log: independent.Log) -> str:
-    """The longest times in which nothing was accepted, and nothing started, and how late a delayed job was let go, by
-    the brokers' clock, for people."""
+    """Return, for people, the longest times without a submission and without a start, and how late the latest delayed
+    job was released, by the brokers' clock."""
     found = []
     for what, fact in (("submissions", "JobSubmitted"), ("starts", "JobStarted")):
         times = sorted(record.at for record in log.records if record.fact == fact)
@@ -103,8 +103,8 @@ def gaps(log: independent.Log) -> str:
     return ", ".join([*found, f"latest release {late / 1000:.1f} s late"])
 
 
-def working(fleet: Fleet) -> None:
-    """All parts are at work: jobs have ended, and every coordinator has partitions or stands by."""
+def wait_until_working(fleet: Fleet) -> None:
+    """Wait until all parts work: some jobs have ended, and every coordinator has partitions or is a standby."""
     fleet.until(lambda: counts(fleet)[0] >= JOBS // 50, 60.0, "the first jobs ended")
     ready_words = ("started, local copy", "stands by")
     fleet.until(
@@ -114,15 +114,15 @@ def working(fleet: Fleet) -> None:
     )
 
 
-def replicated(brokers: Brokers, fleet: Fleet) -> None:
-    """`topics apply` has asked for three copies of everything, and two to acknowledge, by itself."""
+def check_copies(brokers: Brokers, fleet: Fleet) -> None:
+    """Check that `topics apply` by itself requested three copies of each topic, and two for an acknowledgement."""
     admin = AdminClient({"bootstrap.servers": brokers.bootstrap, "log_level": 0})
     mine = {n: t for n, t in admin.list_topics(timeout=10).topics.items() if n.startswith(fleet.namespace)}
     assert len(mine) >= 6
     assert {len(p.replicas) for topic in mine.values() for p in topic.partitions.values()} == {3}
     asked = admin.describe_configs([ConfigResource(ResourceType.TOPIC, name) for name in mine], request_timeout=10)
     settings = {resource.name: future.result(15)["min.insync.replicas"] for resource, future in asked.items()}
-    # The topics' own: the brokers' default is 2 as well, in these tests.
+    # The topics' own settings, because the brokers' default is 2 as well in these tests.
     own = ConfigSource.DYNAMIC_TOPIC_CONFIG.value
     assert {(s.value, s.source) for s in settings.values()} == {("2", own)}
 
@@ -130,16 +130,17 @@ def replicated(brokers: Brokers, fleet: Fleet) -> None:
 def test_whichever_leader_is_killed_every_job_ends_once(
     brokers: Brokers, tmp_path: Path, namespace: str, say: Callable[[str], None]
 ) -> None:
-    """kill -9 of the broker that leads most, three times, each started again; every part goes on by itself."""
+    """The broker that leads the most partitions is killed with kill -9 three times, and started again. Every part
+    continues by itself."""
     began = time.monotonic()
     cluster = Cluster(brokers)
     with ExitStack() as stack:
         fleet = stack.enter_context(Fleet(tmp_path, brokers.bootstrap, namespace, seed=SEED))
-        ready(fleet, worker=2, coordinator=2, materializer=1)
-        replicated(brokers, fleet)
+        start_parts(fleet, worker=2, coordinator=2, materializer=1)
+        check_copies(brokers, fleet)
         service = Service(fleet, 0, JOBS, rate=JOBS / 30)
         stack.callback(service.close)
-        working(fleet)
+        wait_until_working(fleet)
         for _ in range(3):
             node = cluster.busiest(namespace)
             at = now_ms()
@@ -150,24 +151,25 @@ def test_whichever_leader_is_killed_every_job_ends_once(
             fleet.until(cluster.in_sync, IN_SYNC_S, "all copies are in sync again")
             fleet.windows.append(Window("broker", at, now_ms()))
             fleet.did[f"broker {node} killed"] += 1
-        settle(fleet, service, 120.0)
+        wait_until_ended(fleet, service, 120.0)
         log, audit = judge(fleet, service, seed=SEED)
         say(f"three brokers, killed: {gaps(log)}; {summary(fleet, log, audit, SEED, time.monotonic() - began)}")
         assert fleet.deaths == []
 
 
-def test_a_rolling_restart_of_the_brokers_is_hardly_seen(
+def test_a_rolling_restart_of_the_brokers_disturbs_no_part(
     brokers: Brokers, tmp_path: Path, namespace: str, say: Callable[[str], None]
 ) -> None:
-    """SIGTERM, start, in sync, the next: no part ends, no release is started twice."""
+    """Each broker is stopped with SIGTERM and started, and the next one follows when all copies are in sync. No part
+    ends, and no release is started twice."""
     began = time.monotonic()
     cluster = Cluster(brokers)
     with ExitStack() as stack:
         fleet = stack.enter_context(Fleet(tmp_path, brokers.bootstrap, namespace, seed=SEED))
-        ready(fleet, worker=2, coordinator=1, materializer=1)
+        start_parts(fleet, worker=2, coordinator=1, materializer=1)
         service = Service(fleet, 0, JOBS, rate=JOBS / 30)
         stack.callback(service.close)
-        working(fleet)
+        wait_until_working(fleet)
         for node in brokers.nodes:
             at = now_ms()
             brokers.stop(node)
@@ -175,26 +177,26 @@ def test_a_rolling_restart_of_the_brokers_is_hardly_seen(
             fleet.until(cluster.in_sync, IN_SYNC_S, "all copies are in sync again")
             fleet.windows.append(Window("broker", at, now_ms()))
             fleet.did["broker restarted"] += 1
-        settle(fleet, service, 120.0)
+        wait_until_ended(fleet, service, 120.0)
         log, audit = judge(fleet, service, seed=SEED)
         say(f"three brokers, restarted: {gaps(log)}; {summary(fleet, log, audit, SEED, time.monotonic() - began)}")
         assert fleet.deaths == []
         assert audit.noted["started-again"] == 0
 
 
-def test_a_leader_that_stands_still_is_left_behind(
+def test_a_frozen_leader_is_replaced_and_does_no_harm(
     brokers: Brokers, tmp_path: Path, namespace: str, say: Callable[[str], None]
 ) -> None:
-    """SIGSTOP of the broker that leads most, longer than every session, and SIGCONT: what
-    it still answers harms nothing."""
+    """The broker that leads the most partitions is frozen for longer than every session, and then continues. Its late
+    answers do no harm."""
     began = time.monotonic()
     cluster = Cluster(brokers)
     with ExitStack() as stack:
         fleet = stack.enter_context(Fleet(tmp_path, brokers.bootstrap, namespace, seed=SEED))
-        ready(fleet, worker=2, coordinator=1, materializer=1)
+        start_parts(fleet, worker=2, coordinator=1, materializer=1)
         service = Service(fleet, 0, JOBS, rate=JOBS / 30)
         stack.callback(service.close)
-        working(fleet)
+        wait_until_working(fleet)
         node, at = cluster.busiest(namespace), now_ms()
         brokers.pause(node)
         stack.callback(brokers.resume, node)
@@ -205,29 +207,29 @@ def test_a_leader_that_stands_still_is_left_behind(
         fleet.until(cluster.in_sync, IN_SYNC_S, "all copies are in sync again")
         fleet.windows.append(Window("broker", at, now_ms()))
         fleet.did["broker frozen"] += 1
-        settle(fleet, service, 120.0)
+        wait_until_ended(fleet, service, 120.0)
         log, audit = judge(fleet, service, seed=SEED)
         say(f"three brokers, frozen: {gaps(log)}; {summary(fleet, log, audit, SEED, time.monotonic() - began)}")
 
 
-def test_with_one_of_three_left_nothing_is_acknowledged_and_all_goes_on_later(
+def test_with_one_of_three_brokers_nothing_is_acknowledged_and_jobs_continue_later(
     brokers: Brokers, tmp_path: Path, namespace: str, say: Callable[[str], None]
 ) -> None:
-    """Two brokers killed at once: what is submitted then waits, and fails within its time; once they are back, all that
-    was acknowledged ends, and the parts go on by themselves."""
+    """Two brokers are killed at once. A submission then waits, and fails within its time limit. When the brokers run
+    again, every acknowledged job ends, and the parts continue by themselves."""
     began = time.monotonic()
     cluster = Cluster(brokers)
     with ExitStack() as stack:
         fleet = stack.enter_context(Fleet(tmp_path, brokers.bootstrap, namespace, seed=SEED))
-        ready(fleet, worker=2, coordinator=1, materializer=1)
+        start_parts(fleet, worker=2, coordinator=1, materializer=1)
         service = Service(fleet, 0, JOBS, rate=JOBS / 20)
         stack.callback(service.close)
-        working(fleet)
+        wait_until_working(fleet)
         app = App(namespace, settings=Settings(bootstrap=brokers.bootstrap, submit_timeout=6.0), partitions=4)
         stack.callback(app.close)
         quick = app.task(name="quick")(_quick)
         spare = (n for n in itertools.count(10_000_000) if chaos_app.fate(n, SEED).kind == "quick")
-        quick.submit(next(spare))  # connected, and its schema is there
+        quick.submit(next(spare))  # so that the client is connected and its schema is published
         at = now_ms()
         for node in (1, 2):
             brokers.kill(node)
@@ -241,7 +243,7 @@ def test_with_one_of_three_left_nothing_is_acknowledged_and_all_goes_on_later(
         away_s = time.monotonic() - asked
         fleet.windows.append(Window("broker", at, now_ms()))
         fleet.did["brokers killed, two of three"] += 1
-        settle(fleet, service, 120.0)
+        wait_until_ended(fleet, service, 120.0)
         log, audit = judge(fleet, service, seed=SEED)
         say(
             f"three brokers, one left: a submission failed after {took:.1f} s; {gaps(log)}; "
@@ -254,14 +256,15 @@ def test_with_one_of_three_left_nothing_is_acknowledged_and_all_goes_on_later(
 
 
 async def _quick(number: int) -> int:
-    """The submitter's side of `chaos_app.quick`."""
+    """Declare `chaos_app.quick` for the submitter."""
     return number
 
 
-def test_the_router_passes_no_event_when_leaders_are_killed(
+def test_the_router_skips_no_event_when_leaders_are_killed(
     brokers: Brokers, tmp_path: Path, namespace: str, say: Callable[[str], None]
 ) -> None:
-    """Of each event and handler one job, run once, while brokers are killed under emitters, router and workers."""
+    """Each pair of event and handler has one job, which runs once, while brokers are killed under emitters, router and
+    workers."""
     events, ids = JOBS, list[str]()
     cluster = Cluster(brokers)
     app = App(namespace, settings=Settings(bootstrap=brokers.bootstrap), partitions=4)
@@ -310,11 +313,11 @@ def test_the_router_passes_no_event_when_leaders_are_killed(
     say(f"three brokers, router: {events} events, {len(wanted)} jobs, each run once; 2 leaders killed")
 
 
-def test_topics_that_have_one_copy_still_take_records_after_an_apply(
+def test_topics_with_one_copy_still_accept_records_after_an_apply(
     brokers: Brokers, tmp_path: Path, namespace: str
 ) -> None:
-    """Made when the cluster had one broker: `topics apply` says what is missing, and asks
-    for no second acknowledgement."""
+    """The topics were created when the cluster had one broker. `topics apply` reports the missing copies, and does not
+    require a second copy for an acknowledgement."""
     with Fleet(tmp_path, brokers.bootstrap, namespace) as fleet:
         assert fleet.run("topics", "apply", fleet.target, "--yes", "--replication", "1")[0] == 0
         code, plan, errors = fleet.run("topics", "apply", fleet.target, "--yes")
@@ -327,7 +330,7 @@ def test_topics_that_have_one_copy_still_take_records_after_an_apply(
         assert app.task(name="quick")(_quick).submit(1).position.offset >= 0
         app.close()
         code, _, errors = fleet.run("topics", "plan", fleet.target, "--replication", "4")
-        assert code == 0  # what is there stays; only a new topic would be refused
+        assert code == 0  # existing topics stay as they are; only a new topic would be refused
     with Fleet(tmp_path / "more", brokers.bootstrap, f"{namespace}-more") as fleet:
         code, _, errors = fleet.run("topics", "apply", fleet.target, "--yes", "--replication", "4")
         assert code == 1

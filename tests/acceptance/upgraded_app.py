@@ -1,7 +1,7 @@
-"""The chaos app, run by a later version of Jobledger: one that knows the fact ``JobUnlocked``.
+"""The chaos app in a later version of Jobledger, which knows the fact ``JobUnlocked``.
 
-The later version does not exist yet, so this module makes it: to it the new fact means what `JobDue` means. Only the
-decoder's table is touched; everything else is the code as it is.
+The later version does not exist yet, so this module imitates it: there the new fact has the meaning of `JobDue`. Only
+the table of the decoder is changed.
 """
 
 from __future__ import annotations

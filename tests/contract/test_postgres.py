@@ -1,5 +1,5 @@
-"""What only PostgreSQL has: users and their rights, other people's tables, connections
-that break, servers that crash."""
+"""What only PostgreSQL has: users and their rights, tables of other programs, broken connections, and servers that
+crash."""
 
 from __future__ import annotations
 
@@ -52,8 +52,9 @@ def url(postgres: Databases) -> Iterator[str]:
 
 
 @contextmanager
-def member(postgres: Databases, url: str, *grants: str) -> Iterator[str]:
-    """The URL of a user with these rights in the database, each a statement with ``{role}``; they go with the user."""
+def user_with_grants(postgres: Databases, url: str, *grants: str) -> Iterator[str]:
+    """Yield the URL of a new user with these rights in the database. Each grant is a statement with ``{role}``. The
+    rights are removed with the user."""
     with postgres.role(PASSWORD) as role:
         name = sqlalchemy.make_url(url).database
         for grant in grants:
@@ -65,16 +66,17 @@ def member(postgres: Databases, url: str, *grants: str) -> Iterator[str]:
 
 
 def break_connections(postgres: Databases, url: str) -> None:
-    """End every session on a database, as a server that stops or a network that fails does."""
+    """End every session on a database, as a stopped server or a failed network does."""
     name = sqlalchemy.make_url(url).database
-    ended = "pg_terminate_backend(pid, 5000)"  # waits for their ends
+    ended = "pg_terminate_backend(pid, 5000)"  # waits until they have ended
     postgres.execute(
         f"SELECT {ended} FROM pg_stat_activity WHERE datname = '{name}' AND backend_type = 'client backend'"
     )
 
 
-def refused(url: str, *words: str, by: type[StoreError] = StoreError) -> None:
-    """Opened for reading or writing it is an error that has these words and not the password, nor has its traceback."""
+def assert_refused(url: str, *words: str, by: type[StoreError] = StoreError) -> None:
+    """Check that opening this URL, for reading and for writing, is an error with these words. Neither the error nor its
+    traceback contains the password."""
     for opens in (open_reader, open_store):
         with pytest.raises(StoreError) as found:
             opens(url, NAMESPACE)
@@ -85,35 +87,37 @@ def refused(url: str, *words: str, by: type[StoreError] = StoreError) -> None:
         assert "s3cret" not in everything.replace(f'PASSWORD = "{PASSWORD}"', "")
 
 
-def test_a_wrong_password_is_said(postgres: Databases, url: str) -> None:
-    """A wrong password is an error at once that names host, database and user, and no password."""
-    with member(postgres, url) as right:
+def test_the_error_of_a_wrong_password_names_the_user_and_no_password(postgres: Databases, url: str) -> None:
+    """The error comes at once and names host, database and user, but no password."""
+    with user_with_grants(postgres, url) as right:
         wrong = sqlalchemy.make_url(right).set(password="s3cret-but-wrong").render_as_string(hide_password=False)
         database = sqlalchemy.make_url(url).database
-        refused(wrong, "127.0.0.1", f"database '{database}'", "the user or the password", "jl_")
+        assert_refused(wrong, "127.0.0.1", f"database '{database}'", "the user or the password", "jl_")
         nowhere = sqlalchemy.make_url(right).set(database="none_here").render_as_string(hide_password=False)
-        refused(nowhere, "there is no such database", "none_here")
+        assert_refused(nowhere, "there is no such database", "none_here")
         postgres.execute(f"REVOKE CONNECT ON DATABASE {database} FROM PUBLIC")
-        refused(right, "GRANT CONNECT ON DATABASE")
+        assert_refused(right, "GRANT CONNECT ON DATABASE")
         assert PASSWORD not in shown(right)
         assert "s3cret" not in shown(f"postgresql://host/db?user=me&password={PASSWORD}")
 
 
 def test_settings_do_not_show_a_password() -> None:
-    """What a log or a debugger shows of the settings has no password in it."""
+    """The text of the settings in a log or a debugger contains no password."""
     assert "s3cret" not in repr(Settings(status_url="postgresql://me:s3cret@host/db"))
 
 
-def test_a_server_that_is_away_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where nothing listens, the error after a bounded time names host, port and database, and may be tried again."""
+def test_the_error_about_an_unreachable_server_names_its_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If no server listens, the error comes after a limited time, names host, port and database, and is one after which
+    a retry makes sense."""
     monkeypatch.setattr("jobledger.streams.status.store.postgres_reader.READ_PATIENCE_S", 0.3)
     port = free_port()
-    refused(f"postgresql://me:s3cret@127.0.0.1:{port}/db", f"127.0.0.1:{port}", "'db'", by=StoreUnavailable)
+    assert_refused(f"postgresql://me:s3cret@127.0.0.1:{port}/db", f"127.0.0.1:{port}", "'db'", by=StoreUnavailable)
 
 
-def test_a_user_without_rights_is_told_which(postgres: Databases, url: str) -> None:
-    """A user who may make no schema is told who must; once the table is there a reader needs no more than SELECT."""
-    with member(postgres, url) as reads:
+def test_the_error_about_a_missing_right_names_the_right(postgres: Databases, url: str) -> None:
+    """If the user of a writer may not create the schema, the error says that the user must own it. Once the table
+    exists, a reader only needs USAGE and SELECT, which the error names."""
+    with user_with_grants(postgres, url) as reads:
         with pytest.raises(StoreError, match="must own the schema"):
             open_store(reads, NAMESPACE)
         with pytest.raises(StoreNotFound):
@@ -121,7 +125,7 @@ def test_a_user_without_rights_is_told_which(postgres: Databases, url: str) -> N
         with PostgresStore(url, NAMESPACE) as store:
             assert store.acquire()
             write(store, {"a": life(ev.JobSubmitted(SPEC))})
-            refused(reads, "permission denied for", "USAGE", SCHEMA)
+            assert_refused(reads, "permission denied for", "USAGE", SCHEMA)
             role = sqlalchemy.make_url(reads).username
             postgres.execute(f"GRANT USAGE ON SCHEMA {SCHEMA} TO {role}", url)
             postgres.execute(f"GRANT SELECT ON ALL TABLES IN SCHEMA {SCHEMA} TO {role}", url)
@@ -129,22 +133,22 @@ def test_a_user_without_rights_is_told_which(postgres: Databases, url: str) -> N
             assert [each.job_id for each in reader.jobs()] == ["a"]
             with store.beside() as new:
                 store.replace_with(new)
-            assert reader.jobs() == []  # what was granted holds for the new table
+            assert reader.jobs() == []  # the rights also hold for the new table
             reader.close()
         with open_store(reads, NAMESPACE) as other, pytest.raises(StoreError, match="permission denied"):
             other.acquire()
 
 
-def test_a_database_that_only_reads_is_said(postgres: Databases, url: str) -> None:
-    """A standby, or a user for whom transactions only read, is no place for a writer, and the error says so."""
+def test_a_read_only_database_is_refused_for_writing(postgres: Databases, url: str) -> None:
+    """A writer refuses a standby, or a user whose transactions are read-only, with an error that says so."""
     only = "ALTER ROLE {role} SET default_transaction_read_only = on"
-    with member(postgres, url, only) as reads, pytest.raises(StoreError, match="it only reads"):
+    with user_with_grants(postgres, url, only) as reads, pytest.raises(StoreError, match="read-only standby"):
         open_store(reads, NAMESPACE)
 
 
-def test_a_schema_that_was_made_for_the_user_is_enough(postgres: Databases, url: str) -> None:
-    """Who owns the schema needs no right on the database, except for a rebuild, which makes one beside it."""
-    with member(postgres, url, f"CREATE SCHEMA {SCHEMA} AUTHORIZATION {{role}}") as owner:
+def test_a_user_who_owns_the_schema_needs_no_other_right(postgres: Databases, url: str) -> None:
+    """The owner of the schema needs no right on the database. Only a rebuild does, because it creates another schema."""
+    with user_with_grants(postgres, url, f"CREATE SCHEMA {SCHEMA} AUTHORIZATION {{role}}") as owner:
         with open_store(owner, NAMESPACE) as store:
             assert store.acquire()
             write(store, {"a": life(ev.JobSubmitted(SPEC))})
@@ -153,8 +157,8 @@ def test_a_schema_that_was_made_for_the_user_is_enough(postgres: Databases, url:
         open_reader(owner, NAMESPACE).close()
 
 
-def test_namespaces_and_others_live_in_one_database(postgres: Databases, url: str) -> None:
-    """Each namespace has its own tables, also beside tables of the same names that are somebody else's."""
+def test_namespaces_share_a_database_with_other_tables(postgres: Databases, url: str) -> None:
+    """Each namespace has its own tables, also beside tables of other programs with the same names."""
     postgres.execute("CREATE TABLE jobs (job_id int)", url)
     postgres.execute("CREATE TABLE meta (key int)", url)
     names = ["shop", "Shop", "shop-2", "n" * 100, "n" * 99 + "m"]
@@ -170,14 +174,14 @@ def test_namespaces_and_others_live_in_one_database(postgres: Databases, url: st
     assert len({schema_beside(schema_of(name)) for name in names} | {schema_of(name) for name in names}) == 10
 
 
-def test_a_schema_of_something_else_is_refused(postgres: Databases, url: str) -> None:
-    """A schema of our name with tables that are not ours is left as it is."""
+def test_a_schema_of_another_program_is_refused(postgres: Databases, url: str) -> None:
+    """A schema with the namespace's name but with tables of another program is not changed."""
     postgres.execute(f"CREATE SCHEMA {SCHEMA} CREATE TABLE meals (name text)", url)
-    refused(url, "something else")
+    assert_refused(url, "another program")
 
 
 def test_a_database_that_cannot_hold_every_text_is_refused(postgres: Databases) -> None:
-    """A database in another encoding than UTF-8 is refused at once, and not by the first name that does not fit."""
+    """A database with another encoding than UTF-8 is refused at the start, not at the first text that it cannot store."""
     name = f"jl_latin_{os.getpid()}"
     postgres.execute(f"CREATE DATABASE {name} ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0")
     try:
@@ -187,8 +191,8 @@ def test_a_database_that_cannot_hold_every_text_is_refused(postgres: Databases) 
         postgres.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
-def test_two_that_make_the_table_at_once_make_one(url: str) -> None:
-    """Materializers that start together on an empty database find one table, and one of them writes it."""
+def test_writers_that_create_the_table_at_once_create_one(url: str) -> None:
+    """Materializers that start together with an empty database all open the same table, and one of them writes it."""
     stores: list[PostgresStore] = []
     threads = [threading.Thread(target=lambda: stores.append(PostgresStore(url, NAMESPACE))) for _ in range(6)]
     for thread in threads:
@@ -202,13 +206,14 @@ def test_two_that_make_the_table_at_once_make_one(url: str) -> None:
 
 
 def test_a_writer_whose_connection_ended_is_replaced_at_once(postgres: Databases, url: str) -> None:
-    """A writer that died, on whatever machine, need not be waited for; one that lives and is silent keeps its place."""
+    """The next writer does not wait for a dead writer, on whatever machine. A writer that lives and writes nothing
+    keeps its lease."""
     with PostgresStore(url, NAMESPACE, holder="there:1") as one, PostgresStore(url, NAMESPACE, holder="two:2") as two:
         assert one.acquire()
         assert not two.acquire()
         break_connections(postgres, url)
         with pytest.raises(StoreUnavailable):
-            two.acquire()  # its own connection has broken, too; the next try has a new one
+            two.acquire()  # this writer's connection is broken, too; the next attempt has a new one
         assert two.acquire()
         with pytest.raises(StoreUnavailable):
             one.renew()
@@ -217,7 +222,7 @@ def test_a_writer_whose_connection_ended_is_replaced_at_once(postgres: Databases
 
 
 def test_a_connection_that_breaks_between_batches_costs_nothing(postgres: Databases, url: str) -> None:
-    """A writer whose connection broke writes on over a new one, still its lease's holder for the others."""
+    """A writer whose connection broke continues with a new one, and keeps its lease."""
     with PostgresStore(url, NAMESPACE) as one, PostgresStore(url, NAMESPACE, holder="two:2") as two:
         assert one.acquire()
         assert one.offsets() == {}
@@ -236,18 +241,19 @@ def test_a_connection_that_breaks_between_batches_costs_nothing(postgres: Databa
 def test_a_commit_that_is_under_way_when_its_connection_breaks_is_awaited(
     postgres: Databases, url: str, forgetful: bool
 ) -> None:
-    """Its end may come when the writer has a new connection: what it wrote is not written a second time, be it by one
-    that goes on or by one that begins again at the table's offsets."""
+    """The commit may end when the writer has a new connection already. The changes are not written twice, neither by a
+    writer that continues nor by one that begins again at the table's offsets."""
     with PostgresStore(url, NAMESPACE) as store, psycopg.connect(url) as old:
         assert store.acquire()
         store.offsets()
         write(store, {"a": life(ev.JobSubmitted(SPEC))}, {("t", 0): 5})
-        # What the server has of the transaction whose commit is under way, on a connection the writer has lost.
+        # The state of the transaction on the server while its commit is under way, on a connection that the writer has
+        # lost.
         old.execute(f"SET search_path = {SCHEMA}")
         old.execute("UPDATE lease SET until_ms = until_ms")
         old.execute("UPDATE counters SET jobs = jobs + 1")
         old.execute("UPDATE offsets SET next_offset = 6")
-        break_off(store)
+        close_connection(store)
         failed: list[BaseException] = []
         found: list[dict[tuple[str, int], int]] = []
 
@@ -273,16 +279,16 @@ def test_a_commit_that_is_under_way_when_its_connection_breaks_is_awaited(
         assert postgres.execute(f"SELECT sum(jobs) FROM {SCHEMA}.counters", url) == [(2,)]
 
 
-def break_off(store: PostgresStore) -> None:
-    """Lose a writer's connection."""
+def close_connection(store: PostgresStore) -> None:
+    """Close a writer's connection."""
     assert store._db is not None
     store._db.close()
 
 
 @pytest.mark.parametrize("found", [None, 1, 9])
-def test_a_table_that_is_not_where_it_was_left_is_noticed(postgres: Databases, url: str, found: int | None) -> None:
-    """After a broken connection a writer that finds other offsets, of lost commits or of one it took for failed, writes
-    nothing before it has begun again at the offsets that are there."""
+def test_offsets_that_differ_from_the_last_commit_are_noticed(postgres: Databases, url: str, found: int | None) -> None:
+    """After a broken connection, a writer may find other offsets, because commits were lost, or because a commit that
+    seemed to fail has succeeded. It writes nothing before it has begun again at these offsets."""
     with PostgresStore(url, NAMESPACE) as store:
         assert store.acquire()
         store.offsets()
@@ -300,8 +306,9 @@ def test_a_table_that_is_not_where_it_was_left_is_noticed(postgres: Databases, u
         assert store.offsets() == {("t", 0): 6}
 
 
-def test_what_a_crash_takes_away_is_whole_transactions(postgres_server: Server) -> None:
-    """After a crash of the server rows, counters and offsets are of one moment, and the lease's epoch is never lost."""
+def test_a_crash_loses_only_whole_transactions(postgres_server: Server) -> None:
+    """After a crash of the server, rows, counters and offsets are those of one moment. The epoch of the lease is never
+    lost."""
     with postgres_server.database() as url, PostgresStore(url, NAMESPACE) as store:
         assert store.acquire()
         store.offsets()
@@ -313,7 +320,7 @@ def test_what_a_crash_takes_away_is_whole_transactions(postgres_server: Server) 
         postgres_server.start()
         try:
             store.renew()
-        except CommitUnknown:  # the usual: what was not yet on disk is gone
+        except CommitUnknown:  # the usual case: transactions that were not on disk are lost
             assert store.offsets()[("t", 0)] < 50
         offset = store.offsets().get(("t", 0), 0)
         assert store.size() == offset
@@ -324,8 +331,8 @@ def test_what_a_crash_takes_away_is_whole_transactions(postgres_server: Server) 
         assert store.size() == 50
 
 
-def test_a_view_of_somebody_elses_stops_a_swap(postgres: Databases, url: str) -> None:
-    """A rebuild drops nobody's view: it says what is in the way and leaves the table as it was."""
+def test_a_view_of_another_program_stops_the_replacement_of_the_table(postgres: Databases, url: str) -> None:
+    """A rebuild drops no view of another program. It names the view and leaves the table unchanged."""
     with PostgresStore(url, NAMESPACE) as store:
         assert store.acquire()
         write(store, {"a": life(ev.JobSubmitted(SPEC))})
@@ -339,7 +346,7 @@ def test_a_view_of_somebody_elses_stops_a_swap(postgres: Databases, url: str) ->
 
 
 def test_queries_use_their_indexes(postgres: Databases, url: str) -> None:
-    """No list of the newest, of a state, of a tag or of the overdue reads the whole table."""
+    """No query for the newest jobs, for a state, for a tag or for overdue jobs reads the whole table."""
     with PostgresStore(url, NAMESPACE) as store:
         assert store.acquire()
         tagged = ev.JobSubmitted(ev.JobSpec(b"{}", {"a": "b"}))
@@ -372,7 +379,7 @@ def test_queries_use_their_indexes(postgres: Databases, url: str) -> None:
 
 
 def test_a_missing_driver_names_the_extra() -> None:
-    """Without psycopg a PostgreSQL URL is an error that says what to install."""
+    """Without psycopg, a PostgreSQL URL is an error that says what to install."""
     code = (
         "import sys; sys.modules['psycopg'] = None\n"
         "from jobledger.errors import ConfigError\n"
@@ -386,22 +393,22 @@ def test_a_missing_driver_names_the_extra() -> None:
     assert "s3cret" not in done.stdout
 
 
-# -- bounds -----------------------------------------------------------------------------------------------------------
+# -- limits -----------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def locked(url: str, table: str) -> Iterator[None]:
-    """While the block runs, another session's open transaction holds the strongest lock on a table."""
+    """Hold the strongest lock on a table in another session until the end of the block."""
     with psycopg.connect(url) as db:
         db.execute(f"LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE")
         yield
         db.rollback()
 
 
-def test_readers_do_not_wait_without_end_behind_a_lock(
+def test_readers_do_not_wait_forever_behind_a_lock(
     postgres: Databases, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever a reader asks while another session locks the tables, within seconds it raises that this is so."""
+    """While another session locks the tables, every query of a reader raises an error within seconds that says so."""
     with PostgresStore(url, NAMESPACE) as store:
         assert store.acquire()
         write(store, {"a": life(ev.JobSubmitted(SPEC))}, {("t", 0): 1})
@@ -433,11 +440,11 @@ def test_readers_do_not_wait_without_end_behind_a_lock(
     app.close()
 
 
-def test_a_swap_waits_for_a_long_reader_and_holds_up_no_other(
+def test_the_replacement_of_the_table_waits_for_a_long_reader_and_blocks_no_other(
     postgres: Databases, url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """While somebody's query reads the table for long, a rebuild's swap tries again and again, and readers are answered in
-    between; once the query has ended, the new table is in its place."""
+    """While a long query of another session reads the table, a rebuild tries again and again to replace it, and readers
+    are answered in between. When the query has ended, the new table replaces the old one."""
     caplog.set_level(logging.INFO, "jobledger.materializer")
     with PostgresStore(url, NAMESPACE) as store:
         assert store.acquire()
@@ -447,7 +454,7 @@ def test_a_swap_waits_for_a_long_reader_and_holds_up_no_other(
                 db.execute(f"SELECT * FROM {SCHEMA}.jobs")
                 write(new, {"a": life(ev.JobSubmitted(SPEC))})
                 swapped = pool.submit(store.replace_with, new)
-                wait_until(lambda: "not in its place yet" in caplog.text, 30, "a try in vain")
+                wait_until(lambda: "not replaced the status table yet" in caplog.text, 30, "a try in vain")
                 assert reader.jobs() == []
                 assert not swapped.done()
                 db.rollback()
@@ -456,9 +463,9 @@ def test_a_swap_waits_for_a_long_reader_and_holds_up_no_other(
         reader.close()
 
 
-def test_a_readers_statement_is_bounded_unless_its_user_says_otherwise(postgres: Databases, url: str) -> None:
-    """A question that takes too long is an error that names the user's setting, which wins over ours; a walk through the
-    whole table may take its time."""
+def test_a_readers_statement_has_a_time_limit_unless_its_user_has_another(postgres: Databases, url: str) -> None:
+    """A query that takes too long is an error that names the user's setting, which has precedence over Jobledger's
+    limit. Reading the whole table has no such limit."""
     with PostgresStore(url, NAMESPACE) as store:
         assert store.acquire()
         write(store, {f"{n:06}": life(ev.JobSubmitted(SPEC)) for n in range(2_000)})
@@ -472,14 +479,14 @@ def test_a_readers_statement_is_bounded_unless_its_user_says_otherwise(postgres:
         ("ALTER ROLE {role} SET statement_timeout = '20s'", "20s 4s", "20s 4s"),
         ("ALTER ROLE {role} SET lock_timeout = '1s'", "5s 1s", "0 1s"),
     ):
-        with member(postgres, url, *grants, *([mine] if mine else [])) as reads:
+        with user_with_grants(postgres, url, *grants, *([mine] if mine else [])) as reads:
             reader = open_reader(reads, NAMESPACE)
             assert isinstance(reader, SqlReader)
             for whole, wanted in ((False, bounds), (True, walk)):
                 with reader._reading(walk=whole) as db:
                     assert db.exec_driver_sql(show).scalar() == wanted
             reader.close()
-    with member(postgres, url, *grants) as reads:
+    with user_with_grants(postgres, url, *grants) as reads:
         reader = open_reader(reads, NAMESPACE)
         assert isinstance(reader, SqlReader)
         role = sqlalchemy.make_url(reads).username
@@ -490,9 +497,9 @@ def test_a_readers_statement_is_bounded_unless_its_user_says_otherwise(postgres:
 
 
 def test_a_batch_that_takes_too_long_is_made_smaller(postgres: Databases, url: str) -> None:
-    """Under a `statement_timeout` of its user a writer's batch is halved until it fits, and nothing is missing or counted
-    twice; when the database is fast again, batches grow."""
-    # More than 200 rows at once take a minute, fewer take no time: how many fit does not depend on the machine.
+    """Under the `statement_timeout` of its user, a writer halves its batch until the batch fits. No row is missing or
+    counted twice. When the database is fast again, batches grow."""
+    # More than 200 rows at once take a minute, fewer take no time. So the batch size does not depend on the machine.
     body = "BEGIN IF (SELECT count(*) FROM added) > 200 THEN PERFORM pg_sleep(60); END IF; RETURN NULL; END"
     slow = (
         f"CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$ {body} $$",
@@ -502,7 +509,7 @@ def test_a_batch_that_takes_too_long_is_made_smaller(postgres: Databases, url: s
         ),
     )
     limit = "ALTER ROLE {role} SET statement_timeout = '1s'"
-    with member(postgres, url, f"CREATE SCHEMA {SCHEMA} AUTHORIZATION {{role}}", limit) as owner:
+    with user_with_grants(postgres, url, f"CREATE SCHEMA {SCHEMA} AUTHORIZATION {{role}}", limit) as owner:
         with PostgresStore(owner, NAMESPACE) as store:
             assert store.acquire()
             store.offsets()
@@ -528,7 +535,7 @@ def test_a_batch_that_takes_too_long_is_made_smaller(postgres: Databases, url: s
             assert store.offsets() == {("t", 0): 1_000}
             postgres.execute(f"DROP TRIGGER slow ON {SCHEMA}.jobs", url)
             with store._transaction():
-                store._run("SET statement_timeout = 0")  # it is fast, however busy the machine is
+                store._run("SET statement_timeout = 0")  # the database is fast, however busy the machine is
             few = size.now
             for n in range(1_000, 1_000 + CALM):
                 in_batches([(f"{n:06}", life(ev.JobSubmitted(SPEC)))], size, apply, LOG)
@@ -542,8 +549,8 @@ def test_a_batch_that_takes_too_long_is_made_smaller(postgres: Databases, url: s
 
 
 def test_readers_work_behind_pgbouncer_in_transaction_mode(postgres: Databases, url: str, tmp_path: Path) -> None:
-    """Several readers at once, each transaction on whatever connection PgBouncer has: all answers are right, bounds hold,
-    and no setting of a reader stays on a connection."""
+    """Several readers query at once, and PgBouncer chooses a connection for each transaction. All answers are right,
+    the limits hold, and no setting of a reader stays on a connection."""
     with PostgresStore(url, NAMESPACE) as store:
         assert store.acquire()
         write(store, {f"{n:06}": life(ev.JobSubmitted(SPEC), ms=n) for n in range(3_000)}, {("t", 0): 3_000})
@@ -551,7 +558,7 @@ def test_readers_work_behind_pgbouncer_in_transaction_mode(postgres: Databases, 
         readers = [open_reader(behind, NAMESPACE) for _ in range(4)]
 
         def ask(reader: StatusReader) -> None:
-            for n in range(0, 3_000, 100):  # well past the number after which a driver prepares
+            for n in range(0, 3_000, 100):  # more queries than a driver needs before it prepares a statement
                 assert reader.job(f"{n:06}").state == "queued"
                 assert [each.job_id for each in reader.jobs(limit=2, after=f"{n + 2:06}")] == [f"{n + 1:06}", f"{n:06}"]
                 assert reader.reached(Position("t", 0, n))

@@ -1,4 +1,4 @@
-"""What every status database must do, whatever it is made of. A backend joins by one line in `BACKENDS`."""
+"""What every status database must do, of any kind. `BACKENDS` has one entry for each kind."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ NAMESPACE = "shop"
 
 
 class Clock:
-    """A clock that stands until it is moved."""
+    """A clock that stands still until a test moves it."""
 
     now = 1_700_000_000.0
 
@@ -59,11 +59,11 @@ class Backend:
         self.url, self._kind = url, kind
 
     def store(self, holder: str = "elsewhere:1", clock: Callable[[], float] | None = None) -> Store:
-        """A writer on it."""
+        """Open a writer of the table."""
         return self._kind(self.url, NAMESPACE, holder=holder, clock=clock or Clock())
 
     def execute(self, statement: str) -> None:
-        """Change it behind its writers' backs."""
+        """Change the table directly in the database."""
         if self._kind is SqliteStore:
             with closing(sqlite3.connect(path_of(self.url))) as file, file:
                 file.execute(statement)
@@ -122,7 +122,7 @@ def life(
     queue: str = "mail",
     topic: str = "shop.lifecycle",
 ) -> Life:
-    """The life of these facts, one after the other at the same release."""
+    """Return the life of a job with these facts, one after the other in the same release."""
     found: Life | None = None
     for number, fact in enumerate(facts):
         found = job.join(found, job.of(1, release, 1, task, queue, fact, (ms + number, topic, 0, offset + number)))
@@ -140,8 +140,8 @@ def write(store: Store, lives: dict[str, Life], offsets: dict[tuple[str, int], i
     return projector
 
 
-def test_a_written_job_is_read_back_whole(store: Store, reader: StatusReader) -> None:
-    """What was folded is what a query shows and what the next writer loads, result, error and tags included."""
+def test_a_written_job_is_read_back_completely(store: Store, reader: StatusReader) -> None:
+    """A query and the next writer both get the whole folded life, with result, error and tags."""
     tagged = ev.JobSubmitted(ev.JobSpec(b"{}", {"tenant": "acme"}, "parent"))
     lives = {
         "a": life(
@@ -159,13 +159,13 @@ def test_a_written_job_is_read_back_whole(store: Store, reader: StatusReader) ->
 
 
 def test_an_unknown_job_is_not_found(reader: StatusReader) -> None:
-    """A job the table does not know is an error that names it, never a pending job."""
+    """A job that is not in the table is an error that names the job, and never a pending job."""
     with pytest.raises(JobNotFound, match="no job nobody"):
         reader.job("nobody")
 
 
-def test_many_jobs_are_asked_for_at_once(store: Store, reader: StatusReader) -> None:
-    """States and whole statuses of any number of ids are what asking for each gives; unknown ones are left out."""
+def test_many_jobs_can_be_queried_at_once(store: Store, reader: StatusReader) -> None:
+    """The states and statuses of several ids are the same as in single queries. Unknown ids are left out."""
     ids = [f"{n:04}" for n in range(1_200)]
     write(store, {each: life(ev.JobSubmitted(SPEC), ev.JobSucceeded(b"1", 5)) for each in ids[::2]})
     known = reader.states(ids)
@@ -176,7 +176,7 @@ def test_many_jobs_are_asked_for_at_once(store: Store, reader: StatusReader) -> 
 
 
 def test_writing_again_replaces_the_row(store: Store, reader: StatusReader) -> None:
-    """A job has one row, however often it is written, and it shows the latest."""
+    """A job has one row, however often it is written, and the row has the latest state."""
     write(store, {"a": life(ev.JobSubmitted(SPEC))})
     write(store, {"a": life(ev.JobStarted("h:1", "t", 0), ms=2_000, offset=9)})
     assert [each.state for each in reader.jobs()] == [State.RUNNING]
@@ -184,8 +184,8 @@ def test_writing_again_replaces_the_row(store: Store, reader: StatusReader) -> N
     assert [p.offset for p in reader.job("a").positions] == [0, 9]
 
 
-def test_counters_follow_the_rows(store: Store, reader: StatusReader) -> None:
-    """Counters are what counting the rows would give, after every transaction, and never count a repetition."""
+def test_counters_agree_with_the_rows(store: Store, reader: StatusReader) -> None:
+    """After every transaction, the counters are the same as the number of rows. A repeated fact is not counted again."""
     projector = write(
         store, {n: life(ev.JobSubmitted(SPEC), queue=q) for n, q in [("a", "mail"), ("b", "mail"), ("c", "sms")]}
     )
@@ -203,7 +203,8 @@ def test_counters_follow_the_rows(store: Store, reader: StatusReader) -> None:
 
 
 def test_pages_are_newest_first_and_complete(store: Store, reader: StatusReader) -> None:
-    """Pages in order of submission, the newest first, hold every job once, also among equal times."""
+    """The pages are sorted by the time of submission, the newest first, and contain every job once, also jobs of the
+    same time."""
     write(store, {f"{(n * 7) % 25:02}": life(ev.JobSubmitted(SPEC), ms=1_000 + n // 4, offset=n) for n in range(25)})
     found: list[str] = []
     after = None
@@ -217,7 +218,7 @@ def test_pages_are_newest_first_and_complete(store: Store, reader: StatusReader)
 
 
 def test_filters_combine(store: Store, reader: StatusReader) -> None:
-    """State, task, queue and tag narrow a list down together, page by page."""
+    """State, task, queue and tag restrict a list together, page by page."""
     lives = {}
     for n in range(24):
         facts: list[ev.Fact] = [ev.JobSubmitted(ev.JobSpec(b"{}", {"tenant": f"t{n % 3}", "n": str(n)}))]
@@ -248,17 +249,17 @@ def test_filters_combine(store: Store, reader: StatusReader) -> None:
     assert ids(tag={"tenant": "t1", "n": "12"}) == []
     assert ids(tag={"tenant": "t1"}, since_ms=10_001, after="22") == [19, 16, 13]
     assert ids(tag={}, limit=1) == [23]
-    with pytest.raises(ConfigError, match="'lost' is no state"):
+    with pytest.raises(ConfigError, match="'lost' is not a state"):
         ids(state=["queued", "lost"])
-    with pytest.raises(ConfigError, match="'broken' is no state"):
+    with pytest.raises(ConfigError, match="'broken' is not a state"):
         ids(state="broken")
     with pytest.raises(JobNotFound, match="after='nobody'"):
         ids(after="nobody")
 
 
-def test_late_is_what_could_have_been_started(store: Store, reader: StatusReader) -> None:
-    """Late are jobs that wait for a time that was over, and queued ones that were due or submitted by then; not those
-    that run, have ended, or wait in place beside their worker."""
+def test_late_jobs_are_those_that_could_have_started(store: Store, reader: StatusReader) -> None:
+    """Jobs are late if their due time has passed, or if they are queued and were due or submitted before. Jobs that
+    run, have ended or wait for a retry in place are not late."""
     submitted, delayed = ev.JobSubmitted(SPEC), ev.JobSubmitted(SPEC, 5_000)
     retried = ev.JobRetried(BAD, 5_000)
     write(
@@ -285,7 +286,7 @@ def test_late_is_what_could_have_been_started(store: Store, reader: StatusReader
 
 
 def test_ids_are_found_by_their_beginning(store: Store, reader: StatusReader) -> None:
-    """A prefix finds the ids that begin with it, in order and as they are: no sign of it stands for others."""
+    """A prefix returns the ids that begin with it, in order. No character of the prefix is a wildcard."""
     write(
         store, {name: life(ev.JobSubmitted(SPEC), offset=n) for n, name in enumerate(("a%b", "a_b", "ab", "abc", "b"))}
     )
@@ -296,8 +297,8 @@ def test_ids_are_found_by_their_beginning(store: Store, reader: StatusReader) ->
     assert reader.ids("a\0") == []
 
 
-def test_tags_follow_the_submission(store: Store, reader: StatusReader) -> None:
-    """A job is found by the tags of its submission as soon as that is known, and by no others."""
+def test_tags_are_those_of_the_submission(store: Store, reader: StatusReader) -> None:
+    """A job is found by the tags of its submission as soon as the submission is known, and by no others."""
     write(store, {"a": life(ev.JobStarted("h:1", "t", 0), ms=5_000)})
     assert reader.jobs(tag=("tenant", "acme")) == []
     write(store, {"a": life(ev.JobDue(ev.JobSpec(b"", {"tenant": "old"}), 1), ms=4_000, offset=50)})
@@ -307,8 +308,8 @@ def test_tags_follow_the_submission(store: Store, reader: StatusReader) -> None:
     assert reader.jobs(tag=("tenant", "old")) == []
 
 
-def test_offsets_tell_what_was_reached(store: Store, reader: StatusReader) -> None:
-    """A position is reached once its offset was passed in a transaction, and not before."""
+def test_a_position_is_reached_when_a_higher_offset_is_written(store: Store, reader: StatusReader) -> None:
+    """A position is reached when a transaction has written a higher offset, and not before."""
     place = Position("shop.jobs.mail", 2, 41)
     assert not reader.reached(place)
     store.write(Changes(offsets={("shop.jobs.mail", 2): 41}))
@@ -320,8 +321,9 @@ def test_offsets_tell_what_was_reached(store: Store, reader: StatusReader) -> No
     assert not reader.reached(place)
 
 
-def test_offsets_say_of_which_topics_they_are(store: Store, reader: StatusReader) -> None:
-    """The ids of topics are written with the offsets, and a later one replaces an earlier one; none are there at first."""
+def test_offsets_are_stored_with_the_ids_of_their_topics(store: Store, reader: StatusReader) -> None:
+    """The ids of topics are written with the offsets, and a later id replaces an earlier one. At first there are no
+    ids."""
     assert store.topics() == reader.topics() == {}
     store.write(Changes(offsets={("t", 0): 1}, topics={"t": "one", "u": "two"}))
     store.write(Changes(resets={("t", 0): 0}, topics={"t": "three"}))
@@ -330,7 +332,8 @@ def test_offsets_say_of_which_topics_they_are(store: Store, reader: StatusReader
 
 
 def test_overdue_jobs_are_found(store: Store, reader: StatusReader) -> None:
-    """Only scheduled and retrying jobs can be overdue, each with what it waits for and where its spec stands."""
+    """Only scheduled and retrying jobs can be overdue. Each has the release for which it waits, and the position of its
+    spec."""
     lives = {
         "delayed": life(ev.JobSubmitted(SPEC, 5_000), ms=1_000, release=0, topic="shop.coordination"),
         "retried": life(ev.JobRetried(BAD, 4_000), ms=1_000, release=3),
@@ -351,7 +354,8 @@ def test_overdue_jobs_are_found(store: Store, reader: StatusReader) -> None:
 
 
 def test_overdue_jobs_are_paged_in_order(store: Store, reader: StatusReader) -> None:
-    """The longest overdue first, every one once, also among those of one time."""
+    """The jobs that are overdue for the longest time come first. Each job is returned once, also among jobs of the same
+    time."""
     write(store, {f"{(n * 7) % 25:02}": life(ev.JobSubmitted(SPEC, 10 * (n // 4)), release=0) for n in range(25)})
     found: list[Overdue] = []
     while page := reader.overdue(10_000, 0, 4, found[-1] if found else None):
@@ -362,9 +366,9 @@ def test_overdue_jobs_are_paged_in_order(store: Store, reader: StatusReader) -> 
 
 
 def test_a_transaction_is_whole_or_not_at_all(store: Store, reader: StatusReader) -> None:
-    """If any part of a batch cannot be written, nothing of it is: no rows, no counters, no offsets."""
+    """If any part of a batch cannot be written, no rows, counters and offsets are written."""
     folded = RowFolder(store, Decoder()).merge([("a", life(ev.JobSubmitted(SPEC)))])
-    folded.changes.offsets[("shop.jobs.mail", 0)] = None  # type: ignore[assignment]  # what no column takes
+    folded.changes.offsets[("shop.jobs.mail", 0)] = None  # type: ignore[assignment]  # a value that no column accepts
     with pytest.raises(StoreError, match="cannot be written"):
         store.write(folded.changes)
     assert reader.counts() == []
@@ -374,9 +378,9 @@ def test_a_transaction_is_whole_or_not_at_all(store: Store, reader: StatusReader
     assert reader.counts_by_state()["queued"] == 1
 
 
-def test_one_writer_at_a_time(backend: Backend) -> None:
-    """While a writer's lease runs nobody else gets it; once its time has passed another
-    one does, and the first is out."""
+def test_only_one_writer_has_the_lease_at_a_time(backend: Backend) -> None:
+    """While the lease of a writer is valid, no other writer gets it. When it has expired, another writer gets it, and
+    the first one cannot write."""
     clock = Clock()
     with backend.store("one:1", clock) as one, backend.store("two:2", clock) as two:
         assert one.acquire()
@@ -396,8 +400,9 @@ def test_one_writer_at_a_time(backend: Backend) -> None:
         assert one.offsets() == {("t", 0): 2}
 
 
-def test_a_lease_that_ran_out_still_writes_if_nobody_took_it(backend: Backend) -> None:
-    """A writer that was paused beyond its lease goes on if nobody wanted its place: it cannot have missed anything."""
+def test_a_writer_with_an_expired_lease_still_writes_if_no_other_took_it(backend: Backend) -> None:
+    """A writer that was paused beyond its lease continues if no other writer took the lease, because it cannot have
+    missed a change."""
     clock = Clock()
     with backend.store("one:1", clock) as one:
         assert one.acquire()
@@ -406,7 +411,7 @@ def test_a_lease_that_ran_out_still_writes_if_nobody_took_it(backend: Backend) -
 
 
 def test_a_released_lease_is_free_at_once(backend: Backend) -> None:
-    """A writer that stops cleanly lets the next one in without waiting."""
+    """After a clean stop of a writer, the next one does not wait."""
     clock = Clock()
     with backend.store("two:2", clock) as two:
         with backend.store("one:1", clock) as one:
@@ -414,8 +419,8 @@ def test_a_released_lease_is_free_at_once(backend: Backend) -> None:
         assert two.acquire()
 
 
-def test_states_written_by_another_are_loaded(backend: Backend) -> None:
-    """What the writer before wrote is what the next one folds onto."""
+def test_states_of_the_previous_writer_are_loaded(backend: Backend) -> None:
+    """The next writer folds onto the states that the previous writer wrote."""
     with backend.store() as one:
         assert one.acquire()
         write(one, {"a": life(ev.JobSubmitted(SPEC)), "c": life(ev.JobSubmitted(SPEC))})
@@ -426,14 +431,14 @@ def test_states_written_by_another_are_loaded(backend: Backend) -> None:
         assert set(two.load(["a", "b", "c", "d", "e"])) == {"a", "b", "c", "d"}
 
 
-def test_reading_goes_on_while_a_writer_writes(backend: Backend, store: Store) -> None:
-    """Readers in other threads never fail and never see half a transaction while a writer writes."""
+def test_readers_work_while_a_writer_writes(backend: Backend, store: Store) -> None:
+    """Readers in other threads never fail and never see half a transaction."""
     reader = open_reader(backend.url, NAMESPACE)
     done = threading.Event()
     seen: list[tuple[int, int]] = []
 
     def read() -> None:
-        # What it raises, pytest reports: an exception that ends a thread is a warning, and warnings are errors.
+        # pytest reports errors of this thread: an exception that ends a thread is a warning, and warnings are errors.
         while not done.is_set():
             position = reader.offsets().get(("t", 0), 0)
             seen.append((position, sum(reader.counts_by_state().values())))
@@ -451,8 +456,8 @@ def test_reading_goes_on_while_a_writer_writes(backend: Backend, store: Store) -
     assert all(position <= jobs for position, jobs in seen), "rows came later than the offsets that stand for them"
 
 
-def test_several_that_make_a_file_at_once_make_one(tmp_path: Path) -> None:
-    """Materializers that start together where no table is yet all find one, and one of them writes it."""
+def test_writers_that_create_a_file_at_once_create_one_table(tmp_path: Path) -> None:
+    """Materializers that start together without a table all open the same one, and one of them writes it."""
     for number in range(30):
         url = f"sqlite:///{tmp_path / str(number) / 'status.db'}"
         stores: list[SqliteStore] = []
@@ -473,8 +478,8 @@ def test_several_that_make_a_file_at_once_make_one(tmp_path: Path) -> None:
             store.close()
 
 
-def test_a_missing_table_is_said_to_be_missing(backend: Backend) -> None:
-    """Before the first materializer there is no table, and reading makes none."""
+def test_a_missing_table_is_an_error(backend: Backend) -> None:
+    """Before the first materializer there is no table, and a reader creates none."""
     for _ in range(2):
         with pytest.raises(StoreNotFound, match="JOBLEDGER_STATUS_URL"):
             open_reader(backend.url, NAMESPACE)
@@ -500,16 +505,16 @@ def test_another_namespaces_table_is_refused(backend: Backend, store: Store) -> 
         "sqlite:///:memory:",
     ],
 )
-def test_an_address_of_no_known_kind_is_refused(url: str) -> None:
-    """An address that names no database file is refused, by name."""
+def test_an_unsupported_url_is_refused(url: str) -> None:
+    """A URL that names no supported database is refused, with an error that names the setting and not the password."""
     for opens in (open_reader, open_store):
         with pytest.raises(ConfigError, match="JOBLEDGER_STATUS_URL") as found:
             opens(url, NAMESPACE)
         assert "secret" not in str(found.value)
 
 
-def test_a_new_table_is_swapped_in_whole(backend: Backend, store: Store, reader: StatusReader) -> None:
-    """Readers that are open see the table of before or the new one; writers of before have lost their lease."""
+def test_a_new_table_replaces_the_old_one_at_once(backend: Backend, store: Store, reader: StatusReader) -> None:
+    """Open readers see either the old or the new table. Writers of the old table have lost their lease."""
     write(store, {"a": life(ev.JobSubmitted(SPEC))}, {("t", 0): 1})
     with store.beside() as new:
         write(new, {"b": life(ev.JobSubmitted(SPEC)), "c": life(ev.JobSubmitted(SPEC))}, {("t", 0): 5})
@@ -528,8 +533,9 @@ def test_a_new_table_is_swapped_in_whole(backend: Backend, store: Store, reader:
         assert not two.acquire()
 
 
-def test_a_new_table_that_is_not_taken_leaves_nothing(store: Store, reader: StatusReader) -> None:
-    """If a rebuild fails the live table is as it was, its writer still has it, and the next rebuild begins afresh."""
+def test_an_unused_new_table_leaves_nothing_behind(store: Store, reader: StatusReader) -> None:
+    """If a rebuild fails, the table is unchanged, its writer keeps the lease, and the next rebuild starts with an empty
+    table."""
     write(store, {"a": life(ev.JobSubmitted(SPEC))})
     for job_id in ("b", "c"):
         with store.beside() as new:
@@ -540,7 +546,7 @@ def test_a_new_table_that_is_not_taken_leaves_nothing(store: Store, reader: Stat
 
 
 def test_a_copy_is_the_table_as_it_was(backend: Backend, store: Store, tmp_path: Path) -> None:
-    """A copy has every row, counter, tag and offset, whatever is written afterwards."""
+    """A copy has every row, counter, tag and offset, and does not change with later writes."""
     tagged = ev.JobSubmitted(ev.JobSpec(b"{}", {"tenant": "acme"}))
     lives = {"a": life(tagged), "b": life(tagged, ev.JobSucceeded(b"7"))}
     write(store, lives, {("t", 3): 9})
@@ -557,8 +563,9 @@ def test_a_copy_is_the_table_as_it_was(backend: Backend, store: Store, tmp_path:
     copied.close()
 
 
-def test_texts_of_any_kind_are_taken(store: Store, reader: StatusReader) -> None:
-    """What others wrote into an event, too long or with a zero in it, stops no table and is found by what it is."""
+def test_texts_of_any_kind_are_stored(store: Store, reader: StatusReader) -> None:
+    """Texts in events of other writers may be too long or contain a zero byte. They stop no table, and their jobs are
+    found by the same texts."""
     long, zero = "ü" * 5_000, "a\0b"
     error = ev.ErrorInfo(zero, zero + long, "trace\0")
     for number, text in enumerate((long, zero, "\u2028 '\"\\N\t\n%s ?")):
@@ -575,11 +582,11 @@ def test_texts_of_any_kind_are_taken(store: Store, reader: StatusReader) -> None
     assert len({key_text(long), key_text(long + "x"), key_text(long[:-1])}) == 3
 
 
-# -- of SQLite alone ------------------------------------------------------------------------------------------------
+# -- only SQLite ----------------------------------------------------------------------------------------------------
 
 
 def test_sqlite_a_dead_writer_of_this_machine_is_replaced_at_once(tmp_path: Path) -> None:
-    """After a kill -9 the next materializer of the machine need not wait for the lease to run out."""
+    """After a kill -9, the next materializer on the machine does not wait until the lease expires."""
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     url, clock = f"sqlite:///{tmp_path / 's.db'}", Clock()
@@ -591,7 +598,7 @@ def test_sqlite_a_dead_writer_of_this_machine_is_replaced_at_once(tmp_path: Path
 
 
 def test_sqlite_foreign_files_are_refused(tmp_path: Path) -> None:
-    """A file that is no database, a database of something else, or of another version is refused and left as it is."""
+    """A file that is no database, or a database of another program or version, is refused and not changed."""
     (tmp_path / "text.db").write_bytes(b"not a database, but long enough to be looked at" * 10)
     with sqlite3.connect(tmp_path / "other.db") as other:
         other.execute("CREATE TABLE meals (name TEXT)")
@@ -600,15 +607,16 @@ def test_sqlite_foreign_files_are_refused(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "old.db") as old:
         old.execute("UPDATE meta SET value = '99' WHERE key = 'schema_version'")
     old.close()
-    for name, text in (("text", "not a database"), ("other", "something else"), ("old", "schema version 99")):
+    for name, text in (("text", "not a database"), ("other", "another program"), ("old", "schema version 99")):
         url = f"sqlite:///{tmp_path / name}.db"
         for opens in (open_reader, open_store):
             with pytest.raises(StoreError, match=text):
                 opens(url, NAMESPACE)
 
 
-def test_sqlite_namespaces_are_told_by_what_a_file_holds(tmp_path: Path) -> None:
-    """A folder's namespaces are those of its status tables: not its projections' files, copies, empty or broken files."""
+def test_sqlite_namespaces_are_read_from_the_content_of_files(tmp_path: Path) -> None:
+    """The namespaces of a folder are those of its status tables. Files of projections, copies, empty and broken files
+    do not count."""
     for namespace in ("orders", "stock", "bare-projections"):
         url = f"sqlite:///{tmp_path / namespace}.db"
         SqliteStore(url, namespace).close()
@@ -625,7 +633,8 @@ def test_sqlite_namespaces_are_told_by_what_a_file_holds(tmp_path: Path) -> None
 
 
 def test_sqlite_projections_and_a_status_table_never_share_a_file(tmp_path: Path) -> None:
-    """Of a namespace's projections and the status table of ``<namespace>-projections`` the second to come is refused."""
+    """A namespace's projections and the status table of ``<namespace>-projections`` would have the same file. The
+    second one is refused."""
     for first in ("table", "projections"):
         beside = f"sqlite:///{tmp_path / first}-projections.db"
         projections = ProjectionStore(f"sqlite:///{tmp_path / first}.db", "shop")
@@ -637,13 +646,13 @@ def test_sqlite_projections_and_a_status_table_never_share_a_file(tmp_path: Path
                 projections.make(offsets_table)
         else:
             projections.make(offsets_table)
-            with pytest.raises(StoreError, match=r"something else.*Set JOBLEDGER_STATUS_URL"):
+            with pytest.raises(StoreError, match=r"another program.*Set JOBLEDGER_STATUS_URL"):
                 SqliteStore(beside, "shop-projections")
         projections.close()
 
 
 def test_sqlite_an_empty_file_is_no_table_yet(tmp_path: Path) -> None:
-    """A file that somebody only touched is a table that is not there yet, and is made into one by a writer."""
+    """An empty file counts as a missing table. A writer creates the table in it."""
     (tmp_path / "s.db").touch()
     with pytest.raises(StoreNotFound):
         open_reader(f"sqlite:///{tmp_path / 's.db'}", NAMESPACE)
@@ -652,7 +661,7 @@ def test_sqlite_an_empty_file_is_no_table_yet(tmp_path: Path) -> None:
 
 
 def test_sqlite_queries_use_their_indexes(tmp_path: Path) -> None:
-    """No list of the newest, of a state or of the overdue reads the whole table."""
+    """No query for the newest jobs, for a state or for overdue jobs reads the whole table."""
     url = f"sqlite:///{tmp_path / 's.db'}"
     with SqliteStore(url, NAMESPACE) as store:
         reader = open_reader(url, NAMESPACE)
@@ -679,11 +688,11 @@ def test_sqlite_queries_use_their_indexes(tmp_path: Path) -> None:
     assert plans[4].count("PRIMARY KEY (name=? AND value=?") == 2
     assert "jobs_by_state" in plans[5]
     assert "PRIMARY KEY (job_id>? AND job_id<?)" in plans[6]
-    assert [plan for plan in plans if "TEMP B-TREE" in plan] == [plans[5]]  # of several states, in order of time
+    assert [plan for plan in plans if "TEMP B-TREE" in plan] == [plans[5]]  # several states, sorted by time
 
 
 def test_a_value_that_sqlite_cannot_store_is_an_error_that_names_the_projection(tmp_path: Path) -> None:
-    """Python's own error for such a value has no code of SQLite's."""
+    """Python's own error for such a value has no error code of SQLite."""
     store = ProjectionStore(f"sqlite:///{tmp_path / 'orders.db'}", "orders")
     with closing(store), store.engine.connect() as db, pytest.raises(sqlalchemy.exc.SQLAlchemyError) as caught:
         db.exec_driver_sql("SELECT ?", (object(),))

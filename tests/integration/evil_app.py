@@ -1,6 +1,7 @@
-"""Tasks whose exceptions, results and arguments break when they are looked at, in each place where code runs.
+"""Tasks whose exceptions, results and arguments raise errors when the worker reads them, one task for each place where
+code runs.
 
-An app at a module's top level: a child process imports it by its name.
+The app is a global of this module, because child processes import it by its name.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ app = App(NAMESPACE, partitions=2)
 
 
 class EvilResult:
-    """A result whose reading raises what no `Exception` is."""
+    """A result that raises ``raised`` when it is encoded, also errors that are no `Exception`."""
 
     def __init__(self, raised: type[BaseException]) -> None:
         self._raised = raised
@@ -38,7 +39,8 @@ RESULTS: dict[str, Callable[[], Any]] = {
 
 @dataclasses.dataclass
 class Argument:
-    """An argument whose making raises something, by name, unless it is empty; the caller is spared."""
+    """An argument whose constructor raises the error that ``how`` names, unless ``how`` is empty. Without
+    ``EVIL_ARGUMENTS`` in the environment it raises nothing, so that the caller can create it."""
 
     how: str
 
@@ -62,49 +64,49 @@ def _run(kind: str, name: str) -> Any:
 
 @app.task(retry=NO_RETRY)
 async def on_loop(kind: str, name: str) -> Any:
-    """Runs on the worker's event loop."""
+    """Run on the worker's event loop."""
     return _run(kind, name)
 
 
 @app.task(retry=NO_RETRY, timeout=60)
 async def on_loop_timed(kind: str, name: str) -> Any:
-    """The same, with a time limit."""
+    """Run on the worker's event loop, with a time limit."""
     return _run(kind, name)
 
 
 @app.task(retry=NO_RETRY)
 def in_thread(kind: str, name: str) -> Any:
-    """Runs in a thread."""
+    """Run in a thread."""
     return _run(kind, name)
 
 
 @app.task(retry=NO_RETRY, isolation="process")
 def in_process(kind: str, name: str) -> Any:
-    """Runs in a child process."""
+    """Run in a child process."""
     return _run(kind, name)
 
 
 @app.task(retry=NO_RETRY, isolation="process")
 async def in_process_async(kind: str, name: str) -> Any:
-    """Runs on the event loop of a child process."""
+    """Run on the event loop of a child process."""
     return _run(kind, name)
 
 
 @app.task(retry=NO_RETRY)
 async def takes(argument: Argument) -> str:
-    """Takes an argument that is made on the worker's event loop."""
+    """Take an argument that is created on the worker's event loop."""
     return argument.how
 
 
 @app.task(retry=NO_RETRY, isolation="process")
 def takes_in_process(argument: Argument) -> str:
-    """Takes one in a child process."""
+    """Take an argument that is created in a child process."""
     return argument.how
 
 
 @app.task
 async def leaves_a_broken_callback() -> None:
-    """Something else fails on the event loop after it."""
+    """Register a callback that fails on the event loop."""
 
     def breaks() -> None:
         raise EXCEPTIONS["__class__"]()
@@ -115,13 +117,13 @@ async def leaves_a_broken_callback() -> None:
 
 @app.task(retry=3)
 async def spoils_its_tags() -> None:
-    """Puts what is no text among its tags, and fails."""
+    """Add a tag that is no text, and fail."""
     current_job().tags["n"] = 5  # type: ignore[index]
     raise ValueError("spoilt")
 
 
-def broken_around(namespace: str, settings: Settings) -> App:
-    """An app whose hooks and resources break; ``app.told`` counts calls of its hooks."""
+def app_with_broken_hooks(namespace: str, settings: Settings) -> App:
+    """Return an app whose hooks and resources raise errors. ``app.told`` has an entry for each call of a hook."""
     made = App(namespace, settings=settings, partitions=2)
     told: list[str] = []
     made.told = told  # type: ignore[attr-defined]
@@ -165,8 +167,8 @@ def broken_around(namespace: str, settings: Settings) -> App:
     return made
 
 
-def unopened(namespace: str, settings: Settings, raised: Any) -> App:
-    """An app whose one resource raises when it is opened."""
+def app_with_broken_resource(namespace: str, settings: Settings, raised: Any) -> App:
+    """Return an app with one resource, which raises ``raised`` when it is opened."""
     made = App(namespace, settings=settings, partitions=2)
 
     @made.resource

@@ -1,6 +1,7 @@
-"""What the tests of gevent run in processes of their own: ``python gevent_app.py NAME`` calls the function NAME.
+"""Functions that the tests of gevent run in separate processes: ``python gevent_app.py NAME`` calls the function NAME.
 
-The process patches itself first, as a server with gevent workers does. A function that returns has seen all it asserts.
+The process first applies gevent's patches, as a server with gevent workers does. Each function checks its result
+itself, and raises an error if something is wrong.
 """
 
 from __future__ import annotations
@@ -17,32 +18,32 @@ else:
 
     monkey.patch_all()
 
-import time  # see above
-from dataclasses import dataclass, replace  # as above
-from typing import Any, Self  # as above
+import time  # after the patches
+from dataclasses import dataclass, replace  # after the patches
+from typing import Any, Self  # after the patches
 
-from jobledger import App, BrokerUnavailable, ConfigError, Settings  # as above
+from jobledger import App, BrokerUnavailable, ConfigError, Settings  # after the patches
 from jobledger.kafka import outage
-from jobledger.kafka.acls import check  # as above
-from jobledger.kafka.auth import knock  # as above
+from jobledger.kafka.acls import check  # after the patches
+from jobledger.kafka.auth import knock  # after the patches
 from jobledger.kafka.clients import topic_settings
-from jobledger.kafka.embedded.ports import free_port  # as above
-from jobledger.kafka.topics import ensure  # as above
-from jobledger.log.group_offsets import lifecycle_groups  # as above
+from jobledger.kafka.embedded.ports import free_port  # after the patches
+from jobledger.kafka.topics import ensure  # after the patches
+from jobledger.log.group_offsets import lifecycle_groups  # after the patches
 
 app: App = App(os.environ["NAMESPACE"], settings=Settings.from_env(), partitions=3)
 
 
 @app.task
 def add_in_thread(a: int) -> Any:
-    """A job that the tests' worker runs."""
+    """Declare the task that the tests' worker runs."""
     raise NotImplementedError
 
 
 @app.event
 @dataclass(frozen=True)
 class Happened:
-    """An event."""
+    """A domain event."""
 
     n: int
 
@@ -67,7 +68,7 @@ class Ticking:
 
 
 def uses() -> None:
-    """Everything a client does, in one greenlet and in many at once."""
+    """Use all functions of a client, in one greenlet and in many at the same time."""
     import gevent
 
     ensure(app, app.settings)
@@ -89,7 +90,7 @@ def uses() -> None:
 
 
 def results() -> None:
-    """Jobs that another process runs: their results, in as many greenlets as there are jobs."""
+    """Wait for the results of jobs that another process runs, in as many greenlets as there are jobs."""
     import gevent
 
     handles = app.submit_many(add_in_thread.job(n) for n in range(40))
@@ -106,10 +107,11 @@ def results() -> None:
 
 
 def asks() -> None:
-    """Questions to the cluster that librdkafka's own thread answers, with nothing else to do in this process."""
+    """Send requests to the cluster whose answers arrive in librdkafka's own thread, while this process does nothing
+    else."""
     ensure(app, app.settings)
     switching = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)  # the thread that answers is interrupted everywhere
+    sys.setswitchinterval(1e-6)  # so that the thread with the answers is interrupted at any place
     for _ in range(30):
         knock(app.settings)
         assert outage._answers(app.settings)
@@ -121,7 +123,7 @@ def asks() -> None:
 
 
 def away() -> None:
-    """No broker: thirty greenlets are told after the time-out, and others run all the while."""
+    """Submit without a broker: thirty greenlets get an error after the time limit, and other greenlets run meanwhile."""
     import gevent
 
     nowhere = App("nowhere", settings=replace(app.settings, bootstrap=f"127.0.0.1:{free_port()}", submit_timeout=3.0))
@@ -142,7 +144,7 @@ def away() -> None:
 
 
 def forks() -> None:
-    """A process that gevent has forked submits, and ends."""
+    """Submit in processes that gevent has forked. Each of them exits with code 0."""
     add_in_thread.submit(1)
     app.submit_many([add_in_thread.job(1)])
     for _ in range(3):
@@ -156,12 +158,12 @@ def forks() -> None:
 
 
 def refused() -> None:
-    """What cannot run on greenlets says so at once: here a client under eventlet."""
+    """Use something that does not work with greenlets, here a client under eventlet: it raises an error at once."""
     began = time.monotonic()
     try:
         add_in_thread.submit(1)
     except ConfigError as exc:
-        assert "eventlet" in str(exc), exc  # noqa: PT017  # this is no test
+        assert "eventlet" in str(exc), exc  # noqa: PT017  # this function is no test
     else:
         raise AssertionError("it works?")
     assert time.monotonic() - began < 20.0

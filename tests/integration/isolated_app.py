@@ -1,6 +1,7 @@
-"""Tasks of the tests of child processes. An app at a module's top level: a child imports it by its name.
+"""Tasks for the tests of child processes. The app is a global of this module, because child processes import it by its
+name.
 
-One namespace a process, handed to the children in the environment; each test has a queue of its own.
+Each process has one namespace, and passes it to the child processes in the environment.
 """
 
 from __future__ import annotations
@@ -47,12 +48,12 @@ def note(path: str, line: object) -> None:
 
 
 def noted(path: str) -> list[str]:
-    """The lines of a file; none if there is none."""
+    """Return the lines of a file; no lines if the file does not exist."""
     return Path(path).read_text("utf-8").splitlines() if os.path.exists(path) else []
 
 
 class Unpicklable(Exception):
-    """Holds what cannot be pickled, and has no text."""
+    """An exception that cannot be pickled, and whose ``str()`` fails."""
 
     def __init__(self) -> None:
         self.held = lambda: None
@@ -63,13 +64,13 @@ class Unpicklable(Exception):
 
 @app.resource
 def opened() -> Any:
-    """Says in which process it was opened."""
+    """Yield the id of the process in which the resource was opened."""
     yield os.getpid()
 
 
 @app.task(isolation="process")
 def where(n: int, *, pid: int = Depends(opened)) -> dict[str, Any]:
-    """Tells about its process."""
+    """Report progress, and return facts about the process and the job."""
     job = current_job()
     job.progress(1, 2, "half")
     return {"n": n, "pid": os.getpid(), "opened": pid, "attempt": job.attempt, "tags": dict(job.tags)}
@@ -77,26 +78,26 @@ def where(n: int, *, pid: int = Depends(opened)) -> dict[str, Any]:
 
 @app.task(isolation="process")
 def echoes(text: str) -> str:
-    """Gives back what it was given."""
+    """Return the argument."""
     return text
 
 
 @app.task(isolation="process")
 async def where_async(n: int) -> int:
-    """The same on an event loop."""
+    """Return the process id, from an event loop."""
     await asyncio.sleep(0.01)
     return os.getpid()
 
 
 @app.task(isolation="process")
 def parent(n: int) -> str:
-    """Submits a job from a child process."""
+    """Submit a job from a child process."""
     return where.submit(n).job_id
 
 
 @app.task(isolation="process", retry=ONCE)
 def fails(how: str) -> Any:
-    """Ends badly in one of several ways."""
+    """Raise an error, exit or return a bad result, as ``how`` says."""
     match how:
         case "unpicklable":
             raise Unpicklable
@@ -113,7 +114,7 @@ def fails(how: str) -> Any:
 
 @app.task(isolation="process", timeout=60.0, retry=NO_RETRY)
 def leaves_a_fork(path: str) -> None:
-    """Dies while something it forked, with all its files open, lives on."""
+    """Die, while a process that the job forked, which has all the job's files open, continues to run."""
     pid = os.fork()
     if pid == 0:
         time.sleep(600)
@@ -124,12 +125,12 @@ def leaves_a_fork(path: str) -> None:
 
 @app.task(isolation="process", retry=NO_RETRY)
 def reports_nonsense() -> None:
-    """A report that is none."""
-    current_job().progress(1, 2, 3)  # type: ignore[arg-type]  # it is the point
+    """Report progress with a message that is no text."""
+    current_job().progress(1, 2, 3)  # type: ignore[arg-type]  # intended
 
 
 def _report_until_refused(job: JobContext, path: str) -> None:
-    """What a job leaves behind: reports in its name for as long as that is possible."""
+    """Report progress for the job, until a report is refused. A thread does this after its job has ended."""
     for n in range(3_000):
         try:
             job.progress(n, message="left behind")
@@ -141,26 +142,26 @@ def _report_until_refused(job: JobContext, path: str) -> None:
 
 @app.task(isolation="process")
 def leaves_a_reporter(path: str) -> int:
-    """Ends, and its thread goes on reporting."""
+    """Return, while a thread continues to report for the job."""
     threading.Thread(target=_report_until_refused, args=(current_job(), path), daemon=True).start()
     return os.getpid()
 
 
 @app.task
 def leaves_a_reporter_in_a_thread(path: str) -> None:
-    """The same in the worker's own process."""
+    """Do the same in a thread of the worker."""
     threading.Thread(target=_report_until_refused, args=(current_job(), path), daemon=True).start()
 
 
 @app.task
 async def leaves_a_reporter_on_the_loop(path: str) -> None:
-    """The same, of a coroutine."""
+    """Do the same in a coroutine on the worker's event loop."""
     threading.Thread(target=_report_until_refused, args=(current_job(), path), daemon=True).start()
 
 
 @app.task(isolation="process", retry=NO_RETRY)
 def comes_after(path: str) -> int:
-    """Runs until the thread of the job before it has been refused."""
+    """Run until a report of the previous job's thread has been refused."""
     deadline = time.monotonic() + 80
     while not noted(path) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -169,7 +170,7 @@ def comes_after(path: str) -> int:
 
 @app.task(isolation="process", timeout=3.0, retry=NO_RETRY)
 def hangs(how: str, path: str) -> str:
-    """Does not end, and is told to."""
+    """Run beyond the time limit, and react to the timeout as ``how`` says."""
     if how == "waits":
         time.sleep(60)
     if how == "cleans up":
@@ -185,16 +186,16 @@ def hangs(how: str, path: str) -> str:
             return "in time after all"
     child = subprocess.Popen(["sleep", "600"])
     note(path, child.pid)
-    while True:  # deaf
+    while True:  # ignores everything
         try:
             time.sleep(60)
-        except BaseException as told:  # noqa: BLE001  # it is the point
+        except BaseException as told:  # noqa: BLE001  # intended
             note(path, type(told).__name__)
 
 
 @app.task(isolation="process", timeout=3.0, retry=NO_RETRY)
 async def hangs_async(how: str) -> None:
-    """A coroutine that does not end; blocking, nobody can cancel it."""
+    """Run a coroutine beyond the time limit. If it blocks the event loop, it cannot be cancelled."""
     if how == "blocks":
         end = time.monotonic() + 60
         while time.monotonic() < end:
@@ -204,7 +205,7 @@ async def hangs_async(how: str) -> None:
 
 @app.task(isolation="process", max_memory="200MiB", retry=NO_RETRY)
 def takes(mebibytes: int, at_once: bool) -> int:
-    """Takes memory, bit by bit or at once."""
+    """Allocate memory, step by step or at once."""
     if at_once:
         return len(bytearray(mebibytes << 20))
     kept = []
@@ -212,13 +213,13 @@ def takes(mebibytes: int, at_once: bool) -> int:
         kept.append(b"x" * (10 << 20))
         time.sleep(0.05)
     if mebibytes > 200:
-        time.sleep(60)  # until somebody has measured it
+        time.sleep(60)  # long enough to be measured
     return len(kept)
 
 
 @app.task(isolation="process", queue="deadly")
 def dies(how: str) -> None:
-    """Takes its process along."""
+    """End the process in which the job runs."""
     print(f"about to die: {how}", file=sys.stderr, flush=True)
     if how == "segfault":
         ctypes.string_at(0)
@@ -229,7 +230,7 @@ def dies(how: str) -> None:
 
 @app.task(isolation="process", queue="deadly")
 def dies_once(path: str) -> str:
-    """Takes its process along at the first time."""
+    """End the process in which the job runs, but only the first time."""
     if not os.path.exists(path):
         note(path, "was here")
         os._exit(7)
@@ -238,13 +239,13 @@ def dies_once(path: str) -> str:
 
 @app.task(isolation="process", queue="deadly")
 def good(n: int) -> int:
-    """Minds its own business."""
+    """Return the argument."""
     return n
 
 
 @app.task(isolation="process")
 def waits(path: str) -> None:
-    """Runs until it is told to end."""
+    """Run until the job is cancelled."""
     try:
         note(path, os.getpid())
         time.sleep(600)
@@ -255,7 +256,7 @@ def waits(path: str) -> None:
 
 @app.task(queue="threads", timeout=3.0, retry=NO_RETRY)
 def hangs_in_thread(how: str) -> str:
-    """A thread that is told at its next bytecode."""
+    """Run beyond the time limit in a thread. The timeout is raised there when the thread next executes Python code."""
     try:
         end = time.monotonic() + 120
         while time.monotonic() < end:
@@ -269,7 +270,7 @@ def hangs_in_thread(how: str) -> str:
 
 @app.task(queue="threads")
 def waits_in_thread(path: str) -> None:
-    """Runs until it is told to end."""
+    """Run until the job is cancelled, in a thread."""
     try:
         note(path, "began")
         end = time.monotonic() + 120
@@ -282,12 +283,12 @@ def waits_in_thread(path: str) -> None:
 
 @app.task(queue="threads")
 def quick(n: int) -> int:
-    """Ends at once."""
+    """Return at once."""
     return n
 
 
 def unawaited(fn: Any) -> Any:
-    """A decorator that is not ``async``: what it makes of a coroutine function returns a coroutine."""
+    """Decorate a coroutine function with a function that is not ``async``, but returns the coroutine."""
 
     @functools.wraps(fn)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -297,14 +298,15 @@ def unawaited(fn: Any) -> Any:
 
 
 def blocks_until(path: str) -> None:
-    """Lets nothing else run on its event loop until the file is there, and not for ever."""
+    """Block the event loop until the file exists, but not longer than 40 s."""
     end = time.monotonic() + 40
     while not os.path.exists(path) and time.monotonic() < end:
         time.sleep(0.01)
 
 
 async def _coroutine(how: str, path: str) -> Any:
-    """Says whose job it is, raises, or waits until it is told to end."""
+    """Return the job's id and the process id, raise an error, block, or wait until the job is cancelled, as ``how``
+    says."""
     await asyncio.sleep(0.01)
     if how == "raises":
         raise ValueError("in the coroutine")
@@ -323,41 +325,41 @@ async def _coroutine(how: str, path: str) -> Any:
 @app.task(name="wrapped", queue="threads", timeout=60.0, retry=NO_RETRY)
 @unawaited
 async def wrapped(how: str, path: str) -> Any:
-    """In a thread."""
+    """Run in a job thread."""
     return await _coroutine(how, path)
 
 
 @app.task(name="wrapped_in_child", isolation="process", timeout=60.0, retry=NO_RETRY)
 @unawaited
 async def wrapped_in_child(how: str, path: str) -> Any:
-    """In a child."""
+    """Run in a child process."""
     return await _coroutine(how, path)
 
 
 @app.task(name="wrapped_briefly", queue="threads", timeout=3.0, retry=NO_RETRY)
 @unawaited
 async def wrapped_briefly(how: str, path: str) -> Any:
-    """In a thread, with less time."""
+    """Run in a job thread with a short time limit."""
     return await _coroutine(how, path)
 
 
 @app.task(name="wrapped_in_child_briefly", isolation="process", timeout=3.0, retry=NO_RETRY)
 @unawaited
 async def wrapped_in_child_briefly(how: str, path: str) -> Any:
-    """In a child, with less time."""
+    """Run in a child process with a short time limit."""
     return await _coroutine(how, path)
 
 
 @app.task(name="hooked", queue="threads", timeout=60.0, retry=NO_RETRY)
 @unawaited
 async def hooked(how: str, path: str) -> Any:
-    """In a thread, with something around it."""
+    """Run in a job thread with a hook around the job."""
     note(path, "inside")
     return await _coroutine(how, path)
 
 
 def surrounding(job: JobContext) -> Iterator[None]:
-    """Says when the code had ended."""
+    """Add a line to the file after the job's code has ended."""
     yield
     note(job.tags["path"], "behind")
 

@@ -1,5 +1,5 @@
-"""Jobs that end and leave something behind. ``CHAOS_NAMESPACE``: the namespace. ``LEFT_AT_IMPORT``: leave a thread already
-when this is imported."""
+"""Jobs that end and leave something running. ``CHAOS_NAMESPACE`` is the namespace. With ``LEFT_AT_IMPORT``, the import
+of this module leaves a thread running."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jobledger import NO_RETRY, App, TaskTimedOut
 
 app = App(os.environ.get("CHAOS_NAMESPACE", "leftover"), partitions=2)
 
-#: Seconds that what is left behind would take.
+#: Seconds for which the things left behind would run.
 LEFT_S = 600
 
 if os.environ.get("LEFT_AT_IMPORT"):
@@ -26,25 +26,25 @@ if os.environ.get("LEFT_AT_IMPORT"):
 
 @app.task
 def leave_a_pool() -> None:
-    """A pool whose thread is busy."""
+    """Leave a thread pool with a busy thread."""
     ThreadPoolExecutor(1, "left-pool").submit(time.sleep, LEFT_S)
 
 
 @app.task
 async def leave_a_thread() -> None:
-    """A thread that is no daemon."""
+    """Leave a thread that is no daemon."""
     threading.Thread(target=time.sleep, args=(LEFT_S,), name="left-thread").start()
 
 
 @app.task
 async def leave_a_handler() -> None:
-    """A handler of the interpreter's end."""
+    """Leave an exit handler."""
     atexit.register(time.sleep, LEFT_S)
 
 
 @app.task
 async def leave_a_process() -> int:
-    """A child process that nobody joins."""
+    """Leave a child process that is never joined."""
     process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(LEFT_S,), name="left-process")
     process.start()
     assert process.pid is not None
@@ -53,20 +53,20 @@ async def leave_a_process() -> int:
 
 @app.task(timeout=0.1, retry=NO_RETRY)
 async def leave_a_thread_of_the_loop() -> None:
-    """A thread of the loop's own pool."""
+    """Leave a thread of the event loop's own pool."""
     await asyncio.to_thread(time.sleep, LEFT_S)
 
 
 @app.task
 async def leave_a_task_that_will_not_end() -> None:
-    """A task of asyncio's that swallows every cancellation."""
+    """Leave an asyncio task that ignores every cancellation."""
 
     async def stay() -> None:
         while True:
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.sleep(LEFT_S)
 
-    app.left = asyncio.create_task(stay())  # type: ignore[attr-defined]  # so that it is kept
+    app.left = asyncio.create_task(stay())  # type: ignore[attr-defined]  # a reference, so that the task is not collected
 
 
 async def _fail_in_a_group(mib: int) -> None:
@@ -81,25 +81,25 @@ async def _fail_in_a_group(mib: int) -> None:
 
 @app.task(retry=NO_RETRY)
 async def make_a_cycle(mib: int) -> None:
-    """An error that is part of a cycle, and that holds so much memory."""
+    """Raise an error that is part of a reference cycle and holds ``mib`` MiB of memory."""
     await _fail_in_a_group(mib)
 
 
 @app.task(retry=NO_RETRY, isolation="process")
 async def make_a_cycle_in_a_child(mib: int) -> None:
-    """The same in a child process."""
+    """Do the same in a child process."""
     await _fail_in_a_group(mib)
 
 
 @app.task(timeout=1.0, retry=NO_RETRY)
 async def block_the_loop(seconds: float) -> str:
-    """Waits without letting others run, until long after its time."""
-    time.sleep(seconds)  # noqa: ASYNC251  # it is the point
+    """Block the event loop until long after the time limit."""
+    time.sleep(seconds)  # noqa: ASYNC251  # intended
     return "succeeded"
 
 
 def blocks_until(path: str) -> None:
-    """Lets nothing else run until the file is there."""
+    """Block the thread until the file exists."""
     end = time.monotonic() + LEFT_S
     while not os.path.exists(path) and time.monotonic() < end:
         time.sleep(0.01)
@@ -107,16 +107,16 @@ def blocks_until(path: str) -> None:
 
 @app.task
 async def block_without_a_limit(path: str) -> str:
-    """Blocks in the same way, without a time limit."""
+    """Block the event loop until the file exists, without a time limit."""
     blocks_until(path)
     return "succeeded"
 
 
 @app.task(timeout=1.0, retry=NO_RETRY)
 async def clean_up_after_blocking(seconds: float) -> str:
-    """Is told, and returns all the same."""
+    """Block the event loop, catch the timeout and return nevertheless."""
     try:
-        time.sleep(seconds)  # noqa: ASYNC251  # it is the point
+        time.sleep(seconds)  # noqa: ASYNC251  # intended
     except TaskTimedOut:
         return "cleaned up"
     return "succeeded"
@@ -124,14 +124,14 @@ async def clean_up_after_blocking(seconds: float) -> str:
 
 @app.task(timeout=3.0, retry=NO_RETRY, isolation="process")
 async def block_the_loop_of_a_child(seconds: float) -> str:
-    """Blocks where nobody else runs."""
-    time.sleep(seconds)  # noqa: ASYNC251  # it is the point
+    """Block the event loop of a child process, on which no other job runs."""
+    time.sleep(seconds)  # noqa: ASYNC251  # intended
     return "succeeded"
 
 
 @app.task
 async def wait(seconds: float) -> str:
-    """A job beside these, which blocks nothing."""
+    """Wait without blocking, beside the other jobs."""
     await asyncio.sleep(seconds)
     return "succeeded"
 
@@ -143,11 +143,12 @@ def _say_and_sleep(told: int) -> None:
 
 
 def _end_what_it_forked() -> tuple[bool, int | None]:
-    """`Process.terminate` of a process that was forked in a worker: whether it had the default handlers; its exit code."""
+    """Fork a process in a worker and terminate it. Return whether it had the default signal handlers, and its exit
+    code."""
     ours, theirs = os.pipe()
     process = multiprocessing.get_context("fork").Process(target=_say_and_sleep, args=(theirs,))
     process.start()
-    told = os.read(ours, 1)  # a signal before Python is set up in the child would be lost
+    told = os.read(ours, 1)  # a signal before Python is ready in the child process would be lost
     process.terminate()
     process.join(60)
     code = process.exitcode
@@ -157,17 +158,17 @@ def _end_what_it_forked() -> tuple[bool, int | None]:
 
 @app.task
 async def end_what_a_coroutine_forked() -> tuple[bool, int | None]:
-    """Forked in the worker's main thread, which has a running loop."""
+    """Fork in the worker's main thread, which has a running event loop."""
     return _end_what_it_forked()
 
 
 @app.task
 def end_what_a_thread_forked() -> tuple[bool, int | None]:
-    """Forked in another thread of the worker."""
+    """Fork in another thread of the worker."""
     return _end_what_it_forked()
 
 
 @app.task(isolation="process")
 def end_what_a_child_forked() -> tuple[bool, int | None]:
-    """Forked in a child process, which ignores SIGTERM itself."""
+    """Fork in a child process, which itself ignores SIGTERM."""
     return _end_what_it_forked()

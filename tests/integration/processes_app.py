@@ -1,7 +1,8 @@
-"""What the tests of processes run in processes of their own: ``python processes_app.py NAME`` calls the function NAME.
+"""Functions that the tests of processes run in separate processes: ``python processes_app.py NAME`` calls the function
+NAME.
 
-The broker, the namespace and the status table come from the environment. A function that returns has seen all it
-asserts.
+The broker, the namespace and the status table come from the environment. Each function checks its result itself, and
+raises an error if something is wrong.
 """
 
 from __future__ import annotations
@@ -19,33 +20,34 @@ from dataclasses import dataclass
 from typing import Any
 
 LATE: list[Callable[[], None]] = []
-# Registered before anything of Jobledger's is imported, so it runs after all of that.
+# This handler is registered before Jobledger is imported, so it runs after all exit handlers of Jobledger.
 atexit.register(lambda: [each() for each in LATE])
 
-from jobledger import App, ConnectionUnusable, JobledgerError, Settings, StatusTimeout  # see above
-from jobledger.kafka.topics import ensure  # as above
+from jobledger import App, ConnectionUnusable, JobledgerError, Settings, StatusTimeout  # after the exit handler
+from jobledger.kafka.topics import ensure  # after the exit handler
 
 app: App = App(os.environ.get("NAMESPACE", "processes"), settings=Settings.from_env(), partitions=3)
-#: Seconds in which a child must have ended; a machine under load takes some of them.
+#: Seconds in which a child process must have ended. On a busy machine it takes some of them.
 PATIENCE_S = 120.0
 
 
 @app.task
 def echo(n: int) -> int:
-    """A job."""
+    """Return the argument."""
     return n
 
 
 @app.event
 @dataclass(frozen=True)
 class Happened:
-    """An event."""
+    """A domain event."""
 
     n: int
 
 
 def _fork_in_a_job(how: str) -> int:
-    """A child that submits and ends as its code does; its status."""
+    """Fork a child process that submits a job and then exits, fails or returns, as ``how`` says. Return the child's
+    exit code, or -1 if it did not end."""
     pid = os.fork()
     if pid == 0:
         echo.submit(1)
@@ -68,24 +70,24 @@ def _fork_in_a_job(how: str) -> int:
 
 @app.task
 def forks_in_a_thread(how: str) -> int:
-    """A job in a thread of the worker's."""
+    """Fork in a job thread of the worker."""
     return _fork_in_a_job(how)
 
 
 @app.task
 async def forks_on_the_loop(how: str) -> int:
-    """A job on the worker's event loop."""
+    """Fork on the worker's event loop."""
     return _fork_in_a_job(how)
 
 
 @app.task(isolation="process")
 def forks_in_a_process(how: str) -> int:
-    """A job in a child process of the worker's."""
+    """Fork in a child process of the worker."""
     return _fork_in_a_job(how)
 
 
 def wsgi(environ: dict[str, Any], start: Callable[..., Any]) -> list[bytes]:
-    """A web application that submits: what gunicorn serves."""
+    """Submit jobs, as a web application that gunicorn serves."""
     path = environ["PATH_INFO"]
     if path == "/die":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -99,11 +101,11 @@ def wsgi(environ: dict[str, Any], start: Callable[..., Any]) -> list[bytes]:
 
 
 if "PRELOADED" in os.environ:
-    echo.submit(0)  # as an app may that is loaded before its server forks
+    echo.submit(0)  # an app may submit while it is loaded, before its server forks
 
 
 def ask() -> None:
-    """Ask the status table, which is empty, in both ways."""
+    """Query the status table, which is empty, for a list of jobs and for one job."""
     assert list(app.jobs(limit=1)) == []
     try:
         echo.submit(1).status(timeout=0.01)
@@ -113,7 +115,7 @@ def ask() -> None:
 
 
 def forked(act: Callable[[], object]) -> int:
-    """A child that does this and ends as programs do."""
+    """Fork a child process that calls ``act`` and exits, and return its pid."""
     pid = os.fork()
     if pid == 0:
         act()
@@ -122,7 +124,7 @@ def forked(act: Callable[[], object]) -> int:
 
 
 def ended(pid: int) -> None:
-    """Wait for a child's good end."""
+    """Wait until a child process exits with code 0."""
     deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
         found, status = os.waitpid(pid, os.WNOHANG)
@@ -136,13 +138,13 @@ def ended(pid: int) -> None:
 
 
 def submit_and_close() -> None:
-    """As a well-behaved program does."""
+    """Submit a job and close the app, as programs should."""
     echo.submit(1)
     app.close()
 
 
 def every_use() -> list[Callable[[], object]]:
-    """What a process does with its app."""
+    """Return functions that use the app in all ways."""
     return [
         lambda: None,
         lambda: echo.submit(1),
@@ -158,7 +160,7 @@ def every_use() -> list[Callable[[], object]]:
 
 
 def forks() -> None:
-    """Twenty children of a process that has used everything."""
+    """Use everything, then fork twenty child processes, which use it too."""
     for use in every_use():
         use()
     for use in every_use() * 2:
@@ -169,7 +171,7 @@ def forks() -> None:
 
 
 def inherits_no_database() -> None:
-    """SQLite's connections do not go along into a fork."""
+    """Fork after a query: the child process has no connection of SQLite."""
     ask()
 
     def look() -> None:
@@ -185,7 +187,7 @@ def inherits_no_database() -> None:
 
 
 def busy() -> None:
-    """Children of a process whose other threads use everything all the time."""
+    """Fork child processes while other threads use the app without a pause."""
     stop = threading.Event()
 
     def again(use: Callable[[], object]) -> None:
@@ -206,18 +208,19 @@ def busy() -> None:
 
 
 def first() -> None:
-    """Children of a process another thread of which is just opening its first connection."""
+    """Fork child processes while another thread opens its first connection."""
     for n in range(12):
         app.close()
         thread = threading.Thread(target=echo.submit, args=(n,))
         thread.start()
-        time.sleep(n * 0.002)  # another moment each time
+        time.sleep(n * 0.002)  # at another moment in each round
         ended(forked(lambda: echo.submit(1)))
         thread.join()
 
 
 def prefork() -> None:
-    """Four children that submit a hundred jobs each, and one that is killed meanwhile; prints the ids of the jobs."""
+    """Fork four child processes that submit a hundred jobs each, and one that is killed meanwhile. Print the ids of the
+    jobs."""
     print(echo.submit(0).job_id)
     killed = forked(lambda: [echo.submit(n) for n in range(100_000)])
     read, write = os.pipe()
@@ -241,7 +244,7 @@ def _submits(n: int) -> str:
 
 
 def pool() -> None:
-    """multiprocessing's children, made by forking; prints the ids of the jobs."""
+    """Submit in processes that multiprocessing has forked, and print the ids of the jobs."""
     echo.submit(0)
     context = multiprocessing.get_context("fork")
     with context.Pool(4) as workers:
@@ -254,7 +257,7 @@ def pool() -> None:
 
 
 def stream() -> None:
-    """A stream that was opened before the fork says so when it is used after it, and closes without a word."""
+    """Open a stream and fork: in the child process, reading raises an error, and closing does not."""
     with app.lifecycle("readers", timeout=1.0) as records:
         list(records)
 
@@ -271,22 +274,23 @@ def stream() -> None:
 
 
 def jobs_that_fork() -> None:
-    """Submits one of each way; prints what each must result in, and its id."""
+    """Submit a job for each place and each end of its fork. Print the expected exit code and the id of each job."""
     for task in (forks_in_a_thread, forks_on_the_loop, forks_in_a_process):
         for how, code in (("exit", 3), ("raise", 1), ("return", 0)):
             print(code, task.submit(how).job_id)
 
 
 def topics() -> None:
-    """Make the app's topics."""
+    """Create the app's topics."""
     ensure(app, app.settings)
 
 
-# -- signals and the end --------------------------------------------------------------------------------------------------
+# -- signals and exit -----------------------------------------------------------------------------------------------------
 
 
 def signals() -> None:
-    """A handler uses everything at any moment of a first use; each call returns or raises an error of ours, soon."""
+    """Use everything in a signal handler, at any moment of a first use. Each call returns, or raises an error of
+    Jobledger, within 20 s."""
     outcomes: list[str] = []
     slowest = 0.0
     uses = every_use()
@@ -311,7 +315,7 @@ def signals() -> None:
             [uses[1], ask, uses[2], uses[3]][n % 4]()
         except ConnectionUnusable:  # the handler has closed the app
             assert uses[n % len(uses)] in (uses[8], uses[9])
-        while not outcomes or len(outcomes) <= n:  # the handler may come after it
+        while not outcomes or len(outcomes) <= n:  # the signal may come after the call
             time.sleep(0.001)
     assert set(outcomes) <= {"done", "ConnectionUnusable"}, outcomes
     assert outcomes.count("done") > len(outcomes) / 2, outcomes
@@ -319,7 +323,8 @@ def signals() -> None:
 
 
 def ask_late() -> None:
-    """Ask while the interpreter ends: from Python 3.12 on it starts no threads any more, and a question needs one."""
+    """Query the status table while the interpreter exits. From Python 3.12 on, the interpreter then starts no threads,
+    and a query needs one."""
     try:
         ask()
     except ConnectionUnusable:
@@ -334,7 +339,7 @@ def _last_words() -> None:
 
 
 def exits() -> None:
-    """Handlers that run before and after the connections are closed submit all the same."""
+    """Submit in exit handlers that run before and after the connections are closed."""
     atexit.register(_last_words)
     LATE.append(_last_words)
     for use in every_use()[:4]:
@@ -342,13 +347,13 @@ def exits() -> None:
 
 
 def exits_unused() -> None:
-    """The first use ever is in such a handler."""
+    """Use the app for the first time in such an exit handler."""
     atexit.register(_last_words)
     LATE.append(_last_words)
 
 
 class Goodbye:
-    """Says something when it is freed, with the interpreter."""
+    """An object whose finalizer submits a job and prints what happened."""
 
     def __del__(self) -> None:
         try:
@@ -360,13 +365,13 @@ class Goodbye:
 
 
 def freed() -> None:
-    """An object that submits when the interpreter frees it."""
+    """Leave an object that submits when the exiting interpreter frees it."""
     echo.submit(1)
     globals()["kept"] = Goodbye()
 
 
 def threads_end() -> None:
-    """A thread that is no daemon submits for the first time while the interpreter waits for it."""
+    """Start a thread that is no daemon and submits for the first time when the main thread has ended."""
 
     def later() -> None:
         threading.main_thread().join()

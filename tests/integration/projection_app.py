@@ -1,4 +1,4 @@
-"""The app of the projections' tests."""
+"""The app for the tests of projections."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Happened:
 
 
 def count_all(row: Row, event: Happened) -> Row:
-    """How many events of a user, and the sum of their numbers; one user is always forgotten."""
+    """Count the events of a user, and add up their numbers. The row of ``user-3`` is always deleted."""
     if event.user == "user-3":
         return None
     before = row or {"events": 0, "total": 0}
@@ -32,7 +32,7 @@ def count_all(row: Row, event: Happened) -> Row:
 
 
 def count_by_user(row: Row, event: Happened) -> Row:
-    """The same, and it cannot stand negative numbers."""
+    """Do the same, but fail at negative numbers."""
     if event.user == "leaves":
         raise SystemExit(0)
     if event.number < 0:
@@ -41,18 +41,18 @@ def count_by_user(row: Row, event: Happened) -> Row:
 
 
 def ends(row: Row, recorded: Recorded, where: Where) -> Row:
-    """How many jobs ended so, and when the last one did."""
+    """Count the jobs with this outcome, and keep the time of the last one."""
     before = row or {"jobs": 0, "last_ms": 0}
     return {"jobs": before["jobs"] + 1, "last_ms": max(before["last_ms"], where.appended_ms)}
 
 
 def not_yet(row: Row, event: Happened) -> Row:
-    """Of a time to come."""
+    """Store the number. This projection starts only in the year 2100."""
     return {"numbers": event.number}
 
 
 def build(namespace: str, settings: Settings) -> App:
-    """The app, with its own tables."""
+    """Create the app, with its own tables."""
     app = App(namespace, settings=settings, partitions=3)
     app.event(key="user")(Happened)
 

@@ -1,4 +1,5 @@
-"""`jobledger audit` on a real broker: what real processes leave is clean, and whatever is planted is found where it stands."""
+"""`jobledger audit` on a real broker: the log of real processes has no fault, and every planted fault is found at its
+position."""
 
 from __future__ import annotations
 
@@ -67,7 +68,7 @@ SUBMIT = ["add a=1", "add a=2 --delay 1", "fail a=1", "flaky a=1", "keyed accoun
 
 @pytest.fixture
 def fleet(broker: str, namespace: str, tmp_path: Path) -> Iterator[Fleet]:
-    """A namespace with its topics, whose app has every way in which a job can go."""
+    """Yield a namespace with its topics, and an app whose tasks end in every possible way."""
     app = tmp_path / f"audited_{namespace}.py"
     app.write_text(APP.format(namespace=namespace))
     with Fleet(tmp_path / "fleet", broker, namespace, target=f"{app}:app") as made:
@@ -77,15 +78,15 @@ def fleet(broker: str, namespace: str, tmp_path: Path) -> Iterator[Fleet]:
 
 
 def audited(fleet: Fleet, *words: str, code: int = 0) -> dict[str, Any]:
-    """The report of an audit that must end with this code."""
+    """Return the report of an audit that must exit with this code."""
     found, report, errors = fleet.run("audit", fleet.target, *words)
     assert found == code, (found, report, errors)
     return report or {}
 
 
-def test_what_real_processes_leave_is_clean_and_what_is_done_to_the_table_is_found(fleet: Fleet) -> None:
-    """Jobs that succeed, are delayed, retried, retried in place, leased and rejected: exit code 0, also while they run;
-    a row that is changed, one that is deleted and one that is added are three faults."""
+def test_the_log_of_real_processes_has_no_fault_and_changes_to_the_table_are_found(fleet: Fleet) -> None:
+    """Jobs succeed, are delayed, retried, retried in place, leased and rejected. The audit exits with 0, also while
+    they run. A changed, a deleted and an added row of the table are three faults."""
     fleet.start("worker")
     fleet.start("streams")
     ids = [fleet.run("submit", fleet.target, *words.split())[1]["job_id"] for words in SUBMIT]
@@ -136,18 +137,18 @@ def test_what_real_processes_leave_is_clean_and_what_is_done_to_the_table_is_fou
 
 
 class Planter:
-    """Writes records of a namespace that no part of Jobledger wrote."""
+    """Writes records to a namespace, as no part of Jobledger would write them."""
 
     def __init__(self, fleet: Fleet) -> None:
         self.namespace, self.bootstrap = fleet.namespace, fleet.bootstrap
         self._producer = Producer({"bootstrap.servers": fleet.bootstrap, "enable.idempotence": True})
 
     def close(self) -> None:
-        """Give the connection back."""
+        """Close the connection."""
         self._producer.close()
 
     def put(self, topic: str, value: bytes, partition: int = 0) -> tuple[str, int]:
-        """One record: its position as people write it, and its append time in ms."""
+        """Write one record. Return its position as text, and its append time in ms."""
         found: list[tuple[KafkaError | None, Message]] = []
         self._producer.produce(
             f"{self.namespace}.{topic}",
@@ -162,14 +163,14 @@ class Planter:
         return f"{message.topic()}[{partition}]@{message.offset()}", message.timestamp()[1]
 
     def fact(self, topic: str, fact: ev.Fact, job: str, **head: Any) -> str:
-        """One event: where it stands."""
+        """Write one event, and return its position."""
         event = ev.JobEvent(
             str(uuid.uuid4()), job, 1, 1, 1, time.time_ns() // 1000, "add", "default", None, None, "planter", None, fact
         )
         return self.put(topic, codec.encode(msgspec.structs.replace(event, **head)))[0]
 
     def commit(self) -> None:
-        """Commit all of partition 0 of the work topic as its workers' group."""
+        """Commit all records in partition 0 of the work topic, as the group of its workers."""
         topic = f"{self.namespace}.jobs.default"
         asker = Consumer({"bootstrap.servers": self.bootstrap, "group.id": f"{self.namespace}.worker.default"})
         try:
@@ -187,11 +188,12 @@ WORK, LIFE, COORD, DEAD = "jobs.default", "lifecycle", "coordination", "dead-let
 
 
 def plant(log: Planter) -> dict[str, list[str]]:
-    """One job for each fault, as clean as it can be otherwise; by kind the positions that must be named."""
+    """Plant each fault once, in otherwise correct jobs where possible. Return the positions that the audit must name,
+    by kind of fault."""
     wanted: dict[str, list[str]] = {}
 
     def run(job: str, *, work: bool = True, end: ev.Fact = SUCCEEDED, **head: Any) -> list[str]:
-        """A job that is submitted, started and ended."""
+        """Write the records of a job that is submitted, started and ended."""
         made = [log.fact(WORK, ev.JobSubmitted(SPEC), job, event_id=job)] if work else []
         made.append(log.fact(LIFE, STARTED, job, **head))
         return [*made, log.fact(LIFE, end, job, **head)]
@@ -214,7 +216,7 @@ def plant(log: Planter) -> dict[str, list[str]]:
     wanted["dead-letter-without-failure"] = [log.fact(DEAD, ev.DeadLettered(SPEC, "never", ERROR), "lettered")]
     run("letters", end=ev.JobFailed("never", ERROR))
     wanted["dead-letter-twice"] = [log.fact(DEAD, ev.DeadLettered(SPEC, "never", ERROR), "letters") for _ in range(2)]
-    # Asked for in an hour, released at once.
+    # The job is due in an hour, but released at once.
     event = ev.JobEvent(
         "e", "early", 1, 1, 0, 1, "add", "default", None, "early", "p", None, ev.JobSubmitted(SPEC, 3_600_000)
     )
@@ -234,8 +236,8 @@ def plant(log: Planter) -> dict[str, list[str]]:
 
 
 def test_every_planted_fault_is_found_at_its_position(fleet: Fleet) -> None:
-    """Raw records with one thing wrong in each job: exit code 4, each kind once, with exactly the positions of what was
-    planted; ends, letters and work records that stand twice are notes."""
+    """In each job, one thing is wrong. The audit exits with 4 and reports each kind once, with exactly the planted
+    positions. Copies of outcomes and of work records are notes."""
     log = Planter(fleet)
     try:
         wanted = plant(log)
@@ -250,8 +252,8 @@ def test_every_planted_fault_is_found_at_its_position(fleet: Fleet) -> None:
     assert {fault["count"] for fault in report["faults"]} == {1}
     assert "host-1:77" in found["started-after-end"]["first"][0]["detail"]
     assert report["notes"]["work-again"] == 1
-    assert report["notes"]["ended-again"] == 2  # the contradiction is one of them
-    # While workers run, a job without an end is no fault; what contradicts itself is.
+    assert report["notes"]["ended-again"] == 2  # one of them is the contradiction
+    # While workers run, a job without an outcome is no fault. A contradiction is one.
     running = audited(fleet, "--no-table", "--limit", "1", code=4)
     assert {fault["kind"] for fault in running["faults"]} == wanted.keys() - {"not-ended"}
     assert running["open"] == 1
@@ -259,8 +261,8 @@ def test_every_planted_fault_is_found_at_its_position(fleet: Fleet) -> None:
     assert "not-ended" in {fault["kind"] for fault in old["faults"]}
 
 
-def test_what_cannot_be_judged_ends_with_a_code_that_says_why(fleet: Fleet) -> None:
-    """No status table is 3, a queue that the app does not have and a time that is none are 2."""
+def test_an_audit_that_cannot_run_exits_with_its_own_code(fleet: Fleet) -> None:
+    """Without a status table the exit code is 3. An unknown queue or an invalid time is 2."""
     code, _, errors = fleet.run("audit", fleet.target)
     assert code == 3, errors
     assert "StoreNotFound" in errors

@@ -1,5 +1,5 @@
-"""What goes wrong with what people hand in: each a clear error or a dead letter, with
-the job whole, and never a hang."""
+"""Bad input from users of the library: each case results in a clear error or a dead letter with the whole job, and
+never in a hang."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ RATES = {"EUR": 1.0, "SEK": 0.09}
 
 @dataclass
 class Price:
-    """A value that checks itself, and breaks over what it does not know."""
+    """A value with a check that raises `KeyError` for an unknown currency."""
 
     currency: str
 
@@ -44,14 +44,15 @@ class Price:
 
 
 class WordlessTimeout(TimeoutError):
-    """A library's own, which cannot be printed."""
+    """A timeout error of a library, whose ``str()`` fails."""
 
     def __str__(self) -> str:
         raise RuntimeError("no text")
 
 
-def test_an_argument_of_900_kib_goes_every_way(broker: str, namespace: str) -> None:
-    """Run, tried again, dead-lettered, handed to a fallback, leased: the job is carried whole each time."""
+def test_an_argument_of_900_kib_survives_retry_fallback_dead_letter_and_lease(broker: str, namespace: str) -> None:
+    """The job runs, is retried, dead-lettered, passed to a fallback and leased. Each record contains the whole
+    argument."""
     app = App(namespace, settings=Settings(bootstrap=broker, submit_timeout=20.0), partitions=2)
 
     @app.task
@@ -84,10 +85,10 @@ def test_an_argument_of_900_kib_goes_every_way(broker: str, namespace: str) -> N
         until(lambda: len(closings(app)) == 4, what="two ends, a retry and the fallback's end")
         until(lambda: any(isinstance(f, JobSucceeded) for f in facts(names.coordination).get(jobs["leased"], [])))
     said = closings(app)
-    assert said[jobs["runs"]][0].event.fact.result == b"%d" % len(LARGE)  # type: ignore[union-attr]  # it succeeded
+    assert said[jobs["runs"]][0].event.fact.result == b"%d" % len(LARGE)  # type: ignore[union-attr]  # the job succeeded
     retried = said[jobs["retries"]][0].event.fact
     assert isinstance(retried, JobRetried)
-    assert "its str() raised" in retried.error.message
+    assert "str() of this exception raised" in retried.error.message
     (asked,) = facts(names.coordination)[jobs["retries"]]
     assert isinstance(asked, ReleaseRequested)
     (letter,) = facts(names.dead_letter)[jobs["fails"]]
@@ -98,11 +99,11 @@ def test_an_argument_of_900_kib_goes_every_way(broker: str, namespace: str) -> N
     for spec in (asked.spec, letter.spec, lease.spec):
         assert msgspec.json.decode(spec.args) == {"text": LARGE}
     (console,) = said.keys() - jobs.values()
-    assert said[console][0].event.fact.result == b"%d" % len(LARGE)  # type: ignore[union-attr]  # it succeeded
+    assert said[console][0].event.fact.result == b"%d" % len(LARGE)  # type: ignore[union-attr]  # the job succeeded
 
 
-def test_so_it_does_through_a_child_process(broker: str) -> None:
-    """There and back."""
+def test_an_argument_of_900_kib_reaches_a_child_process_and_comes_back(broker: str) -> None:
+    """A large argument reaches a child process, and a large result comes back."""
     app = isolated_app.app
     app.settings = Settings(bootstrap=broker, submit_timeout=20.0)
     ensure(app, app.settings)
@@ -113,8 +114,8 @@ def test_so_it_does_through_a_child_process(broker: str) -> None:
     assert fact.result == msgspec.json.encode(LARGE)
 
 
-def test_a_changed_signature_dead_letters_with_both(broker: str, namespace: str) -> None:
-    """What was submitted, and what the task takes now."""
+def test_arguments_that_do_not_fit_a_changed_signature_dead_letter_the_job(broker: str, namespace: str) -> None:
+    """The dead letter names the submitted arguments and the present signature of the task."""
     settings = Settings(bootstrap=broker, submit_timeout=20.0)
     old, new = App(namespace, settings=settings, partitions=1), App(namespace, settings=settings, partitions=1)
 
@@ -134,11 +135,11 @@ def test_a_changed_signature_dead_letters_with_both(broker: str, namespace: str)
     assert '{"order":7,"currency":"EUR"} do not fit invoice(order_id: int) -> None' in letter.error.message
 
 
-def test_a_check_of_arguments_that_breaks_fails_its_job_and_nothing_else(
+def test_a_failing_check_of_arguments_fails_only_its_job(
     broker: str, namespace: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whatever the code of an argument's class raises: plain, keyed and tenants' jobs are dead-lettered, others run;
-    and the log of the worker says so without the values."""
+    """Whatever the code of an argument's class raises, the plain and the keyed job are dead-lettered, and other jobs
+    run. The worker's log says so without the values."""
     app = App(namespace, settings=Settings(bootstrap=broker, submit_timeout=20.0), partitions=1)
 
     @app.task
@@ -171,8 +172,8 @@ def test_a_check_of_arguments_that_breaks_fails_its_job_and_nothing_else(
     assert not any("SEK" in record.getMessage() for record in caplog.records)
 
 
-def test_a_timeout_without_a_text_is_one_all_the_same(broker: str, namespace: str) -> None:
-    """A coroutine that turns the cancellation of its time limit into an error of its own that cannot be printed."""
+def test_a_timeout_error_without_text_is_still_a_timeout(broker: str, namespace: str) -> None:
+    """A coroutine replaces the cancellation at its time limit by an error that cannot be printed."""
     app = App(namespace, settings=Settings(bootstrap=broker, submit_timeout=20.0), partitions=1)
 
     @app.task(timeout=0.2, retry=NO_RETRY)
@@ -187,15 +188,16 @@ def test_a_timeout_without_a_text_is_one_all_the_same(broker: str, namespace: st
     with working(app) as worker:
         fact = until(lambda: closings(app).get(handle.job_id))[0].event.fact
         assert worker.dispatcher is not None
-        until(lambda: not worker.dispatcher.running)  # type: ignore[union-attr]  # as above
+        until(lambda: not worker.dispatcher.running)  # type: ignore[union-attr]  # set, as asserted above
     assert isinstance(fact, JobFailed)
     assert fact.reason == "timeout"
-    assert "its str() raised" in fact.error.message
+    assert "str() of this exception raised" in fact.error.message
 
 
 @pytest.mark.parametrize("how", ["stops the loop", "raises SystemExit beside"])
-def test_a_job_that_ends_the_loop_is_no_end_of_its_neighbours(broker: str, namespace: str, how: str) -> None:
-    """The worker ends and says why; jobs beside it have no outcome of it, and run in the next one."""
+def test_a_job_that_ends_the_event_loop_closes_no_other_job(broker: str, namespace: str, how: str) -> None:
+    """The worker ends with an error that says why. The other running jobs get no outcome from this worker, and run in
+    the next one."""
     app = App(namespace, settings=Settings(bootstrap=broker, submit_timeout=20.0), partitions=1)
     once: list[int] = []
     first_ended = threading.Event()

@@ -1,4 +1,4 @@
-"""`jobledger check`: what the next version of an app could not run, with a real broker and a real coordinator."""
+"""`jobledger check` with a real broker and a real coordinator: which open jobs the next version of an app cannot run."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ async def moved(a: int) -> int:
 
 
 def jobledger(folder: Path, broker: str, *words: str) -> tuple[int, str, str]:
-    """Run a command; exit code, output and errors."""
+    """Run a command. Return its exit code, its output and its errors."""
     done = subprocess.run(
         [sys.executable, "-m", "jobledger", *words],
         check=False,
@@ -74,20 +74,20 @@ def jobledger(folder: Path, broker: str, *words: str) -> tuple[int, str, str]:
 
 
 def checked(folder: Path, broker: str, module: str) -> tuple[int, dict[str, Any]]:
-    """What the command says as JSON."""
+    """Run the check. Return its exit code and its JSON output."""
     code, out, errors = jobledger(folder, broker, "check", f"{module}:app", "--json")
     assert out, errors
     return code, json.loads(out)
 
 
-def test_a_new_version_is_held_against_what_is_in_the_log(broker: str, namespace: str, tmp_path: Path) -> None:
-    """Jobs that wait in queues and with the coordinator, whose task, queue or arguments are no
-    more; ended ones are not told."""
+def test_a_new_version_is_checked_against_the_open_jobs_in_the_log(broker: str, namespace: str, tmp_path: Path) -> None:
+    """The check reports the jobs in queues and in the coordinator's table whose task, queue or arguments the new
+    version does not have. Jobs that have ended are not reported."""
     (tmp_path / "old.py").write_text(OLD.format(namespace=namespace))
     (tmp_path / "new.py").write_text(NEW.format(namespace=namespace))
     assert jobledger(tmp_path, broker, "topics", "apply", "old:app", "--yes")[0] == 0
     old: dict[str, Any] = {}
-    exec(OLD.format(namespace=namespace), old)  # noqa: S102  # the file above, as this process's app
+    exec(OLD.format(namespace=namespace), old)  # noqa: S102  # the same app as in the file above, in this process
     app: App = old["app"]
     app.settings = Settings(bootstrap=broker)
     code, said = checked(tmp_path, broker, "new")
@@ -144,20 +144,20 @@ def test_a_new_version_is_held_against_what_is_in_the_log(broker: str, namespace
     }
     by_task = {m["task"]: m for m in said["misfits"]}
     assert (
-        "submitted with (a); it is (account: str) -> str: Object contains unknown field `a`"
+        "the job was submitted with (a), but the task takes (account: str) -> str: Object contains unknown field `a`"
         in by_task["changed"]["says"]
     )
     assert by_task["gone"]["says"] == "the app has changed, kept, moved"
     assert by_task["gone"]["example"] in {first.job_id, soon.job_id}
     code, text, errors = jobledger(tmp_path, broker, "check", "new:app")
     assert code == 4
-    assert "14 jobs could not be run" in text
+    assert "14 jobs cannot be run by this app" in text
     assert "keep a task of that name until its jobs have ended" in errors
     assert jobledger(tmp_path, broker, "check", "old:app")[0] == 0
 
 
-def test_without_topics_it_says_so(broker: str, namespace: str, tmp_path: Path) -> None:
-    """A namespace that is not there is no app that fits."""
+def test_a_check_without_topics_is_an_error(broker: str, namespace: str, tmp_path: Path) -> None:
+    """For a namespace without topics, the check fails and names the command that creates them."""
     (tmp_path / "new.py").write_text(NEW.format(namespace=namespace))
     code, _, errors = jobledger(tmp_path, broker, "check", "new:app")
     assert code == 1

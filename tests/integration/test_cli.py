@@ -1,4 +1,5 @@
-"""The command line as people use it: real processes on a real broker, from the topics to the end of a job."""
+"""The command line as people use it: real processes on a real broker, from the creation of topics to the outcome of a
+job."""
 
 from __future__ import annotations
 
@@ -79,7 +80,7 @@ async def sleepy(seconds: float) -> None:
 
 
 class Process:
-    """A command that runs until it is told to stop, with its output."""
+    """A command that runs until it is stopped, and its output."""
 
     def __init__(self, words: list[str], folder: Path, environ: dict[str, str]) -> None:
         self.lines: list[str] = []
@@ -103,14 +104,14 @@ class Process:
                     self.lines.append(line.rstrip("\n"))
                     self._new.notify_all()
 
-    def said(self, *texts: str) -> None:
-        """Wait until one line has all of these."""
+    def wait_for_line(self, *texts: str) -> None:
+        """Wait until one line of the output contains all of these texts."""
         with self._new:
             found = self._new.wait_for(lambda: any(all(t in line for t in texts) for line in self.lines), WAIT_S)
             assert found, f"{texts} not in\n" + "\n".join(self.lines[-40:])
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
-        """Ask it to end; its exit code. Its children must be gone, too."""
+        """Send a signal to the process and return its exit code. Its child processes must have ended, too."""
         family = psutil.Process(self.process.pid).children(recursive=True) if self.process.poll() is None else []
         self.process.send_signal(number)
         code = self.process.wait(WAIT_S)
@@ -119,7 +120,7 @@ class Process:
         return code
 
     def close(self) -> None:
-        """Leave nothing running, whatever has happened."""
+        """Kill the process and its child processes if they still run."""
         if self.process.poll() is None:
             family = psutil.Process(self.process.pid).children(recursive=True)
             self.process.kill()
@@ -131,7 +132,7 @@ class Process:
 
 
 class Shop:
-    """A folder with an app of its own namespace, and the commands run in it."""
+    """A folder with an app in its own namespace, and the commands that run there."""
 
     def __init__(self, folder: Path, broker: str, namespace: str) -> None:
         self.folder, self.namespace = folder, namespace
@@ -149,7 +150,7 @@ class Shop:
         self.running: list[Process] = []
 
     def run(self, *words: str) -> tuple[int, str, str]:
-        """A command to its end: exit code, standard output, standard error."""
+        """Run a command to its end. Return its exit code, standard output and standard error."""
         done = subprocess.run(
             [sys.executable, "-m", "jobledger", *words],
             cwd=self.folder,
@@ -162,31 +163,31 @@ class Shop:
         return done.returncode, done.stdout, done.stderr
 
     def main(self, *words: str) -> tuple[int, str, str]:
-        """As `run`, in this process: much quicker, and the same code but for the interpreter's start."""
+        """Run a command in this process, which is much faster than `run`. Only the start of the interpreter is missing."""
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = main(list(words))
         return code, out.getvalue(), err.getvalue()
 
     def json(self, *words: str, code: int = 0) -> Any:
-        """What a command prints with ``--json``."""
+        """Run a command with ``--json`` and return its output."""
         ended, out, err = self.main(*words, "--json")
         assert ended == code, out + err
         return json.loads(out if code in (0, 4, 5) else err)
 
     def events(self, *words: str) -> list[Any]:
-        """What ``events tail`` prints."""
+        """Return the output of ``events tail``."""
         code, out, err = self.main("events", "tail", "--namespace", self.namespace, "--json", *words)
         assert code == 0, err
         return [json.loads(line) for line in out.splitlines()]
 
-    def knows(self, job_id: str) -> None:
-        """Wait until the status table knows a job."""
+    def wait_for_row(self, job_id: str) -> None:
+        """Wait until the status table has a row for the job."""
         asking = ("jobs", "list", "--namespace", self.namespace)
         until(lambda: job_id in {each["job_id"] for each in self.json(*asking)}, f"{job_id} is not in the table")
 
     def start(self, *words: str) -> Process:
-        """A command that goes on."""
+        """Start a command that continues to run."""
         made = Process(list(words), self.folder, self.environ)
         self.running.append(made)
         return made
@@ -215,37 +216,38 @@ def until(check: Callable[[], bool], what: str) -> None:
 
 
 def test_a_jobs_life_from_the_command_line(shop: Shop) -> None:
-    """Topics, stream processor and worker are started; jobs are submitted, waited for, listed, shown with their
-    timeline, and read from the log; what does not end well has its own exit codes; both processes stop clean."""
+    """Commands create the topics and start a stream processor and a worker. Jobs are submitted, waited for, listed,
+    shown with their timeline, and read from the log. Failures have their own exit codes. Both processes stop cleanly.
+    """
     made = shop.json("topics", "apply", shop.target, "--yes")
     assert made["applied"] > 0
     streams, worker = shop.start("streams", shop.target), shop.start("worker", shop.target, "--grace", "1")
-    worker.said("queue mail: assigned")
-    streams.said("materializer", "writing the status table")
+    worker.wait_for_line("queue mail: assigned")
+    streams.wait_for_line("materializer", "writing the status table")
 
-    # what ends well
+    # jobs that succeed
     done = shop.json("submit", shop.target, "send_mail", "to=a@example.org", "--tag", "tenant=acme", "--wait")
     assert (done["state"], done["result"], done["tags"]) == ("succeeded", "sent to a@example.org", {"tenant": "acme"})
     retried = shop.json("submit", shop.target, "send_mail", "to=b@example.org", "fail=1", "--wait")
     assert (retried["state"], retried["attempt"]) == ("succeeded", 2)
     added = shop.json("submit", shop.target, "add", "--args", '{"a": 40, "b": 1}', "b=2")
-    shop.knows(added["job_id"])
+    shop.wait_for_row(added["job_id"])
     assert shop.json("jobs", "wait", added["job_id"], "--app", shop.target, "--timeout", "200")["result"] == 42
     late = shop.json("submit", shop.target, "add", "a=1", "--delay", "0.5", "--wait", "--timeout", "200")
     assert late["state"] == "succeeded"
 
-    # what does not
+    # jobs that fail or do not end
     failed = shop.json("submit", shop.target, "send_mail", "to=nobody", "--wait", code=5)
     assert (failed["state"], failed["reason"]) == ("failed", "rejected")
     slow = shop.json("submit", shop.target, "sleepy", "seconds=1000")["job_id"]
-    shop.knows(slow)
+    shop.wait_for_row(slow)
     error = shop.json("jobs", "wait", slow, "--namespace", shop.namespace, "--timeout", "0.5", code=6)["error"]
     assert error["type"] == "StatusTimeout"
     unknown = "00000000-0000-7000-8000-000000000000"
     for words in (["jobs", "show", unknown], ["jobs", "wait", unknown]):
         assert shop.json(*words, "--namespace", shop.namespace, code=3)["error"]["type"] == "JobNotFound"
 
-    # lists: the namespace is known, as it is the only one of this home
+    # lists; --namespace is not needed, because this home has only one namespace
     assert [j["job_id"] for j in shop.json("jobs", "list", "--tag", "tenant=acme")] == [done["job_id"]]
     assert [j["job_id"] for j in shop.json("jobs", "list", "--state", "failed")] == [failed["job_id"]]
     assert len(shop.json("jobs", "list", "--task", "send_mail", "--queue", "mail")) == 3
@@ -255,12 +257,12 @@ def test_a_jobs_life_from_the_command_line(shop: Shop) -> None:
     assert failed["job_id"] in text
     assert "nobody is no address" in text
 
-    # one job, from its positions in the log
+    # one job, from the positions of its records in the log
     def kinds_of(job_id: str) -> list[str]:
         shown = shop.json("jobs", "show", job_id, "--timeline")
         return [step["fact"]["type"] for step in shown["timeline"]]
 
-    # The table may read a job's end before its release: they stand on different topics.
+    # The table may contain a job's outcome before its release, because the two are on different topics.
     until(lambda: "JobDue" in kinds_of(retried["job_id"]), "its release is not in the table")
     kinds = kinds_of(retried["job_id"])
     assert [k for k in kinds if k != "JobProgressed"] == [
@@ -278,12 +280,12 @@ def test_a_jobs_life_from_the_command_line(shop: Shop) -> None:
     assert len(shop.events("-n", "3")) == 3
     assert shop.events("--from", "end") == []
     code, _, err = shop.main("events", "tail", "--namespace", "nobodys")
-    assert (code, "does not have these topics" in err) == (1, True)
+    assert (code, "has no topics (--topic all)" in err) == (1, True)
 
     follower = shop.start("events", "tail", "--follow", "--from", "end", "--task", "add", "--json")
 
     def followed() -> bool:
-        # The follower may begin after a submission; so another one is made until one is seen to its end.
+        # The follower may begin after a submission. So jobs are submitted until the follower shows the outcome of one.
         shop.json("submit", shop.target, "add", "a=5")
         return any("JobSucceeded" in line for line in follower.lines)
 
@@ -297,7 +299,7 @@ def test_a_jobs_life_from_the_command_line(shop: Shop) -> None:
         until(lambda: not behind(settings, names, table.offsets()), "the table has not read the log")
     assert streams.stop() == 0
 
-    # the table is what the log says, and can be made anew from it
+    # the table agrees with the log, and can be rebuilt from the log
     before = shop.json("verify", shop.target)
     assert (before["equal"], before["differing"]) == (True, 0)
     assert shop.json("rebuild", shop.target, "--yes")["jobs"] == before["jobs"]
@@ -308,13 +310,13 @@ def test_a_jobs_life_from_the_command_line(shop: Shop) -> None:
     assert (broken["equal"], broken["differing"]) == (False, 1)
 
 
-def test_jobs_are_cancelled_by_id_and_by_what_they_are(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A job that runs is told, those that wait are not started; who and why stand with them. What is no job, has ended
-    or matches nothing is said to be so, and nothing is cancelled that was not agreed to."""
+def test_jobs_are_cancelled_by_id_and_by_their_properties(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A running job is asked to end, and waiting jobs are not started. The cancel records who requested it and why. The
+    command reports arguments that are no job, have ended or match nothing, and cancels nothing without an agreement."""
     shop.json("topics", "apply", shop.target, "--yes")
     streams, worker = shop.start("streams", shop.target), shop.start("worker", shop.target, "--grace", "1")
-    worker.said("queue default: assigned")
-    streams.said("materializer", "writing the status table")
+    worker.wait_for_line("queue default: assigned")
+    streams.wait_for_line("materializer", "writing the status table")
 
     def submitted(*words: str) -> str:
         job_id: str = shop.json("submit", shop.target, *words)["job_id"]
@@ -339,7 +341,7 @@ def test_jobs_are_cancelled_by_id_and_by_what_they_are(shop: Shop, monkeypatch: 
     waiting = {acme: "scheduled", other: "scheduled", added: "scheduled"}
     until(lambda: states() == {runs: "running", **waiting}, "not there yet")
 
-    # only said, refused, or not agreed to
+    # a dry run, refused arguments, and no agreement
     dry = cancel("--where", "task=send_mail", "--dry-run")
     assert (dry["cancelled"], set(dry["jobs"])) == (0, {acme, other})
     code, out, err = shop.main("jobs", "cancel", "--namespace", shop.namespace, added, "--dry-run")
@@ -354,7 +356,7 @@ def test_jobs_are_cancelled_by_id_and_by_what_they_are(shop: Shop, monkeypatch: 
         (["--where", "task"], "is not of the form NAME=VALUE"),
         (["--where", "colour=red"], "write task=…, queue=…, state=… or tag.NAME=…"),
         (["--where", "tag.a=b", "--where", "tag.a=c"], "--where tag a is given as 'b' and as 'c'"),
-        (["--where", "state=succeeded"], "those jobs have ended"),
+        (["--where", "state=succeeded"], "jobs in this state have ended"),
     ):
         assert said in cancel(*words, code=2)["error"]["message"]
     both = cancel("--where", "task=add", "--where", "task=send_mail", "--where", "state=scheduled", "--dry-run")
@@ -367,7 +369,7 @@ def test_jobs_are_cancelled_by_id_and_by_what_they_are(shop: Shop, monkeypatch: 
     assert (code, out.strip(), "Cancel 1 job?" in err, "nothing was changed" in err) == (1, "", True, True)
     assert states() == {runs: "running", **waiting}
 
-    # by what they are
+    # cancels by properties of the jobs
     found = cancel("--where", "tag.tenant=acme", "--where", "task=send_mail", "--reason", "wrong list", "--by", "ann")
     assert found == {"cancelled": 1, "jobs": [acme], "notes": []}
     assert ended(acme) == ("cancelled", "wrong list")
@@ -379,11 +381,11 @@ def test_jobs_are_cancelled_by_id_and_by_what_they_are(shop: Shop, monkeypatch: 
     assert ended(added)[0] == "cancelled"
     assert cancel("--where", "queue=nothing-there") == {"cancelled": 0, "jobs": [], "notes": []}
 
-    # by their ids, whole or not
+    # cancels by ids, complete or shortened
     assert cancel(runs[:-1], other, runs) == {"cancelled": 2, "jobs": [runs, other], "notes": []}
     assert [ended(runs)[0], ended(other)[0]] == ["cancelled", "cancelled"]
     took = {job_id: shop.json("jobs", "show", job_id)["duration"] for job_id in (runs, other)}
-    assert took[runs] > 0.05  # it ran while the others were asked about
+    assert took[runs] > 0.05  # the job ran during the commands above
     assert took[other] is None
     code, out, err = shop.main("jobs", "cancel", "--namespace", shop.namespace, runs)
     assert (code, out, err) == (0, "no job is left to cancel\n", f"{runs} has ended: cancelled\n")
@@ -391,20 +393,21 @@ def test_jobs_are_cancelled_by_id_and_by_what_they_are(shop: Shop, monkeypatch: 
     late = cancel(unknown)
     assert (late["cancelled"], late["jobs"]) == (1, [unknown])
     assert late["notes"] == [
-        f"the status table does not know {unknown}: it can be cancelled only if it was just submitted"
+        f"the status table does not know {unknown}: the cancel has an effect only if the job was just submitted"
     ]
 
     assert worker.stop() == 0
     assert streams.stop() == 0
 
 
-def test_jobs_are_found_and_shown_with_what_they_were_given(shop: Shop) -> None:
-    """Filters combine, ids may be shortened, arguments are read from the log, and where they were trimmed that is said;
-    jobs, queues and tasks are asked for by the app or by its namespace alike; a bar shows how far a job is."""
+def test_jobs_are_listed_and_shown_with_their_arguments(shop: Shop) -> None:
+    """Filters can be combined, and ids may be shortened. Arguments are read from the log, and the output says if they
+    were trimmed. Jobs, queues and tasks can be listed with the app or with its namespace. A bar shows the progress of a
+    job."""
     shop.json("topics", "apply", shop.target, "--yes")
     streams, worker = shop.start("streams", shop.target), shop.start("worker", shop.target, "--grace", "1")
-    worker.said("queue mail: assigned")
-    streams.said("materializer", "writing the status table")
+    worker.wait_for_line("queue mail: assigned")
+    streams.wait_for_line("materializer", "writing the status table")
     tags = ["--tag", "tenant=acme", "--tag", "kind=note"]
     noted = shop.json("submit", shop.target, "send_mail", "to=a@example.org", *tags, "--wait")["job_id"]
     plain = shop.json("submit", shop.target, "send_mail", "to=b@example.org", *tags[:2], "--wait")["job_id"]
@@ -433,7 +436,7 @@ def test_jobs_are_found_and_shown_with_what_they_were_given(shop: Shop) -> None:
         assert [row["task"] for row in shop.json("tasks", "list", *which) if row["limited"]] == ["add"]
         shop.json("tasks", "limit", *which, "add")
         no = shop.json("tasks", "pause", *which, "nope", code=2)["error"]["message"]
-        assert "has no task 'nope'; there are add, send_mail" in no
+        assert "has no task 'nope'; its tasks: add, send_mail" in no
     several = shop.json("jobs", "show", noted[:6], code=2)["error"]["message"]
     assert "is the beginning of several ids: " in several
     assert shop.json("jobs", "show", "012345", code=3)["error"]["type"] == "JobNotFound"
@@ -443,7 +446,7 @@ def test_jobs_are_found_and_shown_with_what_they_were_given(shop: Shop) -> None:
     assert (code, text.splitlines()[0].split()[-2:]) == (0, ["tags", "args"])
     assert 'kind=note tenant=acme  {"to":"a@example.org"}' in text
 
-    # on a terminal there is a bar, elsewhere none
+    # a terminal shows a bar, other outputs do not
     master, slave = pty.openpty()
     gate, halfway = shop.folder / "gate", re.compile(rb"/100 \(\d?\d %\) \[row\]")
     steps = ("steps", "total=100", f"gate={gate}")
@@ -453,7 +456,7 @@ def test_jobs_are_found_and_shown_with_what_they_were_given(shop: Shop) -> None:
     )
     os.close(slave)
     shown = b""
-    with contextlib.suppress(OSError):  # how a terminal's end is told
+    with contextlib.suppress(OSError):  # raised at the end of the terminal
         while part := os.read(master, 4096):
             shown += part
             if halfway.search(shown):
@@ -466,7 +469,7 @@ def test_jobs_are_found_and_shown_with_what_they_were_given(shop: Shop) -> None:
     code, out, err = shop.run("submit", shop.target, "steps", "total=1", "--wait")
     assert (code, err.count("\n")) == (0, 1), err
 
-    # what was trimmed is said to be so
+    # trimmed arguments are reported as trimmed
     place = Position.parse(shop.json("jobs", "show", noted)["positions"][0])
     admin = AdminClient({"bootstrap.servers": shop.environ["JOBLEDGER_BOOTSTRAP"]})
     cut = TopicPartition(place.topic, place.partition, place.offset + 1)
@@ -476,16 +479,16 @@ def test_jobs_are_found_and_shown_with_what_they_were_given(shop: Shop) -> None:
     assert (gone["args"], gone["args_error"]) == (None, f"not known: {place} was trimmed from the log")
     code, text, _ = shop.main("jobs", "show", noted)
     assert (code, f"not known: {place} was trimmed from the log" in text) == (0, True)
-    os.environ["JOBLEDGER_BOOTSTRAP"] = "127.0.0.1:1"  # given back by the fixture
+    os.environ["JOBLEDGER_BOOTSTRAP"] = "127.0.0.1:1"  # restored by the fixture
     code, text, _ = shop.main("jobs", "show", noted)
     assert (code, "arguments  not known: 127.0.0.1:1 did not answer" in text) == (0, True)
     assert worker.stop() == 0
     assert streams.stop() == 0
 
 
-def test_odd_records_end_no_command(shop: Shop) -> None:
-    """Records that are well-formed and mean nothing, and bytes that are none, are shown in their place by every command
-    that reads the log or the status table, on one line or as one object each."""
+def test_unusual_records_break_no_command(shop: Shop) -> None:
+    """The log has well-formed events without a meaning, and bytes that are no event. Every command that reads the log
+    or the status table shows each of them, on one line or as one JSON object."""
     shop.json("topics", "apply", shop.target, "--yes")
     names, far, deep = Names(shop.namespace), 2**63 - 1, b'{"a":' + b"[" * 20_000 + b"]" * 20_000 + b"}"
     ids = [str(uuid.uuid4()) for _ in range(6)]
@@ -524,7 +527,7 @@ def test_odd_records_end_no_command(shop: Shop) -> None:
 
 
 def damage(shop: Shop, job_id: str) -> None:
-    """Lose one job's row, as a database that was restored from an older copy would."""
+    """Delete a job's rows, as if the database had been restored from an older copy."""
     (path,) = (shop.folder / "home" / "status").glob("*.db")
     with contextlib.closing(sqlite3.connect(path)) as database, database:
         for (table,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
@@ -533,55 +536,58 @@ def damage(shop: Shop, job_id: str) -> None:
                 database.execute(f"DELETE FROM {table} WHERE job_id = ?", (job_id,))
 
 
-def test_the_stream_processor_lives_through_kill_9_of_its_parts_and_its_own(shop: Shop) -> None:
-    """A killed half is started again; when the supervisor itself is killed, no orphan is left and a successor works."""
+def test_the_stream_processor_recovers_from_kill_9_of_a_part_or_of_itself(shop: Shop) -> None:
+    """A killed part is started again. If the supervisor is killed, no child process is left, and the next supervisor
+    works."""
     shop.json("topics", "apply", shop.target, "--yes")
     first = shop.start("streams", shop.target)
-    first.said("materializer", "writing the status table")
+    first.wait_for_line("materializer", "writing the status table")
     part = next(p for p in psutil.Process(first.process.pid).children() if "materializer" in p.cmdline())
     part.kill()
-    first.said("supervisor", "materializer ended with signal SIGKILL")
+    first.wait_for_line("supervisor", "materializer ended with signal SIGKILL")
     until(lambda: sum("writing the status table" in line for line in first.lines) == 2, "not started again")
     orphans = psutil.Process(first.process.pid).children()
     assert len(orphans) == 2
     first.process.kill()
     assert not psutil.wait_procs(orphans, WAIT_S)[1]
     second = shop.start("streams", shop.target)
-    second.said("materializer", "writing the status table")
+    second.wait_for_line("materializer", "writing the status table")
     assert second.stop() == 0
 
 
-def test_several_worker_processes_under_one_command(shop: Shop) -> None:
+def test_one_command_runs_several_worker_processes(shop: Shop) -> None:
     """``--processes 2`` runs two workers that share the queues and stop together."""
     shop.json("topics", "apply", shop.target, "--yes")
     both = shop.start("worker", shop.target, "--processes", "2", "--queues", "mail", "--grace", "2")
-    both.said("worker-1 ", "serves mail")
-    both.said("worker-2 ", "serves mail")
+    both.wait_for_line("worker-1 ", "serves mail")
+    both.wait_for_line("worker-2 ", "serves mail")
     assert both.stop(signal.SIGINT) == 0
 
 
 def test_dev_runs_everything_and_reloads_on_change(shop: Shop) -> None:
-    """One command makes the topics and runs worker and stream processor; a change is run at once, code that does not
-    load leaves the old one running, a new queue gets its topic; Ctrl-C ends it with 0."""
+    """One command creates the topics and runs a worker and the stream processor. A change of the code is used at once.
+    If the new code does not load, the old code keeps running. A new queue gets its topic. Ctrl-C ends the command with
+    exit code 0."""
     dev = shop.start("dev", shop.target)
-    dev.said("dev", "topics created")
-    dev.said("worker", "queue mail: assigned")
-    dev.said("materializer", "writing the status table")
-    dev.said("dev", "watching")
+    dev.wait_for_line("dev", "topics created")
+    dev.wait_for_line("worker", "queue mail: assigned")
+    dev.wait_for_line("materializer", "writing the status table")
+    dev.wait_for_line("dev", "watching")
     assert shop.json("submit", shop.target, "add", "a=1", "--wait")["result"] == 2
 
     good = shop.source.read_text()
     shop.source.write_text(good + "\ndef broken(:\n")
-    dev.said("dev", "SyntaxError")
-    dev.said("dev", "the old code keeps running")
+    dev.wait_for_line("dev", "SyntaxError")
+    dev.wait_for_line("dev", "the old code keeps running")
     shop.source.write_text(good.replace("return a + b", "return (a + b) * 100") + NEW_TASK)
-    dev.said("dev", "reloading the worker")
-    dev.said("worker", "queue new: assigned")
+    dev.wait_for_line("dev", "reloading the worker")
+    dev.wait_for_line("worker", "queue new: assigned")
     assert shop.json("submit", shop.target, "add", "a=1", "--wait")["result"] == 200
-    code, out, err = shop.run("submit", shop.target, "fresh", "--wait", "--json")  # this process has the old module
+    # In a new process, because this one has the old module.
+    code, out, err = shop.run("submit", shop.target, "fresh", "--wait", "--json")
     assert json.loads(out)["result"] == "new", f"{code} {err}"
     assert dev.stop(signal.SIGINT) == 0
-    dev.said("dev", "stopped")
+    dev.wait_for_line("dev", "stopped")
 
 
 NEW_TASK = """

@@ -1,4 +1,4 @@
-"""The client against a real broker: what is acknowledged is in the log, and what is refused is not."""
+"""The client with a real broker: acknowledged submissions are in the log, and refused ones are not."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ pytestmark = pytest.mark.kafka
 
 @pytest.fixture
 def app(broker: str, namespace: str) -> Iterator[App]:
-    """An app with its topics."""
+    """Yield an app with its topics."""
     app = App(namespace, settings=Settings(bootstrap=broker, submit_timeout=60.0), partitions=3)
     declare(app)
     ensure(app, app.settings)
@@ -54,7 +54,7 @@ def app(broker: str, namespace: str) -> Iterator[App]:
 
 
 def declare(app: App) -> Task[[str, str], str]:
-    """The one task of these tests."""
+    """Declare the only task of these tests."""
 
     @app.task(queue="mail")
     async def send_mail(to: str, template: str = "welcome") -> str:
@@ -64,7 +64,7 @@ def declare(app: App) -> Task[[str, str], str]:
 
 
 def read(app: App, position: Position) -> Recorded:
-    """What stands at a position."""
+    """Return the record at a position."""
     with LogReader(app.settings) as reader:
         message = reader.at(position)
     assert message is not None
@@ -72,14 +72,14 @@ def read(app: App, position: Position) -> Recorded:
 
 
 def everything(app: App, topic: str) -> list[Recorded]:
-    """All events of a topic."""
+    """Return all events of a topic."""
     decode = decoder(app.settings, app.names).decode
     with LogReader(app.settings) as reader:
         return [recorded(m, decode) for p in range(3) for m in reader.read(topic, p, 0)]
 
 
 def test_a_submission_is_in_the_log_when_submit_returns(app: App) -> None:
-    """The handle's position holds the whole job, keyed by its id, on the partition the key chooses."""
+    """At the handle's position is the whole job, with its id, its arguments and its tags."""
     handle = app.tasks["send_mail"].using(tags={"tenant": "acme"}).submit("a@example.org")
     found = read(app, handle.position)
     assert found.event.job_id == handle.job_id
@@ -92,7 +92,8 @@ def test_a_submission_is_in_the_log_when_submit_returns(app: App) -> None:
 
 
 def test_a_delayed_job_goes_to_the_coordinator(app: App) -> None:
-    """A delayed submission stands on coordination as release 0 with its delay and home, and on no work topic."""
+    """A delayed submission is on the coordination topic as release 0, with its delay and its home, and on no work
+    topic."""
     handle = app.tasks["send_mail"].using(delay=60).submit("a@example.org")
     found = read(app, handle.position)
     assert handle.position.topic == app.names.coordination
@@ -103,7 +104,7 @@ def test_a_delayed_job_goes_to_the_coordinator(app: App) -> None:
 
 
 def test_submit_async_leaves_the_event_loop_free(app: App) -> None:
-    """Many submissions run side by side in one event loop, and each is acknowledged."""
+    """Many submissions run at the same time in one event loop, and each of them is acknowledged."""
     task = app.tasks["send_mail"]
 
     async def many() -> set[str]:
@@ -117,14 +118,15 @@ def test_submit_async_leaves_the_event_loop_free(app: App) -> None:
 
 @dataclass(frozen=True)
 class Sum:
-    """What a job results in."""
+    """The result of a job."""
 
     total: int
     on: dt.date
 
 
 def test_coroutines_submit_wait_and_cancel(broker: str, namespace: str, tmp_path: Path) -> None:
-    """From submission to result and cancel nothing holds up the event loop, and results are what the task returns."""
+    """Submissions, waits for results, queries and cancels do not block the event loop. Results are what the task
+    returned."""
     url = f"sqlite:///{tmp_path / 'status.db'}"
     app = App(namespace, settings=Settings(bootstrap=broker, submit_timeout=60.0, status_url=url), partitions=3)
 
@@ -167,9 +169,9 @@ def test_coroutines_submit_wait_and_cancel(broker: str, namespace: str, tmp_path
     assert not reading.is_alive()
 
 
-def test_a_job_id_of_the_callers_own_is_one_job_however_often_it_is_submitted(broker: str, namespace: str) -> None:
-    """In every form of submission, and inside a job, too, records carry the id; the job runs once, with what came
-    first."""
+def test_a_job_id_chosen_by_the_caller_is_one_job_however_often_submitted(broker: str, namespace: str) -> None:
+    """In every form of submission, also inside a job, the records carry the chosen id. The job runs once, with the
+    arguments of the first submission."""
     app = App(namespace, settings=Settings(bootstrap=broker, submit_timeout=60.0), partitions=3)
     ran: list[int] = []
 
@@ -199,8 +201,8 @@ def test_a_job_id_of_the_callers_own_is_one_job_however_often_it_is_submitted(br
     app.close()
 
 
-def test_submit_many_keeps_order_and_accounts_for_each(app: App) -> None:
-    """Handles come in the order of the jobs, each with the position where its job really stands."""
+def test_submit_many_returns_a_handle_for_each_job_in_order(app: App) -> None:
+    """Handles have the order of the jobs, and each handle has the position of its job's record."""
     task = app.tasks["send_mail"]
     handles = app.submit_many(task.job(f"{i}@example.org") for i in range(25_000))
     found = {r.position: r.event for r in everything(app, app.names.jobs("mail"))}
@@ -213,29 +215,30 @@ def test_submit_many_keeps_order_and_accounts_for_each(app: App) -> None:
     assert app.submit_many([]) == []
 
 
-def test_a_bad_job_among_many_says_so(app: App) -> None:
-    """An argument that does not fit stops `submit_many` with its error; what was sent before stands in the log."""
+def test_a_bad_job_stops_submit_many_with_its_error(app: App) -> None:
+    """An argument that does not fit stops `submit_many` with an error that names the task."""
     task = app.tasks["send_mail"]
     with pytest.raises(BadArguments, match="send_mail"):
         app.submit_many(task.job(to) for to in ("a", 5))
 
 
 def test_a_payload_above_the_limit_names_size_and_limit(app: App) -> None:
-    """A record that is too large is refused with both numbers, and nothing is sent."""
+    """A record that is too large is refused with an error that names its size and the setting of the limit. Nothing is
+    sent."""
     with pytest.raises(PayloadTooLarge, match=r"1,?[0-9]+.*JOBLEDGER_MAX_RECORD_BYTES"):
         app.tasks["send_mail"].submit("x" * 1_000_001)
     assert everything(app, app.names.jobs("mail")) == []
 
 
 def test_a_large_argument_below_the_limit_arrives(app: App) -> None:
-    """A 900 KiB argument is accepted and arrives whole."""
+    """An argument of 900 KiB is accepted, and the whole argument is in the log."""
     handle = app.tasks["send_mail"].submit("x" * 900 * 1024)
     fact = read(app, handle.position).event.fact
     assert isinstance(fact, JobSubmitted)
     assert len(fact.spec.args) > 900 * 1024
 
 
-def test_missing_topics_name_the_command(broker: str, namespace: str) -> None:
+def test_the_error_about_missing_topics_names_the_command(broker: str, namespace: str) -> None:
     """Submitting before the topics exist fails within seconds and names the command that creates them."""
     app = App(namespace, settings=Settings(bootstrap=broker, submit_timeout=60.0))
     task = declare(app)
@@ -247,15 +250,14 @@ def test_missing_topics_name_the_command(broker: str, namespace: str) -> None:
 
 
 def closed_port() -> int:
-    """A port nobody listens on."""
+    """Return a port on which no process listens."""
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         return int(held.getsockname()[1])
 
 
-def test_a_broker_that_is_away_is_named_within_the_bound(namespace: str) -> None:
-    """Without a broker, submitting ends after the bound and names the address: a job
-    never silently fails to schedule."""
+def test_an_unreachable_broker_is_named_in_an_error_within_the_time_limit(namespace: str) -> None:
+    """Without a broker, a submission fails after its time limit with an error that names the address."""
     address = f"127.0.0.1:{closed_port()}"
     app = App(namespace, settings=Settings(bootstrap=address, submit_timeout=1.0))
     task = declare(app)
@@ -267,16 +269,17 @@ def test_a_broker_that_is_away_is_named_within_the_bound(namespace: str) -> None
 
 
 def test_bad_arguments_fail_before_anything_connects(namespace: str) -> None:
-    """Arguments are judged first: with no broker at all the error is about them."""
+    """Arguments are checked first: even without a broker, the error is about the arguments."""
     app = App(namespace, settings=Settings(bootstrap=f"127.0.0.1:{closed_port()}", submit_timeout=1.0))
     task = declare(app)
     with pytest.raises(BadArguments, match="nope"):
-        task.submit(nope=1)  # type: ignore[call-arg]  # the point of the test
+        task.submit(nope=1)  # type: ignore[call-arg]  # intended
     assert app._client is None
 
 
 def test_a_rerun_of_a_job_submits_the_same_children(app: App) -> None:
-    """Jobs submitted inside a job have ids of their parent's making, so a rerun adds none; they name their parent."""
+    """The ids of jobs that a job submits are computed from their parent, so a rerun submits no new jobs. Each of these
+    jobs names its parent."""
     task = app.tasks["send_mail"]
     parent = "01890a5d-ac96-774b-bcce-b302099a8057"
     ids = []
@@ -294,7 +297,7 @@ def test_a_rerun_of_a_job_submits_the_same_children(app: App) -> None:
 
 
 def test_waiting_inside_a_job_is_refused(app: App) -> None:
-    """A job that waits for another of its pool would wait for ever once the pool is full of such jobs."""
+    """A job that waits for another job of the same workers could wait forever, if all of them are busy with such jobs."""
     handle = app.tasks["send_mail"].submit("a")
     try:
         enter(running_job(handle.job_id))
@@ -304,15 +307,15 @@ def test_waiting_inside_a_job_is_refused(app: App) -> None:
         enter(None)
 
 
-def test_asking_without_a_status_table_says_so(app: App, tmp_path: object) -> None:
-    """With no status table yet, a question is answered with what is missing, not with "unknown job"."""
+def test_a_query_without_a_status_table_names_the_missing_table(app: App, tmp_path: object) -> None:
+    """Without a status table, a query fails with an error that names the missing file, and not with an unknown job."""
     app.settings = app.settings.with_status_url(f"sqlite:///{tmp_path}/none.db")
     with pytest.raises(StoreError, match=r"none\.db"):
         app.job("01890a5d-ac96-774b-bcce-b302099a8057")
 
 
 def test_a_forked_child_submits_with_a_connection_of_its_own(app: App) -> None:
-    """After fork (as in preforking web servers) the child submits through a producer of its own."""
+    """After a fork, as in preforking web servers, the child process submits with its own producer."""
     task = app.tasks["send_mail"]
     task.submit("parent")
     read_end, write_end = os.pipe()
@@ -330,8 +333,9 @@ def test_a_forked_child_submits_with_a_connection_of_its_own(app: App) -> None:
     task.submit("parent again")
 
 
-def test_a_submission_whose_loop_is_gone_harms_no_later_one(app: App) -> None:
-    """A coroutine gives up before the acknowledgement and its loop is closed; the client goes on for others."""
+def test_a_submission_whose_event_loop_was_closed_harms_no_later_one(app: App) -> None:
+    """A coroutine gives up before the acknowledgement, and its event loop is closed. Later submissions of the same
+    client work."""
 
     async def gives_up(n: int) -> None:
         with contextlib.suppress(TimeoutError):

@@ -1,4 +1,5 @@
-"""The coordinator on a real broker, in a thread of the test: what it lets go, keeps, rejects, refuses and restores."""
+"""The coordinator with a real broker, in a thread of the test: which jobs it releases, keeps, rejects, refuses and
+restores."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ import fastavro
 import pytest
 import uuid_utils
 from confluent_kafka import Consumer, KafkaException, Message, Producer, TopicPartition
-from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported without saying so
+from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported without __all__
     AdminClient,
     AlterConfigOpType,
     ConfigEntry,
@@ -65,8 +66,8 @@ pytestmark = pytest.mark.kafka
 
 PARTITIONS = 2
 SPEC = JobSpec(b'{"to": "a"}', {"tenant": "acme"}, None)
-#: Session timeout in seconds, where the next coordinator waits for the session's end, two coordinators share the
-#: partitions, or a request must be able to take longer.
+#: Session timeout in seconds for tests in which the next coordinator waits for the session's end, two coordinators
+#: share the partitions, or a request must be able to take longer.
 SHORT_S = 2.0
 
 
@@ -83,7 +84,7 @@ class Running:
     def _run(self) -> None:
         try:
             asyncio.run(supervise(self.coordinator, self._stop))
-        except Exception as exc:  # noqa: BLE001  # the test looks at it
+        except Exception as exc:  # noqa: BLE001  # the test checks the error
             self.error = exc
 
     @property
@@ -91,24 +92,25 @@ class Running:
         return self._thread.is_alive()
 
     def health(self) -> dict[str, Any]:
-        """What it says of itself."""
+        """Return the coordinator's health."""
         return self.coordinator.health()
 
     def stop(self) -> None:
-        """Ask it to end, and wait."""
+        """Ask the coordinator to end, and wait for its end."""
         self._stop.set()
         self._thread.join(PATIENCE * 30)
         assert not self._thread.is_alive()
 
     def ended(self, timeout: float = 60.0) -> BaseException | None:
-        """Wait until it ends by itself, ``timeout`` seconds times `PATIENCE`; what it raised."""
+        """Wait until the coordinator ends by itself, for ``timeout`` seconds times `PATIENCE`. Return the error that it
+        raised."""
         self._thread.join(PATIENCE * timeout)
         assert not self._thread.is_alive(), "it went on"
         return self.error
 
 
 class Lab:
-    """One namespace: its topics, what is sent to it and what can be read from it."""
+    """A namespace: its topics, functions that write records, and functions that read them."""
 
     def __init__(self, broker: str, namespace: str, folder: Path, queues: tuple[str, ...] = ("mail",)) -> None:
         self.settings, self.names, self.folder = Settings(bootstrap=broker), Names(namespace), folder
@@ -119,12 +121,13 @@ class Lab:
         self.running: list[Running] = []
 
     def create(self, *queues: str) -> None:
-        """The topics, with these queues."""
+        """Create the topics, with these queues."""
         specs = topology.desired(self.names, dict.fromkeys(queues, PARTITIONS), partitions=PARTITIONS, replication=1)
         topics.apply(self.admin, topics.plan(self.admin, specs))
 
     def start(self, folder: str = "a", partitions: int = PARTITIONS, **options: float) -> Running:
-        """A coordinator; ``folder`` names its local copy. With another one it waits until the last session is over."""
+        """Start a coordinator. ``folder`` names its local copy. A coordinator with another folder waits until the last
+        session has ended."""
         chosen = Options(**{"commit_interval": 0.1, **options})  # type: ignore[arg-type]
         made = Coordinator(
             self.names, self.settings, partitions=partitions, options=chosen, data_dir=self.folder / folder
@@ -134,7 +137,7 @@ class Lab:
         return running
 
     def ready(self, **given: Any) -> Running:
-        """A coordinator that has caught up."""
+        """Start a coordinator and wait until it is ready."""
         running = self.start(**given)
         wait_for(lambda: running.health()["ready"] or not running.alive)
         assert running.alive, running.error
@@ -143,7 +146,7 @@ class Lab:
     def send(
         self, fact: Fact, job: str | None = None, run: int = 1, release: int = 1, attempt: int = 1, **more: Any
     ) -> str:
-        """One event to the coordination topic; the job's id."""
+        """Write one event to the coordination topic, and return the job's id."""
         job = job or str(uuid_utils.uuid7())
         fields = {"task": "send", "queue": "mail", "key": None, "home": job, "trace": None, **more}
         event = JobEvent(
@@ -154,11 +157,11 @@ class Lab:
         return job
 
     def submit(self, delay_ms: int = 0, **more: Any) -> str:
-        """A delayed job; its id."""
+        """Submit a delayed job, and return its id."""
         return self.send(JobSubmitted(SPEC, delay_ms), release=0, **more)
 
     def messages(self, topic: str) -> list[Message]:
-        """All records of a topic; one that was just made may be without leaders for a moment."""
+        """Return all records of a topic. A topic that was just created may have no leaders for a moment."""
         deadline = time.monotonic() + PATIENCE * 30
         while True:
             try:
@@ -170,23 +173,23 @@ class Lab:
                     raise
 
     def events(self, topic: str) -> list[JobEvent]:
-        """All events of a topic; what is none is left out."""
+        """Return all events of a topic. Records that are no events are left out."""
         found = []
         for message in self.messages(topic):
-            with contextlib.suppress(SchemaError):  # garbage is what some tests write
+            with contextlib.suppress(SchemaError):  # some tests write garbage
                 found.append(codec.decode(message.value()))
         return found
 
-    def let_go(self, queue: str = "mail") -> list[tuple[str, int, int]]:
-        """What was let go, as (job, run, release), sorted, copies included."""
+    def released_jobs(self, queue: str = "mail") -> list[tuple[str, int, int]]:
+        """Return the releases on the work topic as (job, run, release), sorted, with copies."""
         return sorted((e.job_id, e.run, e.release) for e in self.events(self.names.jobs(queue)))
 
-    def await_let_go(self, *wanted: tuple[str, int, int], queue: str = "mail") -> None:
-        """Wait until at least these were let go."""
-        wait_for(lambda: set(wanted) <= set(self.let_go(queue)))
+    def await_released(self, *wanted: tuple[str, int, int], queue: str = "mail") -> None:
+        """Wait until at least these releases are on the work topic."""
+        wait_for(lambda: set(wanted) <= set(self.released_jobs(queue)))
 
     def committed(self) -> int:
-        """The sum of the group's committed offsets."""
+        """Return the sum of the group's committed offsets."""
         consumer = Consumer({**self.settings.librdkafka(), "group.id": self.names.coordinator_group})
         try:
             places = [TopicPartition(self.names.coordination, p) for p in range(PARTITIONS)]
@@ -203,7 +206,7 @@ class Lab:
 
 
 def wait_for(fact: Callable[[], object], timeout: float = 60.0) -> None:
-    """Poll ``fact`` until it holds."""
+    """Poll ``fact`` until it is true."""
     deadline = time.monotonic() + PATIENCE * timeout
     while not fact():
         assert time.monotonic() < deadline, f"it did not come to be within {PATIENCE * timeout:g} s"
@@ -212,21 +215,21 @@ def wait_for(fact: Callable[[], object], timeout: float = 60.0) -> None:
 
 @pytest.fixture
 def lab(broker: str, namespace: str, tmp_path: Path) -> Iterator[Lab]:
-    """A namespace of its own; its coordinators are stopped afterwards."""
+    """Yield a new namespace. Its coordinators are stopped after the test."""
     made = Lab(broker, namespace, tmp_path)
     yield made
     made.close()
 
 
-def test_a_delayed_job_is_let_go_whole_when_it_is_due_and_once(lab: Lab) -> None:
-    """The record carries the whole job, release 1, the due time, its identity in headers, and lies where librdkafka's
-    partitioner puts its key; it is not appended before it is due; the offset is committed."""
+def test_a_delayed_job_is_released_once_and_not_before_it_is_due(lab: Lab) -> None:
+    """The record has the whole job, release 1, the due time and the headers, and is in the partition that librdkafka's
+    partitioner chooses for its key. The record is not appended before it is due. The offset is committed."""
     running = lab.ready()
     job = lab.submit(700, trace="00-ab-cd-01")
     keyed = [lab.submit(random.randrange(300), key=f"customer-{n}") for n in range(20)]
-    lab.await_let_go((job, 1, 1), *((other, 1, 1) for other in keyed))
+    lab.await_released((job, 1, 1), *((other, 1, 1) for other in keyed))
     found = {codec.decode(m.value()).job_id: m for m in lab.messages(lab.names.jobs("mail"))}
-    assert len(found) == len(lab.let_go()) == 21
+    assert len(found) == len(lab.released_jobs()) == 21
     message = found[job]
     event = codec.decode(message.value())
     assert isinstance(event.fact, JobDue)
@@ -237,7 +240,7 @@ def test_a_delayed_job_is_let_go_whole_when_it_is_due_and_once(lab: Lab) -> None
     assert dict(message.headers() or []) == {"jl-job": job.encode(), "jl-run": b"1", "jl-release": b"1"}
     assert message.timestamp()[1] * 1000 >= event.fact.due_at
 
-    # The same keys through librdkafka's own partitioner.
+    # Send the same keys with librdkafka's own partitioner.
     probe, placed = Producer(producer_config(lab.settings)), {}
     for other in found.values():
         key = bytes(other.key() or b"")
@@ -250,75 +253,79 @@ def test_a_delayed_job_is_let_go_whole_when_it_is_due_and_once(lab: Lab) -> None
     assert running.health()["fired"] == 21
 
 
-def test_duplicates_and_zombies_let_nothing_go_twice(lab: Lab) -> None:
-    """Requests sent again, decisions of others for passed, coming or unknown releases: one JobDue for each release."""
+def test_duplicates_and_decisions_of_other_instances_release_nothing_twice(lab: Lab) -> None:
+    """There are repeated requests, and decisions of other instances about past, future and unknown releases. Each
+    release still has one `JobDue`."""
     lab.ready()
     job = lab.submit(0)
-    lab.await_let_go((job, 1, 1))
+    lab.await_released((job, 1, 1))
     lab.send(ReleaseDecided(0), job)
     for _ in range(3):
         lab.send(ReleaseRequested(SPEC, 50), job, release=2, attempt=2)
     lab.send(ReleaseDecided(0), job, release=7)
     lab.send(ReleaseDecided(0))
-    lab.await_let_go((job, 1, 2))
+    lab.await_released((job, 1, 2))
     for release in (1, 2):
         lab.send(ReleaseRequested(SPEC, 0), job, release=release)
         lab.send(ReleaseDecided(0), job, release=release)
     last = lab.submit(0)
-    lab.await_let_go((last, 1, 1))
-    assert lab.let_go() == sorted([(job, 1, 1), (job, 1, 2), (last, 1, 1)])
+    lab.await_released((last, 1, 1))
+    assert lab.released_jobs() == sorted([(job, 1, 1), (job, 1, 2), (last, 1, 1)])
     second = next(e for e in lab.events(lab.names.jobs("mail")) if e.release == 2)
     assert second.attempt == 2
 
 
-def test_a_decision_of_a_clock_that_runs_ahead_releases_nothing_early(lab: Lab) -> None:
-    """A zombie decides an hour early, again and again: its append time counts, not its clock."""
+def test_a_decision_by_a_clock_that_is_fast_releases_nothing_early(lab: Lab) -> None:
+    """Another instance decides too early, five times. The append time of a decision counts, not the clock of the
+    instance."""
     lab.ready()
     job = lab.submit(1500)
     for _ in range(5):
         lab.send(ReleaseDecided(0), job)
-    lab.await_let_go((job, 1, 1))
+    lab.await_released((job, 1, 1))
     (message,) = lab.messages(lab.names.jobs("mail"))
     event = codec.decode(message.value())
     assert isinstance(event.fact, JobDue)
     assert message.timestamp()[1] * 1000 >= event.fact.due_at
 
 
-def test_the_watchdog_gets_a_release_again_under_the_same_id_or_for_the_first_time(lab: Lab) -> None:
-    """ReleaseOverdue of a passed release sends the same record again; of an unknown one it schedules it."""
+def test_an_overdue_release_is_sent_again_with_the_same_id_or_scheduled(lab: Lab) -> None:
+    """A `ReleaseOverdue` about a release in the past sends the same record again. About an unknown release, it
+    schedules that release."""
     lab.ready()
     job = lab.submit(0)
-    lab.await_let_go((job, 1, 1))
+    lab.await_released((job, 1, 1))
     (first,) = lab.events(lab.names.jobs("mail"))
     assert isinstance(first.fact, JobDue)
     lab.send(ReleaseOverdue(SPEC, first.fact.due_at), job)
-    wait_for(lambda: len(lab.let_go()) == 2)
+    wait_for(lambda: len(lab.released_jobs()) == 2)
     assert {e.event_id for e in lab.events(lab.names.jobs("mail"))} == {first.event_id}
     lost = lab.send(ReleaseOverdue(SPEC, 1), release=3, attempt=2)
-    lab.await_let_go((lost, 1, 3))
+    lab.await_released((lost, 1, 3))
 
 
 @pytest.mark.parametrize("folder", ["same", "another"])
-def test_what_waits_survives_a_restart(lab: Lab, folder: str) -> None:
-    """With its local copy, and restored from the changelog without it: each release once, none early."""
+def test_scheduled_jobs_survive_a_restart(lab: Lab, folder: str) -> None:
+    """With its local copy, or restored from the changelog, the coordinator releases each job once."""
     first = lab.ready(folder="same", session_timeout=SHORT_S)
     jobs = [lab.submit(random.randrange(1000, 4000)) for _ in range(30)]
     wait_for(lambda: first.health()["scheduled"] + first.health()["fired"] == 30)
     first.stop()
     lab.ready(folder=folder, session_timeout=SHORT_S)
-    lab.await_let_go(*((job, 1, 1) for job in jobs))
-    assert lab.let_go() == sorted((job, 1, 1) for job in jobs)
+    lab.await_released(*((job, 1, 1) for job in jobs))
+    assert lab.released_jobs() == sorted((job, 1, 1) for job in jobs)
 
 
-def test_what_cannot_be_read_becomes_a_dead_letter_and_stops_nothing(lab: Lab) -> None:
-    """Garbage, half an event, an unknown schema and no value: kept raw with their position, under a fixed id."""
+def test_an_unreadable_record_becomes_a_dead_letter_and_stops_nothing(lab: Lab) -> None:
+    """Garbage, half an event, an unknown schema and a record without a value are copied to the dead letters with their
+    position, each with its own event id."""
     running = lab.ready()
     good = codec.encode(JobEvent("i", "j", 1, 1, 0, 0, "t", "mail", None, "j", "s", None, JobSubmitted(SPEC, 0)))
     bad = [b"\xff\xfe garbage", good[:30], codec.MAGIC + b"\x01" * 8 + b"x", None]
     for value in bad:
         lab.writer.send([Outgoing(lab.names.coordination, value, "k")])
     job = lab.submit(0)
-    lab.await_let_go((job, 1, 1))
+    lab.await_released((job, 1, 1))
     wait_for(lambda: len(lab.messages(lab.names.dead_letter)) == 4)
     letters = lab.events(lab.names.dead_letter)
     facts = [event.fact for event in letters if isinstance(event.fact, RecordRejected)]
@@ -330,8 +337,8 @@ def test_what_cannot_be_read_becomes_a_dead_letter_and_stops_nothing(lab: Lab) -
     assert running.alive
 
 
-def test_an_event_of_a_later_schema_is_read_by_its_writers_schema(lab: Lab) -> None:
-    """A schema with a field more, published before its first use as it must be."""
+def test_an_event_of_a_later_schema_is_read_with_the_schema_of_its_writer(lab: Lab) -> None:
+    """The later schema has one more field, and is published before its first use."""
     lab.ready()
     later = json.loads(codec.SCHEMA_TEXT)
     later["fields"].insert(0, {"name": "invented", "type": "string", "default": ""})
@@ -347,11 +354,12 @@ def test_an_event_of_a_later_schema_is_read_by_its_writers_schema(lab: Lab) -> N
     fastavro.schemaless_writer(out, fastavro.parse_schema(json.loads(text)), datum)
     value = codec.MAGIC + codec.fingerprint(text) + out.getvalue()
     lab.writer.send([Outgoing(lab.names.coordination, value, job)])
-    lab.await_let_go((job, 1, 1))
+    lab.await_released((job, 1, 1))
 
 
-def test_an_unknown_fact_stops_it_and_is_never_passed(lab: Lab) -> None:
-    """It names the position and the way out, and its offset is not committed, however often it starts."""
+def test_an_unknown_fact_stops_the_coordinator_and_is_never_skipped(lab: Lab) -> None:
+    """The error names the position and says what to do. The offset is not committed, however often the coordinator
+    starts."""
     later = json.loads(codec.SCHEMA_TEXT)
     later["fields"][-1]["type"].append(
         {"type": "record", "name": "LockTaken", "fields": [{"name": "holder", "type": "string"}]}
@@ -376,26 +384,26 @@ def test_an_unknown_fact_stops_it_and_is_never_passed(lab: Lab) -> None:
     assert lab.messages(lab.names.dead_letter) == []
 
 
-def test_a_release_to_a_topic_that_is_missing_waits_for_it(lab: Lab) -> None:
-    """It is held back and reported, other queues go on, decisions do not pile up, and
-    once the topic is there it goes."""
+def test_a_release_waits_until_its_work_topic_exists(lab: Lab) -> None:
+    """The release is held back and reported, and other queues continue. Decisions do not accumulate. The job is
+    released when the topic exists."""
     running = lab.ready()
     held, other = lab.submit(0, queue="later"), lab.submit(0)
-    lab.await_let_go((other, 1, 1))
+    lab.await_released((other, 1, 1))
     wait_for(lambda: running.health()["missing_topics"] == [lab.names.jobs("later")])
     last = lab.submit(0)
-    lab.await_let_go((last, 1, 1))
+    lab.await_released((last, 1, 1))
     wait_for(lambda: running.health()["scheduled"] == 1)
     lab.create("mail", "later")
-    lab.await_let_go((held, 1, 1), queue="later")
+    lab.await_released((held, 1, 1), queue="later")
     wait_for(lambda: running.health()["missing_topics"] == [])
     decided = [e for e in lab.events(lab.names.coordination) if e.job_id == held and isinstance(e.fact, ReleaseDecided)]
     assert len(decided) <= 6
-    assert lab.let_go("later") == [(held, 1, 1)]
+    assert lab.released_jobs("later") == [(held, 1, 1)]
 
 
-def test_a_release_larger_than_its_work_topic_takes_ends_its_job_and_no_other(lab: Lab) -> None:
-    """The batch it shared is sent again one by one; the job itself fails, and stands whole in the dead letters."""
+def test_a_release_too_large_for_its_work_topic_fails_only_its_job(lab: Lab) -> None:
+    """The records of its batch are sent again one by one. The job fails, and its dead letter contains the whole job."""
     limit = ConfigEntry("max.message.bytes", "4000", incremental_operation=AlterConfigOpType.SET)
     topic = ConfigResource(ResourceType.TOPIC, lab.names.jobs("mail"), incremental_configs=[limit])
     for future in lab.admin.incremental_alter_configs([topic]).values():
@@ -405,7 +413,7 @@ def test_a_release_larger_than_its_work_topic_takes_ends_its_job_and_no_other(la
     large = lab.send(JobSubmitted(spec, 0), release=0)
     small += [lab.submit(0) for _ in range(20)]
     running = lab.ready()
-    lab.await_let_go(*((job, 1, 1) for job in small))
+    lab.await_released(*((job, 1, 1) for job in small))
     wait_for(lambda: lab.messages(lab.names.lifecycle) and lab.messages(lab.names.dead_letter))
     (failed,) = lab.events(lab.names.lifecycle)
     (letter,) = lab.events(lab.names.dead_letter)
@@ -422,12 +430,12 @@ def test_a_release_larger_than_its_work_topic_takes_ends_its_job_and_no_other(la
 
 
 @pytest.mark.extended
-def test_markers_are_swept_and_lost_offsets_release_nothing_again(lab: Lab) -> None:
-    """After the sweep only the floor is left; a group that has lost its offsets reads everything again and skips it,
-    with its local copy and without."""
+def test_lost_offsets_release_nothing_again_after_markers_were_removed(lab: Lab) -> None:
+    """After the removal of markers, only the floor of each partition is left in the changelog. A group that has lost
+    its offsets reads all events again and skips them, with and without the local copy."""
     first = lab.ready(folder="a", keep_markers=0.5, session_timeout=SHORT_S)
     jobs = [lab.submit(random.randrange(200)) for _ in range(20)]
-    lab.await_let_go(*((job, 1, 1) for job in jobs))
+    lab.await_released(*((job, 1, 1) for job in jobs))
     left = {floor_key(p) for p in range(PARTITIONS)}
 
     def rows() -> set[bytes]:
@@ -440,7 +448,7 @@ def test_markers_are_swept_and_lost_offsets_release_nothing_again(lab: Lab) -> N
     first.stop()
 
     def forgotten() -> bool:
-        with contextlib.suppress(KafkaException):  # a static member does not leave, it times out
+        with contextlib.suppress(KafkaException):  # a static member does not leave the group, its session must end
             lab.admin.delete_consumer_groups([lab.names.coordinator_group])[lab.names.coordinator_group].result(10)
             return True
         return False
@@ -450,19 +458,18 @@ def test_markers_are_swept_and_lost_offsets_release_nothing_again(lab: Lab) -> N
         again = lab.ready(folder=folder, keep_markers=0.5, session_timeout=SHORT_S)
         wait_for(lambda: lab.committed() >= 40)
         last = lab.submit(0)
-        lab.await_let_go((last, 1, 1))
+        lab.await_released((last, 1, 1))
         jobs.append(last)
         wait_for(lambda: rows() <= left)
         again.stop()
-    assert lab.let_go() == sorted((job, 1, 1) for job in jobs)
+    assert lab.released_jobs() == sorted((job, 1, 1) for job in jobs)
 
 
 @pytest.mark.extended
-def test_a_coordination_topic_that_was_made_anew_is_read_from_its_start(
-    lab: Lab, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Its changelog survived, and says that all up to some offset was dealt with: that is said, new events are dealt with
-    all the same, what waits is let go in time, and so it is after a restart with and without the local copy."""
+def test_a_recreated_coordination_topic_is_read_from_its_start(lab: Lab, caplog: pytest.LogCaptureFixture) -> None:
+    """The old changelog says that all events below some offset are processed. The coordinator logs that the topic was
+    recreated, and processes the new events. Waiting jobs are still released. The same holds after a restart with and
+    without the local copy."""
     first = lab.ready(folder="a", keep_markers=0.3, session_timeout=SHORT_S)
     for _ in range(20):
         lab.submit(0)
@@ -470,7 +477,7 @@ def test_a_coordination_topic_that_was_made_anew_is_read_from_its_start(
     waits = [lab.submit(6_000) for _ in range(4)]
     wait_for(lambda: first.health()["scheduled"] == 4)
     first.stop()
-    before = len(lab.let_go())
+    before = len(lab.released_jobs())
 
     lab.admin.delete_topics([lab.names.coordination])[lab.names.coordination].result(30)
     wait_for(lambda: lab.names.coordination not in lab.admin.list_topics(timeout=10).topics)
@@ -482,27 +489,27 @@ def test_a_coordination_topic_that_was_made_anew_is_read_from_its_start(
     for folder in ("a", "a", "b"):
         again = lab.ready(folder=folder, keep_markers=0.3, session_timeout=SHORT_S)
         jobs += [lab.submit(0) for _ in range(4)]
-        lab.await_let_go(*((job, 1, 1) for job in jobs))
+        lab.await_released(*((job, 1, 1) for job in jobs))
         again.stop()
     assert "the topic was recreated" in caplog.text
     lab.ready(folder="b")
-    lab.await_let_go(*((job, 1, 1) for job in waits))
-    assert len(lab.let_go()) == before + len(jobs) + len(waits)
+    lab.await_released(*((job, 1, 1) for job in waits))
+    assert len(lab.released_jobs()) == before + len(jobs) + len(waits)
 
 
 def scheduled(job: str, partition: int, offset: int, due: int) -> Scheduled:
-    """A row as the event at ``offset`` would have made it."""
+    """Return the row that the event at ``offset`` would have made."""
     event = JobEvent("i", job, 1, 1, 1, 0, "t", "mail", None, job, "s", None, ReleaseRequested(SPEC, None, due))
     made = decide(None, NO_FLOOR, event, partition, offset, 0).row
     assert isinstance(made, Scheduled)
     return made
 
 
-def test_a_late_write_of_a_paused_instance_is_undone_when_it_is_restored(lab: Lab) -> None:
-    """An older row stands last on the changelog: the newer one wins, and is written to the changelog again."""
+def test_a_late_write_of_a_paused_instance_is_undone_at_the_next_restore(lab: Lab) -> None:
+    """The last record in the changelog is an older row. The newer row wins, and is written to the changelog again."""
     first = lab.ready(folder="a", session_timeout=SHORT_S)
     job = lab.submit(0)
-    lab.await_let_go((job, 1, 1))
+    lab.await_released((job, 1, 1))
     wait_for(lambda: lab.committed() >= 2)
     first.stop()
     marker = next(m for m in lab.messages(changelog(lab.names)) if m.key() == job.encode() and m.value() is not None)
@@ -517,12 +524,13 @@ def test_a_late_write_of_a_paused_instance_is_undone_when_it_is_restored(lab: La
     lab.ready(folder="b")
     wait_for(lambda: newest() != stale)
     other = lab.submit(0)
-    lab.await_let_go((other, 1, 1))
-    assert lab.let_go() == sorted([(job, 1, 1), (other, 1, 1)])
+    lab.await_released((other, 1, 1))
+    assert lab.released_jobs() == sorted([(job, 1, 1), (other, 1, 1)])
 
 
-def test_a_late_write_under_the_owners_eyes_is_undone_at_its_next_write(lab: Lab) -> None:
-    """A foreign record on the changelog shows as a gap; the group confirms the owner, which writes its row again."""
+def test_a_late_write_of_another_instance_is_undone_at_the_owners_next_write(lab: Lab) -> None:
+    """A record of another instance in the changelog appears as a gap. The group confirms that the owner still owns the
+    partition, and the owner writes its row again."""
     running = lab.ready()
     job = lab.submit(3_600_000)
     wait_for(lambda: running.health()["scheduled"] == 1)
@@ -536,8 +544,8 @@ def test_a_late_write_under_the_owners_eyes_is_undone_at_its_next_write(lab: Lab
 
     assert newest() == forged
     while newest() == forged:
-        other = lab.submit(0)  # some of them lie in that partition
-        lab.await_let_go((other, 1, 1))
+        other = lab.submit(0)  # some of these jobs are in that partition
+        lab.await_released((other, 1, 1))
     assert newest() == mine.value()
     assert running.alive
 
@@ -545,7 +553,8 @@ def test_a_late_write_under_the_owners_eyes_is_undone_at_its_next_write(lab: Lab
 def test_wrong_partition_counts_and_missing_topics_are_refused_at_the_start(
     broker: str, namespace: str, tmp_path: Path, lab: Lab
 ) -> None:
-    """Faust would run on, up and idle: so it is an error that names the topic and both numbers."""
+    """Faust would continue to run and do nothing. So the coordinator ends with an error that names the topic and both
+    numbers."""
     error = lab.start(partitions=5).ended()
     assert isinstance(error, ConfigError)
     assert lab.names.coordination in str(error)
@@ -555,8 +564,9 @@ def test_wrong_partition_counts_and_missing_topics_are_refused_at_the_start(
 
 
 @pytest.mark.extended
-def test_instances_that_come_and_go_share_the_partitions_and_let_each_release_go(lab: Lab) -> None:
-    """One joins and leaves, then the other leaves: partitions go and come back, and all is let go, none early."""
+def test_instances_that_join_and_leave_share_the_partitions_and_release_each_job(lab: Lab) -> None:
+    """An instance joins and leaves, joins again, and then the other one leaves. Partitions move each time. All jobs are
+    released, and none too early."""
     one = lab.ready(folder="one", session_timeout=SHORT_S)
     jobs = [lab.submit(random.randrange(15_000)) for _ in range(300)]
     two = lab.start(folder="two", session_timeout=SHORT_S)
@@ -567,29 +577,31 @@ def test_instances_that_come_and_go_share_the_partitions_and_let_each_release_go
     three = lab.start(folder="two", session_timeout=SHORT_S)
     wait_for(lambda: one.health()["partitions"] and three.health()["partitions"])
     one.stop()
-    lab.await_let_go(*((job, 1, 1) for job in jobs))
-    assert set(lab.let_go()) == {(job, 1, 1) for job in jobs}
-    assert len(lab.let_go()) <= len(jobs) + 5, "clean hand-overs repeat next to nothing"
+    lab.await_released(*((job, 1, 1) for job in jobs))
+    assert set(lab.released_jobs()) == {(job, 1, 1) for job in jobs}
+    assert len(lab.released_jobs()) <= len(jobs) + 5, "clean hand-overs repeat next to nothing"
     for message in lab.messages(lab.names.jobs("mail")):
         fact = codec.decode(message.value()).fact
         assert isinstance(fact, JobDue)
         assert message.timestamp()[1] * 1000 >= fact.due_at
 
 
-def test_one_that_makes_no_progress_after_a_rebalance_ends(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Faust waits for ever for a part of the table that it is not given; whoever supervises starts it anew."""
+def test_a_coordinator_without_progress_after_a_rebalance_ends(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Faust waits forever for a part of the table that it does not get. The coordinator ends, so that its supervisor
+    can start it again."""
     monkeypatch.setattr("jobledger.streams.coordinator.coordinator.recovering", lambda app: True)
     running = lab.ready()
     monkeypatch.setattr("jobledger.streams.coordinator.coordinator.START_TIMEOUT", 2.0)
     error = running.ended()
     assert isinstance(error, BrokerUnavailable)
-    assert "made no progress for 2 s with a rebalance of its group, or the part of its table" in str(error)
+    assert "made no progress for 2 s with a rebalance of its group, or reading the part of its table" in str(error)
 
 
 def test_a_broker_that_gives_no_answer_while_the_table_is_restored_is_asked_again(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Faust would take it for its own stop, and end no rebalance any more: the coordinator was up and did nothing."""
+    """Faust would take the missing answer for its own stop, and would complete no rebalance any more. So the
+    coordinator asks again."""
     settings, seek = faust_app.faust_settings, faust_app.SourceConsumer.perform_seek
     asked: list[float] = []
 
@@ -599,17 +611,17 @@ def test_a_broker_that_gives_no_answer_while_the_table_is_restored_is_asked_agai
 
     monkeypatch.setattr(faust_app, "faust_settings", lambda *given: {**settings(*given), "broker_request_timeout": 4.0})
     monkeypatch.setattr(faust_app.SourceConsumer, "perform_seek", once_without_an_answer)
-    running = lab.ready(session_timeout=SHORT_S)  # less than a request may take
+    running = lab.ready(session_timeout=SHORT_S)  # shorter than a request may take
     assert len(asked) > 1
     job = lab.submit(0)
-    lab.await_let_go((job, 1, 1))
+    lab.await_released((job, 1, 1))
     assert running.health()["not_ready_s"] < 60
 
 
-def test_a_broker_that_gives_no_answer_for_longer_than_the_patience_ends_it(
+def test_a_broker_that_gives_no_answer_for_too_long_ends_the_coordinator(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever supervises it starts it again."""
+    """The coordinator ends, so that its supervisor can start it again."""
     settings = faust_app.faust_settings
 
     async def without_an_answer(consumer: Any) -> None:
@@ -622,15 +634,15 @@ def test_a_broker_that_gives_no_answer_for_longer_than_the_patience_ends_it(
     assert "to restore its table had no answer for 6 s" in str(error)
 
 
-def test_metrics_tell_what_happened(lab: Lab) -> None:
-    """Counted by verdict; lateness as a histogram; gauges follow the health."""
+def test_metrics_count_events_releases_and_lateness(lab: Lab) -> None:
+    """Events are counted by verdict, lateness is a histogram, and gauges agree with the health."""
     running = lab.ready()
     job = lab.submit(0)
     lab.submit(3_600_000)
-    lab.await_let_go((job, 1, 1))
+    lab.await_released((job, 1, 1))
     metrics = running.coordinator.metrics.registry
     prefix = "jobledger_coordinator_"
-    # A release is in its topic before the coordinator counts it.
+    # A release is on its topic before the coordinator counts it.
     wait_for(lambda: metrics.get_sample_value(prefix + "events_total", {"verdict": "scheduled"}) == 2)
     wait_for(lambda: metrics.get_sample_value(prefix + "events_total", {"verdict": "released"}) == 1)
     wait_for(lambda: (running.health()["scheduled"], running.health()["ready"]) == (1, True))
@@ -642,11 +654,12 @@ def test_metrics_tell_what_happened(lab: Lab) -> None:
     assert metrics.get_sample_value(prefix + "ready") == 1
 
 
-def test_writers_times_make_no_delay_early_and_changed_settings_are_said(
+def test_timestamps_of_writers_shorten_no_delay_and_changed_settings_are_reported(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """While somebody has set message.timestamp.type=CreateTime, a delay counts from when the record is read, whatever time its
-    writer gave it; health and log name topic, setting, value and command until it is set back."""
+    """While a topic has message.timestamp.type=CreateTime, a delay counts from the time when the record is read,
+    whatever timestamp its writer chose. Health and log name the topic, the setting and its value, until the setting is
+    restored."""
     monkeypatch.setattr(topic_watch, "LOOK_S", 0.5)
     topic = lab.names.coordination
 
@@ -669,7 +682,7 @@ def test_writers_times_make_no_delay_early_and_changed_settings_are_said(
     sent_ms = time.time_ns() // 1_000_000
     producer.produce(topic, codec.encode(event), job.encode(), timestamp=sent_ms - 54_000)
     assert producer.flush(20) == 0
-    lab.await_let_go((job, 1, 1))
+    lab.await_released((job, 1, 1))
     (released,) = (m for m in lab.messages(lab.names.jobs("mail")) if codec.decode(m.value()).job_id == job)
     assert released.timestamp()[1] - sent_ms >= 4_000
     set_to("LogAppendTime")
@@ -677,8 +690,9 @@ def test_writers_times_make_no_delay_early_and_changed_settings_are_said(
     assert running.alive
 
 
-def test_partitions_added_behind_the_coordinators_back_are_said(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Partitions of coordination that were added while it runs are not read: health says so, and the others are served."""
+def test_partitions_added_while_the_coordinator_runs_are_reported(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The coordinator does not read partitions that are added to the coordination topic while it runs. Its health says
+    so, and the other partitions are served."""
     monkeypatch.setattr(topic_watch, "LOOK_S", 0.5)
     running = lab.ready()
     topic = lab.names.coordination

@@ -1,4 +1,4 @@
-"""The embedded broker: found by others, stopped by its folder, outliving who should be outlived and nobody else."""
+"""The embedded broker: how settings find it, how it is started and stopped, and which processes it outlives."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
-from confluent_kafka.admin import AdminClient, NewTopic  # type: ignore[attr-defined]  # re-exported without saying so
+from confluent_kafka.admin import AdminClient, NewTopic  # type: ignore[attr-defined]  # re-exported without __all__
 from typer.testing import CliRunner
 
 from jobledger.cli.kafka import app as cli
@@ -37,14 +37,14 @@ JARS = default_home() / "jars"
 
 @pytest.fixture(scope="module")
 def kafka() -> Iterator[EmbeddedKafka]:
-    """One broker for what leaves it as it was."""
+    """Yield one broker for all tests that do not change it."""
     with EmbeddedKafka() as running:
         yield running
 
 
 @pytest.fixture
 def home(tmp_path: Path) -> Iterator[Path]:
-    """A home of its own with the shared jars; a broker left in it is stopped."""
+    """Yield a new home with the shared jars. A broker that still runs in this home is stopped afterwards."""
     (tmp_path / "jars").symlink_to(JARS, target_is_directory=True)
     JARS.mkdir(parents=True, exist_ok=True)
     yield tmp_path
@@ -52,7 +52,7 @@ def home(tmp_path: Path) -> Iterator[Path]:
 
 
 def run(code: str, *arguments: str) -> subprocess.Popen[str]:
-    """A process of its own that runs ``code``."""
+    """Start a process that runs ``code``."""
     return subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True)
 
 
@@ -63,8 +63,8 @@ def answers(bootstrap: str, timeout: float) -> bool:
         return False
 
 
-def test_status_tells_where_it_runs(kafka: EmbeddedKafka) -> None:
-    """A running broker's status has its address, process, version and files, as JSON too."""
+def test_status_has_address_process_version_and_files(kafka: EmbeddedKafka) -> None:
+    """The status of a running broker has its address, process, version and files, and can be written as JSON."""
     found = kafka.status()
     assert found.running
     assert found.bootstrap == kafka.bootstrap == f"127.0.0.1:{found.port}"
@@ -76,15 +76,16 @@ def test_status_tells_where_it_runs(kafka: EmbeddedKafka) -> None:
     assert json.loads(json.dumps(found.as_dict()))["bootstrap"] == kafka.bootstrap
 
 
-def test_settings_find_it(kafka: EmbeddedKafka) -> None:
-    """Without a configured address, settings resolve to the broker that runs in their home."""
+def test_settings_find_the_broker_of_their_home(kafka: EmbeddedKafka) -> None:
+    """Without a configured address, settings use the broker that runs in their home."""
     assert Settings(home=kafka.home).resolve_bootstrap() == kafka.bootstrap
 
 
-def test_a_fork_of_its_starter_finds_it_and_leaves_it_alone(kafka: EmbeddedKafka) -> None:
-    """A forked child asks where the broker is and ends; the parent finds it as before, and still holds its leash."""
+def test_a_fork_of_the_starter_finds_the_broker_and_does_not_stop_it(kafka: EmbeddedKafka) -> None:
+    """A forked process asks for the broker's address and exits. The broker still runs, and the parent still holds the
+    process that stops the broker with it."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # from Python 3.12 on: pytest has threads
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 and later warn, because pytest has threads
         pid = os.fork()
     if pid == 0:
         found = None
@@ -96,30 +97,30 @@ def test_a_fork_of_its_starter_finds_it_and_leaves_it_alone(kafka: EmbeddedKafka
     assert [leash.poll() for leash in broker_process._leashes.values()] == [None] * len(broker_process._leashes)
 
 
-def test_settings_name_both_ways_out(tmp_path: Path) -> None:
-    """With neither an address nor a broker in the home, the error names both ways to get one."""
+def test_without_a_broker_the_error_names_both_ways_to_get_one(tmp_path: Path) -> None:
+    """Without an address and without a broker in the home, the error names both ways to get a broker."""
     with pytest.raises(BrokerUnavailable, match=r"JOBLEDGER_BOOTSTRAP.*jobledger kafka start"):
         Settings(home=tmp_path).resolve_bootstrap()
 
 
-def test_starting_twice_is_starting_once(kafka: EmbeddedKafka) -> None:
-    """A start with the port that the broker has, or with any port, returns the broker that runs."""
+def test_a_second_start_returns_the_running_broker(kafka: EmbeddedKafka) -> None:
+    """A start with the broker's own port, or with any port, returns the running broker."""
     before = kafka.status()
     assert before.port is not None
     for port in (before.port, 0):
         assert embedded.start(kafka.home, port=port, jars=JARS).pid == before.pid
 
 
-def test_starting_elsewhere_is_refused(kafka: EmbeddedKafka) -> None:
-    """A start with another port names both ports and the way out, and leaves the broker alone."""
+def test_a_start_with_another_port_is_refused(kafka: EmbeddedKafka) -> None:
+    """The error names both ports and says what to do. The broker continues to run."""
     other = free_port()
     with pytest.raises(ConfigError, match=rf"{kafka.status().port} .*not on port {other} .*jobledger kafka stop"):
         embedded.start(kafka.home, port=other, jars=JARS)
     assert kafka.status().running
 
 
-def test_topics_are_not_made_by_asking(kafka: EmbeddedKafka) -> None:
-    """Topics are declared: a producer to a topic that nobody created makes none."""
+def test_a_producer_does_not_create_topics(kafka: EmbeddedKafka) -> None:
+    """A producer that writes to a topic which does not exist does not create the topic."""
     producer = Producer({"bootstrap.servers": kafka.bootstrap, "message.timeout.ms": 500, "log_level": 0})
     producer.produce("nobody.declared.this", b"")
     producer.flush(5)
@@ -128,7 +129,7 @@ def test_topics_are_not_made_by_asking(kafka: EmbeddedKafka) -> None:
 
 
 def test_a_paused_broker_is_silent_until_resumed(kafka: EmbeddedKafka) -> None:
-    """While paused nothing is answered; once resumed it serves again."""
+    """A paused broker answers nothing. A resumed broker answers again."""
     kafka.pause()
     try:
         assert not answers(kafka.bootstrap, timeout=0.5)
@@ -137,8 +138,8 @@ def test_a_paused_broker_is_silent_until_resumed(kafka: EmbeddedKafka) -> None:
     assert answers(kafka.bootstrap, timeout=PATIENCE * 20)
 
 
-def test_a_taken_port_names_its_holder(home: Path) -> None:
-    """A port that another process has is refused by an error with the port, the process and the way out."""
+def test_the_error_about_a_taken_port_names_the_process(home: Path) -> None:
+    """If another process has the port, the error names the port and the process and says what to do."""
     with socket.create_server(("127.0.0.1", 0)) as holder:
         port = holder.getsockname()[1]
         with pytest.raises(PortTaken, match=rf"port {port} .*process {os.getpid()} .*--port"):
@@ -147,27 +148,27 @@ def test_a_taken_port_names_its_holder(home: Path) -> None:
 
 
 @pytest.mark.parametrize("port", [-1, 65_536])
-def test_a_port_that_is_none_is_refused(home: Path, port: int) -> None:
+def test_an_invalid_port_is_refused(home: Path, port: int) -> None:
     """A number that is no port is an error of the caller."""
     with pytest.raises(ConfigError, match=f"port={port}"):
         embedded.start(home, port=port)
 
 
-def test_the_address_is_not_a_setting(home: Path) -> None:
-    """Settings that follow from port and data cannot be passed beside them."""
+def test_the_listeners_cannot_be_set(home: Path) -> None:
+    """Settings that follow from the port and the folder cannot be set in ``config``."""
     with pytest.raises(ConfigError, match="listeners"):
         embedded.start(home, port=0, config={"listeners": "PLAINTEXT://0.0.0.0:9092"})
 
 
-def test_data_that_cannot_be_formatted_says_why(home: Path) -> None:
-    """A setting that Kafka does not take is named in the error."""
+def test_the_error_about_a_refused_setting_names_the_setting(home: Path) -> None:
+    """The error names the setting that Kafka refused."""
     with pytest.raises(KafkaStartFailed, match=r"log\.retention\.ms"):
         embedded.start(home, port=0, config={"log.retention.ms": "soon"})
     assert not embedded.status(home).running
 
 
 def test_a_failed_start_shows_the_end_of_the_log(home: Path) -> None:
-    """A broker that ends before it answers leaves no process, and an error with the end of its log."""
+    """A broker that ends before it answers leaves no process, and the error contains the end of its log."""
     data = home / "broken"
     data.mkdir()
     (data / "meta.properties").write_text("version=1\nnode.id=7\ncluster.id=x\n")
@@ -178,12 +179,12 @@ def test_a_failed_start_shows_the_end_of_the_log(home: Path) -> None:
 
 
 def test_stopping_nothing_is_no_error(tmp_path: Path) -> None:
-    """Stopping a broker that does not run says so and raises nothing."""
+    """Stopping a broker that does not run returns False and raises nothing."""
     assert embedded.stop(tmp_path) is False
 
 
-def test_a_stale_pid_file_deceives_nobody(home: Path) -> None:
-    """A pid file whose number belongs to another process by now counts as no broker, and that process is left alone."""
+def test_a_stale_pid_file_counts_as_no_broker(home: Path) -> None:
+    """The pid in the file now belongs to another process. This process is not stopped."""
     (home / "kafka").mkdir()
     record = {"pid": os.getppid(), "port": 9092, "data": "x", "version": "4.4.0"}
     (home / "kafka" / "broker.json").write_text(json.dumps(record))
@@ -191,8 +192,8 @@ def test_a_stale_pid_file_deceives_nobody(home: Path) -> None:
     assert embedded.stop(home) is False
 
 
-def test_it_outlives_who_started_it(home: Path) -> None:
-    """A detached broker goes on when its starter has ended, and any other process can stop it."""
+def test_a_detached_broker_outlives_its_starter(home: Path) -> None:
+    """A detached broker continues when its starter has ended, and any process can stop it."""
     starter = run(
         "import sys; from pathlib import Path; from jobledger.kafka import embedded;"
         "print(embedded.start(Path(sys.argv[1]), port=0).bootstrap)",
@@ -210,8 +211,8 @@ def test_it_outlives_who_started_it(home: Path) -> None:
     assert not embedded.status(home).running
 
 
-def test_a_test_broker_does_not_outlive_its_tests(tmp_path: Path) -> None:
-    """A broker that belongs to a process ends with it, even when that process is killed."""
+def test_a_broker_that_belongs_to_a_process_ends_with_it(tmp_path: Path) -> None:
+    """A broker that belongs to a process ends with this process, even if the process is killed."""
     owner = run(
         "import sys, time; from pathlib import Path; from jobledger.kafka.embedded import EmbeddedKafka;"
         "print(EmbeddedKafka(Path(sys.argv[1])).start().pid, flush=True); time.sleep(600)",
@@ -227,8 +228,8 @@ def test_a_test_broker_does_not_outlive_its_tests(tmp_path: Path) -> None:
 
 
 @pytest.mark.extended
-def test_data_and_address_survive(tmp_path: Path) -> None:
-    """After a clean stop, and after a kill, the broker comes back at the same address with what it acknowledged."""
+def test_data_and_address_survive_a_stop_and_a_kill(tmp_path: Path) -> None:
+    """After a clean stop and after a kill, the broker starts again at the same address with all acknowledged records."""
     with EmbeddedKafka(tmp_path) as kafka:
         bootstrap = kafka.bootstrap
         admin = AdminClient({"bootstrap.servers": bootstrap, "log_level": 0})
@@ -250,8 +251,10 @@ def test_data_and_address_survive(tmp_path: Path) -> None:
         assert [message.value() for message in read] == [b"0", b"1"]
 
 
-def test_the_command_line_starts_tells_and_stops(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`start`, `status` and `stop` work on the home of the settings, speak JSON and use the documented exit codes."""
+def test_the_command_line_starts_and_stops_the_broker_and_shows_its_status(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`start`, `status` and `stop` use the home of the settings, print JSON and exit with the documented codes."""
     monkeypatch.setenv("JOBLEDGER_HOME", str(home))
     runner = CliRunner()
     assert runner.invoke(cli, ["status", "--json"]).exit_code == Exit.NOT_FOUND
@@ -265,7 +268,7 @@ def test_the_command_line_starts_tells_and_stops(home: Path, monkeypatch: pytest
 
 
 class Downloads:
-    """Stands for the Maven repository: counts fetches and hands out small jars, or fails as told."""
+    """Replaces the Maven repository: counts downloads, and creates small jars or raises the given errors."""
 
     def __init__(self, *failures: Exception) -> None:
         self.count = 0
@@ -300,7 +303,7 @@ def test_jars_are_fetched_once(tmp_path: Path, downloads: Downloads) -> None:
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "marker"])
 def test_an_incomplete_folder_is_fetched_again(tmp_path: Path, downloads: Downloads, damage: str) -> None:
-    """A folder that lacks a jar, a part of a jar or its marker is never used."""
+    """A folder is not used if a jar is missing or incomplete, or if the marker file is invalid."""
     first = jars.classpath(tmp_path, "1.0")
     if damage == "missing":
         first[0].unlink()
@@ -314,14 +317,14 @@ def test_an_incomplete_folder_is_fetched_again(tmp_path: Path, downloads: Downlo
 
 
 def test_a_fetch_that_fails_is_tried_again(tmp_path: Path, downloads: Downloads) -> None:
-    """A repository that fails for a moment costs an attempt, not the start."""
+    """After failed attempts, the download succeeds at a later attempt."""
     downloads.failures = [OSError("reset"), OSError("reset")]
     assert jars.classpath(tmp_path, "1.0")
     assert downloads.count == 3
 
 
-def test_a_fetch_that_keeps_failing_names_the_ways_out(tmp_path: Path, downloads: Downloads) -> None:
-    """When every attempt fails, the error names what was asked for, why it failed and what to do."""
+def test_the_error_of_a_download_that_always_fails_says_what_to_do(tmp_path: Path, downloads: Downloads) -> None:
+    """If every attempt fails, the error names what was requested, why the download failed and what to do."""
     downloads.failures = [OSError("no route")] * jars.ATTEMPTS
     with pytest.raises(KafkaStartFailed, match=r"kafka_2\.13:1\.0.*no route.*HTTPS_PROXY.*JOBLEDGER_BOOTSTRAP"):
         jars.classpath(tmp_path, "1.0")

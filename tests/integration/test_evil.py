@@ -1,4 +1,4 @@
-"""Exceptions, results, arguments, hooks, resources and log handlers whose own code breaks, on a real worker."""
+"""Exceptions, results, arguments, hooks, resources and log handlers whose own code raises errors, with a real worker."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ RETURNED = [(place, "return", name) for place in evil.PLACES for name in evil.RE
 TAKEN = [(task, "take", how) for task in ("takes", "takes_in_process") for how in evil.ARGUMENTS]
 
 Case = tuple[str, str, str]
-Ends = dict[Case, list[Recorded]]
+Outcomes = dict[Case, list[Recorded]]
 
 
 @pytest.fixture(scope="module")
 def app(broker: str) -> App:
-    """The app of all tests here, with its topics."""
+    """Return the app of all tests in this file, with its topics."""
     evil.app.settings = Settings(bootstrap=broker, submit_timeout=20.0)
     ensure(evil.app, evil.app.settings)
     return evil.app
 
 
 @pytest.fixture(scope="module")
-def ends(app: App) -> Iterator[tuple[Ends, Worker]]:
-    """How every job of the table ended; what has not ended is not there."""
+def outcomes(app: App) -> Iterator[tuple[Outcomes, Worker]]:
+    """Yield the closing facts of every case, and the worker. A case without an outcome is missing."""
     tasks: dict[str, Any] = dict(app.tasks)
     cases = {(p, kind, name): tasks[p].submit(kind, name).job_id for p, kind, name in (*RAISED, *RETURNED)}
     cases |= {(task, kind, how): tasks[task].submit(evil.Argument(how)).job_id for task, kind, how in TAKEN}
@@ -52,7 +52,7 @@ def ends(app: App) -> Iterator[tuple[Ends, Worker]]:
                 found = closings(app)
                 return found.keys() >= set(cases.values()) or worker.error is not None
 
-            with contextlib.suppress(AssertionError):  # each test says what is missing
+            with contextlib.suppress(AssertionError):  # each test reports what is missing
                 until(ended, 120.0)
             yield {case: found[job] for case, job in cases.items() if job in found}, worker
     finally:
@@ -60,11 +60,11 @@ def ends(app: App) -> Iterator[tuple[Ends, Worker]]:
 
 
 @pytest.mark.parametrize(("place", "kind", "name"), [*RAISED, *RETURNED, *TAKEN])
-def test_what_breaks_when_it_is_looked_at_fails_its_job(
-    ends: tuple[Ends, Worker], place: str, kind: str, name: str
+def test_a_job_whose_error_result_or_argument_raises_when_read_fails(
+    outcomes: tuple[Outcomes, Worker], place: str, kind: str, name: str
 ) -> None:
-    """The job fails, once, with the reason of its kind and a text that says something."""
-    (end,) = ends[0][place, kind, name]
+    """The job fails once, with the reason for its kind of error and an error message that can be encoded."""
+    (end,) = outcomes[0][place, kind, name]
     fact = end.event.fact
     assert isinstance(fact, JobFailed)
     reasons = {"raise": ("exhausted", "never"), "return": ("bad-result",), "take": ("bad-arguments",)}
@@ -74,9 +74,10 @@ def test_what_breaks_when_it_is_looked_at_fails_its_job(
     assert "evil_app" in (fact.error.traceback or "")
 
 
-def test_the_worker_its_threads_and_its_children_serve_on(app: App, ends: tuple[Ends, Worker]) -> None:
-    """After all of them the same worker runs as many jobs at once as before, and has lost no process."""
-    _, worker = ends
+def test_the_worker_still_runs_jobs_in_all_places_afterwards(app: App, outcomes: tuple[Outcomes, Worker]) -> None:
+    """After all these jobs, the same worker runs jobs in all places as before, and none of its child processes has
+    died."""
+    _, worker = outcomes
     assert worker.error is None
     tasks: dict[str, Any] = dict(app.tasks)
     handles = [tasks[place].submit("well", place) for place in evil.PLACES for _ in range(5)]
@@ -91,7 +92,7 @@ def test_the_worker_its_threads_and_its_children_serve_on(app: App, ends: tuple[
 
 
 class Raises(logging.Handler):
-    """A handler whose `emit` raises, with what it is told to write."""
+    """A log handler whose `emit` raises an error."""
 
     def __init__(self, raised: type[BaseException]) -> None:
         super().__init__()
@@ -103,9 +104,9 @@ class Raises(logging.Handler):
 
 
 @pytest.mark.parametrize("raised", [RuntimeError, SystemExit, GeneratorExit])
-def test_a_log_handler_that_raises_ends_nothing(app: App, raised: type[BaseException], capsys: Any) -> None:
-    """Start, jobs that fail and retry, a failing callback on the event loop, hooks, resources and the end pass, and the
-    lines are on standard error."""
+def test_a_log_handler_that_raises_stops_nothing(app: App, raised: type[BaseException], capsys: Any) -> None:
+    """The worker starts, jobs fail and are retried, a callback fails on the event loop, and the worker stops. The lines
+    are on standard error."""
     handler = Raises(raised)
     logging.getLogger("jobledger").addHandler(handler)
     try:
@@ -125,8 +126,8 @@ def test_a_log_handler_that_raises_ends_nothing(app: App, raised: type[BaseExcep
     assert "the handler breaks" in said
 
 
-def test_what_a_task_does_to_its_tags_is_not_written(app: App) -> None:
-    """The job keeps the tags that it was submitted with, whatever its code puts there."""
+def test_changes_to_a_jobs_tags_are_not_recorded(app: App) -> None:
+    """The job keeps the tags with which it was submitted, whatever its code adds to them."""
     with working(app, children=1, threads=1, grace=3.0) as worker:
         handle = evil.spoils_its_tags.using(tags={"a": "b"}).submit()
         until(lambda: any(isinstance(f, JobRetried) for f in facts_of(app, handle.job_id)), 60.0)
@@ -135,9 +136,10 @@ def test_what_a_task_does_to_its_tags_is_not_written(app: App) -> None:
         assert worker.error is None
 
 
-def test_hooks_and_resources_that_break_fail_at_most_their_job(broker: str, namespace: str) -> None:
-    """Hooks that raise exceptions which break, or `SystemExit`, and resources whose end does, leave the worker whole."""
-    app = evil.broken_around(namespace, Settings(bootstrap=broker, submit_timeout=20.0))
+def test_a_failing_hook_or_resource_fails_at_most_its_job(broker: str, namespace: str) -> None:
+    """The worker survives hooks that raise `SystemExit`, resources that raise errors when they are closed, and
+    exceptions whose own code raises errors."""
+    app = evil.app_with_broken_hooks(namespace, Settings(bootstrap=broker, submit_timeout=20.0))
     ensure(app, app.settings)
     tasks: dict[str, Any] = dict(app.tasks)
     with working(app, threads=2, grace=3.0) as worker:
@@ -152,9 +154,9 @@ def test_hooks_and_resources_that_break_fail_at_most_their_job(broker: str, name
 
 
 @pytest.mark.parametrize("raised", [SystemExit, KeyboardInterrupt, GeneratorExit, "__class__", "__str__"])
-def test_a_resource_that_cannot_be_opened_is_named(broker: str, namespace: str, raised: Any) -> None:
-    """Whatever its opening raises, the worker ends with an error that names the resource."""
-    app = evil.unopened(namespace, Settings(bootstrap=broker, submit_timeout=20.0), raised)
+def test_a_resource_that_cannot_be_opened_ends_the_worker(broker: str, namespace: str, raised: Any) -> None:
+    """Whatever error the opening raises, the worker ends with an error that names the resource."""
+    app = evil.app_with_broken_resource(namespace, Settings(bootstrap=broker, submit_timeout=20.0), raised)
     ensure(app, app.settings)
     with working(app, grace=3.0) as worker:
         until(lambda: worker.error, 60.0)

@@ -1,4 +1,5 @@
-"""Under gevent's monkey patches a client does all it does, and other greenlets run meanwhile; what cannot is refused."""
+"""With gevent's monkey patches, a client works completely and other greenlets run meanwhile. Parts that cannot work
+with them raise an error."""
 
 from __future__ import annotations
 
@@ -30,13 +31,13 @@ Run = Callable[..., None]
 
 @pytest.fixture
 def app(broker: str, namespace: str, tmp_path: Path) -> App:
-    """An app of worker's tests with its topics; the other process has one of the same namespace."""
+    """Create an app of the worker's tests with its topics. The other process has an app of the same namespace."""
     return made(namespace, broker, status_url=f"sqlite:///{tmp_path}/status.db")
 
 
 @pytest.fixture
 def environ(app: App) -> dict[str, str]:
-    """What the other process finds."""
+    """Return the environment of the other process."""
     settings = app.settings
     assert settings.bootstrap is not None
     assert settings.status_url is not None
@@ -46,7 +47,7 @@ def environ(app: App) -> dict[str, str]:
 
 @pytest.fixture
 def run(environ: dict[str, str]) -> Run:
-    """Call a function of `gevent_app` in a process of its own, which must end well."""
+    """Return a function that calls a function of `gevent_app` in a separate process, which must exit with code 0."""
 
     def call(name: str, **more: str) -> None:
         done = subprocess.run(
@@ -63,12 +64,13 @@ def run(environ: dict[str, str]) -> Run:
 
 
 def test_a_client_does_everything_and_other_greenlets_run(run: Run, app: App) -> None:
-    """Submitting alone and in batches, emitting, cancelling, following, closing; a hundred greenlets at once."""
+    """The client submits alone and in batches, emits, cancels, reads `app.lifecycle` and closes, also in a hundred
+    greenlets at once."""
     run("uses")
 
 
 def test_greenlets_wait_for_results(run: Run, app: App) -> None:
-    """Forty at once, each for its job, which another process's worker runs."""
+    """Forty greenlets wait at the same time, each for the result of a job that a worker in another process runs."""
     url = app.settings.resolve_status_url(app.names.namespace)
     stop = threading.Event()
     materializer = Materializer(app.names, app.settings, list(app.lanes), url)
@@ -82,31 +84,32 @@ def test_greenlets_wait_for_results(run: Run, app: App) -> None:
         thread.join(30)
 
 
-def test_a_broker_that_is_away_stops_no_greenlet(run: Run) -> None:
-    """Thirty first submissions get their error after one time-out, not after thirty; others run meanwhile."""
+def test_an_unreachable_broker_blocks_no_greenlet(run: Run) -> None:
+    """Thirty first submissions all fail after one time limit, not one after the other. Other greenlets run meanwhile."""
     run("away")
 
 
-def test_a_fork_of_gevent_s_submits(run: Run) -> None:
-    """Three children, each submits alone and in a batch and ends; the parent submits on."""
+def test_a_process_forked_by_gevent_can_submit(run: Run) -> None:
+    """Each of three forked processes submits alone and in a batch, and exits. The parent continues to submit."""
     run("forks")
 
 
 def test_answers_of_admin_clients_reach_greenlets(run: Run) -> None:
-    """Thirty times each question that a client asks through librdkafka's own thread, which answers at any moment; the
-    process does nothing else."""
+    """Each request whose answer arrives in librdkafka's own thread is sent thirty times, while the process does nothing
+    else."""
     run("asks")
 
 
 @pytest.mark.skipif(find_spec("eventlet") is None, reason="eventlet is not installed")
 def test_eventlet_is_refused(run: Run) -> None:
-    """Soon, with what to do; it would stop for good."""
+    """The first submission raises an error within 20 s, which names eventlet, instead of waiting forever."""
     run("refused", GREEN="eventlet")
 
 
 @pytest.mark.parametrize("command", ["worker", "router", "streams"])
-def test_what_needs_native_threads_is_refused(run: Run, environ: dict[str, str], command: str) -> None:
-    """An app whose module patches the process: worker, router and stream processor end with what to do."""
+def test_parts_that_need_native_threads_are_refused(run: Run, environ: dict[str, str], command: str) -> None:
+    """If the app's module applies gevent's patches, worker, router and stream processor exit with an error that names
+    gevent."""
     done = subprocess.run(
         [sys.executable, "-m", "jobledger", command, f"{APP}:app"],
         env=environ,

@@ -1,4 +1,4 @@
-"""Queues that grow while everything runs: partitions are added, or a second generation takes over."""
+"""Queues that grow while all parts run: partitions are added, or a second queue replaces the first."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported without saying so
+from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported without __all__
     AlterConfigOpType,
     ConfigEntry,
     ConfigResource,
@@ -47,7 +47,7 @@ class Seen:
 
 
 def declared(namespace: str, settings: Settings, queues: list[Queue], *, queue: str, events: int) -> App:
-    """One deployment of an app: its task is on ``queue``, its events' topic has ``events`` partitions."""
+    """Return one version of the app: its task is on ``queue``, and the topic of its events has ``events`` partitions."""
     app = App(namespace, settings=settings, partitions=4, queues=queues)
     app.event(partitions=events)(Seen)
 
@@ -72,7 +72,7 @@ def declared(namespace: str, settings: Settings, queues: list[Queue], *, queue: 
 
 @contextmanager
 def threads(*runs: Callable[[threading.Event], None]) -> Iterator[None]:
-    """Each in a thread until the block ends; an error is raised."""
+    """Run each function in a thread until the end of the block, and raise its error."""
     stop, failed = threading.Event(), list[BaseException]()
 
     def run(one: Callable[[threading.Event], None]) -> None:
@@ -95,15 +95,15 @@ def threads(*runs: Callable[[threading.Event], None]) -> Iterator[None]:
 
 
 def states(app: App) -> dict[str, int]:
-    """Jobs by state, as the status table has them."""
+    """Return the number of jobs in each state, from the status table."""
     return {state: count for state, count in app.status_table().counts_by_state().items() if count}
 
 
 def test_partitions_are_added_while_everything_runs(
     broker: str, namespace: str, tmp_path: Path, say: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a queue and of an event, two to four: worker, router, materializer and projection
-    go on, and take the new ones."""
+    """A queue and an event's topic grow from two to four partitions. Worker, router, materializer and projection
+    continue, and serve the new partitions."""
     monkeypatch.setattr(projection_runner, "LOOK_S", 1.0)
     settings = Settings(bootstrap=broker, status_url=f"sqlite:///{tmp_path / 'status.db'}", home=tmp_path)
     small, large = (
@@ -124,7 +124,7 @@ def test_partitions_are_added_while_everything_runs(
         small.emit_many(Seen(n) for n in range(100))
         until(lambda: len(closings(small)) == 200)
         began = time.monotonic()
-        ensure(large, settings)  # what `jobledger topics apply` does
+        ensure(large, settings)  # as `jobledger topics apply` does
         large.submit_many(large.tasks["work"].job(n) for n in range(100, 200))
         large.emit_many(Seen(n) for n in range(100, 200))
         until(lambda: len(closings(large)) == 400, 60)
@@ -139,9 +139,9 @@ def test_partitions_are_added_while_everything_runs(
     say(f"growth: two partitions to four; the jobs on the new ones had run {took:.1f} s later")
 
 
-def test_a_second_generation_of_a_queue_takes_over(broker: str, namespace: str, tmp_path: Path) -> None:
-    """What was submitted to the first one, delayed and retried jobs included, ends there; new jobs are the second's.
-    Then the first one is empty and its declaration can go."""
+def test_a_second_queue_takes_over_from_the_first(broker: str, namespace: str, tmp_path: Path) -> None:
+    """Jobs that were submitted to the first queue run there, also delayed and retried jobs. New jobs are in the second
+    queue."""
     settings = Settings(bootstrap=broker, status_url=f"sqlite:///{tmp_path / 'status.db'}", home=tmp_path)
     first = declared(namespace, settings, [Queue("q", partitions=1)], queue="q", events=2)
     both = declared(namespace, settings, [Queue("q", partitions=1), Queue("q-2", partitions=4)], queue="q-2", events=2)
@@ -168,11 +168,12 @@ def test_a_second_generation_of_a_queue_takes_over(broker: str, namespace: str, 
         assert {where[h.job_id] for h in new} == {"q-2"}
 
 
-def test_work_partitions_beyond_lifecycles_stop_alone(
+def test_work_partitions_without_a_lifecycle_partition_are_not_served(
     broker: str, namespace: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Partitions that somebody adds to a work topic beyond the lifecycle topic's number are not run: the running worker says
-    at once why and what to do, and serves the others. With lifecycle raised, all of it is run and the table is right."""
+    """The work topic gets more partitions than the lifecycle topic. The worker does not serve the additional ones, says
+    why and what to do, and serves the others. When the lifecycle topic has as many, all jobs run and the table is
+    right."""
     monkeypatch.setattr(topic_watch, "LOOK_S", 0.5)
     settings = Settings(bootstrap=broker, status_url=f"sqlite:///{tmp_path / 'status.db'}", home=tmp_path)
     with ExitStack() as stack:
@@ -205,11 +206,11 @@ def test_work_partitions_beyond_lifecycles_stop_alone(
         assert verify(app.names, settings, ["q"], settings.resolve_status_url(namespace)).equal
 
 
-def test_a_worker_says_when_a_topics_settings_are_changed(
+def test_a_worker_reports_changed_settings_of_a_topic(
     broker: str, namespace: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A retention that somebody set on a work topic makes a worker unhealthy, with topic, setting, value and command, until
-    it is set back; it works on."""
+    """A changed retention of a work topic makes the worker unhealthy, until the setting is restored. The reason names
+    the topic, the setting and its value. The worker continues to run jobs."""
     monkeypatch.setattr(topic_watch, "LOOK_S", 0.5)
     app = declared(namespace, Settings(bootstrap=broker, home=tmp_path), [Queue("q")], queue="q", events=1)
     ensure(app, app.settings)

@@ -1,4 +1,4 @@
-"""Hooks, resources and spans in a real worker on a real broker."""
+"""Hooks, resources and spans in a real worker with a real broker."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ pytestmark = pytest.mark.kafka
 
 
 def app_of(namespace: str, broker: str) -> App:
-    """An app without tasks."""
+    """Create an app without tasks."""
     return App(namespace, settings=Settings(bootstrap=broker), partitions=2)
 
 
-def test_hooks_are_told_of_every_attempt(broker: str, namespace: str) -> None:
-    """A tenant set by `around` is there in the task; retry and failure are told with the error, sync and async, of both
-    kinds of task; a hook that raises changes nothing; a coroutine that a plain hook returns is awaited."""
+def test_hooks_are_called_for_every_attempt(broker: str, namespace: str) -> None:
+    """`around` surrounds each attempt and sees its tags. The hooks for retries and failures get the error, for both
+    kinds of tasks. An error in a hook changes nothing. A coroutine that a plain hook returns is awaited."""
     app = app_of(namespace, broker)
     said: list[tuple[Any, ...]] = []
 
@@ -91,7 +91,8 @@ def test_hooks_are_told_of_every_attempt(broker: str, namespace: str) -> None:
 
 
 def test_resources_are_open_before_jobs_and_closed_after_them(broker: str, namespace: str) -> None:
-    """Opened at the worker's start, once; jobs of both kinds get the value; closed when the last job has ended."""
+    """Each resource that a task uses is opened once, at the worker's start. Both kinds of tasks get its value. It is
+    closed when the last job has ended."""
     app, said = app_of(namespace, broker), []
 
     @app.resource
@@ -135,8 +136,9 @@ def test_resources_are_open_before_jobs_and_closed_after_them(broker: str, names
     app.close()
 
 
-def test_a_worker_without_its_resource_ends_and_names_it(broker: str, namespace: str) -> None:
-    """No job is begun, none is lost: the worker ends with an error, and what was open is closed."""
+def test_a_worker_whose_resource_cannot_be_opened_ends_with_an_error(broker: str, namespace: str) -> None:
+    """The worker ends with an error that names the resource, and closes the other resources. No job is started, and
+    none is lost."""
     app, said = app_of(namespace, broker), []
 
     @app.resource
@@ -164,7 +166,7 @@ def test_a_worker_without_its_resource_ends_and_names_it(broker: str, namespace:
 
 @pytest.fixture(scope="module")
 def spans() -> InMemorySpanExporter:
-    """Everything that is traced; a process has one provider for good."""
+    """Return an exporter with all spans. A process has only one provider."""
     exporter = InMemorySpanExporter()
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
@@ -172,8 +174,11 @@ def spans() -> InMemorySpanExporter:
     return exporter
 
 
-def test_one_trace_from_the_submission_to_the_child(broker: str, namespace: str, spans: InMemorySpanExporter) -> None:
-    """The caller's span → submit → each attempt → what the job submits → its run, for coroutines and threads."""
+def test_a_trace_connects_a_submission_with_its_child_jobs(
+    broker: str, namespace: str, spans: InMemorySpanExporter
+) -> None:
+    """The chain of spans is: the caller's span, the submission, each attempt, the submission by the job, and the run of
+    that job. Coroutines and threads are tested."""
     app = app_of(namespace, broker)
     tracer = trace.get_tracer("test")
 
@@ -232,10 +237,10 @@ def test_one_trace_from_the_submission_to_the_child(broker: str, namespace: str,
     app.close()
 
 
-def test_a_span_of_an_exception_without_a_text_changes_nothing(
+def test_tracing_an_exception_without_a_text_does_not_change_the_outcome(
     broker: str, namespace: str, spans: InMemorySpanExporter
 ) -> None:
-    """The library that records it asks for its text, and that raises: the job still failed of its own exception."""
+    """The tracing library calls ``str()`` of the exception, which fails. The job still fails with its own exception."""
     app = app_of(namespace, broker)
 
     @app.task(retry=NO_RETRY)

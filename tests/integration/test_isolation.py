@@ -1,4 +1,4 @@
-"""Tasks in child processes, and how running code is made to end, with a real broker and real processes."""
+"""Tasks in child processes, and how running code is interrupted, with a real broker and real processes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ pytestmark = pytest.mark.kafka
 
 @pytest.fixture(scope="module")
 def app(broker: str) -> App:
-    """The app of all tests here, with its topics."""
+    """Return the app of all tests in this file, with its topics."""
     tasks.app.settings = Settings(bootstrap=broker, submit_timeout=20.0)
     ensure(tasks.app, tasks.app.settings)
     return tasks.app
@@ -54,33 +54,34 @@ def app(broker: str) -> App:
 
 @pytest.fixture
 def worker(app: App) -> Iterator[Worker]:
-    """A worker with two children."""
+    """Yield a worker with two child processes."""
     with working(app, children=2, grace=3.0) as made:
         yield made
 
 
 def end_of(app: App, job_id: str, timeout: float = 30.0) -> Any:
-    """The fact that ended a job."""
+    """Wait for the job's closing fact and return it."""
     return until(lambda: closings(app).get(job_id), timeout, f"the end of {job_id}")[-1].event.fact
 
 
 def result_of(app: App, job_id: str) -> Any:
-    """What a job returned."""
+    """Wait for the job's success and return its result."""
     fact = end_of(app, job_id)
     assert isinstance(fact, JobSucceeded), fact
     return None if fact.result is None else msgspec.json.decode(fact.result)
 
 
 def alive(pid: int) -> bool:
-    """Whether a process is there, and no mere zombie."""
+    """Return whether the process runs and is no zombie."""
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
 
 
-def test_a_child_is_a_job_s_whole_world(app: App, worker: Worker) -> None:
-    """Arguments, context, progress, resources, results and jobs of its own, plain and async."""
+def test_a_job_in_a_child_process_has_arguments_context_resources_and_a_client(app: App, worker: Worker) -> None:
+    """Arguments, context, progress, resources, results and submissions work in a child process, for functions and for
+    coroutines."""
     first = tasks.where.using(tags={"tenant": "a"}).submit(1)
     found = result_of(app, first.job_id)
     assert found["pid"] != os.getpid()
@@ -100,17 +101,18 @@ def test_a_child_is_a_job_s_whole_world(app: App, worker: Worker) -> None:
 @pytest.mark.parametrize(
     ("how", "kind", "says"),
     [
-        ("unpicklable", "exhausted", "<its str() raised RuntimeError>"),
+        ("unpicklable", "exhausted", "<str() of this exception raised RuntimeError>"),
         ("reject", "rejected", "never"),
         ("result", "bad-result", "cannot be written as JSON"),
         ("exit", "never", "3"),
         ("plain", "exhausted", "plain"),
     ],
 )
-def test_what_is_raised_in_a_child_is_judged_as_elsewhere(
+def test_an_error_in_a_child_process_has_the_same_outcome_as_elsewhere(
     app: App, worker: Worker, how: str, kind: str, says: str
 ) -> None:
-    """Retries, rejections, bad results and exits come to the same facts, with type, text and traceback."""
+    """Retries, rejections, bad results and exits result in the same facts as in the worker's process, with type, text
+    and traceback."""
     handle = tasks.fails.submit(how)
     fact = next(f for f in _until_fact(app, handle.job_id, JobRetried | JobFailed))
     if kind == "exhausted":
@@ -126,20 +128,23 @@ def _until_fact(app: App, job_id: str, kind: Any) -> list[Any]:
     return until(lambda: [f for f in facts_of(app, job_id) if isinstance(f, kind)], what=f"a {kind}")  # type: ignore[no-any-return]
 
 
-def test_a_child_snoozes(app: App, worker: Worker) -> None:
-    """A snooze is one."""
+def test_a_job_in_a_child_process_can_snooze(app: App, worker: Worker) -> None:
+    """A snooze in a child process is recorded with its delay and its reason."""
     fact = _until_fact(app, tasks.fails.submit("snooze").job_id, JobSnoozed)[0]
     assert (fact.delay_ms, fact.reason) == (9000, "not yet")
 
 
-def test_a_timeout_is_told_then_enforced(app: App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The function is told, may clean up or still return; who is deaf is killed, with what it started. A coroutine that
-    blocks its loop is told as well."""
+def test_a_timeout_is_raised_in_the_code_and_then_kills_the_process(
+    app: App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The timeout is raised in the function, which may clean up or still return. A function that ignores it is killed,
+    together with the processes that it started. A coroutine that blocks its event loop is interrupted as well."""
     path, of_deaf = tmp_path / "noted", tmp_path / "noted by the deaf"
     with working(app, children=6, grace=3.0) as worker:
         deaf = tasks.hangs.submit("deaf", str(of_deaf))
         until(lambda: of_deaf.exists() and of_deaf.read_text(), what="its begin")
-        # Those that begin from here on are not killed if they need long to end. There is a child for each.
+        # Jobs that begin from here on are not killed if their end takes long. There is a child process for each of
+        # them.
         monkeypatch.setattr(pool, "SOFT_S", 60.0)
         waits = tasks.hangs.submit("waits", str(path))
         cleans = tasks.hangs.submit("cleans up", str(path))
@@ -167,9 +172,9 @@ def test_a_timeout_is_told_then_enforced(app: App, tmp_path: Path, monkeypatch: 
         assert result_of(app, tasks.where.submit(1).job_id)["n"] == 1
 
 
-def test_memory_is_bounded(app: App, worker: Worker) -> None:
-    """Who takes too much by and by is killed, who takes it at once gets a `MemoryError`;
-    who takes less is left alone."""
+def test_a_job_cannot_use_more_than_max_memory(app: App, worker: Worker) -> None:
+    """A job that allocates too much memory step by step is killed. A job that allocates too much at once gets a
+    `MemoryError`. A job that allocates less is not affected."""
     slow, fast, fine = tasks.takes.submit(400, False), tasks.takes.submit(4000, True), tasks.takes.submit(100, False)
     fact = end_of(app, slow.job_id)
     assert isinstance(fact, JobFailed)
@@ -181,11 +186,11 @@ def test_memory_is_bounded(app: App, worker: Worker) -> None:
     assert result_of(app, fine.job_id) == 10
 
 
-def test_what_kills_its_process_is_quarantined_with_its_last_words(
+def test_a_job_that_kills_its_process_fails_with_the_last_output(
     app: App, worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three starts and no more, the process's own words in the dead letter; the jobs beside it run once."""
-    monkeypatch.setattr(pool, "STATUS_S", 60.0)  # what is known of a process's end depends on it
+    """The job starts three times, and the failure contains the last output of its process. The other jobs run once."""
+    monkeypatch.setattr(pool, "STATUS_S", 60.0)  # long enough to learn how each process ended
     before = app.submit_many(tasks.good.job(n) for n in range(50))
     ways = {how: tasks.dies.submit(how) for how in ("exit", "kill", "segfault")}
     once = tasks.dies_once.submit(str(tmp_path / "once"))
@@ -212,7 +217,7 @@ def test_what_kills_its_process_is_quarantined_with_its_last_words(
 
 
 def facts_by_job(app: App) -> dict[str, list[Any]]:
-    """Facts by job, in the log's order."""
+    """Return the facts of the lifecycle topic by job, in the order of the log."""
     found: dict[str, list[Any]] = {}
     for record in log_of(app, app.names.lifecycle):
         found.setdefault(record.event.job_id, []).append(record.event.fact)
@@ -223,8 +228,8 @@ def facts_by_job(app: App) -> dict[str, list[Any]]:
 def test_a_cancel_reaches_running_code(
     app: App, worker: Worker, tmp_path: Path, task: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a process and in a thread alike it is told, and ends as cancelled."""
-    monkeypatch.setattr(pool, "SOFT_S", 60.0)  # else it is killed if it needs long
+    """In a child process and in a thread, the cancel is raised in the code, and the job ends as cancelled."""
+    monkeypatch.setattr(pool, "SOFT_S", 60.0)  # else the job is killed if its end takes long
     path = tmp_path / "noted"
     handle = app.tasks[task].submit(str(path))
     until(path.exists, what="its begin")
@@ -235,9 +240,9 @@ def test_a_cancel_reaches_running_code(
     assert path.read_text().endswith("told\n")
 
 
-def test_a_thread_is_told_of_its_timeout(app: App, worker: Worker) -> None:
-    """Where it executes Python it ends soon after; what returns all the same has
-    succeeded; the thread goes on working."""
+def test_a_timeout_is_raised_in_a_job_thread(app: App, worker: Worker) -> None:
+    """A thread that executes Python code gets the timeout soon. A function that returns nevertheless has succeeded. The
+    thread then runs other jobs."""
     raises, returns = tasks.hangs_in_thread.submit("raises"), tasks.hangs_in_thread.submit("returns")
     fact = end_of(app, raises.job_id)
     assert isinstance(fact, JobFailed)
@@ -248,8 +253,8 @@ def test_a_thread_is_told_of_its_timeout(app: App, worker: Worker) -> None:
     until(lambda: closings(app).keys() >= {h.job_id for h in many}, what="200 jobs")
 
 
-def test_children_are_replaced(app: App) -> None:
-    """After so many jobs, and when the process that forks them dies."""
+def test_child_processes_are_replaced(app: App) -> None:
+    """A child process is replaced after a number of jobs, and when the fork server dies."""
     with working(app, children=1, jobs_per_child=5) as worker:
         many = app.submit_many(tasks.where.job(n) for n in range(20))
         pids = {result_of(app, h.job_id)["pid"] for h in many}
@@ -261,10 +266,10 @@ def test_children_are_replaced(app: App) -> None:
         until(lambda: worker.health()["status"] == "ok", what="its good health")
 
 
-def test_a_job_that_waits_for_a_child_that_is_being_started_starts_no_other(
+def test_a_job_that_waits_for_a_starting_child_process_starts_no_other(
     app: App, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also when the process is there already, and its connection is not."""
+    """This holds also while the process exists and its connection does not yet."""
     fork, connect, forks = ForkClient.fork, ForkClient._connect, 0
 
     def counted(self: ForkClient, child: ChildHandle) -> None:
@@ -286,7 +291,8 @@ def test_a_job_that_waits_for_a_child_that_is_being_started_starts_no_other(
 
 
 def test_a_worker_leaves_no_process_behind(app: App, tmp_path: Path) -> None:
-    """What runs beyond the grace time is killed; children, nursery and all are gone with the worker."""
+    """Jobs that run longer than the grace time are killed. Child processes and the fork server end together with the
+    worker."""
     path = tmp_path / "noted"
     with working(app, children=2, grace=0.5):
         handle = tasks.waits.submit(str(path))
@@ -306,7 +312,7 @@ def test_a_worker_leaves_no_process_behind(app: App, tmp_path: Path) -> None:
 
 
 def test_an_app_that_cannot_be_imported_is_refused(broker: str, namespace: str) -> None:
-    """The error says what to do; without isolated tasks such an app works as ever."""
+    """The error says what to do. Without tasks in child processes, such an app works."""
     hidden = App(namespace, settings=Settings(bootstrap=broker), partitions=2)
     hidden.task(name="plain")(_plain)
     Worker(hidden.registry, hidden.settings)
@@ -319,10 +325,10 @@ def _plain(n: int) -> int:
     return n
 
 
-def test_an_import_that_fails_in_a_child_ends_the_worker_with_its_words(
+def test_a_failed_import_in_a_child_process_ends_the_worker_with_its_text(
     app: App, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Isolated tasks cannot be run then, and the error says why."""
+    """The worker cannot run tasks in child processes then, and its error contains the text of the import error."""
     monkeypatch.setenv("ISOLATED_BREAK", "1")
     with working(app, children=1) as worker:
         until(worker.ended.is_set, what="the worker's end")
@@ -330,9 +336,10 @@ def test_an_import_that_fails_in_a_child_ends_the_worker_with_its_words(
     assert "this cannot be imported here" in str(worker.error)
 
 
-def test_without_children_a_suspect_runs_where_it_belongs(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a start that stands in the log, acknowledged. With ten starts without an end it runs no more, whether or not it
-    is known by then that there are no children; how many it takes once it is known: `test_who_is_blamed`."""
+def test_without_child_processes_a_suspect_runs_in_the_worker(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The suspect starts after its `JobStarted` is acknowledged. After ten starts without an outcome it is not started
+    again, whether or not the worker already knows that child processes are unusable. Once the worker knows it, fewer
+    starts suffice (tests/unit/test_isolation.py)."""
     monkeypatch.setenv("ISOLATED_BREAK", "1")
     jobs = {count: tasks.quick.submit(count) for count in (1, UNSEEN_CRASHES)}
     records: list[Outgoing] = []
@@ -356,7 +363,7 @@ def test_without_children_a_suspect_runs_where_it_belongs(app: App, monkeypatch:
             )
             records.append(Outgoing(app.names.lifecycle, encode(event), handle.job_id, handle.position.partition))
     app.client.writer().send(records)
-    # Nobody left cleanly, as far as the group knows.
+    # The commits of the group do not say that the last owner left cleanly.
     where = [h.position for h in jobs.values()]
     lowest = [
         TopicPartition(p.topic, p.partition, min(q.offset for q in where if q.partition == p.partition)) for p in where
@@ -364,10 +371,10 @@ def test_without_children_a_suspect_runs_where_it_belongs(app: App, monkeypatch:
     group = ConsumerGroupTopicPartitions(
         app.names.worker_group("threads"), list({p.partition: p for p in lowest}.values())
     )
-    client = admin(app.settings)  # kept: with it goes what it was asked
+    client = admin(app.settings)  # a reference: without the client, its answers are lost
 
     def altered() -> bool:
-        with contextlib.suppress(KafkaException):  # a group takes them only once it has seen its last member leave
+        with contextlib.suppress(KafkaException):  # the group accepts offsets only after its last member has left
             answers = [each.result(PATIENCE * 10) for each in client.alter_consumer_group_offsets([group]).values()]
             return all(place.error is None for answer in answers for place in answer.topic_partitions)
         return False
@@ -383,16 +390,16 @@ def test_without_children_a_suspect_runs_where_it_belongs(app: App, monkeypatch:
     assert failed.reason == "crashed"
 
 
-def test_no_worker_is_made_in_a_nursery(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A script that starts its worker without asking whether it is the main module would do so in each child."""
+def test_a_worker_cannot_be_created_in_the_fork_server(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script that starts its worker without checking ``__name__`` would start a worker in each child process."""
     monkeypatch.setattr(fork_server, "IMPORTING", True)
     with pytest.raises(ConfigError, match="under `if __name__ == '__main__':`"):
         Worker(app.registry, app.settings)
 
 
-def test_what_a_dead_child_forked_holds_nothing_up(app: App, worker: Worker, tmp_path: Path) -> None:
-    """A job forks and is killed by the system: it is quarantined in no time, its descendants are gone, the child's slot is
-    free for others."""
+def test_a_process_forked_by_a_dead_child_process_delays_nothing(app: App, worker: Worker, tmp_path: Path) -> None:
+    """A job forks and is killed by a signal. The job fails as crashed, the processes that it forked are ended, and its
+    slot is free for other jobs."""
     path = tmp_path / "forks"
     handle = tasks.leaves_a_fork.submit(str(path))
     failed = end_of(app, handle.job_id)
@@ -402,8 +409,9 @@ def test_what_a_dead_child_forked_holds_nothing_up(app: App, worker: Worker, tmp
     assert result_of(app, tasks.where.submit(1).job_id)["n"] == 1
 
 
-def test_a_report_that_is_none_is_the_job_s_error(app: App, worker: Worker) -> None:
-    """A message that is no text fails the attempt with what is wrong; the process is not blamed."""
+def test_an_invalid_progress_report_fails_the_job(app: App, worker: Worker) -> None:
+    """A progress message that is no text fails the attempt, and the error says what is wrong. The process is not
+    regarded as dead."""
     failed = end_of(app, tasks.reports_nonsense.submit().job_id)
     assert isinstance(failed, JobFailed)
     assert failed.reason == "exhausted"
@@ -411,12 +419,13 @@ def test_a_report_that_is_none_is_the_job_s_error(app: App, worker: Worker) -> N
 
 
 def reports_of(app: App, job_id: str) -> list[str | None]:
-    """The messages of a job's progress facts."""
+    """Return the messages of a job's progress facts."""
     return [fact.message for fact in facts_of(app, job_id) if isinstance(fact, JobProgressed)]
 
 
-def test_what_a_job_left_behind_reports_nothing_as_the_next_job(app: App, tmp_path: Path) -> None:
-    """A thread that outlives its job in a child is refused, and the job that runs there next shows nothing of it."""
+def test_a_thread_left_by_a_job_cannot_report_for_the_next_job(app: App, tmp_path: Path) -> None:
+    """A report of a thread that outlives its job in a child process is refused, and the next job in that process has no
+    progress from this thread."""
     path = str(tmp_path / "refused")
     with working(app, children=1, grace=3.0):
         first = tasks.leaves_a_reporter.submit(path)
@@ -429,8 +438,8 @@ def test_what_a_job_left_behind_reports_nothing_as_the_next_job(app: App, tmp_pa
 
 
 @pytest.mark.parametrize("task", ["leaves_a_reporter_in_a_thread", "leaves_a_reporter_on_the_loop"])
-def test_a_job_that_has_ended_reports_nothing(app: App, worker: Worker, tmp_path: Path, task: str) -> None:
-    """In the worker's own process, too, a thread that outlives its job is refused."""
+def test_an_ended_job_cannot_report_progress(app: App, worker: Worker, tmp_path: Path, task: str) -> None:
+    """A report of a thread that outlives its job is refused in the worker's own process, too."""
     path = str(tmp_path / "refused")
     handle = app.tasks[task].submit(path)
     until(lambda: tasks.noted(path), 60, "the refusal")
@@ -441,9 +450,9 @@ def test_a_job_that_has_ended_reports_nothing(app: App, worker: Worker, tmp_path
 def test_a_coroutine_that_a_plain_function_returns_is_awaited(
     app: App, worker: Worker, tmp_path: Path, task: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A decorator without ``async`` hides that the task is a coroutine: in threads and in children alike its result,
-    its error, its time limit and its cancel are the job's, and what it does at its end is done."""
-    monkeypatch.setattr(pool, "SOFT_S", 60.0)  # else it is killed if it needs long
+    """A decorator without ``async`` hides that the task is a coroutine. In threads and in child processes, the
+    coroutine's result, error, time limit and cancel are those of the job, and its cleanup runs."""
+    monkeypatch.setattr(pool, "SOFT_S", 60.0)  # else the job is killed if its end takes long
     run, briefly, path = app.tasks[task], app.tasks[f"{task}_briefly"], tmp_path / "said"
     handle = run.submit("returns", str(path))
     found = result_of(app, handle.job_id)
@@ -464,10 +473,11 @@ def test_a_coroutine_that_a_plain_function_returns_is_awaited(
     assert path.read_text().split("\n") == ["began", "cleaned up", ""]
 
 
-def test_a_returned_coroutine_that_blocks_the_loop_is_named(
+def test_a_returned_coroutine_that_blocks_the_event_loop_is_logged(
     app: App, worker: Worker, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It runs on the worker's event loop, so its task is named and counted as an async one would be."""
+    """The coroutine runs on the worker's event loop, so the block is logged with the task's name and counted, as for an
+    async task."""
     path = tmp_path / "seen"
     handle = tasks.wrapped.submit("blocks", str(path))
     named = f"task wrapped blocks the event loop: job {handle.job_id}"
@@ -480,7 +490,7 @@ def test_a_returned_coroutine_that_blocks_the_loop_is_named(
 
 
 def test_hooks_surround_a_coroutine_that_a_plain_function_returns(app: App, worker: Worker, tmp_path: Path) -> None:
-    """What comes after the task's code comes after the coroutine's, too."""
+    """What a hook does after the task's code happens after the coroutine has ended."""
     path = tmp_path / "said"
     handle = tasks.hooked.using(tags={"path": str(path)}).submit("returns", str(path))
     assert result_of(app, handle.job_id)["job"] == handle.job_id

@@ -1,5 +1,5 @@
-"""A program in another language, built by Maven from `examples/java`: it has the schema and
-docs/wire.md, and nothing of ours."""
+"""A program in another language, which Maven builds from `examples/java`. It uses the schema and docs/wire.md, and no
+code of Jobledger."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ MAVEN = shutil.which("mvn") if shutil.which("javac") else None
 
 
 @pytest.mark.skipif(MAVEN is None, reason="no mvn and javac on the path: the example in Java is not built")
-def test_a_java_program_submits_a_job_and_reads_its_end(
+def test_a_java_program_submits_a_job_and_reads_its_outcome(
     broker: str, namespace: str, tmp_path: Path, say: Callable[[str], None]
 ) -> None:
-    """It publishes the schema itself, submits `add(40, 2)`, and sees the start and the
-    result on the lifecycle topic."""
+    """The program publishes the schema itself, submits `add(40, 2)`, and reads the start and the result from the
+    lifecycle topic."""
     app = made(namespace, broker)
     ensure(app, app.settings)
     project = tmp_path / "java"
@@ -42,7 +42,7 @@ def test_a_java_program_submits_a_job_and_reads_its_end(
     with working(app):
         ran = subprocess.run(run, capture_output=True, text=True, timeout=180, check=False)
         assert ran.returncode == 0, ran.stdout + ran.stderr
-    # Maven colours its output even where nobody looks.
+    # Maven colours its output, even if the output is no terminal.
     assert re.sub("\x1b\\[[0-9;]*m", "", ran.stdout).split("\n")[:2] == ["JobStarted", "JobSucceeded 42"]
     ((record,),) = closings(app).values()
     assert isinstance(record.event.fact, JobSucceeded)

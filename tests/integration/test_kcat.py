@@ -1,4 +1,4 @@
-"""The recipes of docs/wire.md, run as they stand there by a shell: kcat knows nothing of this library."""
+"""Runs the recipes of docs/wire.md unchanged in a shell. kcat uses no code of Jobledger."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Shipped:
 
 
 class Page:
-    """The recipes, and one app in whose names they are run."""
+    """The recipes, and the app whose topics they use."""
 
     def __init__(self, app: App, folder: Path) -> None:
         self.app, self._folder = app, folder
@@ -44,7 +44,7 @@ class Page:
         self.parcels = f"{app.names.namespace}-shipped"
 
     def run(self, name: str) -> str:
-        """What the recipe prints."""
+        """Run a recipe and return its output."""
         script = (
             self.recipes[name]
             .replace("shop.", f"{self.app.names.namespace}.")
@@ -87,10 +87,10 @@ def test_every_recipe_does_what_it_says(page: Page, say: Callable[[str], None]) 
     ids = {handle.job_id for handle in app.submit_many(app.tasks["add"].job(n) for n in range(30))}
     assert {line.split()[1] for line in page.run("recent").splitlines()} == ids
     with working(app) as worker, routing(app) as router:
-        until(lambda: len(router.partitions) == 2)  # of others' topics it takes what comes from then on
+        until(lambda: len(router.partitions) == 2)  # the router reads topics of other systems from this moment on
         until(lambda: ids <= set(closings(app)))
         facts = page.run("facts")
-        # started and succeeded of each
+        # two facts of each job: its start and its success
         assert sorted(line.split()[2] for line in facts.splitlines()) == sorted([*ids, *ids])
         lengths = [int(line.rpartition(" ")[2]) for line in page.run("length").splitlines()]
         counted = [sum(f"[{n}]@" in line for line in facts.splitlines()) for n in (0, 1)]
@@ -102,7 +102,7 @@ def test_every_recipe_does_what_it_says(page: Page, say: Callable[[str], None]) 
         until(lambda: len(closings(app)) == 31)
         (thanks,) = set(closings(app)) - ids
         assert closings(app)[thanks][0].event.fact.result == b'"thanks for p-1"'  # type: ignore[union-attr]
-        # It was read, and seen to be one that has run.
+        # The worker read the record, and recognised a job that has run.
         until(lambda: worker.health()["duplicates"] + worker.health()["found_closed"] == 1)
     assert len(app.ran) == ran  # type: ignore[attr-defined]
     assert all(len(ends) == 1 for ends in closings(app).values())

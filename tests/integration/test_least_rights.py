@@ -1,6 +1,7 @@
-"""The table of least rights is least: with one right fewer a part says which, or goes on without what the table says.
+"""The table of least rights contains no superfluous right. Without one of its rights, a part names that right, or works
+without the functions that the table names.
 
-Each part runs in this process, under its own user by mutual TLS; one right of it is taken away, and given back after.
+Each part runs in this process, as its own user with mutual TLS. One of its rights is removed, and restored afterwards.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from tests.secured import MTLS, Secured
 
 pytestmark = pytest.mark.kafka
 
-#: Seconds in which a part must have said what it lacks.
+#: Seconds in which a part must have reported the missing right.
 BOUND_S = PATIENCE * 60
 NAMESPACE = "least"
 
@@ -48,13 +49,13 @@ ends = Table("ends", meta, Column("task", String, primary_key=True), Column("cou
 
 @dataclass(frozen=True)
 class Registered:
-    """Somebody has signed up."""
+    """A user has signed up."""
 
     user_id: str
 
 
 def build(namespace: str, settings: Settings) -> App:
-    """The app of these tests."""
+    """Create the app of these tests."""
     app = App(namespace, settings=settings, partitions=1)
 
     app.event(key="user_id")(Registered)
@@ -81,7 +82,7 @@ def build(namespace: str, settings: Settings) -> App:
 
 @dataclass
 class World:
-    """The cluster, one namespace on it, and a folder for what the parts keep."""
+    """The cluster, one namespace on it, and a folder for the files of the parts."""
 
     secured: Secured
     folder: Path
@@ -92,20 +93,20 @@ class World:
         topics.ensure(self.boss, self.settings(None))
 
     def settings(self, user: str | None, **more: Any) -> Settings:
-        """Of one user; None: of the people who run the cluster."""
+        """Return the settings of one user; None: of the cluster's operators."""
         more = {"home": self.folder, "submit_timeout": 30.0, "status_url": f"sqlite:///{self.folder}/s.db", **more}
         if user is None:
             return Settings(bootstrap=self.secured.brokers.bootstrap, **more)
         return Settings(bootstrap=self.secured.address(MTLS), kafka=self.secured.kafka(user, MTLS), **more)
 
     def app(self, user: str) -> App:
-        """The app under one user."""
+        """Create the app with the settings of one user."""
         return build(NAMESPACE, self.settings(user))
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory, say: Callable[[str], None]) -> Iterator[World]:
-    """The cluster of this module; every role is a user that has its rights."""
+    """Yield the cluster of this module. Each role is a user with the rights of that role."""
     folder = tmp_path_factory.mktemp("least")
     with Secured(folder, TABLE) as secured:
         made = World(secured, folder)
@@ -123,11 +124,11 @@ def world(tmp_path_factory: pytest.TempPathFactory, say: Callable[[str], None]) 
 
 
 class Degraded(Exception):
-    """It went on without something; the error says what was refused."""
+    """A part worked without one of its functions. The error says what was refused."""
 
 
 def client(world: World, refused: list[JobledgerError]) -> None:
-    """Submits, also delayed; emits; orders."""
+    """Submit jobs, also delayed ones; emit an event; send a control command."""
     app = world.app("client")
     try:
         app.add.submit(1)  # type: ignore[attr-defined]
@@ -145,7 +146,7 @@ def client(world: World, refused: list[JobledgerError]) -> None:
 
 
 def worker(world: World, refused: list[JobledgerError]) -> None:
-    """Takes a partition over and runs a job to its end."""
+    """Take over a partition and run a job."""
     world.boss.add.submit(1)  # type: ignore[attr-defined]
     app = world.app("worker")
     made = Worker(app.registry, app.settings, WorkerOptions(grace=1.0))
@@ -156,7 +157,7 @@ def worker(world: World, refused: list[JobledgerError]) -> None:
 
 
 def coordinator(world: World, refused: list[JobledgerError]) -> None:
-    """Lets a delayed job go."""
+    """Release a delayed job."""
     world.boss.add.using(delay=0.01).submit(1)  # type: ignore[attr-defined]
     stop = threading.Event()
     made = Coordinator(
@@ -167,11 +168,11 @@ def coordinator(world: World, refused: list[JobledgerError]) -> None:
 
 
 def materializer(world: World, refused: list[JobledgerError]) -> None:
-    """Writes the table; keeps what cannot be read on lifecycle; watchdog, audit, trimming,
-    and cancels that are settled."""
+    """Write the status table, and copy an unreadable record of the lifecycle topic to the dead letters. Then run the
+    watchdog, the audit, trimming and the removal of settled cancels."""
     url, names = f"sqlite:///{world.folder}/{uuid.uuid4().hex}.db", world.boss.names
     settings, stop = world.settings("materializer"), threading.Event()
-    handle = world.boss.add.using(delay=0.01).submit(1)  # type: ignore[attr-defined]  # nobody lets it go
+    handle = world.boss.add.using(delay=0.01).submit(1)  # type: ignore[attr-defined]  # no coordinator releases this job
     garbage(world)
     ended_and_cancelled(world)
     made = Materializer(names, settings, ["default"], url)
@@ -192,7 +193,7 @@ def materializer(world: World, refused: list[JobledgerError]) -> None:
 
 
 def router(world: World, refused: list[JobledgerError]) -> None:
-    """Makes a job of an event."""
+    """Submit a job for an event."""
     world.boss.emit(Registered("u"))
     app, stop = world.app("router"), threading.Event()
     made = Router(app.registry, app.settings)
@@ -201,7 +202,7 @@ def router(world: World, refused: list[JobledgerError]) -> None:
 
 
 def backfill(world: World, refused: list[JobledgerError]) -> None:
-    """Makes jobs of the events of the past."""
+    """Submit jobs for past events."""
     world.boss.emit(Registered("u"))
     app = world.app("backfill")
     progress = Backfill(app.registry, app.settings, BackfillPlan("welcome", restart=True), lambda job_id: False).run(
@@ -212,7 +213,7 @@ def backfill(world: World, refused: list[JobledgerError]) -> None:
 
 
 def projection(world: World, refused: list[JobledgerError]) -> None:
-    """Folds events, and facts."""
+    """Fold events and facts."""
     world.boss.emit(Registered("u"))
     app = world.app("projection")
     for name in ("count_people", "count_jobs"):
@@ -231,7 +232,7 @@ def projection(world: World, refused: list[JobledgerError]) -> None:
 
 
 def reader(world: World, refused: list[JobledgerError]) -> None:
-    """Follows what happens, in a group."""
+    """Read the lifecycle stream in a group."""
     world.boss.add.submit(1)  # type: ignore[attr-defined]
     with world.app("reader").lifecycle(f"g{uuid.uuid4().hex[:6]}", timeout=BOUND_S) as stream:
         assert next(iter(stream), None) is not None
@@ -239,7 +240,7 @@ def reader(world: World, refused: list[JobledgerError]) -> None:
 
 
 def web(world: World, refused: list[JobledgerError]) -> None:
-    """Reads the log for people, and audits it."""
+    """Read the log for display, and audit it."""
     from jobledger.audit.source import Source
     from jobledger.cli.events import Topics, _Tail
 
@@ -253,7 +254,7 @@ def web(world: World, refused: list[JobledgerError]) -> None:
 
 
 def admin(world: World, refused: list[JobledgerError]) -> None:
-    """Creates topics, adds partitions, changes settings."""
+    """Create topics, add partitions and change settings."""
     namespace = f"adm{uuid.uuid4().hex[:8]}"
     for right in TABLE["admin"]:
         if right.of(NAMESPACE) != taken.get("admin"):
@@ -287,16 +288,16 @@ ROLES: dict[str, Callable[[World, list[JobledgerError]], None]] = {
     "web": web,
     "admin": admin,
 }
-#: What is taken away right now, by role.
+#: The right that is removed at the moment, by role.
 taken: dict[str, Right] = {}
-#: What was taken away, and missed as the table says.
+#: Rights that were removed, and reported as the table says.
 missed: list[Right] = []
 RIGHTS = [(role, right.of(NAMESPACE)) for role, rights in TABLE.items() for right in rights]
 
 
 @contextlib.contextmanager
 def in_thread(run: Callable[[], Any], stop: Callable[[], None]) -> Iterator[threading.Thread]:
-    """``run`` in a thread of its own, stopped at the end; what it raises is raised here."""
+    """Run ``run`` in a thread, stop it at the end of the block, and raise its error."""
     raised: list[BaseException] = []
 
     def guarded() -> None:
@@ -318,7 +319,7 @@ def in_thread(run: Callable[[], Any], stop: Callable[[], None]) -> Iterator[thre
 
 
 def until(done: Callable[[], bool], alive: threading.Thread) -> None:
-    """Wait until it is done, or the thread that does it has ended."""
+    """Wait until ``done`` is true, or until the thread has ended."""
     deadline = time.monotonic() + BOUND_S
     while alive.is_alive() and not done():
         assert time.monotonic() < deadline, "neither done nor refused in time"
@@ -326,7 +327,7 @@ def until(done: Callable[[], bool], alive: threading.Thread) -> None:
 
 
 def garbage(world: World) -> None:
-    """A record on lifecycle that is no event."""
+    """Write a record to the lifecycle topic that is no event."""
     from jobledger.log.writer import LogWriter, Outgoing
 
     writer = LogWriter(world.settings(None), None)
@@ -335,7 +336,7 @@ def garbage(world: World) -> None:
 
 
 def ended_and_cancelled(world: World) -> None:
-    """A job that has ended, and a cancel that came too late for it."""
+    """Write a job that has ended, and cancel it afterwards."""
     from jobledger.log.writer import LogWriter, Outgoing
     from jobledger.process.identity import now_us
     from jobledger.schemas import codec
@@ -354,14 +355,14 @@ def ended_and_cancelled(world: World) -> None:
 # -- the tests -----------------------------------------------------------------------------------------------------------
 
 
-def test_every_role_is_tried() -> None:
-    """A role that is added to the table needs an action here."""
+def test_every_role_has_an_action() -> None:
+    """A new role in the table needs an action in this file."""
     assert list(ROLES) == list(TABLE)
 
 
 @pytest.mark.parametrize("role", ROLES)
 def test_a_part_runs_with_the_least_rights(world: World, role: str) -> None:
-    """With all of its rights, and no others, nothing is refused."""
+    """With the rights of the table and no others, nothing is refused."""
     refused: list[JobledgerError] = []
     ROLES[role](world, refused)
     assert refused == []
@@ -371,8 +372,9 @@ def test_a_part_runs_with_the_least_rights(world: World, role: str) -> None:
 @pytest.mark.parametrize(
     ("role", "right"), RIGHTS, ids=[f"{role}-{r.operation}-{r.kind}-{r.name.rstrip('.')}" for role, r in RIGHTS]
 )
-def test_a_right_fewer_is_said(world: World, role: str, right: Right, caplog: pytest.LogCaptureFixture) -> None:
-    """The error names the right that is missing and how to get it; what the table calls dispensable is missed alone."""
+def test_a_missing_right_is_reported(world: World, role: str, right: Right, caplog: pytest.LogCaptureFixture) -> None:
+    """The error names the missing right and says how to get it. If the table says that the part works without this
+    right, only the report of the missing right is checked."""
     refused: list[JobledgerError] = []
     world.secured.take(f"User:{role}", right)
     taken[role] = right

@@ -1,4 +1,4 @@
-"""What jobs leave behind in a worker, in processes as they are in production."""
+"""What jobs leave running in a worker, tested with real processes."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ pytestmark = pytest.mark.kafka
 
 GRACE_S = 2.0
 MIB = 1 << 20
-#: How long the machine may take for what a worker does beside waiting; it may be busy.
+#: Seconds that the machine, which may be busy, may need for the worker's work.
 SLACK_S = PATIENCE * 20
 
 
 @pytest.fixture
 def fleet(broker: str, namespace: str, tmp_path: Path) -> Iterator[Fleet]:
-    """A namespace with no process yet."""
+    """Yield a namespace without any process."""
     with Fleet(tmp_path, broker, namespace, target="tests/integration/leftover_app.py:app") as made:
         yield made
 
 
 @pytest.fixture
 def client(fleet: Fleet) -> Iterator[App]:
-    """The submitter's side, with its topics."""
+    """Yield the app of the submitter, with its topics."""
     app = App(fleet.namespace, settings=Settings(bootstrap=fleet.bootstrap, submit_timeout=20.0), partitions=2)
     for name, task in leftover_app.app.tasks.items():
         app.task(name=name, timeout=task.timeout, retry=task.retry, isolation=task.policy.isolation)(task.fn)
@@ -67,11 +67,11 @@ def client(fleet: Fleet) -> Iterator[App]:
         (("leave_a_task_that_will_not_end",), ("the main thread, in ",)),
     ],
 )
-def test_a_worker_that_has_stopped_is_gone_within_its_bound(
+def test_a_stopped_worker_exits_in_time_whatever_its_jobs_left_running(
     fleet: Fleet, client: App, tasks: tuple[str, ...], left: tuple[str, ...]
 ) -> None:
-    """Whatever its jobs left behind, a worker that was stopped exits within the bound, with the code of a clean stop, and
-    says what was still running; child processes that Python would wait for are gone with it."""
+    """Whatever its jobs left running, a stopped worker exits within the limit, with the code of a clean stop, and logs
+    what still ran. Child processes for which Python would wait have ended too."""
     worker = fleet.start("worker", "--grace", str(GRACE_S))
     for name in tasks:
         client.tasks[name].submit()
@@ -89,7 +89,7 @@ def test_a_worker_that_has_stopped_is_gone_within_its_bound(
     assert not psutil.wait_procs(children, timeout=SLACK_S)[1], "its child processes live on"
 
 
-#: What a part says when it is at work.
+#: What each part logs when it is ready.
 READY = {
     "coordinator": (" started, local copy in ",),
     "materializer": ("writing the status table",),
@@ -100,8 +100,11 @@ READY = {
 
 @pytest.mark.extended
 @pytest.mark.parametrize("role", READY)
-def test_no_part_is_kept_by_what_its_app_left_at_import(fleet: Fleet, client: App, role: str) -> None:
-    """Every part that was stopped exits within its bound, with the code of a clean stop; so does a supervisor of some."""
+def test_every_part_exits_in_time_although_importing_the_app_left_a_thread(
+    fleet: Fleet, client: App, role: str
+) -> None:
+    """Each part exits within its limit after a stop, with the code of a clean stop. So does a supervisor with several
+    processes."""
     fleet.environ["LEFT_AT_IMPORT"] = "1"
     part = fleet.start(role, *(["--processes", "2"] if role == "worker" else []))
     fleet.until(lambda: all(said in part.output() for said in READY[role]), 90, f"the {role}")
@@ -112,7 +115,8 @@ def test_no_part_is_kept_by_what_its_app_left_at_import(fleet: Fleet, client: Ap
 
 
 def test_a_process_that_a_job_forked_can_be_terminated(fleet: Fleet, client: App) -> None:
-    """A forked process has the default handlers of SIGTERM and SIGINT. A handler of Python's could be called late."""
+    """A forked process has the default handlers of SIGTERM and SIGINT, because a handler in Python could be called
+    late."""
     worker = fleet.start("worker", "--grace", str(GRACE_S), "--children", "1")
     for forked_in in ("coroutine", "thread", "child"):
         fact = end_of(client, client.tasks[f"end_what_a_{forked_in}_forked"].submit())
@@ -121,16 +125,17 @@ def test_a_process_that_a_job_forked_can_be_terminated(fleet: Fleet, client: App
 
 
 def end_of(app: App, handle: JobHandle[Any], timeout: float = 90.0) -> Any:
-    """The fact that ended a job."""
+    """Wait for the job's closing fact and return it."""
     return until(lambda: closings(app).get(handle.job_id), timeout, "the job's end")[-1].event.fact
 
 
 @pytest.mark.extended
 @pytest.mark.parametrize(("task", "mib", "count"), [("make_a_cycle", 5, 300), ("make_a_cycle_in_a_child", 40, 40)])
-def test_jobs_that_make_cycles_leave_the_memory_flat(
+def test_memory_in_reference_cycles_of_failed_jobs_is_freed(
     fleet: Fleet, client: App, say: Callable[[str], None], task: str, mib: int, count: int
 ) -> None:
-    """1.5 GiB that errors hold in cycles are collected as they come, and not kept while the worker is idle."""
+    """Errors hold about 1.5 GiB in reference cycles. The worker frees this memory while jobs run, and keeps none of it
+    while it is idle."""
     worker = fleet.start("worker", "--grace", str(GRACE_S), "--concurrency", "4", "--children", "1")
     end_of(client, client.tasks[task].submit(mib))
     family = [psutil.Process(worker.pid), *psutil.Process(worker.pid).children(recursive=True)]
@@ -144,7 +149,7 @@ def test_jobs_that_make_cycles_leave_the_memory_flat(
 
     before = used()
     client.submit_many(client.tasks[task].job(mib) for _ in range(count))
-    ended = lifecycle_ends(client)
+    ended = counter_of_closing_facts(client)
     fleet.until(lambda: used() > 0 and ended() == count + 1, 240, "the jobs' ends")
     assert most < before + 600 * MIB, f"{before:,} bytes became {most:,}"
     fleet.until(lambda: used() < before + 150 * MIB, 60, f"an idle worker's memory: {before:,}, now {used():,}")
@@ -152,8 +157,8 @@ def test_jobs_that_make_cycles_leave_the_memory_flat(
     assert fleet.stop(worker) == 0
 
 
-def lifecycle_ends(app: App) -> Callable[[], int]:
-    """How many jobs have ended; what was read once is not read again."""
+def counter_of_closing_facts(app: App) -> Callable[[], int]:
+    """Return a function that counts the closing facts on the lifecycle topic. Each call reads only the new records."""
     read = decoder(app.settings, app.names)
     places = dict.fromkeys(range(partitions_of(app.settings, app.names.lifecycle)), 0)
     count = 0
@@ -172,8 +177,9 @@ def lifecycle_ends(app: App) -> Callable[[], int]:
 
 
 def test_a_coroutine_that_blocks_the_loop_is_named_and_ended_at_its_timeout(fleet: Fleet, client: App) -> None:
-    """A coroutine that sleeps without awaiting is told with its task's name and its stack, counted, and interrupted at its
-    timeout; the jobs beside it go on, and one that catches the interrupt may still return."""
+    """A coroutine that sleeps without an await is logged with its task's name and its stack, is counted, and is
+    interrupted at its time limit. The other jobs continue, and a coroutine that catches the interrupt may still return.
+    """
     port, seen = free_port(), fleet.folder / "seen"
     worker = fleet.start("worker", "--grace", str(GRACE_S), "--metrics-port", str(port))
     began = time.monotonic()
@@ -181,7 +187,7 @@ def test_a_coroutine_that_blocks_the_loop_is_named_and_ended_at_its_timeout(flee
     beside = client.tasks["wait"].submit(0.1)
     cleans = client.tasks["clean_up_after_blocking"].submit(LEFT_S)
     endless = client.tasks["block_without_a_limit"].submit(str(seen))
-    # It may be the first of them, and the others wait behind it.
+    # This job may run before the others, which then wait for it.
     named = "in block_without_a_limit\n    blocks_until(path)"
     fleet.until(lambda: named in worker.output(), 90, "the name of what blocks without a limit")
     seen.touch()
@@ -208,9 +214,9 @@ def test_a_coroutine_that_blocks_the_loop_is_named_and_ended_at_its_timeout(flee
     assert f"task block_the_loop blocks the event loop: job {blocking.job_id} has not awaited anything" in output
 
 
-def test_what_cannot_be_interrupted_has_timed_out_when_it_returns(broker: str, namespace: str) -> None:
-    """Where no signal reaches the loop's thread, as in a worker that a program runs in another one, a coroutine that
-    blocked it beyond its time limit has timed out, although it returned."""
+def test_a_blocking_coroutine_that_cannot_be_interrupted_times_out_when_it_returns(broker: str, namespace: str) -> None:
+    """No signal reaches an event loop outside the main thread. There, a coroutine that blocked the loop beyond its time
+    limit has timed out, although it returned."""
     app = App(namespace, settings=Settings(bootstrap=broker, submit_timeout=20.0), partitions=2)
     begun, noticed = threading.Event(), threading.Event()
 
@@ -236,11 +242,11 @@ def test_what_cannot_be_interrupted_has_timed_out_when_it_returns(broker: str, n
     assert fact.reason == "timeout"
 
 
-def test_a_coroutine_that_blocks_the_loop_of_its_child_is_ended_at_its_timeout(fleet: Fleet, client: App) -> None:
-    """It is interrupted, long before its process would be killed."""
+def test_a_coroutine_that_blocks_the_loop_of_its_child_process_is_interrupted(fleet: Fleet, client: App) -> None:
+    """The coroutine is interrupted at its time limit, long before its process would be killed."""
     worker = fleet.start("worker", "--grace", str(GRACE_S), "--children", "1")
     blocks = client.tasks["block_the_loop_of_a_child"]
-    assert end_of(client, blocks.submit(0.0)).result == b'"succeeded"'  # the child has its loop now
+    assert end_of(client, blocks.submit(0.0)).result == b'"succeeded"'  # starts the child's event loop
     fact = end_of(client, blocks.submit(LEFT_S))
     assert isinstance(fact, JobFailed), fact
     assert fact.reason == "timeout"

@@ -1,4 +1,5 @@
-"""`App.lifecycle` on a real broker: everything once for a group, shared by its members, again after a death."""
+"""`App.lifecycle` with a real broker: a group reads everything once, its members share the partitions, and records are
+read again after a failure."""
 
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ pytestmark = pytest.mark.kafka
 
 @pytest.fixture
 def app(broker: str, namespace: str) -> Iterator[App]:
-    """An app that has run forty jobs, every fourth of which failed."""
+    """Yield an app with forty jobs that have run. Every fourth job failed."""
     made = App(namespace, settings=Settings(bootstrap=broker), partitions=2)
 
     @made.task(retry=1)
@@ -59,8 +60,8 @@ def kinds(records: list[Recorded]) -> Counter[str]:
     return Counter(type(r.event.fact).__name__ for r in records)
 
 
-def all_of(stream: LifecycleStream, least: int) -> list[Recorded]:
-    """So many records, however slowly they come, and what follows them until nothing has come for three seconds."""
+def read_at_least(stream: LifecycleStream, least: int) -> list[Recorded]:
+    """Return at least ``least`` records, and those that follow until no record has come for three seconds."""
     found: list[Recorded] = []
     for record in stream:
         found.append(record)
@@ -69,10 +70,11 @@ def all_of(stream: LifecycleStream, least: int) -> list[Recorded]:
     return found
 
 
-def test_a_group_reads_everything_once_and_goes_on_where_it_was(app: App) -> None:
-    """Each partition in its order; a second visit gets only what is new; another group gets it all."""
+def test_a_group_reads_everything_once_and_continues_where_it_stopped(app: App) -> None:
+    """Each partition is read in order. A second stream of the group returns only new records. Another group reads
+    everything."""
     with app.lifecycle("billing", timeout=60.0) as stream:
-        first = all_of(stream, 130)
+        first = read_at_least(stream, 130)
     assert kinds(first) == {
         "JobSubmitted": 40, "JobStarted": 40, "JobSucceeded": 30, "JobFailed": 10, "DeadLettered": 10,
     }  # fmt: skip
@@ -82,13 +84,14 @@ def test_a_group_reads_everything_once_and_goes_on_where_it_was(app: App) -> Non
     assert all(offsets == sorted(set(offsets)) for offsets in places.values())
     app.tasks["work"].submit(1)
     with app.lifecycle("billing", timeout=60.0) as stream:
-        assert kinds(all_of(stream, 1)) == {"JobSubmitted": 1}
+        assert kinds(read_at_least(stream, 1)) == {"JobSubmitted": 1}
     with app.lifecycle("audit", timeout=60.0, facts=(JobSucceeded, JobFailed)) as stream:
-        assert kinds(all_of(stream, 40)) == {"JobSucceeded": 30, "JobFailed": 10}
+        assert kinds(read_at_least(stream, 40)) == {"JobSucceeded": 30, "JobFailed": 10}
 
 
-def test_what_was_being_dealt_with_when_the_reader_died_comes_again(app: App) -> None:
-    """An exception in the middle of a record: that one and what follows, nothing from before."""
+def test_a_record_that_was_being_processed_at_a_failure_is_read_again(app: App) -> None:
+    """If the reader's loop raises an exception, the next stream of the group returns the same record and those after
+    it, and none before it."""
     seen: list[str] = []
 
     def read() -> None:
@@ -101,17 +104,17 @@ def test_what_was_being_dealt_with_when_the_reader_died_comes_again(app: App) ->
     with pytest.raises(ConnectionError) as died:
         read()
     with app.lifecycle("billing", facts=(JobSubmitted,), timeout=60.0) as stream:
-        after = [record.event.job_id for record in all_of(stream, 25)]
+        after = [record.event.job_id for record in read_at_least(stream, 25)]
     assert str(died.value) in after
     assert len(after) == 25
     assert len({*seen, *after}) == 40
 
 
-def test_members_of_a_group_share_and_async_readers_do_not_hold_the_loop(
+def test_members_of_a_group_share_partitions_and_async_readers_do_not_block(
     app: App, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two members, one of them with ``async for``: each reads what comes on its partitions, and between them they read
-    everything."""
+    """There are two members, one of them with ``async for``. Each reads the records of its own partitions, and together
+    they read everything. The event loop is not blocked meanwhile."""
     shares: list[list[Recorded]] = [[], []]
     streams = [app.lifecycle("shared", facts=(JobStarted,)) for _ in range(2)]
     done, beats, fetch = threading.Event(), 0, streams[1]._fetch
@@ -158,21 +161,21 @@ def test_members_of_a_group_share_and_async_readers_do_not_hold_the_loop(
         writer.close()
         until(lambda: len({r.event.job_id for share in shares for r in share}) == 40 + 3 * len(places))
         until(lambda: len(at_fetches) >= 10)
-        # One that finds nothing waits for a while; the loop beats meanwhile.
+        # A fetch without records waits for a while, and the event loop runs meanwhile.
         assert max(after - before for before, after in itertools.pairwise(at_fetches)) >= 3
         assert [read(share) for share in shares] == [stream._owned for stream in streams]
         assert min(len(stream._owned) for stream in streams) >= len(places) // 2 - 1
     finally:
         done.set()
         for stream in streams:
-            stream._closed = True  # ends its loop at the next turn, in the reader's own thread
+            stream._closed = True  # ends the loop in the reader's own thread, at its next turn
         for thread in threads:
             thread.join(30)
 
 
-def test_orders_are_seen_as_well(app: App) -> None:
-    """A pause, its end, and a cancel, each once, though the cancel stands on two topics; an order that was taken back
-    is passed in silence."""
+def test_control_commands_are_in_the_stream(app: App) -> None:
+    """The stream contains a pause, a resume and a cancel, each once, although the cancel is on two topics. The
+    tombstone of a control command is skipped and not counted."""
     app.pause(queue="default", reason="maintenance")
     app.resume(queue="default")
     app.cancel("0192e4a0-0000-7000-8000-000000000001", "not wanted")
@@ -181,19 +184,20 @@ def test_orders_are_seen_as_well(app: App) -> None:
     writer.close()
     orders = (QueuePaused, QueueResumed, QueueLimited, CancelRequested)
     with app.lifecycle("audit", facts=orders, timeout=60.0) as stream:
-        seen = all_of(stream, 3)
+        seen = read_at_least(stream, 3)
         assert stream.skipped == 0
     assert kinds(seen) == {"QueuePaused": 1, "QueueResumed": 1, "CancelRequested": 1}
     (pause,) = [r.event for r in seen if isinstance(r.event.fact, QueuePaused)]
-    assert (pause.queue, pause.fact.reason) == ("default", "maintenance")  # type: ignore[union-attr]  # a pause
+    assert (pause.queue, pause.fact.reason) == ("default", "maintenance")  # type: ignore[union-attr]  # it is a QueuePaused
     with app.lifecycle("pauses", facts=(QueuePaused,), timeout=60.0) as stream:
-        assert len(all_of(stream, 1)) == 1
+        assert len(read_at_least(stream, 1)) == 1
     with app.lifecycle("all", timeout=60.0) as stream:
-        assert kinds(all_of(stream, 133))["CancelRequested"] == 1
+        assert kinds(read_at_least(stream, 133))["CancelRequested"] == 1
 
 
-def test_what_a_leased_worker_reports_to_the_coordinator_is_not_in_the_stream(app: App) -> None:
-    """A success on coordination may come from a lease that is over: only the one on lifecycle is read."""
+def test_reports_of_leased_jobs_are_not_in_the_stream(app: App) -> None:
+    """A success on the coordination topic may come from a worker whose job lease has ended. So only the success on the
+    lifecycle topic is in the stream."""
     names = app.names
     event = JobEvent("e", "j", 1, 1, 1, 0, "t", "q", None, None, "s", None, JobSucceeded(None, 1))
     stale = msgspec.structs.replace(event, job_id="stale")
@@ -202,19 +206,20 @@ def test_what_a_leased_worker_reports_to_the_coordinator_is_not_in_the_stream(ap
         writer.send([Outgoing(topic, codec.encode(each), "k", 0)])
     writer.close()
     with app.lifecycle("audit", facts=(JobSucceeded,), timeout=60.0) as stream:
-        seen = all_of(stream, 31)
+        seen = read_at_least(stream, 31)
     assert len(seen) == 31
     assert [r.position.topic for r in seen if r.event.job_id in ("j", "stale")] == [names.lifecycle]
 
 
-def test_garbage_is_passed_and_an_unknown_fact_is_not(app: App) -> None:
-    """What no reader can read is counted; what a newer reader could read stops this one, and stays."""
+def test_garbage_is_skipped_and_an_unknown_fact_is_not(app: App) -> None:
+    """A record that no reader can read is counted and skipped. A fact that a newer version could read stops the stream,
+    and is not committed."""
     writer = LogWriter(app.settings, app.names)
     last = JobEvent("e", "last", 1, 1, 1, 0, "t", "q", None, None, "s", None, JobSucceeded(None, 1))
-    for value in (b"garbage", codec.encode(last)):  # who has read the last one has passed the garbage
+    for value in (b"garbage", codec.encode(last)):  # a reader that has read the second one has skipped the garbage
         writer.send([Outgoing(app.names.lifecycle, value, "k", 0)])
     with app.lifecycle("audit", facts=(JobSucceeded,), timeout=60.0) as stream:
-        assert len(all_of(stream, 31)) == 31
+        assert len(read_at_least(stream, 31)) == 31
         assert stream.skipped == 1
     event = JobEvent("e", "j", 1, 1, 1, 0, "t", "q", None, None, "s", None, JobStarted("w", "t", 0))
     schema = codec.SCHEMA_TEXT.replace("JobExpired", "JobTeleported")
@@ -225,14 +230,14 @@ def test_garbage_is_passed_and_an_unknown_fact_is_not(app: App) -> None:
         with pytest.raises(UnknownFact, match="upgrade"), app.lifecycle("audit", timeout=60.0) as stream:
             list(stream)
         with app.lifecycle("audit", timeout=60.0) as stream:
-            for _ in range(2):  # asking the same one again does not get past it
+            for _ in range(2):  # the same stream does not skip the fact at the next call
                 with pytest.raises(UnknownFact, match="upgrade"):
                     list(stream)
 
 
-def test_options_that_mean_nothing_are_refused(app: App) -> None:
+def test_invalid_options_are_refused(app: App) -> None:
     with pytest.raises(ConfigError, match="neither"):
-        app.lifecycle("g", start="middle")  # type: ignore[arg-type]  # the point
+        app.lifecycle("g", start="middle")  # type: ignore[arg-type]  # intended
     with pytest.raises(ConfigError, match="not facts"):
         app.lifecycle("g", facts=(int,))
     with pytest.raises(ConfigError, match="group"):

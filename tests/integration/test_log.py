@@ -1,4 +1,4 @@
-"""Reading the log on a real broker: schemas of other writers, and topics that are not there."""
+"""Reading the log with a real broker: schemas of other writers, and topics that do not exist."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from tests.patience import PATIENCE
 pytestmark = pytest.mark.kafka
 
 
-def test_a_schema_is_found_however_lately_it_was_not_there(broker: str, namespace: str) -> None:
-    """A lookup that found nothing, for garbage perhaps, does not hide what is published right after it."""
+def test_a_schema_is_found_directly_after_a_lookup_without_result(broker: str, namespace: str) -> None:
+    """A lookup that found no schema does not hide a schema that is published directly after it."""
     names, settings = Names(namespace), Settings(bootstrap=broker)
     client = admin(settings)
     topics.apply(client, topics.plan(client, topology.desired(names, {}, partitions=1, replication=1)))
@@ -49,10 +49,11 @@ def test_a_schema_is_found_however_lately_it_was_not_there(broker: str, namespac
         writer.close()
 
 
-def test_a_topic_that_does_not_exist_is_believed_to_be_missing_after_a_while(
+def test_a_missing_topic_is_an_error_only_after_a_while(
     broker: str, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not at once, because a broker that shuts down says the same of all its topics, but within its bound."""
+    """The error does not come at once, because a broker that shuts down says for a moment that its topics do not exist.
+    The error comes within its time limit."""
     monkeypatch.setattr(reading, "MISSING_S", 1.0)
     began = time.monotonic()
     with LogReader(Settings(bootstrap=broker)) as reader, pytest.raises(TopicMissing, match="topics apply"):
@@ -60,11 +61,11 @@ def test_a_topic_that_does_not_exist_is_believed_to_be_missing_after_a_while(
     assert 1.0 <= time.monotonic() - began < PATIENCE * 20
 
 
-def test_a_broker_that_leaves_the_cluster_while_it_is_asked_is_asked_again(
+def test_a_request_to_a_broker_that_leaves_the_cluster_is_repeated(
     broker: str, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """librdkafka forgets a broker that the cluster no longer lists, and its requests fail at once. A refused request is
-    not repeated."""
+    """librdkafka drops a broker that the cluster no longer lists, and requests to this broker fail at once. Such a
+    request is repeated, but a refused request is not."""
     names, settings = Names(namespace), Settings(bootstrap=broker)
     client, asked = admin(settings), AdminClient.list_topics
     topics.apply(client, topics.plan(client, topology.desired(names, {}, partitions=2, replication=1)))

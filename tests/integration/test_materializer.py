@@ -1,4 +1,4 @@
-"""The materializer on a real broker: what is in the log is in the table, once, whatever gets in the way."""
+"""The materializer with a real broker: the table contains each record of the log once, whatever fails meanwhile."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ SPEC = ev.JobSpec(b"{}", {"tenant": "acme"})
 
 
 class World:
-    """A namespace with its topics, a writer, and an address for a table."""
+    """A namespace with its topics, a writer, and the URL of a status table."""
 
     def __init__(self, bootstrap: str, namespace: str, url: str) -> None:
         self.settings, self.names = Settings(bootstrap=bootstrap, submit_timeout=10.0), Names(namespace)
@@ -70,12 +70,12 @@ class World:
         self.writer = LogWriter(self.settings, self.names)
 
     def make(self, *queues: str) -> None:
-        """The topics of these queues, and all others."""
+        """Create the topics of these queues, and all other topics."""
         specs = topology.desired(self.names, dict.fromkeys(queues, PARTITIONS), partitions=PARTITIONS, replication=1)
         topics.apply(self.admin, topics.plan(self.admin, specs))
 
     def event(self, job_id: str, fact: ev.Fact, release: int = 1, attempt: int = 1, queue: str = "mail") -> bytes:
-        """One encoded event."""
+        """Encode one event."""
         event_id = str(uuid_utils.uuid7())
         return codec.encode(
             JobEvent(
@@ -87,7 +87,7 @@ class World:
         """Write (topic, key, value, partition) and wait for the acknowledgements."""
         return self.writer.send(Outgoing(topic, value, key, partition) for topic, key, value, partition in records)
 
-    def live(self, job_id: str, *facts: ev.Fact, partition: int = 0, queue: str = "mail") -> list[Position]:
+    def write_facts(self, job_id: str, *facts: ev.Fact, partition: int = 0, queue: str = "mail") -> list[Position]:
         """Write facts of one job, each to its topic."""
         records = []
         for fact in facts:
@@ -102,7 +102,7 @@ class World:
         return self.send(*records)
 
     def fill(self, jobs: int) -> list[str]:
-        """Jobs that went well, all but every fifth, which fails, and every seventh, which is not started."""
+        """Write jobs: every seventh is not started, of the others every fifth fails, and the rest succeed."""
         ids = [str(uuid_utils.uuid7()) for _ in range(jobs)]
         records = []
         for n, job_id in enumerate(ids):
@@ -117,15 +117,15 @@ class World:
         return ids
 
     def materializer(self, **options: Any) -> Materializer:
-        """A materializer for it."""
+        """Create a materializer of the namespace."""
         return Materializer(self.names, self.settings, ["mail"], self.url, **options)
 
     def reader(self) -> StatusReader:
-        """The table's read side; closed with the world."""
+        """Open a reader of the status table."""
         return open_reader(self.url, self.names.namespace)
 
     def execute(self, *statements: str) -> None:
-        """Change the table behind its writers' backs."""
+        """Change the table directly in the database."""
         if self.url.startswith("sqlite"):
             with closing(sqlite3.connect(path_of(self.url))) as file, file:
                 for statement in statements:
@@ -147,7 +147,7 @@ class World:
 
 
 class Running:
-    """A materializer in a thread for the length of a block; what it raised is in ``error``."""
+    """A materializer that runs in a thread during a block. ``error`` is the error that it raised."""
 
     def __init__(self, made: Materializer) -> None:
         self.made, self.error = made, None
@@ -173,7 +173,7 @@ class Running:
         self.join()
 
     def join(self) -> None:
-        """Wait for its end."""
+        """Wait until the materializer has ended."""
         self._thread.join(PATIENCE * 30)
         assert not self._thread.is_alive()
 
@@ -184,7 +184,7 @@ class Running:
             raise self.error
 
 
-#: What is run on every kind of database, the others being about the log.
+#: Marks tests that run on both kinds of database. The others are about the log.
 on_both = pytest.mark.parametrize("world", ["sqlite", "postgresql"], indirect=True)
 
 
@@ -205,20 +205,20 @@ def new_id() -> str:
 
 
 def sample(made: Materializer, name: str, **labels: str) -> float:
-    """A metric's value; 0 if it was never touched."""
+    """Return the value of a metric; 0 if it has no value yet."""
     return made.metrics.registry.get_sample_value("jobledger_materializer_" + name, labels) or 0.0
 
 
-def test_a_jobs_whole_life_is_shown(world: World) -> None:
-    """Facts from every topic become one row with times of the broker, result, tags and the positions of all facts."""
+def test_a_row_shows_a_jobs_whole_life(world: World) -> None:
+    """Facts from all topics become one row, with times of the broker, result, tags and the positions of all facts."""
     job_id = new_id()
-    places = world.live(job_id, ev.JobSubmitted(SPEC, 5), ev.JobDue(SPEC, 1_000), ev.JobStarted("h:1", "t", 0))
+    places = world.write_facts(job_id, ev.JobSubmitted(SPEC, 5), ev.JobDue(SPEC, 1_000), ev.JobStarted("h:1", "t", 0))
     with Running(world.materializer()) as running:
         running.catch_up()
         reader = world.reader()
         seen = reader.job(job_id)
         assert (seen.state, seen.task, seen.queue, seen.tags) == (State.RUNNING, "send", "mail", {"tenant": "acme"})
-        places += world.live(job_id, ev.JobProgressed(1, 3, 9, "third"), ev.JobSucceeded(b'["done"]', 7_000))
+        places += world.write_facts(job_id, ev.JobProgressed(1, 3, 9, "third"), ev.JobSucceeded(b'["done"]', 7_000))
         wait_until(lambda: reader.reached(places[-1]), 10, "reading on")
         seen = reader.job(job_id)
     assert (seen.state, seen.result, seen.duration) == (State.SUCCEEDED, ["done"], 0.007)
@@ -232,16 +232,16 @@ def test_a_jobs_whole_life_is_shown(world: World) -> None:
 
 
 @on_both
-def test_a_restart_goes_on_where_the_table_ends(world: World) -> None:
-    """What was read before a stop is not counted again, and what came meanwhile is not left out."""
+def test_a_restarted_materializer_continues_at_the_offsets_of_the_table(world: World) -> None:
+    """Records that were read before a stop are not counted again, and records that were written meanwhile are read."""
     world.fill(70)
     with Running(world.materializer()) as running:
         running.catch_up()
-        assert running.made.position() == sample_sum(running.made)
+        assert running.made.position() == records_read(running.made)
     more = world.fill(35)
     with Running(world.materializer()) as running:
         running.catch_up()
-        assert sample_sum(running.made) < 110
+        assert records_read(running.made) < 110
     reader = world.reader()
     assert reader.job(more[0]).state is State.QUEUED
     assert sum(reader.counts_by_state().values()) == 105
@@ -249,8 +249,8 @@ def test_a_restart_goes_on_where_the_table_ends(world: World) -> None:
     assert verify(world.names, world.settings, ["mail"], world.url).equal
 
 
-def sample_sum(made: Materializer) -> float:
-    """Records read, of all topics."""
+def records_read(made: Materializer) -> float:
+    """Return the number of records that were read, of all topics."""
     return sum(s.value for m in made.metrics.registry.collect() for s in m.samples if s.name.endswith("_events_total"))
 
 
@@ -265,8 +265,8 @@ Materializer(Names(namespace), Settings(bootstrap=bootstrap), ["mail"], url, bat
 
 
 @on_both
-def test_kill_9_at_any_time_loses_and_doubles_nothing(world: World) -> None:
-    """A materializer killed again and again while it writes leaves a table that is what the log says."""
+def test_kill_9_at_any_time_loses_no_record_and_counts_none_twice(world: World) -> None:
+    """Materializers are killed several times while they write. The table agrees with the log at the end."""
     world.fill(6_000)
     open_store(world.url, world.names.namespace).close()
     reader = world.reader()
@@ -275,7 +275,7 @@ def test_kill_9_at_any_time_loses_and_doubles_nothing(world: World) -> None:
     read = -1
 
     def reads_on() -> bool:
-        """Whether this child has read further than the earlier ones, or everything was read already."""
+        """Return whether this process has read further than the earlier ones, or everything had been read already."""
         return read < sum(reader.offsets().values()) or read == everything
 
     for _ in range(5):
@@ -283,7 +283,7 @@ def test_kill_9_at_any_time_loses_and_doubles_nothing(world: World) -> None:
             [sys.executable, "-c", KILLED, str(world.settings.bootstrap), world.names.namespace, world.url]
         )
         try:
-            # Some progress is made every time: the dead one's lease does not hold the next one up.
+            # Each process makes some progress, because the lease of a dead process does not delay the next one.
             wait_until(reads_on, 20, "reading on")
         finally:
             child.kill()
@@ -299,13 +299,13 @@ def test_kill_9_at_any_time_loses_and_doubles_nothing(world: World) -> None:
 
 @pytest.mark.extended
 @pytest.mark.parametrize("crash", [False, True], ids=["stopped", "crashed"])
-def test_a_database_that_is_away_for_ten_seconds_loses_nothing(
+def test_a_database_outage_of_ten_seconds_loses_nothing(
     broker: str, namespace: str, postgres_server: Server, crash: bool
 ) -> None:
-    """PostgreSQL that stops while the table is written, or crashes and loses its last
-    commits, costs time and nothing else.
+    """PostgreSQL stops while the table is written, or crashes and loses its last transactions. Both cost only time.
 
-    A materializer that is killed with it, and one that lives through it, both leave a table that is what the log says.
+    One materializer is killed before the outage, and another one runs through the outage. The table agrees with the log
+    at the end.
     """
     with postgres_server.database() as url, closing(World(broker, namespace, url)) as world:
         world.fill(3_000)
@@ -324,7 +324,7 @@ def test_a_database_that_is_away_for_ten_seconds_loses_nothing(
             world.fill(500)
             with pytest.raises(StoreUnavailable, match=f"127.0.0.1:{postgres_server.port}"):
                 reader.offsets()
-            time.sleep(5.0)  # with the reader's patience: ten seconds
+            time.sleep(5.0)  # ten seconds, together with the reader's patience
             assert running.error is None
             postgres_server.start()
             running.catch_up()
@@ -340,8 +340,8 @@ def test_a_database_that_is_away_for_ten_seconds_loses_nothing(
 @pytest.mark.extended
 @pytest.mark.parametrize("world", ["postgresql"], indirect=True)
 def test_batches_get_smaller_under_a_statement_timeout(world: World) -> None:
-    """A batch that runs into a `statement_timeout` of the database is written in parts, by the materializer and by a
-    rebuild: nothing is missing, counted twice or given up."""
+    """If a batch exceeds the database's `statement_timeout`, the materializer writes the batch in parts. A rebuild does
+    the same. No record is missing or counted twice."""
     world.fill(1_000)
     open_store(world.url, world.names.namespace).close()
     schema = schema_of(world.names.namespace)
@@ -370,7 +370,7 @@ def test_batches_get_smaller_under_a_statement_timeout(world: World) -> None:
 
 
 def slow(schema: str) -> list[str]:
-    """Statements after which each new row of a status table costs a millisecond or two."""
+    """Return statements that make each new row of a status table take one or two milliseconds."""
     body = "BEGIN PERFORM pg_sleep(0.001); RETURN NEW; END"
     return [
         f"CREATE OR REPLACE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$ {body} $$",
@@ -381,8 +381,8 @@ def slow(schema: str) -> list[str]:
 def test_a_materializer_waits_for_its_database_at_the_start(
     broker: str, namespace: str, postgres_server: Server
 ) -> None:
-    """A materializer that starts before its database does begins when that answers; one
-    it is refused by ends at once."""
+    """A materializer that starts before its database begins as soon as the database answers. If the database refuses
+    the login, the materializer ends at once."""
     with postgres_server.database() as url, closing(World(broker, namespace, url)) as world:
         world.fill(10)
         postgres_server.stop()
@@ -412,9 +412,9 @@ def recreate(world: World, topic: str) -> None:
 
 @on_both
 @pytest.mark.parametrize("running_meanwhile", [True, False], ids=["running", "stopped"])
-def test_a_topic_that_was_made_again_is_another_topic(world: World, running_meanwhile: bool) -> None:
-    """Positions in a work topic that was deleted do not pass for positions in the one that has its name now: its records are
-    all read, however many they are, `verify` says yes, and a rebuild keeps what the table knows of the jobs before."""
+def test_a_recreated_topic_is_read_from_its_start(world: World, running_meanwhile: bool) -> None:
+    """Offsets of a deleted work topic are not used for the new topic of the same name. All records of the new topic are
+    read, `verify` finds no difference, and a rebuild keeps the table's rows of the old jobs."""
     topic, tagged = world.names.jobs("mail"), ("tenant", "acme")
     old = world.fill(60)
     with ExitStack() as stack:
@@ -460,8 +460,8 @@ def test_a_topic_that_was_made_again_is_another_topic(world: World, running_mean
 def test_no_topic_is_read_before_its_id_is_known(
     world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The offsets of a topic whose id is not stored would be taken for those of a later topic of its name. So a topic is read
-    once the broker has returned its id, and a rebuild without the ids changes nothing."""
+    """The offsets of a topic whose id is not stored would be used for a later topic of the same name. So a topic is
+    read only when the broker has returned its id, and a rebuild without the ids changes nothing."""
     identities, unanswered, told = LogFeed.identities, [], threading.Event()
 
     def answer(feed: LogFeed, *args: Any) -> dict[str, str]:
@@ -490,8 +490,11 @@ def test_no_topic_is_read_before_its_id_is_known(
     assert rebuild(world.names, world.settings, ["mail"], world.url).carried == len(old)
 
 
-def test_verify_compares_all_where_no_ids_of_topics_are_told(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A broker that does not tell the ids of topics in time leaves no job out: a table without the log's jobs would pass."""
+def test_verify_compares_all_jobs_if_the_broker_returns_no_topic_ids(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the broker does not return the ids of topics in time, no job is left out. Otherwise a table without the log's
+    jobs would be accepted."""
     world.fill(20)
     with Running(world.materializer()) as running:
         running.catch_up()
@@ -500,13 +503,14 @@ def test_verify_compares_all_where_no_ids_of_topics_are_told(world: World, monke
     assert (found.equal, found.jobs, found.left_out) == (True, 20, 0)
 
 
-def test_garbage_is_counted_and_passed(world: World) -> None:
-    """Bytes that are no event stop nothing on any topic; those on lifecycle are kept as dead letters, under one id."""
+def test_garbage_is_counted_and_skipped(world: World) -> None:
+    """Bytes that are no event stop nothing on any topic. Those on the lifecycle topic are copied to the dead letters,
+    each always with the same id."""
     job_id, names = new_id(), world.names
     bad = [names.jobs("mail"), names.lifecycle, names.coordination, names.dead_letter]
     framed = codec.MAGIC + codec.FINGERPRINT + b"\xff" * 40
     places = world.send(*[(topic, "k", raw, 1) for topic in bad for raw in (b"garbage", None, framed)])
-    world.live(job_id, ev.JobSubmitted(SPEC), partition=1)
+    world.write_facts(job_id, ev.JobSubmitted(SPEC), partition=1)
     with Running(world.materializer()) as running:
         running.catch_up()
         for topic in bad:
@@ -521,7 +525,7 @@ def test_garbage_is_counted_and_passed(world: World) -> None:
         sorted(Position(f.topic, f.partition, f.offset) for f in facts if isinstance(f, ev.RecordRejected)) == expected
     )
     assert [f.raw_value for f in facts if isinstance(f, ev.RecordRejected)] == [b"garbage", None, framed]
-    # The table is built once more: the same records are rejected, under the same ids.
+    # The table is built again: the same records are rejected, with the same ids.
     path_of(world.url).unlink()
     with Running(world.materializer()) as running:
         running.catch_up()
@@ -531,7 +535,7 @@ def test_garbage_is_counted_and_passed(world: World) -> None:
 
 
 def dead_letters(world: World) -> list[JobEvent]:
-    """The events on the dead-letter topic."""
+    """Return the events on the dead-letter topic."""
     found = []
     with LogReader(world.settings) as reader:
         for partition in range(PARTITIONS):
@@ -545,7 +549,7 @@ def dead_letters(world: World) -> list[JobEvent]:
 
 
 def in_future(names: Names, job_id: str, fact: tuple[str, dict[str, Any]]) -> tuple[str, bytes]:
-    """A later version's schema, and an event written with it."""
+    """Return the schema of a later version, and an event written with it."""
     schema = json.loads(codec.SCHEMA_TEXT)
     schema["fields"].insert(2, {"name": "tenant", "type": "string", "default": ""})
     union = next(f for f in schema["fields"] if f["name"] == "fact")["type"]
@@ -560,8 +564,9 @@ def in_future(names: Names, job_id: str, fact: tuple[str, dict[str, Any]]) -> tu
     return text, codec.MAGIC + codec.fingerprint(text) + out.getvalue()
 
 
-def test_a_schema_from_the_future_is_read_and_a_new_fact_passed(world: World) -> None:
-    """Events of a later version are folded as far as they are known; a fact this version does not know is counted."""
+def test_a_later_schema_is_read_and_an_unknown_fact_is_skipped(world: World) -> None:
+    """The known fields of events of a later version are folded. A fact that this version does not know is counted and
+    skipped."""
     job_id, names = new_id(), world.names
     with Running(world.materializer()) as running:
         running.catch_up()
@@ -578,7 +583,7 @@ def test_a_schema_from_the_future_is_read_and_a_new_fact_passed(world: World) ->
 
 
 def test_a_schema_published_just_before_its_first_use_is_found(world: World) -> None:
-    """A schema that was published after the topic of schemas was last read makes no event a dead letter."""
+    """If a schema was published after the last read of the schema topic, its events are folded nevertheless."""
     job_id, names = new_id(), world.names
     with Running(world.materializer()) as running:
         world.send((names.lifecycle, "k", codec.MAGIC + b"nowhere!" + b"x" * 20, 0))
@@ -593,7 +598,8 @@ def test_a_schema_published_just_before_its_first_use_is_found(world: World) -> 
 
 @on_both
 def test_a_second_materializer_stands_by_and_takes_over(world: World) -> None:
-    """Of two materializers of one table one writes; when it stops the other goes on at once, where it ended."""
+    """Of two materializers of one table, one writes. When it stops, the other one continues at once where the first one
+    ended."""
     first, second = Running(world.materializer()), Running(world.materializer())
     with second, first:
         ids = world.fill(10)
@@ -612,7 +618,7 @@ def test_a_second_materializer_stands_by_and_takes_over(world: World) -> None:
 
 @on_both
 def test_a_materializer_that_lost_its_lease_stops(world: World) -> None:
-    """Once another writer has the table, the one before it writes nothing more and says why."""
+    """When another writer holds the lease, the materializer writes nothing more, and its error names the new holder."""
     with Running(world.materializer()) as running:
         running.catch_up()
         kind = SqliteStore if world.url.startswith("sqlite") else PostgresStore
@@ -627,20 +633,21 @@ def test_a_materializer_that_lost_its_lease_stops(world: World) -> None:
 
 
 def test_a_new_queue_is_read_without_a_restart(world: World) -> None:
-    """The work topic of a queue that is added later is found, and so are its jobs."""
+    """The work topic of a queue that is added later is found and read."""
     with Running(world.materializer()) as running:
         running.catch_up()
         world.make("mail", "sms")
         job_id = new_id()
-        places = world.live(job_id, ev.JobSubmitted(SPEC), queue="sms")
+        places = world.write_facts(job_id, ev.JobSubmitted(SPEC), queue="sms")
         reader = world.reader()
         wait_until(lambda: reader.reached(places[0]), 20, "reading the new topic")
         assert reader.job(job_id).queue == "sms"
         reader.close()
 
 
-def test_a_log_that_was_cut_is_read_from_its_start(world: World) -> None:
-    """If the log no longer has what was to be read next, the materializer goes on at the log's start, and counts it."""
+def test_a_trimmed_log_is_read_from_its_start(world: World) -> None:
+    """If the log no longer has the next record, the materializer continues at the start of the log, and counts the
+    reset."""
     world.fill(30)
     with Running(world.materializer()) as running:
         running.catch_up()
@@ -656,7 +663,7 @@ def test_a_log_that_was_cut_is_read_from_its_start(world: World) -> None:
 
 
 class Flaky:
-    """A store whose database is away for the next ``failures`` writes."""
+    """A store whose next ``failures`` writes fail."""
 
     def __init__(self, store: Store, failures: int) -> None:
         self._store, self.failures = store, failures
@@ -672,12 +679,12 @@ class Flaky:
 
 
 def flaky(failures: int) -> Callable[[str, str], Store]:
-    """`open_store` for a database that will be away."""
+    """Return an `open_store` whose store fails at its first writes."""
     return lambda url, namespace: Flaky(open_store(url, namespace), failures)
 
 
-def test_a_database_that_is_away_is_tried_again(world: World) -> None:
-    """A batch that could not be written is written later, once, and nothing of it is lost or doubled."""
+def test_a_failed_write_to_the_database_is_repeated(world: World) -> None:
+    """A batch that could not be written is written later, and the table agrees with the log."""
     world.fill(40)
     with Running(world.materializer(open_store=flaky(3))) as running:
         running.catch_up()
@@ -685,8 +692,8 @@ def test_a_database_that_is_away_is_tried_again(world: World) -> None:
     assert verify(world.names, world.settings, ["mail"], world.url).equal
 
 
-def test_a_database_that_stays_away_is_an_error(world: World) -> None:
-    """A materializer whose database stays away ends with what is wrong, after its patience, and does not hang."""
+def test_a_database_that_stays_unavailable_is_an_error(world: World) -> None:
+    """After its patience, the materializer ends with the error of the database."""
     world.fill(3)
     with Running(world.materializer(open_store=flaky(10**6), store_patience=0.5)) as running:
         wait_until(lambda: running.error is not None, 20, "giving up")
@@ -694,8 +701,8 @@ def test_a_database_that_stays_away_is_an_error(world: World) -> None:
 
 
 @on_both
-def test_verify_names_what_differs_and_rebuild_heals_it(world: World) -> None:
-    """A table that was tampered with is found out, job by job, and a rebuild makes it what the log says again."""
+def test_verify_names_differing_jobs_and_rebuild_repairs_them(world: World) -> None:
+    """`verify` names each row that was changed or deleted, and a rebuild restores what the log says."""
     ids = world.fill(60)
     with Running(world.materializer()) as running:
         running.catch_up()
@@ -723,12 +730,12 @@ def test_verify_names_what_differs_and_rebuild_heals_it(world: World) -> None:
     more = world.fill(5)
     with Running(world.materializer()) as running:
         running.catch_up()
-        assert sample_sum(running.made) < 20
+        assert records_read(running.made) < 20
     assert verify(world.names, world.settings, ["mail"], world.url).jobs == 60 + len(more)
 
 
 def test_the_digest_of_verify_is_what_the_program_in_the_reference_prints(world: World, tmp_path: Path) -> None:
-    """Somebody else can compute it from the table's file."""
+    """Another program can compute the digest from the table's file."""
     world.fill(20)
     with Running(world.materializer()) as running:
         running.catch_up()
@@ -741,16 +748,16 @@ def test_the_digest_of_verify_is_what_the_program_in_the_reference_prints(world:
 
 
 @on_both
-def test_a_rebuild_carries_over_what_the_log_no_longer_has(world: World) -> None:
-    """Jobs that began before the log's start keep what the table knew, joined with what the log still says."""
+def test_a_rebuild_keeps_jobs_that_the_log_no_longer_has(world: World) -> None:
+    """Jobs that began before the log's start keep their rows, joined with the facts that are still in the log."""
     old, running_job = new_id(), new_id()
-    world.live(old, ev.JobSubmitted(SPEC), ev.JobStarted("h:1", "t", 0), ev.JobSucceeded(b"1"))
-    world.live(running_job, ev.JobSubmitted(SPEC), ev.JobStarted("h:1", "t", 0))
+    world.write_facts(old, ev.JobSubmitted(SPEC), ev.JobStarted("h:1", "t", 0), ev.JobSucceeded(b"1"))
+    world.write_facts(running_job, ev.JobSubmitted(SPEC), ev.JobStarted("h:1", "t", 0))
     with Running(world.materializer()) as running:
         running.catch_up()
     world.trim(world.names.jobs("mail"), 0, 2)
     world.trim(world.names.lifecycle, 0, 2)
-    world.live(running_job, ev.JobSucceeded(b"2"))
+    world.write_facts(running_job, ev.JobSucceeded(b"2"))
     new = world.fill(9)
     made = rebuild(world.names, world.settings, ["mail"], world.url)
     assert (made.jobs, made.carried) == (2 + len(new), 2)
@@ -768,7 +775,7 @@ def test_a_rebuild_carries_over_what_the_log_no_longer_has(world: World) -> None
 
 @on_both
 def test_a_rebuild_beside_a_running_materializer_is_refused(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While a materializer writes, a rebuild says who it is and leaves the table alone."""
+    """While a materializer writes, a rebuild fails, says what to stop, and changes nothing."""
     monkeypatch.setattr(rebuilding, "LEASE_PATIENCE_S", 0.5)
     ids = world.fill(5)
     with Running(world.materializer()) as running:

@@ -1,4 +1,4 @@
-"""What a worker tells Prometheus, with a real broker; and that the dashboard and the alerts ask for what there is."""
+"""The metrics of a worker with a real broker. The dashboard and the alerts query only metrics that exist."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ pytestmark = pytest.mark.kafka
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def told(worker: Worker) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
-    """Every sample by name and labels."""
+def samples_of(worker: Worker) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    """Return every sample, by name and labels."""
     registry = CollectorRegistry()
     registry.register(WorkerMetrics(worker))
     text = generate_latest(registry).decode()
@@ -34,9 +34,9 @@ def told(worker: Worker) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]
     }
 
 
-def test_every_figure_of_a_worker(broker: str, namespace: str) -> None:
-    """Counts by task and outcome, histograms, what runs and waits, lag, gap, map, gates, rebalances; what stood on the
-    log before the worker came has waited since then."""
+def test_a_worker_exports_every_metric(broker: str, namespace: str) -> None:
+    """The worker exports counts by task and outcome, histograms, running and waiting jobs, lag, gap, completion map,
+    gates and rebalances. Jobs that were in the log before the worker's start count with their whole wait."""
     app = App(
         namespace,
         settings=Settings(bootstrap=broker, submit_timeout=20.0),
@@ -78,7 +78,7 @@ def test_every_figure_of_a_worker(broker: str, namespace: str) -> None:
             quick.submit(n)
 
         def counted() -> bool:
-            figures = told(worker)
+            figures = samples_of(worker)
             lag = figures.get(("lag", (("partition", "0"), ("priority", "normal"), ("queue", "held"))))
             return lag == 7 and figures["jobs_ended_total", mail("quick", outcome="succeeded")] == 9
 
@@ -91,8 +91,8 @@ def test_every_figure_of_a_worker(broker: str, namespace: str) -> None:
             return tuple(sorted({"queue": queue, "priority": priority, **more}.items()))
 
         def whole() -> dict[tuple[str, tuple[tuple[str, str], ...]], float] | None:
-            """Once it has committed, and the broker has answered in time for the lag."""
-            figures = told(worker)
+            """Return the samples once the worker has committed and the broker has answered the request for the lag."""
+            figures = samples_of(worker)
             done = figures.get(("lag", lane("mail", "normal", partition="0"))) == 4
             return figures if done and figures["pending", lane("mail", "normal", partition="0")] == 1 else None
 
@@ -104,14 +104,15 @@ def test_every_figure_of_a_worker(broker: str, namespace: str) -> None:
         assert found["run_seconds_bucket", mail("quick", le="+Inf")] == 9
         assert found["wait_seconds_count", lane("mail", "normal")] == 5 + 1 + 1 + 3
         assert found["wait_seconds_count", lane("mail", "high")] == 1
-        # Those that were there before the worker have waited for longer than a second, the later ones need not have.
+        # The jobs that were submitted before the worker's start have waited for more than a second. Later jobs may have
+        # waited less.
         assert found["wait_seconds_bucket", lane("mail", "high", le="1.0")] == 0
         assert found["wait_seconds_bucket", lane("mail", "high", le="+Inf")] == 1
         assert found["wait_seconds_bucket", lane("mail", "normal", le="1.0")] <= 5
         assert found["wait_seconds_sum", lane("mail", "normal")] > 5
         assert (
             found["watermark_gap", lane("mail", "normal", partition="0")] == 4
-        )  # the one that waits, and three beyond
+        )  # the job that waits, and three behind it
         assert found["pending", lane("mail", "normal", partition="0")] == 1
         assert 10 < found["map_bytes", lane("mail", "normal", partition="0")] < 200
         assert found["braked", lane("mail", "normal", partition="0")] == 0

@@ -1,4 +1,5 @@
-"""A broker that creates the topics it is asked for: nothing of Jobledger's makes it do so, but `jobledger topics apply`."""
+"""With a broker that creates missing topics on request, no part of Jobledger creates a topic, except `jobledger topics
+apply`."""
 
 from __future__ import annotations
 
@@ -35,8 +36,8 @@ class Happened(msgspec.Struct, frozen=True):
 
 
 @pytest.fixture(scope="module")
-def creating() -> Iterator[str]:
-    """A broker with Kafka's own default for what is asked for and is not there."""
+def creating_broker() -> Iterator[str]:
+    """Yield a broker that creates missing topics on request, which is Kafka's default."""
     with Brokers(config={"auto.create.topics.enable": "true"}) as brokers:
         yield brokers.bootstrap
 
@@ -62,16 +63,17 @@ def topics_of(app: App) -> list[str]:
     return sorted(name for name in client.list_topics(timeout=20).topics if name.startswith(app.names.namespace))
 
 
-def test_the_broker_creates_what_is_asked_for(creating: str, namespace: str) -> None:
-    """The tests below would prove nothing on a broker that creates nothing."""
-    Producer({"bootstrap.servers": creating}).list_topics(f"{namespace}-x", timeout=20)
-    client = AdminClient({"bootstrap.servers": creating})
+def test_the_broker_of_these_tests_creates_requested_topics(creating_broker: str, namespace: str) -> None:
+    """The broker of these tests really creates a requested topic. Otherwise the tests below would prove nothing."""
+    Producer({"bootstrap.servers": creating_broker}).list_topics(f"{namespace}-x", timeout=20)
+    client = AdminClient({"bootstrap.servers": creating_broker})
     until(lambda: f"{namespace}-x" in client.list_topics(timeout=20).topics)
 
 
-def test_checks_of_the_connection_create_no_topic(creating: str) -> None:
-    """Not even by a client that lets the broker create topics: the name is one that no broker accepts."""
-    client = AdminClient({"bootstrap.servers": creating})
+def test_checks_of_the_connection_create_no_topic(creating_broker: str) -> None:
+    """Even a client that allows the creation of topics creates none in these checks, because they use a name that every
+    broker refuses."""
+    client = AdminClient({"bootstrap.servers": creating_broker})
     before = client.list_topics(timeout=20).topics.keys()
     for _ in range(2):
         assert cluster.answers(client, 20.0)
@@ -132,11 +134,11 @@ def read_on(app: App) -> None:
     "use",
     [submit, submit_async, submit_many, submit_later, emit, emit_many, cancel, pause, work, route, coordinate, read_on],
 )
-def test_a_missing_topic_is_an_error_that_names_the_way_out(
-    creating: str, namespace: str, tmp_path: Path, use: Callable[[App], None]
+def test_a_missing_topic_is_an_error_that_says_what_to_do(
+    creating_broker: str, namespace: str, tmp_path: Path, use: Callable[[App], None]
 ) -> None:
-    """On a namespace without topics every part ends with `TopicMissing`, and no topic is there afterwards."""
-    app = built(namespace, creating, tmp_path)
+    """In a namespace without topics, every part ends with `TopicMissing`, and no topic exists afterwards."""
+    app = built(namespace, creating_broker, tmp_path)
     try:
         with pytest.raises(TopicMissing, match="jobledger topics apply"):
             use(app)
@@ -164,19 +166,20 @@ def note(event: Happened) -> str:
 
 
 def test_no_command_creates_a_topic(
-    creating: str,
+    creating_broker: str,
     namespace: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Each command that needs a topic says so and how to get it; the materializer waits for them; none makes one."""
+    """Each command that needs a topic fails and names the command that creates topics. The materializer waits for the
+    topics. No topic is created."""
     (tmp_path / f"app_{namespace}.py").write_text(APP.format(namespace=namespace))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("JOBLEDGER_BOOTSTRAP", creating)
+    monkeypatch.setenv("JOBLEDGER_BOOTSTRAP", creating_broker)
     monkeypatch.setenv("JOBLEDGER_HOME", str(tmp_path))
-    app = built(namespace, creating, tmp_path)
+    app = built(namespace, creating_broker, tmp_path)
     target, url = f"app_{namespace}:app", app.settings.resolve_status_url(namespace)
 
     stop = threading.Event()
@@ -209,9 +212,9 @@ def test_no_command_creates_a_topic(
     assert topics_of(app) == []
 
 
-def test_no_producer_of_aiokafka_creates_a_topic(creating: str, namespace: str, tmp_path: Path) -> None:
-    """A record of the coordinator's for a topic that is missing is `TopicMissing`."""
-    app = built(namespace, creating, tmp_path)
+def test_no_producer_of_aiokafka_creates_a_topic(creating_broker: str, namespace: str, tmp_path: Path) -> None:
+    """A record of the coordinator for a missing topic results in `TopicMissing`."""
+    app = built(namespace, creating_broker, tmp_path)
     assert isinstance(asyncio.run(_first_error(app)), TopicMissing)
     assert topics_of(app) == []
 
@@ -225,9 +228,9 @@ async def _first_error(app: App) -> JobledgerError | None:
         await writer.stop(2.0)
 
 
-def test_topics_deleted_under_running_parts_stay_deleted(creating: str, namespace: str, tmp_path: Path) -> None:
-    """A coordinator and a client that had the topics look for them again after they were deleted, and create none."""
-    app = built(namespace, creating, tmp_path)
+def test_topics_deleted_under_running_parts_stay_deleted(creating_broker: str, namespace: str, tmp_path: Path) -> None:
+    """A coordinator and a client request the topics again after they were deleted, and create none of them."""
+    app = built(namespace, creating_broker, tmp_path)
     ensure(app, app.settings)
     asyncio.run(_deleted_meanwhile(app))
     assert topics_of(app) == []
@@ -248,7 +251,7 @@ async def _deleted_meanwhile(app: App) -> None:
             done.result(30)
         until(lambda: topics_of(app) == [])
         known = coordinator._app.consumer._thread._consumer._client.cluster
-        while app.names.coordination in known.topics():  # until its consumer has asked once more
+        while app.names.coordination in known.topics():  # until its consumer has new metadata
             await asyncio.sleep(0.05)
         with pytest.raises(TopicMissing, match="jobledger topics apply"):
             await asyncio.to_thread(submit, app)

@@ -1,4 +1,4 @@
-"""What runs next: keys, fair turns, priorities, limits, pauses, cancels and expiries, with a real broker."""
+"""Which job runs next: keys, turns of tenants, priorities, limits, pauses, cancels and expiry, with a real broker."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.kafka
 
 
 class Seen:
-    """What ran, in order: (name, when it began, when it ended)."""
+    """The jobs that ran, in order: name and time of each start and of each end."""
 
     def __init__(self) -> None:
         self.began: list[tuple[Any, float]] = []
@@ -44,7 +44,7 @@ class Seen:
         self.most: Counter[str] = Counter()
         self.open = threading.Event()
         self.fail = True
-        self.blocked: Callable[[], bool] = lambda: False  # whether the worker has seen what blocks its event loop
+        self.blocked: Callable[[], bool] = lambda: False  # whether the worker has noticed the block
 
     async def run(self, name: Any, group: str, seconds: float) -> None:
         self.began.append((name, time.monotonic()))
@@ -104,7 +104,7 @@ def built(broker: str, namespace: str, seen: Seen) -> App:
     async def blocks(account: str) -> None:
         began = time.monotonic()
         seen.began.append(((account, current_job().attempt), began))
-        # Without an `await`: it is the point.
+        # No `await`, on purpose.
         until(lambda: time.monotonic() - began > 0.5 and seen.blocked(), what="the worker seeing what blocks its loop")
 
     @app.task(queue="fair")
@@ -178,22 +178,22 @@ def app(broker: str, seen: Seen) -> Iterator[App]:
     made.close()
 
 
-def dealt(workers: Sequence[Worker]) -> bool:
-    """Whether each of these workers has its share of two partitions, and may run their jobs."""
+def partitions_assigned(workers: Sequence[Worker]) -> bool:
+    """Return whether each of these workers has its share of the two partitions, and may run their jobs."""
     shares = [[partition.ready for partition in worker.partitions()] for worker in workers]
     return all(shares) and all(map(all, shares)) and sum(map(len, shares)) == 2
 
 
-def waiting(worker: Worker, level: str) -> int:
-    """Records of a level that the worker has, and may choose from."""
+def fetched_records(worker: Worker, level: str) -> int:
+    """Return the number of records of a priority that the worker has fetched and may choose from."""
     if worker.dispatcher is None:
         return 0
     stages = [stage for stage in worker.dispatcher.stages.values() if stage.level == level]
     return sum(len(partition.raw) for stage in stages for partition in list(stage.parts))
 
 
-def ended(app: App, count: int, timeout: float = 60.0) -> dict[str, list[Any]]:
-    """Terminal facts by job, once there are ``count``."""
+def wait_for_outcomes(app: App, count: int, timeout: float = 60.0) -> dict[str, list[Any]]:
+    """Wait until ``count`` jobs have an outcome, and return the outcomes by job."""
 
     def found() -> dict[str, list[Any]] | None:
         seen = {
@@ -203,7 +203,7 @@ def ended(app: App, count: int, timeout: float = 60.0) -> dict[str, list[Any]]:
         seen = {job: facts for job, facts in seen.items() if facts}
         return seen if len(seen) >= count else None
 
-    return until(found, timeout, f"{count} ends")  # type: ignore[no-any-return]  # what `found` gives
+    return until(found, timeout, f"{count} ends")  # type: ignore[no-any-return]  # the type of `found`
 
 
 # -- keys -------------------------------------------------------------------------------------------------------------
@@ -212,12 +212,13 @@ def ended(app: App, count: int, timeout: float = 60.0) -> dict[str, list[Any]]:
 def test_jobs_of_one_key_run_one_at_a_time_in_the_order_of_submission(
     app: App, seen: Seen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """KEY_ORDER: whatever fails and is tried again, nothing of the key passes it; other keys do not wait for it."""
+    """KEY_ORDER: while a job of the key waits for its retry, no later job of the key starts. Jobs of other keys do not
+    wait."""
     hold = WaitQueues._hold
     again: list[Callable[[], None]] = []
 
     def hold_on(lines: WaitQueues, work: JobRun, line: WaitQueue, seconds: float) -> None:
-        hold(lines, work, line, 3600.0)  # the test ends it
+        hold(lines, work, line, 3600.0)  # the test ends the wait
         again.append(lambda: lines._again(work, line, 0.0))
 
     monkeypatch.setattr(WaitQueues, "_hold", hold_on)
@@ -229,7 +230,7 @@ def test_jobs_of_one_key_run_one_at_a_time_in_the_order_of_submission(
         until(lambda: again and sum(name[0] != "a" for name in seen.names()) == 200, what="the jobs of the other keys")
         assert worker.dispatcher is not None
         worker.dispatcher.call(again[0])
-        facts = ended(app, 210)
+        facts = wait_for_outcomes(app, 210)
     assert len(again) == 1
     assert all(isinstance(f, JobSucceeded) for of in facts.values() for f in of)
     mine = [(n, attempt) for (account, n, attempt) in seen.names() if account == "a"]
@@ -241,11 +242,11 @@ def test_jobs_of_one_key_run_one_at_a_time_in_the_order_of_submission(
     assert len(before_it_went_on) == 200, "the other keys waited for it"
 
 
-def test_a_retry_under_a_key_is_told_and_closes_nothing(app: App) -> None:
-    """In place: `JobRetried` says so, the release stays, attempts grow, and no release is asked for."""
+def test_a_retry_in_place_is_recorded_and_closes_no_release(app: App) -> None:
+    """`JobRetried` has ``in_place``, the release stays the same, attempts are counted, and no new release is requested."""
     handle = app.tasks["book"].submit("k", 1, fails=2)
     with working(app):
-        ended(app, 1)
+        wait_for_outcomes(app, 1)
     facts = facts_of(app, handle.job_id)
     assert [type(f) for f in facts] == [JobStarted, JobRetried, JobStarted, JobRetried, JobStarted, JobSucceeded]
     assert all(f.in_place for f in facts if isinstance(f, JobRetried))
@@ -255,13 +256,13 @@ def test_a_retry_under_a_key_is_told_and_closes_nothing(app: App) -> None:
     assert log_of(app, app.names.coordination) == []
 
 
-def test_each_attempt_under_a_key_has_its_own_time_limit(app: App, seen: Seen) -> None:
-    """A coroutine blocks the event loop beyond its time limit, and is tried again in place: the second attempt is timed out
-    as the first one was."""
+def test_each_attempt_in_place_has_its_own_time_limit(app: App, seen: Seen) -> None:
+    """A coroutine blocks the event loop beyond its time limit and is retried in place. The second attempt times out as
+    the first one did."""
     with working(app) as worker:
         seen.blocked = lambda: worker.dispatcher is not None and worker.dispatcher.executor.due is not None
         handle = app.tasks["blocks"].submit("k")
-        facts = ended(app, 1)
+        facts = wait_for_outcomes(app, 1)
     assert seen.names() == [("k", 1), ("k", 2)]
     retried = next(f for f in facts_of(app, handle.job_id) if isinstance(f, JobRetried))
     assert retried.in_place
@@ -272,11 +273,11 @@ def test_each_attempt_under_a_key_has_its_own_time_limit(app: App, seen: Seen) -
 
 @pytest.mark.parametrize(("how", "text"), [("fails", "no luck"), ("snoozes", "not before midnight")])
 def test_a_key_is_held_for_a_bounded_time(app: App, seen: Seen, how: str, text: str) -> None:
-    """A wait beyond `key_hold_max` dead-letters the job, saying so, and the next one of the key goes on."""
+    """A wait beyond `key_hold_max` dead-letters the job with a reason, and the next job of the key starts."""
     first = app.tasks["stuck"].submit("k", how)
     second = app.tasks["book"].submit("k", 2)
     with working(app):
-        facts = ended(app, 2)
+        facts = wait_for_outcomes(app, 2)
     (failed,) = facts[first.job_id]
     assert isinstance(failed, JobFailed)
     assert failed.reason == "key-held"
@@ -285,8 +286,8 @@ def test_a_key_is_held_for_a_bounded_time(app: App, seen: Seen, how: str, text: 
     assert [r.event.job_id for r in log_of(app, app.names.dead_letter)] == [first.job_id]
 
 
-def test_attempts_in_place_are_counted_on_by_the_next_owner(app: App, seen: Seen) -> None:
-    """A worker that stops while a key is held hands over cleanly what it knows: no attempt is made twice."""
+def test_the_next_owner_continues_the_count_of_attempts_in_place(app: App, seen: Seen) -> None:
+    """A worker that stops while a job holds its key hands over cleanly. No attempt is made twice."""
     handle = app.tasks["knocks"].submit("k")
     with working(app):
         until(lambda: any(isinstance(f, JobRetried) for f in facts_of(app, handle.job_id)))
@@ -294,16 +295,16 @@ def test_attempts_in_place_are_counted_on_by_the_next_owner(app: App, seen: Seen
     with working(app):
         until(lambda: len(seen.names()) > before)
         seen.fail = False
-        ended(app, 1)
+        wait_for_outcomes(app, 1)
     facts, attempts = facts_of(app, handle.job_id), len(seen.names())
     assert sum(isinstance(f, JobRetried) for f in facts) == attempts - 1
     assert seen.names() == [("k", attempt) for attempt in range(1, attempts + 1)]
 
 
 @pytest.mark.parametrize("bytes_", [64 << 20, 100_000], ids=["read on", "full"])
-def test_a_hot_key_keeps_neither_other_keys_nor_plain_jobs_waiting(app: App, seen: Seen, bytes_: int) -> None:
-    """Behind thousands of jobs of one key, those of others run at once; in other partitions also if so much waits in
-    one that it is read no further."""
+def test_a_hot_key_delays_neither_other_keys_nor_plain_jobs(app: App, seen: Seen, bytes_: int) -> None:
+    """There are thousands of jobs of one key before the other jobs, and the other jobs run soon. If one partition has
+    so many waiting jobs that it is not read further, this holds for the other partitions."""
     book, free = app.tasks["book"], app.tasks["free"]
     hot = app.submit_many(book.job("hot", n, seconds=0.02) for n in range(4000))
     others = app.submit_many([*(book.job(f"other-{n}", n) for n in range(40)), *(free.job(n) for n in range(40))])
@@ -315,7 +316,7 @@ def test_a_hot_key_keeps_neither_other_keys_nor_plain_jobs_waiting(app: App, see
         until(lambda: expected <= set(closings(app)), 30.0, "the others")
         ran = sum(name[0] == "hot" for name in seen.names())
         assert ran < 2000, "the others waited for the hot key"
-        # The other partitions may be through before the hot key's own is read.
+        # The other partitions may be done before the partition of the hot key is read.
         most = 500 if bytes_ > 1_000_000 else 100
         until(lambda: sum(p.waiting for p in worker.partitions()) > most, 30.0, "the hot key's jobs wait")
         full = bytes_ < 1_000_000
@@ -325,8 +326,9 @@ def test_a_hot_key_keeps_neither_other_keys_nor_plain_jobs_waiting(app: App, see
 
 
 @pytest.mark.parametrize("how", ["paused", "open circuit"])
-def test_a_keyed_task_that_waits_keeps_nobody_else_waiting(app: App, seen: Seen, how: str) -> None:
-    """Thousands of jobs of a keyed task that is paused, or whose circuit is open, lie before one that may run."""
+def test_a_waiting_keyed_task_delays_no_other_task(app: App, seen: Seen, how: str) -> None:
+    """Thousands of jobs of a keyed task that is paused, or whose circuit is open, are before jobs of another task. The
+    other task's jobs run soon."""
     trips = app.tasks["trips"]
     app.submit_many(trips.job(f"k{n}", n) for n in range(3000))
     app.submit_many(app.tasks["free"].job(n) for n in range(20))
@@ -343,20 +345,21 @@ def test_a_keyed_task_that_waits_keeps_nobody_else_waiting(app: App, seen: Seen,
 
 @pytest.mark.parametrize("task", ["serve", "serve_in_thread"])
 def test_a_hot_tenant_does_not_starve_the_others(app: App, seen: Seen, task: str) -> None:
-    """With a thousand jobs of one tenant before them, ten of another are among the first to run."""
+    """A tenant with ten jobs behind a thousand jobs of another tenant does not wait for all of them."""
     work = app.tasks[task]
     app.submit_many(work.using(tags={"tenant": "hot"}).job("hot", n) for n in range(1000))
     app.submit_many(work.using(tags={"tenant": "small"}).job("small", n) for n in range(10))
     with working(app, concurrency=4, threads=4):
-        ended(app, 1010, timeout=90.0)
+        wait_for_outcomes(app, 1010, timeout=90.0)
     order = seen.names()
     last = max(at for at, (tenant, _) in enumerate(order) if tenant == "small")
     assert last < 600, f"the last of the small tenant was number {last}"
     assert Counter(order).most_common(1)[0][1] == 1
 
 
-def test_a_tenant_is_found_behind_any_backlog_of_another(app: App, seen: Seen) -> None:
-    """Five thousand jobs of one tenant fill what may wait ready to run many times over; another's are seen all the same."""
+def test_a_tenant_gets_its_turns_behind_any_backlog_of_another(app: App, seen: Seen) -> None:
+    """Five thousand jobs of one tenant are many more than a worker reads ahead. Jobs of another tenant behind them
+    still get their turns."""
     work = app.tasks["serve"]
     app.submit_many(work.using(tags={"tenant": "hot"}).job("hot", n) for n in range(5000))
     app.submit_many(work.using(tags={"tenant": "small"}).job("small", n) for n in range(10))
@@ -369,7 +372,7 @@ def test_a_tenant_is_found_behind_any_backlog_of_another(app: App, seen: Seen) -
 
 
 def test_tenants_take_turns_whatever_keys_they_have(app: App, seen: Seen) -> None:
-    """A tenant with five hundred keys gets no more turns than one with a single key."""
+    """A tenant with five hundred keys gets no more turns than a tenant with one key."""
     work = app.tasks["keyed_serve"]
     app.submit_many(work.using(tags={"tenant": "hot"}).job("hot", f"k{n}", n) for n in range(500))
     app.submit_many(work.using(tags={"tenant": "small"}).job("small", "only", n) for n in range(10))
@@ -377,7 +380,7 @@ def test_tenants_take_turns_whatever_keys_they_have(app: App, seen: Seen) -> Non
     with working(app, concurrency=2, queues=["fair"]) as worker:
         until(lambda: sum(partition.waiting for partition in worker.partitions()) == 510, what="all of them")
         app.resume(queue="fair")
-        ended(app, 510, timeout=60.0)
+        wait_for_outcomes(app, 510, timeout=60.0)
     order = seen.names()
     last = max(at for at, (tenant, _) in enumerate(order) if tenant == "small")
     assert last < 150, f"the last of the small tenant was number {last}"
@@ -385,8 +388,9 @@ def test_tenants_take_turns_whatever_keys_they_have(app: App, seen: Seen) -> Non
 
 
 @pytest.mark.parametrize("how", ["paused", "limited", "paused meanwhile"])
-def test_a_task_that_waits_lets_others_of_a_fair_queue_run(app: App, seen: Seen, how: str) -> None:
-    """Behind thousands of jobs of a task that is paused, or may start twice a second, another task's run at once."""
+def test_a_waiting_task_of_a_fair_queue_delays_no_other_task(app: App, seen: Seen, how: str) -> None:
+    """Thousands of jobs of a task that is paused, or that may start twice a second, are before jobs of another task.
+    The other task's jobs run soon."""
     app.submit_many(app.tasks["serve"].using(tags={"tenant": "a"}).job("a", n) for n in range(3000))
     app.submit_many(app.tasks["serve_in_thread"].using(tags={"tenant": "a"}).job("quick", n) for n in range(20))
     if how == "paused":
@@ -394,7 +398,7 @@ def test_a_task_that_waits_lets_others_of_a_fair_queue_run(app: App, seen: Seen,
     elif how == "limited":
         app.limit(task="serve", rate="2/s")
     with working(app, concurrency=1, queues=["fair"], lookahead=400, lookahead_bytes=400_000) as worker:
-        if how == "paused meanwhile":  # all that may wait is full by then
+        if how == "paused meanwhile":  # the pause comes when the worker has read as much as it may
             until(lambda: any(partition.full for partition in worker.partitions()), 20.0, "a full partition")
             assert not [tenant for tenant, _ in seen.names() if tenant == "quick"]
             app.pause(task="serve")
@@ -406,8 +410,9 @@ def test_a_task_that_waits_lets_others_of_a_fair_queue_run(app: App, seen: Seen,
 # -- priorities -------------------------------------------------------------------------------------------------------
 
 
-def test_high_passes_a_backlog_of_low_and_low_still_moves(app: App, seen: Seen) -> None:
-    """Once a worker has it, a high one begins within a few starts, and while high is never empty low gets its share."""
+def test_high_priority_passes_a_backlog_of_low_priority_which_still_progresses(app: App, seen: Seen) -> None:
+    """A job with high priority starts within a few starts after the worker has fetched its record. While there are
+    always jobs with high priority, low priority gets its share."""
     work = app.tasks["work"]
     low = work.using(priority="low", tags={"level": "low"})
     high = work.using(priority="high", tags={"level": "high"})
@@ -415,13 +420,13 @@ def test_high_passes_a_backlog_of_low_and_low_still_moves(app: App, seen: Seen) 
     app.pause(queue="levels", reason="until both are there")
     handle = high.submit(1)
     with working(app, concurrency=4) as worker:
-        until(lambda: waiting(worker, "high") == 1 and waiting(worker, "low") > 100)
+        until(lambda: fetched_records(worker, "high") == 1 and fetched_records(worker, "low") > 100)
         app.resume(queue="levels")
         until(lambda: ("high", 1) in seen.names())
         at = seen.names().index(("high", 1))
         assert at < 40, f"{at} low ones came first"
         app.submit_many(high.job(n) for n in range(2, 602))
-        ended(app, 2101, timeout=90.0)
+        wait_for_outcomes(app, 2101, timeout=90.0)
     assert handle.job_id in closings(app)
     order = [level for level, _ in seen.names()]
     first, last = order.index("high"), len(order) - 1 - order[::-1].index("high")
@@ -433,14 +438,15 @@ def test_high_passes_a_backlog_of_low_and_low_still_moves(app: App, seen: Seen) 
 
 
 def test_limits_hold_for_all_workers_together(app: App, seen: Seen) -> None:
-    """Two workers, four at once and twenty a second on a queue of two partitions: never more."""
+    """Two workers serve a queue of two partitions that allows four jobs at once and twenty starts a second. Together
+    the workers never exceed these limits."""
     app.pause(queue="slow", reason="until each has its partition")
     app.submit_many(app.tasks["call"].job(n, 0.05) for n in range(80))
     with ExitStack() as both:
         workers = [both.enter_context(working(app, queues=["slow"])) for _ in range(2)]
-        until(lambda: dealt(workers), 60.0, "a partition for each")
+        until(lambda: partitions_assigned(workers), 60.0, "a partition for each")
         app.resume(queue="slow")
-        ended(app, 80, timeout=60.0)
+        wait_for_outcomes(app, 80, timeout=60.0)
     assert seen.most["slow"] <= 4
     times = sorted(at for _, at in seen.began)
     took = times[-1] - times[0]
@@ -451,9 +457,9 @@ def test_limits_hold_for_all_workers_together(app: App, seen: Seen) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_with_one_hot_partition_the_limit_is_its_workers_share(app: App, seen: Seen, workers: int) -> None:
-    """Twenty a second on a queue of two partitions, all load in one: alone its worker has all
-    of that, of two each has half."""
+def test_with_one_hot_partition_a_worker_has_only_its_share_of_the_limit(app: App, seen: Seen, workers: int) -> None:
+    """A queue of two partitions allows twenty starts a second, and all jobs are in one partition. A single worker has
+    the whole limit. Of two workers, each has half of the limit."""
     handles = app.submit_many(app.tasks["call"].job(n, 0.01) for n in range(110))
     cold = [handle for handle in handles if handle.position.partition == 1]
     app.orders.cancel([Job(handle.job_id, 1) for handle in cold], "another partition")
@@ -461,9 +467,9 @@ def test_with_one_hot_partition_the_limit_is_its_workers_share(app: App, seen: S
     app.pause(queue="slow", reason="until the partitions are dealt out")
     with ExitStack() as all_of_them:
         running = [all_of_them.enter_context(working(app, queues=["slow"])) for _ in range(workers)]
-        until(lambda: dealt(running), 60.0, "each worker's share")
+        until(lambda: partitions_assigned(running), 60.0, "each worker's share")
         app.resume(queue="slow")
-        ended(app, 110, timeout=60.0)
+        wait_for_outcomes(app, 110, timeout=60.0)
     assert len(seen.began) == hot
     times = sorted(at for _, at in seen.began)
     # From the median time of four starts, so that a pause of this process does not count.
@@ -472,7 +478,8 @@ def test_with_one_hot_partition_the_limit_is_its_workers_share(app: App, seen: S
 
 
 def test_a_limited_task_does_not_hold_up_the_rest_of_its_queue(app: App, seen: Seen) -> None:
-    """Behind a thousand jobs of a task that may start four times a second, another task's run at once."""
+    """A thousand jobs of a task that may start four times a second are before jobs of another task. The other task's
+    jobs run soon."""
     app.submit_many(app.tasks["rated"].job(n) for n in range(1000))
     app.submit_many(app.tasks["free"].job(n) for n in range(50))
     with working(app, queues=["default"], lookahead=400):
@@ -487,11 +494,11 @@ def test_a_limited_task_does_not_hold_up_the_rest_of_its_queue(app: App, seen: S
 
 
 def test_limits_are_changed_at_run_time_and_hold_for_workers_that_come_later(app: App, seen: Seen) -> None:
-    """An order replaces what the code says, until the code's limits are called back."""
+    """A control command replaces the limits in the code, until the command is removed."""
     app.limit(queue="slow", rate=500, concurrency=50, reason="they raised our quota")
     app.submit_many(app.tasks["call"].job(n) for n in range(500))
     with working(app, queues=["slow"]) as worker:
-        ended(app, 500)
+        wait_for_outcomes(app, 500)
         assert seen.began[-1][1] - seen.began[0][1] < 20.0, "the code's limits take longer"
         app.limit(queue="slow", rate="5/s")
         until(lambda: worker.dispatcher is not None and worker.dispatcher.scopes["slow"].rate == 5.0, what="the order")
@@ -501,7 +508,7 @@ def test_limits_are_changed_at_run_time_and_hold_for_workers_that_come_later(app
         assert len(seen.began) - 500 <= 5 * (time.monotonic() - began) + 1
         assert [(s.kind, s.name, s.limits.rate) for s in app.orders.standing() if s.limits] == [("queue", "slow", 5.0)]
         app.limit(queue="slow")
-        ended(app, 530)
+        wait_for_outcomes(app, 530)
     assert app.orders.standing() == []
 
 
@@ -509,44 +516,45 @@ def test_limits_are_changed_at_run_time_and_hold_for_workers_that_come_later(app
 
 
 def test_a_paused_queue_starts_nothing_until_it_is_resumed(app: App, seen: Seen) -> None:
-    """The pause was ordered while no worker ran, and holds; what is resumed goes on at once."""
+    """The pause is requested while no worker runs, and workers respect it. After the resume, jobs start at once."""
     app.pause(queue="slow", reason="their maintenance", by="ann@desk")
     app.submit_many(app.tasks["call"].job(n) for n in range(5))
     app.submit_many(app.tasks["free"].job(n) for n in range(5))
     with working(app):
-        ended(app, 5)
+        wait_for_outcomes(app, 5)
         time.sleep(0.5)
         assert not [name for name in seen.names() if isinstance(name, int)]
         (standing,) = app.orders.standing()
         assert (standing.name, standing.paused) == ("slow", "by ann@desk: their maintenance")
         app.resume(queue="slow")
-        ended(app, 10, timeout=10.0)
+        wait_for_outcomes(app, 10, timeout=10.0)
     assert app.orders.standing() == []
 
 
 def test_a_paused_task_lets_the_others_of_its_queue_run(app: App, seen: Seen) -> None:
-    """A task is paused while its queue goes on, and its jobs run once it is resumed."""
+    """The jobs of a paused task run after the resume, and the other jobs of the queue run meanwhile."""
     app.pause(task="rated")
     app.submit_many(app.tasks["rated"].job(n) for n in range(5))
     app.submit_many(app.tasks["free"].job(n) for n in range(50))
     with working(app):
-        ended(app, 50)
+        wait_for_outcomes(app, 50)
         assert not [name for name in seen.names() if name[0] == "rated"]
         app.resume(task="rated")
-        ended(app, 55, timeout=10.0)
+        wait_for_outcomes(app, 55, timeout=10.0)
 
 
 # -- cancels and expiries ---------------------------------------------------------------------------------------------
 
 
 def test_a_cancelled_job_is_never_started(app: App, seen: Seen) -> None:
-    """CANCEL_IS_DURABLE: ordered while no worker ran; the fact says who and why, and the others run."""
+    """CANCEL_IS_DURABLE: the cancel is requested while no worker runs. The fact says who requested it and why, and the
+    other jobs run."""
     handles = app.submit_many(app.tasks["free"].job(n) for n in range(20))
     keyed = app.tasks["book"].submit("k", 1)
     for handle in [*handles[::2], keyed]:
         handle.cancel("wrong list")
     with working(app):
-        facts = ended(app, 21)
+        facts = wait_for_outcomes(app, 21)
     assert sorted(n for _, n in seen.names()) == list(range(1, 20, 2))
     for handle in [*handles[::2], keyed]:
         (fact,) = facts[handle.job_id]
@@ -555,49 +563,49 @@ def test_a_cancelled_job_is_never_started(app: App, seen: Seen) -> None:
         assert "@" in fact.by
 
 
-def test_a_running_job_is_told(app: App, seen: Seen) -> None:
-    """A coroutine is cancelled where it waits; one that waits for its retry under a key is not begun again."""
+def test_a_running_job_is_cancelled(app: App, seen: Seen) -> None:
+    """A coroutine is cancelled at its `await`. A keyed job that waits for its retry in place is not started again."""
     running, other = (app.tasks["waits"].submit(n) for n in range(2))
     held = app.tasks["knocks"].submit("k")
     with working(app):
         until(lambda: len(seen.began) >= 3)
         running.cancel("enough")
         held.cancel()
-        facts = ended(app, 2, timeout=10.0)
+        facts = wait_for_outcomes(app, 2, timeout=10.0)
         assert isinstance(facts[running.job_id][0], JobCancelled)
         assert isinstance(facts[held.job_id][0], JobCancelled)
         seen.open.set()
-        assert isinstance(ended(app, 3)[other.job_id][0], JobSucceeded)
+        assert isinstance(wait_for_outcomes(app, 3)[other.job_id][0], JobSucceeded)
 
 
 def test_an_expired_job_is_not_started(app: App, seen: Seen) -> None:
-    """Its time is counted from the append; what is in time runs."""
+    """The time to expiry counts from the append of the record. A job that is in time runs."""
     late = app.tasks["free"].using(expires_in=0.5).submit(1)
     intime = app.tasks["free"].using(expires_in=600).submit(2)
     keyed = app.tasks["book"].using(expires_in=0.5).submit("k", 3)
     time.sleep(0.8)
     with working(app):
-        facts = ended(app, 3)
+        facts = wait_for_outcomes(app, 3)
     assert isinstance(facts[late.job_id][0], JobExpired)
     assert isinstance(facts[keyed.job_id][0], JobExpired)
     assert isinstance(facts[intime.job_id][0], JobSucceeded)
     assert seen.names() == [("free", 2)]
 
 
-# -- what fails -------------------------------------------------------------------------------------------------------
+# -- failures ---------------------------------------------------------------------------------------------------------
 
 
-def test_an_open_circuit_burns_no_attempts(app: App, seen: Seen) -> None:
-    """After three failures in a row one job in a while tries, and all go on when that one succeeds."""
+def test_an_open_circuit_uses_no_attempts(app: App, seen: Seen) -> None:
+    """After three failures in a row, one job per `reset` is tried. All jobs run as soon as one of these succeeds."""
     app.submit_many(app.tasks["flaky"].job(n) for n in range(30))
     with working(app, concurrency=1):
         until(lambda: len(seen.began) >= 3)
         time.sleep(2.5)
-        begun = len(seen.began)  # before the clock is read: this process may not run for a while in between
-        assert begun <= 3 + 1 + int(time.monotonic() - seen.began[2][1])  # one a second, as its `reset` says
+        begun = len(seen.began)  # read before the clock, because this process may be interrupted in between
+        assert begun <= 3 + 1 + int(time.monotonic() - seen.began[2][1])  # one a second, which is the `reset`
         seen.fail = False
         most = 3 + 1 + int(time.monotonic() - seen.began[2][1])
-        # Those that failed wait for a coordinator, which does not run here; all others succeed.
+        # The retried jobs wait for a coordinator, which does not run here. All other jobs succeed.
         facts = until(lambda: len(found := closings(app)) == 30 and found, 20.0)
     kinds = Counter(type(r.event.fact).__name__ for of in facts.values() for r in of)
     assert 3 <= kinds["JobRetried"] <= most, kinds

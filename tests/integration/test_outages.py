@@ -1,4 +1,4 @@
-"""What a worker process logs: of jobs that fail, of its broker's outages, of its start and its end."""
+"""What a worker process logs: failed jobs, outages of its broker, its start and its stop."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.kafka
 
 
 def until(check: Callable[[], bool], what: str) -> None:
-    """Wait for a line."""
+    """Poll ``check`` until it is true."""
     deadline = time.monotonic() + 90
     while not check():
         assert time.monotonic() < deadline, what
@@ -29,9 +29,9 @@ def until(check: Callable[[], bool], what: str) -> None:
 
 
 @pytest.mark.extended
-def test_a_worker_logs_what_happens_and_no_more(tmp_path: Path) -> None:
-    """In the app's format: a retry and a failure, that its broker is away, once, and that it is back; no warning at a fresh
-    start, and none when broker and worker stop together."""
+def test_a_worker_logs_failures_and_outages_and_nothing_else(tmp_path: Path) -> None:
+    """The log has the app's format. It contains a retry, a failure, the broker's outage once, and its end. There is no
+    warning at the start, and none when broker and worker stop together."""
     with EmbeddedKafka(tmp_path / "kafka") as kafka:
         app = logging_app.app
         app.settings = Settings(bootstrap=kafka.bootstrap, submit_timeout=30.0)

@@ -1,5 +1,4 @@
-"""Processes that fork, get signals and end, with real ones: whatever they do, nothing waits without end, and what was
-acknowledged is in the log."""
+"""Real processes that fork, get signals and exit: nothing waits forever, and every acknowledged job is in the log."""
 
 from __future__ import annotations
 
@@ -36,7 +35,7 @@ Run = Callable[[str], list[str]]
 
 @pytest.fixture
 def environ(broker: str, namespace: str, tmp_path: Path) -> dict[str, str]:
-    """What a process of these tests finds; the status table is there, and nobody fills it."""
+    """Return the environment of the processes in these tests. The status table exists, and no materializer fills it."""
     url = f"sqlite:///{tmp_path}/status.db"
     open_store(url, namespace).close()
     return {
@@ -44,13 +43,14 @@ def environ(broker: str, namespace: str, tmp_path: Path) -> dict[str, str]:
         "NAMESPACE": namespace,
         "JOBLEDGER_BOOTSTRAP": broker,
         "JOBLEDGER_STATUS_URL": url,
-        "PYTHONWARNINGS": "ignore:This process:DeprecationWarning",  # from Python 3.12 on: a fork beside threads
+        "PYTHONWARNINGS": "ignore:This process:DeprecationWarning",  # a fork beside threads, from Python 3.12 on
     }
 
 
 @pytest.fixture
 def run(environ: dict[str, str]) -> Run:
-    """Call a function of `processes_app` in a process of its own, which must end well; the lines it printed."""
+    """Return a function that calls a function of `processes_app` in a separate process, which must exit with code 0,
+    and returns the printed lines."""
 
     def call(name: str) -> list[str]:
         done = subprocess.run(
@@ -69,7 +69,7 @@ def run(environ: dict[str, str]) -> Run:
 
 
 def submitted(environ: dict[str, str]) -> set[str]:
-    """The ids of all jobs in the log."""
+    """Return the ids of all jobs in the log."""
     settings, names = Settings(bootstrap=environ["JOBLEDGER_BOOTSTRAP"]), Names(environ["NAMESPACE"])
     topic, decode = names.jobs("default"), decoder(settings, names).decode
     with LogReader(settings) as reader:
@@ -83,53 +83,54 @@ def submitted(environ: dict[str, str]) -> set[str]:
 # -- forks --------------------------------------------------------------------------------------------------------------
 
 
-def test_a_forked_child_uses_what_its_parent_used_and_ends(run: Run) -> None:
-    """Twenty children: each submits, asks, emits, cancels, closes or does nothing, and ends by itself; the parent goes
-    on submitting and asking after each."""
+def test_a_forked_process_can_use_the_parents_app_and_exits(run: Run) -> None:
+    """Each of twenty forked processes submits, queries, emits, cancels, closes or does nothing, and exits by itself.
+    After each of them the parent submits and queries again."""
     run("forks")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
-def test_no_connection_of_sqlite_goes_along_into_a_fork(run: Run) -> None:
-    """A child finds no file of the status table open, and the parent asks on."""
+def test_a_fork_inherits_no_connection_of_sqlite(run: Run) -> None:
+    """A forked process has no open file of the status table, and the parent can still query."""
     run("inherits_no_database")
 
 
 @pytest.mark.extended
 def test_a_fork_beside_busy_threads_is_usable(run: Run) -> None:
-    """Four threads submit, emit and ask without a pause; each of twenty children can do the same, and ends."""
+    """Four threads submit, emit and query without a pause. Each of twenty forked processes can do the same, and exits."""
     run("busy")
 
 
 def test_a_fork_while_the_first_connection_is_being_opened_is_usable(run: Run) -> None:
-    """Another thread holds the locks at that moment; the child submits and ends."""
+    """Another thread holds the locks at the moment of the fork. The forked process submits and exits."""
     run("first")
 
 
-def test_preforked_workers_submit_and_what_they_submitted_is_in_the_log(run: Run, environ: dict[str, str]) -> None:
-    """Four children submit 100 jobs each and end, another is killed while it submits, the parent submits after: all
-    that was acknowledged is there."""
+def test_acknowledged_jobs_of_preforked_processes_are_in_the_log(run: Run, environ: dict[str, str]) -> None:
+    """Four forked processes submit 100 jobs each and exit, another one is killed while it submits, and the parent
+    submits before and after. Every acknowledged job is in the log."""
     ids = run("prefork")
     assert len(set(ids)) == 402
     assert set(ids) <= submitted(environ)
 
 
-def test_children_of_multiprocessing_submit(run: Run, environ: dict[str, str]) -> None:
-    """A pool and a process, both made by forking after the parent has submitted."""
+def test_processes_of_multiprocessing_can_submit(run: Run, environ: dict[str, str]) -> None:
+    """A pool and a single process submit, both forked after the parent has submitted."""
     ids = run("pool")
     assert len(set(ids)) == 100
     assert set(ids) <= submitted(environ)
 
 
-def test_a_stream_of_the_parents_says_so_in_the_child(run: Run) -> None:
-    """Reading on with a lifecycle stream after a fork raises `ConnectionUnusable`; leaving its block ends well."""
+def test_a_lifecycle_stream_opened_before_a_fork_raises_an_error_in_the_child(run: Run) -> None:
+    """Reading from a lifecycle stream after a fork raises `ConnectionUnusable`. Leaving the stream's block raises
+    nothing."""
     run("stream")
 
 
 @pytest.mark.parametrize("kind", ["sync", pytest.param("gevent", marks=pytest.mark.extended)])
 def test_a_preloading_web_server_submits_in_its_workers(run: Run, environ: dict[str, str], kind: str) -> None:
-    """gunicorn with ``--preload`` and an app that has submitted while it was loaded: three workers submit, one is killed,
-    its successor submits, and all of it ends soon after SIGTERM. With workers of both kinds."""
+    """gunicorn runs with ``--preload`` and an app that submits while it is loaded. Three workers submit, one is killed,
+    its successor submits, and all exit soon after SIGTERM. The test runs with both kinds of gunicorn workers."""
     run("topics")
     with gunicorn(environ, "--worker-class", kind) as (process, url):
         ids = [job for _ in range(20) for job in get(url)] + get(url + "many")
@@ -142,9 +143,9 @@ def test_a_preloading_web_server_submits_in_its_workers(run: Run, environ: dict[
     assert set(ids) <= submitted(environ)
 
 
-def test_a_job_that_forks_leaves_its_worker_alone(run: Run, environ: dict[str, str]) -> None:
-    """In a thread, on the event loop, in a child process: what comes back from the job's code in the fork ends with the code
-    of what that code did, and only its parent goes on as the worker."""
+def test_a_job_that_forks_does_not_disturb_its_worker(run: Run, environ: dict[str, str]) -> None:
+    """A job forks in a thread, on the event loop or in a child process. The forked process ends with the exit code of
+    the job's code, and only the parent continues as the worker."""
     run("topics")
     wanted = {job: int(code) for code, job in (line.split() for line in run("jobs_that_fork"))}
     app = App(environ["NAMESPACE"], settings=Settings(bootstrap=environ["JOBLEDGER_BOOTSTRAP"]))
@@ -159,14 +160,14 @@ def test_a_job_that_forks_leaves_its_worker_alone(run: Run, environ: dict[str, s
 
 
 def result_of(app: App, job_id: str) -> int | None:
-    """What a job has returned."""
+    """Return the job's result; None unless the job has exactly one success."""
     results = [fact.result for fact in facts_of(app, job_id) if isinstance(fact, JobSucceeded)]
     return int(results[0] or b"") if len(results) == 1 else None
 
 
 @contextmanager
 def gunicorn(environ: dict[str, str], *options: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """A server of `processes_app.wsgi` with three workers, and its address."""
+    """Run a server of `processes_app.wsgi` with three workers. Yield its process and its address."""
     pytest.importorskip("gunicorn")
     port = free_port()
     command = [sys.executable, "-m", "gunicorn", "--preload", "--workers", "3", "--bind", f"127.0.0.1:{port}"]
@@ -191,33 +192,33 @@ def gunicorn(environ: dict[str, str], *options: str) -> Iterator[tuple[subproces
 
 
 def get(url: str) -> list[str]:
-    """The lines of a page."""
+    """Return the lines of a page."""
     with urllib.request.urlopen(url, timeout=60) as answer:
         return str(answer.read().decode()).splitlines()
 
 
-# -- signals and the end --------------------------------------------------------------------------------------------------
+# -- signals and exit -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.extended
 def test_a_signal_handler_may_use_everything(run: Run) -> None:
-    """At any moment of a first submission, question or batch: what the handler does works, or raises an error of ours,
-    within twenty seconds."""
+    """A signal handler uses the app at any moment of a first submission, query or batch. Each call works, or raises an
+    error of Jobledger, within twenty seconds."""
     run("signals")
 
 
 @pytest.mark.parametrize("use", ["exits", "exits_unused"])
-def test_handlers_at_the_end_of_a_process_submit(run: Run, use: str) -> None:
-    """Also one that was registered before Jobledger was imported and so runs last, and whether or not something was
-    submitted before."""
+def test_exit_handlers_can_submit(run: Run, use: str) -> None:
+    """Exit handlers can submit, also one that was registered before Jobledger was imported and therefore runs last, and
+    also if the process has not submitted before."""
     assert run(use) == ["said", "said"]
 
 
-def test_an_object_that_the_ending_interpreter_frees_is_told(run: Run) -> None:
-    """Its finalizer's submission works, or raises an error of ours."""
+def test_a_finalizer_at_exit_can_submit_or_gets_an_error(run: Run) -> None:
+    """A submission in a finalizer works, or raises an error of Jobledger."""
     assert run("freed") in (["done"], ["ConnectionUnusable"])
 
 
-def test_a_thread_that_the_ending_interpreter_waits_for_submits(run: Run) -> None:
-    """For the first time, when the main thread has come to its end."""
+def test_a_thread_that_outlives_the_main_thread_can_submit(run: Run) -> None:
+    """The thread submits for the first time after the main thread has ended."""
     assert run("threads_end") == ["said"]

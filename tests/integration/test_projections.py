@@ -1,4 +1,5 @@
-"""Projections on a real broker: folded exactly once, through kills and beside each other; verified and rebuilt."""
+"""Projections with a real broker: each event is folded exactly once, also with kills and with two processes.
+Projections are verified and rebuilt."""
 
 from __future__ import annotations
 
@@ -69,8 +70,8 @@ def store_of(app: App) -> ProjectionStore:
     return ProjectionStore(app.settings.resolve_status_url(app.names.namespace), app.names.namespace)
 
 
-def folded(app: App, name: str = "count_by_user") -> ProjectionRunner:
-    """Run a projection to the log's end."""
+def fold_to_end(app: App, name: str = "count_by_user") -> ProjectionRunner:
+    """Run a projection to the end of the log."""
     with closing(runner_of(app, name)) as runner:
         runner.run(threading.Event(), until_end=True)
     return runner
@@ -88,53 +89,54 @@ def emit(app: App, count: int, first: int = 0) -> list[Happened]:
     return events
 
 
-def wanted(events: list[Happened]) -> dict[str, tuple[int, int]]:
-    """What the fold comes to, by another way: how many, and their sum."""
+def expected_rows(events: list[Happened]) -> dict[str, tuple[int, int]]:
+    """Compute the expected rows in another way: the number of events and the sum of their numbers, by user."""
     counts, sums = Counter(e.user for e in events), Counter[str]()
     for e in events:
         sums[e.user] += e.number
     return {user: (counts[user], sums[user]) for user in counts if user != "user-3"}
 
 
-def said(found: dict[Any, dict[str, Any]]) -> dict[str, tuple[int, int]]:
+def counts_and_sums(found: dict[Any, dict[str, Any]]) -> dict[str, tuple[int, int]]:
     return {user: (row["events"], row["total"]) for user, row in found.items()}
 
 
-def test_a_table_is_what_its_fold_makes_of_the_log(app: App) -> None:
-    """From the start, going on later; rows that the fold lets go are gone; garbage is passed and counted."""
+def test_a_table_is_the_fold_of_the_log(app: App) -> None:
+    """The log is folded from its start, and later from where the projection stopped. Rows for which the fold returns
+    None are deleted. Garbage is skipped and counted."""
     events = emit(app, 500)
-    assert folded(app).folded == 500
-    assert said(rows(app)) == wanted(events)
+    assert fold_to_end(app).folded == 500
+    assert counts_and_sums(rows(app)) == expected_rows(events)
     writer = LogWriter(app.settings, app.names)
     writer.send([Outgoing(app.events["Happened"].topic, b"garbage", "k")])
     writer.close()
     events += emit(app, 300, 500)
-    second = folded(app)
+    second = fold_to_end(app)
     assert (second.folded, second.unreadable) == (300, 1)
-    assert said(rows(app)) == wanted(events)
+    assert counts_and_sums(rows(app)) == expected_rows(events)
     url = app.settings.resolve_status_url(app.names.namespace)
     beside = url.replace("status.db", "status-projections.db")
     assert database_of(url) == (beside if url.startswith("sqlite") else url)
 
 
-def test_a_fold_that_fails_loses_nothing_and_goes_on_when_mended(app: App) -> None:
-    """The batch is not written, and the error names the record; the next start begins with it."""
+def test_a_failed_fold_loses_nothing_and_continues_when_corrected(app: App) -> None:
+    """The batch is not written, and the error names the record. The next run begins with this record."""
     events = emit(app, 50)
-    folded(app)
+    fold_to_end(app)
     app.emit(Happened("user-1", -1))
     with pytest.raises(JobledgerError, match=r"Happened\[\d\]@\d+.*negative"):
-        folded(app)
-    assert said(rows(app)) == wanted(events)
+        fold_to_end(app)
+    assert counts_and_sums(rows(app)) == expected_rows(events)
     mended = app.registry.projections["count_by_user"]
     mended.fold = projection_app.count_all
-    assert folded(app).folded == 1
-    assert rows(app)["user-1"]["events"] == wanted(events)["user-1"][0] + 1
+    assert fold_to_end(app).folded == 1
+    assert rows(app)["user-1"]["events"] == expected_rows(events)["user-1"][0] + 1
 
 
-def test_verify_sees_a_changed_row_and_rebuild_mends_it(app: App) -> None:
-    """By a fold of the whole log into a copy, which is gone afterwards."""
+def test_verify_finds_a_changed_row_and_rebuild_repairs_it(app: App) -> None:
+    """Both commands fold the whole log into a copy of the table, which is removed afterwards."""
     events = emit(app, 400)
-    folded(app)
+    fold_to_end(app)
     runner = runner_of(app)
     stop = threading.Event()
     fine = runner.verify(stop)
@@ -146,26 +148,26 @@ def test_verify_sees_a_changed_row_and_rebuild_mends_it(app: App) -> None:
         db.execute(table.update().where(table.c.user == "user-1").values(total=7))
         db.execute(table.delete().where(table.c.user == "user-2"))
     assert runner.verify(stop).equal is False
-    more = emit(app, 100, 400)  # not folded into the live table yet
+    more = emit(app, 100, 400)  # not yet folded into the table
     made = runner.rebuild(stop)
     assert (made.rows, made.records) == (16, 500)
-    assert said(rows(app)) == wanted([*events, *more])
+    assert counts_and_sums(rows(app)) == expected_rows([*events, *more])
     assert runner.verify(stop).equal is True
     assert {t for t in sqlalchemy.inspect(engine).get_table_names() if "count_by" in t} == set()
-    assert folded(app).folded == 0
+    assert fold_to_end(app).folded == 0
     store.close()
     runner.close()
 
 
-def test_the_longest_name_can_be_verified_and_rebuilt(app: App) -> None:
-    """The copies have names of their own, and so have their constraints, which must be different ones to every database."""
+def test_a_projection_with_the_longest_name_can_be_verified_and_rebuilt(app: App) -> None:
+    """The copies and their constraints have names that are valid and different in every database."""
     long = Table(
         "long", MetaData(), Column("user", String), Column("numbers", Integer), PrimaryKeyConstraint("user", name="pk")
     )
     name = "n" * 45
     app.projection(Happened, table=long, key=lambda event: event.user, name=name)(projection_app.not_yet)
     emit(app, 20)
-    folded(app, name)
+    fold_to_end(app, name)
     with closing(runner_of(app, name)) as runner:
         assert runner.verify(threading.Event()).equal is True
         assert runner.rebuild(threading.Event()).rows == 17
@@ -173,43 +175,46 @@ def test_the_longest_name_can_be_verified_and_rebuilt(app: App) -> None:
 
 @dataclass(frozen=True)
 class Renumbered:
-    """`Happened`, with another type for a field."""
+    """`Happened` with another type of one field."""
 
     user: str
     number: str
 
 
-def test_a_runner_notices_a_rebuild_though_no_record_comes(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rebuild to an earlier end puts rows and offsets back under a process that has folded more."""
+def test_a_runner_notices_a_rebuild_without_new_records(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a process runs that has folded more, a rebuild up to an earlier end resets rows and offsets. The process
+    then folds the missing events."""
     monkeypatch.setattr("jobledger.streams.projections.runner.LOOK_S", 0.5)
     events, stop = emit(app, 50), threading.Event()
-    folded(app)
+    fold_to_end(app)
     earlier = dict(enumerate(ends_of(app, app.events["Happened"].topic)))
     events += emit(app, 50, 50)
     with closing(runner_of(app)) as live, closing(runner_of(app)) as other:
         thread = threading.Thread(target=live.run, args=(stop,))
         thread.start()
         try:
-            until(lambda: said(rows(app)) == wanted(events))
+            until(lambda: counts_and_sums(rows(app)) == expected_rows(events))
             topic = app.events["Happened"].topic
             monkeypatch.setattr(other, "_ends", lambda places: {(topic, p): end for p, end in earlier.items()})
             assert other.rebuild(threading.Event()).records == 50
-            until(lambda: said(rows(app)) == wanted(events))
+            until(lambda: counts_and_sums(rows(app)) == expected_rows(events))
         finally:
             stop.set()
             thread.join(PATIENCE * 30)
 
 
 def test_of_two_rebuilds_at_once_one_is_refused(app: App) -> None:
-    """They would fold into one copy; the table is whole, and the next rebuild may run."""
+    """Two rebuilds would fold into one copy. The table stays complete, and a later rebuild can run."""
     events = emit(app, 50)
-    folded(app)
+    fold_to_end(app)
     met: list[JobledgerError] = []
 
     def second(done: int, total: int) -> None:
         with closing(runner_of(app)) as other:
-            assert other.verify(threading.Event()).equal is True  # has a copy of its own
-            with pytest.raises(StoreError, match="rebuild of projection count_by_user is under way") as refused:
+            assert other.verify(threading.Event()).equal is True  # `verify` uses another copy
+            with pytest.raises(
+                StoreError, match="another process has begun a rebuild of projection count_by_user"
+            ) as refused:
                 other.rebuild(threading.Event())
             met.append(refused.value)
 
@@ -217,14 +222,15 @@ def test_of_two_rebuilds_at_once_one_is_refused(app: App) -> None:
         first.rebuild(threading.Event(), second)
         assert met
         first.rebuild(threading.Event())
-    assert said(rows(app)) == wanted(events)
+    assert counts_and_sums(rows(app)) == expected_rows(events)
 
 
 @pytest.mark.parametrize("later", [20, 200])
-def test_a_topic_that_begins_anew_is_not_folded_twice(app: App, later: int) -> None:
-    """Its offsets are below what was folded, or it has more records than that: the projection says so, and a rebuild mends it."""
+def test_a_recreated_topic_is_not_folded_into_the_old_rows(app: App, later: int) -> None:
+    """The recreated topic has fewer records than the projection has folded, or more. In both cases the projection
+    reports it, and a rebuild repairs the table."""
     emit(app, 60)
-    folded(app)
+    fold_to_end(app)
     topic, client = app.events["Happened"].topic, admin(app.settings)
     for future in client.delete_topics([topic], operation_timeout=20).values():
         future.result(timeout=20)
@@ -242,11 +248,12 @@ def test_a_topic_that_begins_anew_is_not_folded_twice(app: App, later: int) -> N
                 runner.run(threading.Event(), until_end=until_end)
         assert rows(app) == before
         runner.rebuild(threading.Event())
-    assert said(rows(app)) == wanted(events)
+    assert counts_and_sums(rows(app)) == expected_rows(events)
 
 
-def test_a_class_that_cannot_read_what_was_written_folds_nothing(app: App) -> None:
-    """Its events would be passed over as garbage, by every fold alike; so it neither runs, nor verifies, nor rebuilds."""
+def test_an_event_class_that_cannot_read_the_log_folds_nothing(app: App) -> None:
+    """Every fold would skip the events of such a class as garbage. So the projection refuses to run, to verify and to
+    rebuild."""
     events = emit(app, 30)
     other = App(app.names.namespace, settings=app.settings, partitions=3)
     other.event(name="Happened", key="user")(Renumbered)
@@ -261,13 +268,13 @@ def test_a_class_that_cannot_read_what_was_written_folds_nothing(app: App) -> No
         ):
             with pytest.raises(IncompatibleEvent, match="Happened"):
                 act()
-    assert folded(app).folded == 30
-    assert said(rows(app)) == wanted(events)
+    assert fold_to_end(app).folded == 30
+    assert counts_and_sums(rows(app)) == expected_rows(events)
     other.close()
 
 
 def trim(app: App, topic: str, left: int) -> list[str]:
-    """Delete all but the last ``left`` records of each partition; where they begin now."""
+    """Delete all but the last ``left`` records of each partition. Return where the partitions begin now."""
     client, places = admin(app.settings), range(partitions_of(app.settings, topic))
     with LogReader(app.settings) as log:
         ends = {p: log.watermarks(topic, p)[1] for p in places}
@@ -283,7 +290,7 @@ def ends_of(app: App, topic: str) -> list[int]:
 
 
 def cli(app: App, *words: str) -> subprocess.CompletedProcess[str]:
-    """``jobledger projections WORDS`` on this app."""
+    """Run ``jobledger projections WORDS`` with this app."""
     env = {
         **os.environ,
         "JOBLEDGER_BOOTSTRAP": app.settings.resolve_bootstrap(),
@@ -296,10 +303,11 @@ def cli(app: App, *words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_trimmed_log_is_not_taken_for_the_whole(app: App) -> None:
-    """`verify` says that it cannot tell, `rebuild` changes nothing unless it is told to lose what is gone."""
+def test_a_trimmed_log_is_not_treated_as_complete(app: App) -> None:
+    """`verify` reports that the table is not comparable. `rebuild` changes nothing without the option that accepts the
+    loss of the trimmed events."""
     events = emit(app, 200)
-    folded(app)
+    fold_to_end(app)
     before = rows(app)
     gone = trim(app, app.events["Happened"].topic, 10)
     assert len(gone) == 3
@@ -309,7 +317,7 @@ def test_a_trimmed_log_is_not_taken_for_the_whole(app: App) -> None:
         with pytest.raises(JobledgerError, match=r"Happened\[0\] begins at \d+.*--from-what-is-left"):
             runner.rebuild(threading.Event())
         assert rows(app) == before
-        assert said(before) == wanted(events)
+        assert counts_and_sums(before) == expected_rows(events)
     verified = cli(app, "verify", "count_by_user", "--json")
     told = json.loads(verified.stdout)
     assert (verified.returncode, told["equal"], told["trimmed"]) == (1, None, gone)
@@ -322,24 +330,26 @@ def test_a_trimmed_log_is_not_taken_for_the_whole(app: App) -> None:
     made = cli(app, "rebuild", "count_by_user", "--yes", "--from-what-is-left", "--json")
     assert (made.returncode, json.loads(made.stdout)["records"]) == (0, 30)
     assert sum(row["events"] for row in rows(app).values()) <= 30
-    # A table that equals what is left is right, whatever is gone.
+    # A table that equals the fold of the remaining log is correct, whatever was trimmed.
     with closing(runner_of(app)) as runner:
-        assert (runner.verify(threading.Event()).equal, folded(app).folded) == (True, 0)
+        assert (runner.verify(threading.Event()).equal, fold_to_end(app).folded) == (True, 0)
 
 
-def test_records_that_were_trimmed_before_they_were_folded_are_said(app: App, caplog: pytest.LogCaptureFixture) -> None:
-    """A projection that stood still for too long goes on, and does not do so in silence."""
+def test_records_that_were_trimmed_before_they_were_folded_are_reported(
+    app: App, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A projection that did not run for too long continues, and logs how many records it has lost."""
     emit(app, 60)
-    folded(app)
+    fold_to_end(app)
     emit(app, 60, 60)
     trim(app, app.events["Happened"].topic, 5)
-    assert folded(app).folded == 15
+    assert fold_to_end(app).folded == 15
     lost = [r.getMessage() for r in caplog.records if "they are lost" in r.getMessage()]
     assert sum(int(re.findall(r"before (\d+) records", line)[0]) for line in lost) == 45
 
 
-def test_nothing_is_folded_before_the_ids_of_its_topics_are_known(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Offsets of a topic whose id is not stored would be taken for those of a later topic of its name."""
+def test_nothing_is_folded_before_the_ids_of_the_topics_are_known(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The offsets of a topic whose id is not stored would be used for a later topic of the same name."""
     events = emit(app, 30)
     monkeypatch.setattr(projection_runner, "IDENTIFY_S", 0.3)
     monkeypatch.setattr(projection_runner, "identities", lambda *args: {})
@@ -348,16 +358,17 @@ def test_nothing_is_folded_before_the_ids_of_its_topics_are_known(app: App, monk
             with pytest.raises(BrokerUnavailable, match=r"did not return the ids of \S+\.Happened within 0.3 s"):
                 act()
     assert rows(app) == {}
-    answers: Iterator[dict[str, str]] = iter([{}, {}])  # a topic that has just been created
+    answers: Iterator[dict[str, str]] = iter([{}, {}])  # as for a topic that was just created
     monkeypatch.setattr(projection_runner, "identities", lambda *args: next(answers, None) or identities(*args))
     monkeypatch.setattr(projection_runner, "IDENTIFY_S", 30.0)
-    assert folded(app).folded == 30
-    assert said(rows(app)) == wanted(events)
+    assert fold_to_end(app).folded == 30
+    assert counts_and_sums(rows(app)) == expected_rows(events)
 
 
-def test_orders_are_folded_too(app: App) -> None:
-    """Pauses and cancels, each once, though a cancel stands on two topics; what is taken back is no garbage. As the
-    control topic is compacted, a fold of it may have less than the table: that is said."""
+def test_control_commands_are_folded_too(app: App) -> None:
+    """Pauses and cancels are folded once each, although a cancel is on two topics. A tombstone of a command is no
+    garbage. The control topic is compacted, so a new fold may have fewer records than the table: a rebuild then fails
+    with an error."""
     orders = Table("orders", MetaData(), Column("what", String, primary_key=True), Column("count", Integer))
 
     def given(row: Any, found: Any) -> Any:
@@ -372,15 +383,15 @@ def test_orders_are_folded_too(app: App) -> None:
     writer = LogWriter(app.settings, app.names)
     writer.send([Outgoing(app.names.control, None, "cancel:0192e4a0-0000-7000-8000-000000000001:1")])
     writer.close()
-    assert folded(app, "given").unreadable == 0
+    assert fold_to_end(app, "given").unreadable == 0
     assert {what: row["count"] for what, row in rows(app, "given").items()} == {"QueuePaused": 1, "CancelRequested": 1}
     with closing(runner_of(app, "given")) as runner, closing(store_of(app)) as store:
         assert runner.verify(threading.Event()).equal is True
-        # A transaction's mark takes an offset that no record has, as compaction leaves many.
+        # The mark of a transaction has an offset without a record. Compaction leaves many such offsets.
         sender = producer(
             {**producer_config(app.settings, timeout=20.0), "transactional.id": app.names.namespace, "linger.ms": 5}
         )
-        sender.init_transactions(PATIENCE * 20)  # the first one of a broker: it makes a topic for them
+        sender.init_transactions(PATIENCE * 20)  # the first transaction of a broker creates a topic
         sender.begin_transaction()
         sender.produce(app.names.control, b"garbage", "k")
         sender.commit_transaction(PATIENCE * 20)
@@ -390,9 +401,9 @@ def test_orders_are_folded_too(app: App) -> None:
         assert "jobledger_given_rebuild" not in sqlalchemy.inspect(store.engine).get_table_names()
 
 
-def test_what_a_projections_own_code_does_wrong_is_said_with_its_record(app: App) -> None:
-    """Its fold leaves, its key= fails or makes none, a value or a key is of the wrong type: nothing of the batch is
-    written, and the error has the record, and the column where there is one."""
+def test_an_error_in_a_projections_code_names_the_record(app: App) -> None:
+    """The fold exits, the key function fails or returns no key, or a value or key has the wrong type. Nothing of the
+    batch is written, and the error names the record and, if there is one, the column."""
     emit(app, 3)
     table = Table("timed", MetaData(), Column("user", String, primary_key=True), Column("at", DateTime))
     moments = Table("moments", MetaData(), Column("at", DateTime, primary_key=True))
@@ -407,7 +418,7 @@ def test_what_a_projections_own_code_does_wrong_is_said_with_its_record(app: App
         return event.user
 
     def timed(row: Any, event: Any) -> Any:
-        return {"at": "yesterday"}  # the point: of every event, because each may be a batch of its own
+        return {"at": "yesterday"}  # intended, for every event, because each may be a batch of its own
 
     def kept(row: Any, event: Any) -> Any:
         return {}
@@ -415,10 +426,15 @@ def test_what_a_projections_own_code_does_wrong_is_said_with_its_record(app: App
     cases: list[tuple[Any, Any, Table, str]] = [
         (leaves, of_user, table, r"its fold failed at \S+Happened\[\d\]@\d+ \(SystemExit: 0"),
         (timed, broken, table, r"its key= failed at \S+Happened\[\d\]@\d+ \(KeyError: 'who'"),
-        (timed, lambda event: (event.user, 1), table, r"its key= failed at \S+@\d+ .* is not a key of user"),
+        (
+            timed,
+            lambda event: (event.user, 1),
+            table,
+            r"its key= failed at \S+@\d+ .* does not have one value for each of user",
+        ),
         (timed, lambda event: [event.user], table, r"its key= failed at \S+@\d+ .*unhashable"),
     ]
-    if str(app.settings.status_url).startswith("sqlite"):  # the driver of PostgreSQL takes text for any type
+    if str(app.settings.status_url).startswith("sqlite"):  # the driver of PostgreSQL accepts text for any type
         cases += [
             (timed, of_user, table, r"its value 'yesterday' for column timed.at \(DateTime.*failed at \S+Happened"),
             (kept, of_user, moments, r"its value 'user-\d' for column moments.at \(DateTime.*failed at \S+Happened"),
@@ -427,21 +443,21 @@ def test_what_a_projections_own_code_does_wrong_is_said_with_its_record(app: App
         app.registry.projections.pop("wrong", None)
         app.projection(Happened, table=into, key=key, name="wrong")(fold)
         with pytest.raises(JobledgerError, match=f"projection wrong: {why}"):
-            folded(app, "wrong")
+            fold_to_end(app, "wrong")
         assert rows(app, "wrong") == {}
 
 
-def test_a_projection_that_breaks_ends_all_of_them(app: App) -> None:
-    """``jobledger projections run`` of several, one of which cannot go on, whatever it raised: not 0, and with the
-    record's place."""
+def test_a_failed_projection_ends_the_command(app: App) -> None:
+    """If one of several projections in ``jobledger projections run`` fails, whatever error it raised, the command exits
+    with 1 and names the record's position."""
     app.emit(Happened("leaves", 1))
     ended = cli(app, "run")
     assert ended.returncode == 1
     assert re.search(r"error: projection count_by_user: its fold failed at \S+@0 \(SystemExit", ended.stderr)
 
 
-def test_what_is_no_error_of_ours_ends_them_too(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A thread that dies of a mistake, even in silence, takes the process with it."""
+def test_an_unexpected_error_of_a_projection_ends_the_command(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that ends with an unexpected exception, even `SystemExit` with code 0, ends the process with an error."""
     from jobledger.cli import projections as command
 
     class Broken(ProjectionRunner):
@@ -462,7 +478,7 @@ def test_what_is_no_error_of_ours_ends_them_too(app: App, monkeypatch: pytest.Mo
 
 
 def test_two_processes_of_one_projection_fold_nothing_twice(app: App) -> None:
-    """Whoever finds the offsets moved writes nothing, and looks again."""
+    """A process that finds other offsets than its own writes nothing, and reads the offsets again."""
     stop = threading.Event()
     runners = [runner_of(app) for _ in range(2)]
     threads = [threading.Thread(target=r.run, args=(stop,)) for r in runners]
@@ -475,29 +491,33 @@ def test_two_processes_of_one_projection_fold_nothing_twice(app: App) -> None:
     with closing(store_of(app)) as store:
         until(lambda: sqlalchemy.inspect(store.engine).has_table("people"), what="the table being made")
     until(
-        lambda: rows(app) and sum(r["events"] for r in rows(app).values()) >= sum(c for c, _ in wanted(events).values())
+        lambda: (
+            rows(app)
+            and sum(r["events"] for r in rows(app).values()) >= sum(c for c, _ in expected_rows(events).values())
+        )
     )
     stop.set()
     for thread, runner in zip(threads, runners, strict=True):
         thread.join(PATIENCE * 30)
         runner.close()
-    assert said(rows(app)) == wanted(events)
+    assert counts_and_sums(rows(app)) == expected_rows(events)
 
 
-def test_job_facts_are_folded_too_and_a_start_time_is_kept_to(app: App) -> None:
-    """How often each task ended how, as `Recorded`; with a start in the future nothing is folded."""
+def test_job_facts_are_folded_and_a_start_time_is_respected(app: App) -> None:
+    """A projection counts the outcomes by kind, from `Recorded` facts. A projection with a start in the future folds
+    nothing."""
     app.submit_many(app.tasks["work"].job(n) for n in range(30))
     with working(app):
         until(lambda: len(closings(app)) == 30)
-    folded(app, "ends")
+    fold_to_end(app, "ends")
     found = rows(app, "ends")
     assert {k: r["jobs"] for k, r in found.items()} == {"JobSucceeded": 20, "JobFailed": 10}
     assert all(row["last_ms"] > 1_700_000_000_000 for row in found.values())
-    assert folded(app, "not_yet").folded == 0
+    assert fold_to_end(app, "not_yet").folded == 0
 
 
-def test_killed_at_random_it_equals_a_fold_in_one_go(app: App, say: Callable[[str], None]) -> None:
-    """``jobledger projections run``, killed ten times while events come in."""
+def test_a_projection_killed_at_random_equals_one_fold_of_the_log(app: App, say: Callable[[str], None]) -> None:
+    """``jobledger projections run`` is killed ten times while events are emitted."""
     dice = random.Random(3)
     env = {
         **os.environ,
@@ -525,7 +545,7 @@ def test_killed_at_random_it_equals_a_fold_in_one_go(app: App, say: Callable[[st
     def seen() -> int:
         return sum(row["events"] for row in rows(app).values())
 
-    folded(app)  # makes the table
+    fold_to_end(app)  # creates the table
     feeding = threading.Thread(target=feed)
     feeding.start()
     kills = 0
@@ -533,8 +553,8 @@ def test_killed_at_random_it_equals_a_fold_in_one_go(app: App, say: Callable[[st
         while kills < 10:
             before = seen()
             process = subprocess.Popen(argv, env=env, cwd=ROOT)
-            if kills % 2:  # while it folds; else wherever it is, on a busy machine at its start
-                until(lambda before=before: seen() > before)  # type: ignore[misc]  # bound now
+            if kills % 2:  # killed while it folds; else anywhere, on a busy machine during its start
+                until(lambda before=before: seen() > before)  # type: ignore[misc]  # bound in this iteration
                 time.sleep(dice.uniform(0.0, 0.5))
             else:
                 time.sleep(dice.uniform(0.9, 2.2))
@@ -543,15 +563,15 @@ def test_killed_at_random_it_equals_a_fold_in_one_go(app: App, say: Callable[[st
     finally:
         done.set()
         feeding.join()
-    assert folded(app).folded < len(events)  # those that were killed have done some of it
-    assert said(rows(app)) == wanted(events)
+    assert fold_to_end(app).folded < len(events)  # the killed processes have folded some events
+    assert counts_and_sums(rows(app)) == expected_rows(events)
     runner = runner_of(app)
     assert runner.verify(threading.Event()).equal is True
     runner.close()
     say(f"projection: {len(events):,} events, killed {kills}x, equal")
 
 
-def test_what_cannot_be_a_projection_is_refused_when_it_is_declared(app: App) -> None:
+def test_an_invalid_projection_is_refused_at_its_declaration(app: App) -> None:
     keyless = Table("keyless", MetaData(), Column("a", Integer))
     good = Table("good", MetaData(), Column("a", String, primary_key=True))
     own = Table("jobledger_mine", MetaData(), Column("a", String, primary_key=True))
@@ -565,7 +585,7 @@ def test_what_cannot_be_a_projection_is_refused_when_it_is_declared(app: App) ->
         (fold, {"table": own}, "Jobledger's own"),
         (fold, {"table": good, "facts": (JobSucceeded,)}, "give either event classes"),
         (fold, {"table": good, "name": "No"}, "lowercase letters"),
-        (fold, {"table": good, "start": dt.datetime(2026, 1, 1)}, "time zone"),  # the point
+        (fold, {"table": good, "start": dt.datetime(2026, 1, 1)}, "time zone"),  # intended
         (one, {"table": good}, "parameters"),
         (fold, {"table": app.registry.projections["ends"].table}, "already registered"),
     ]
@@ -580,11 +600,12 @@ def test_what_cannot_be_a_projection_is_refused_when_it_is_declared(app: App) ->
     assert Where._fields == ("event_id", "position", "appended_ms")
 
 
-def test_a_database_that_is_away_for_a_while_loses_nothing(
+def test_a_database_outage_loses_nothing(
     broker: str, namespace: str, postgres_server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """PostgreSQL, stopped as in a crash in the middle of the stream and started again: the fold is exact, by itself."""
-    monkeypatch.setattr(projection_runner, "AWAY_TRIES", 300)  # a busy machine takes its time to start the server
+    """PostgreSQL crashes twice while events are emitted, and is started again. The projection continues by itself, and
+    its table is exact."""
+    monkeypatch.setattr(projection_runner, "AWAY_TRIES", 300)  # a busy machine may start the server slowly
     app = projection_app.build(namespace, Settings(bootstrap=broker, status_url=postgres_server.url))
     ensure(app, app.settings)
     stop, runner = threading.Event(), runner_of(app)
@@ -598,7 +619,7 @@ def test_a_database_that_is_away_for_a_while_loses_nothing(
             events.extend(emit(app, 1_000, len(events)))
             time.sleep(2)
             postgres_server.start()
-            until(lambda: said(rows(app)) == wanted(events))
+            until(lambda: counts_and_sums(rows(app)) == expected_rows(events))
     finally:
         stop.set()
         thread.join(PATIENCE * 30)
@@ -606,23 +627,26 @@ def test_a_database_that_is_away_for_a_while_loses_nothing(
         app.close()
 
 
-def test_a_table_that_does_not_fit_is_said_at_once(app: App, caplog: pytest.LogCaptureFixture) -> None:
-    """Another table of that name, without our column: an error with its words, not half a minute of tries."""
+def test_an_existing_table_that_does_not_fit_is_an_error_at_once(app: App, caplog: pytest.LogCaptureFixture) -> None:
+    """The database has a table of this name without the projection's columns. The error comes at once, without repeated
+    attempts."""
     emit(app, 5)
     with closing(store_of(app)) as store, store.engine.begin() as db:
         db.exec_driver_sql('CREATE TABLE people ("user" VARCHAR(40) PRIMARY KEY)')
     with pytest.raises(StoreError, match=r"projection count_by_user.*events"):
-        folded(app)
+        fold_to_end(app)
     assert "trying again" not in caplog.text
 
 
-def test_a_user_who_may_not_make_tables_is_told(broker: str, namespace: str, postgres: Databases) -> None:
-    """By name, with the way out, and without the password."""
+def test_the_error_about_the_right_to_create_tables_names_the_user(
+    broker: str, namespace: str, postgres: Databases
+) -> None:
+    """The error names the user and says what to do, without the password."""
     with postgres.role("geheim") as name, postgres.database() as url:
         postgres.execute("REVOKE CREATE ON SCHEMA public FROM PUBLIC", url)
         mine = sqlalchemy.make_url(url).set(username=name, password="geheim").render_as_string(hide_password=False)
         app = projection_app.build(namespace, Settings(bootstrap=broker, status_url=mine))
         with pytest.raises(StoreError, match=rf"{name}.*GRANT CREATE ON SCHEMA") as told:
-            folded(app)
+            fold_to_end(app)
         assert "geheim" not in str(told.value)
         app.close()

@@ -1,5 +1,4 @@
-"""The wire with a real Schema Registry: what is registered, what is written, and that both
-framings are read everywhere."""
+"""The wire format with a real Schema Registry: what is registered and written, and that all parts read both framings."""
 
 from __future__ import annotations
 
@@ -49,18 +48,18 @@ from tests.patience import PATIENCE
 pytestmark = pytest.mark.kafka
 
 OWN = codec.MAGIC + codec.FINGERPRINT
-#: An id that no registry of a test has.
+#: An id that is in no registry of these tests.
 NOWHERE = 0x7FFF_FF00
 
 
 def with_registry(app: App, url: str | None) -> App:
-    """The same app under other settings, as another process of a deployment would be."""
+    """Return the same app with another registry, as in another process of the deployment."""
     settings = app.settings
     return build(app.names.namespace, settings.resolve_bootstrap(), schema_registry=url, home=settings.home)
 
 
 def raw_of(app: App, *topics: str) -> list[bytes]:
-    """Every value of topics, as it stands in the log."""
+    """Return every value of the topics, unchanged."""
     found = []
     with LogReader(app.settings) as reader:
         for topic in topics:
@@ -69,19 +68,19 @@ def raw_of(app: App, *topics: str) -> list[bytes]:
     return found
 
 
-def written(app: App) -> list[str]:
-    """The topics of events."""
+def event_topics(app: App) -> list[str]:
+    """Return the topics of events."""
     names = app.names
     return [names.jobs("default"), names.lifecycle, names.coordination, names.dead_letter]
 
 
 def framed(event: JobEvent, schema_id: int) -> bytes:
-    """An event as another writer would frame it."""
+    """Frame an event as another writer would."""
     return confluent_frame.head(schema_id) + codec.encode(event)[len(OWN) :]
 
 
 def submission(task: str = "add", args: bytes = b'{"a":1}') -> JobEvent:
-    """A job."""
+    """Return the submission of a job."""
     job = str(uuid.uuid4())
     return JobEvent(
         job, job, 1, 1, 1, 0, task, "default", None, None, "test", None, JobSubmitted(JobSpec(args))
@@ -89,7 +88,7 @@ def submission(task: str = "add", args: bytes = b'{"a":1}') -> JobEvent:
 
 
 def produce(app: App, topic: str, *values: bytes, partition: int = 0) -> None:
-    """Send bytes as they are."""
+    """Write these bytes unchanged."""
     writer = LogWriter(app.settings, None)
     try:
         writer.send(Outgoing(topic, value, "k", partition) for value in values)
@@ -98,13 +97,13 @@ def produce(app: App, topic: str, *values: bytes, partition: int = 0) -> None:
 
 
 def reason_at(worker: Worker, place: str) -> str | None:
-    """Why a worker is unhealthy that has stopped at this record; None before that."""
+    """Return why the worker is unhealthy if it has stopped at this record; else None."""
     reasons: list[str] = worker.health()["reasons"]
     return next((reason for reason in reasons if place in reason), None)
 
 
 def streams_of(app: App, folder: Path) -> tuple[Materializer, Coordinator]:
-    """The two parts of an app's stream processor."""
+    """Create the two parts of an app's stream processor."""
     table = Materializer(app.names, app.settings, ["default"], f"sqlite:///{folder / 'status.db'}")
     options = Options(session_timeout=2.0, commit_interval=0.1)
     return table, Coordinator(
@@ -114,7 +113,7 @@ def streams_of(app: App, folder: Path) -> tuple[Materializer, Coordinator]:
 
 @contextlib.contextmanager
 def streaming(app: App, folder: Path) -> Iterator[Materializer]:
-    """Coordinator and materializer of an app, in threads; their errors are raised at the end."""
+    """Run the coordinator and the materializer of an app in threads. Their errors are raised at the end of the block."""
     stop = threading.Event()
     raised: list[BaseException] = []
     table, coordinator = streams_of(app, folder)
@@ -143,7 +142,7 @@ def streaming(app: App, folder: Path) -> Iterator[Materializer]:
 
 @pytest.fixture
 def api(registry_url: str) -> Iterator[httpx2.Client]:
-    """The registry's own API, for those who know nothing of Jobledger."""
+    """Yield a client of the registry's own API, which uses no code of Jobledger."""
     with httpx2.Client(base_url=registry_url + "/", headers={"Content-Type": "application/json"}) as client:
         yield client
 
@@ -151,10 +150,11 @@ def api(registry_url: str) -> Iterator[httpx2.Client]:
 # -- the client ------------------------------------------------------------------------------------------------------
 
 
-def test_a_subject_is_registered_once_and_reads_all_that_was_written(
+def test_a_subject_is_registered_once_and_its_compatibility_is_kept(
     registry_url: str, api: httpx2.Client, namespace: str
 ) -> None:
-    """Registering again gives the same id; a new subject is BACKWARD_TRANSITIVE; what an operator sets then stays."""
+    """A second registration returns the same id. A new subject is BACKWARD_TRANSITIVE. A compatibility that an operator
+    sets later is kept."""
     subject = f"{namespace}.jobs.a-value"
     client = SchemaRegistry(registry_url)
     first = client.register(subject, codec.SCHEMA_TEXT)
@@ -173,15 +173,15 @@ def test_a_subject_is_registered_once_and_reads_all_that_was_written(
     assert codec.fingerprint(found) == codec.fingerprint(later)
 
 
-def test_an_unknown_id_is_a_no(registry_url: str) -> None:
-    """The registry's own 404 is an answer."""
+def test_an_unknown_id_has_no_schema(registry_url: str) -> None:
+    """The registry's answer 404 means that there is no schema."""
     assert SchemaRegistry(registry_url).schema(NOWHERE, sure=False) is None
 
 
 def test_a_registry_that_refuses_the_schema_stops_the_writer(
     broker: str, registry_url: str, api: httpx2.Client, namespace: str
 ) -> None:
-    """Nothing is sent, and the error names subject, registry and why."""
+    """Nothing is sent, and the error names the subject."""
     app = made(namespace, broker, schema_registry=registry_url)
     subject = f"{app.names.jobs('default')}-value"
     other = {"type": "record", "name": "JobEvent", "namespace": "jobledger", "fields": [{"name": "z", "type": "int"}]}
@@ -193,8 +193,8 @@ def test_a_registry_that_refuses_the_schema_stops_the_writer(
     app.close()
 
 
-def test_a_registry_that_is_away_at_the_first_submission_is_named(broker: str, namespace: str) -> None:
-    """The submission fails with the registry's address and the setting; nothing is sent."""
+def test_an_unreachable_registry_is_an_error_of_the_first_submission(broker: str, namespace: str) -> None:
+    """The submission fails with an error that names the setting. Nothing is sent."""
     app = made(namespace, broker, schema_registry=f"http://127.0.0.1:{free_port()}")
     with pytest.raises(RegistryUnavailable, match="JOBLEDGER_SCHEMA_REGISTRY"):
         app.tasks["add"].submit(1)
@@ -208,8 +208,8 @@ def test_a_registry_that_is_away_at_the_first_submission_is_named(broker: str, n
 def test_all_parts_work_with_a_registry(
     broker: str, registry_url: str, api: httpx2.Client, namespace: str, tmp_path: Path
 ) -> None:
-    """Client, worker, coordinator and materializer: every event is framed, every topic that is written has its subject
-    and no other has one, and the table equals the log."""
+    """Client, worker, coordinator and materializer frame every event. Every topic with events has a subject, and no
+    other topic has one. The table agrees with the log."""
     app = made(namespace, broker, schema_registry=registry_url, home=tmp_path)
     add: Any = app.tasks["add"]
     jobs = [add.submit(n) for n in range(20)]
@@ -223,14 +223,14 @@ def test_all_parts_work_with_a_registry(
     report = verify(app.names, app.settings, ["default"], f"sqlite:///{tmp_path / 'status.db'}")
     assert report.equal
     assert report.jobs == len(jobs)
-    values = raw_of(app, *written(app))
+    values = raw_of(app, *event_topics(app))
     assert {value[:1] for value in values} == {b"\0"}
     subjects = {s for s in api.get("subjects").json() if s.startswith(namespace + ".")}
-    assert subjects == {f"{topic}-value" for topic in written(app)}
+    assert subjects == {f"{topic}-value" for topic in event_topics(app)}
     for subject in subjects:
         assert api.get(f"config/{subject}").json() == {"compatibilityLevel": COMPATIBILITY}
         assert api.get(f"subjects/{subject}/versions").json() == [1]
-    # A plain reader that knows the registry and nothing of ours reads what we wrote.
+    # A reader with the registry's API and without Jobledger reads the records.
     schema = fastavro.parse_schema(
         json.loads(api.get(f"schemas/ids/{confluent_frame.id_of(values[0])}").json()["schema"])
     )
@@ -251,11 +251,11 @@ def _ended(app: App) -> set[str]:
     }
 
 
-def test_a_deployment_rolls_to_the_registry_and_back(
+def test_a_deployment_can_switch_to_the_registry_and_back(
     broker: str, registry_url: str, namespace: str, tmp_path: Path
 ) -> None:
-    """Old and new records stand in one topic, workers of either setting run all of them, nothing runs twice, and the
-    table is the same whoever reads; once rolled back, the registry is not needed to read what it framed."""
+    """Records with both framings are in one topic. Workers with either setting run all jobs, and no job runs twice. The
+    table is the same with every setting. After the return, framed records can be read without the registry."""
     plain = made(namespace, broker, home=tmp_path)
     registered = with_registry(plain, registry_url)
     jobs: list[str] = []
@@ -285,8 +285,8 @@ def test_a_deployment_rolls_to_the_registry_and_back(
 
 
 def test_a_takeover_reads_both_framings(broker: str, registry_url: str, namespace: str) -> None:
-    """What the log says is done is not run again, and a release of before is dropped,
-    whichever way either is framed."""
+    """Jobs with a closing fact are not run again, and a second record of a release is dropped, whichever framing the
+    records have."""
     plain = made(namespace, broker)
     registered = with_registry(plain, registry_url)
     names = plain.names
@@ -303,7 +303,8 @@ def test_a_takeover_reads_both_framings(broker: str, registry_url: str, namespac
         assert worker.takeover is not None
         assert worker.takeover.found == 4
         until(lambda: sum(len(p.live) for p in worker.partitions()) == 0, what="everything settled")
-    # The same releases again, each in the other framing; the next owner's memory is seeded from before its base.
+    # The same releases again, each with the other framing. The next owner reads them, because they are below its
+    # committed offset.
     send_events(plain, names.jobs("default"), *done[2:], fresh[0])
     send_events(registered, names.jobs("default"), *done[:2], fresh[1])
     with working(registered) as worker:
@@ -317,9 +318,11 @@ def test_a_takeover_reads_both_framings(broker: str, registry_url: str, namespac
     registered.close()
 
 
-def test_a_takeover_that_cannot_read_an_end_runs_nothing(broker: str, registry_url: str, namespace: str) -> None:
-    """A closing fact in a frame that nobody here explains: the partition stops, also for the job it closes, and the
-    next owner, who has the setting, still finds the end and does not run the job again."""
+def test_a_takeover_that_cannot_read_a_closing_fact_runs_nothing(
+    broker: str, registry_url: str, namespace: str
+) -> None:
+    """No reader without the setting can read the closing fact. The partition stops, also for the job of that fact. The
+    next owner, which has the setting, finds the fact and does not run the job again."""
     app = made(namespace, broker)
     registered = with_registry(app, registry_url)
     names = app.names
@@ -341,7 +344,7 @@ def test_a_takeover_that_cannot_read_an_end_runs_nothing(broker: str, registry_u
 
 
 def send_events(app: App, topic: str, *events: JobEvent) -> None:
-    """Events to partition 0, framed as the app's settings say, without headers."""
+    """Write events to partition 0, with the framing of the app's settings and without headers."""
     writer = LogWriter(app.settings, app.names)
     try:
         writer.send(Outgoing(topic, codec.encode(event), event.job_id, 0) for event in events)
@@ -349,21 +352,21 @@ def send_events(app: App, topic: str, *events: JobEvent) -> None:
         writer.close()
 
 
-# -- other people's writers and readers ------------------------------------------------------------------------------
+# -- writers and readers of other programs ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("version", ["ours", "theirs"])
 def test_a_plain_confluent_producer_submits_a_job(
     broker: str, registry_url: str, api: httpx2.Client, namespace: str, version: str
 ) -> None:
-    """With the published schema, or one of its own that Avro resolves, fastavro and five
-    bytes of frame: the job runs."""
+    """The producer uses the published schema, or another one that Avro can resolve, with fastavro and five bytes of
+    framing. The job runs."""
     app = made(namespace, broker, schema_registry=registry_url)
     topic = app.names.jobs("default")
     schema: Any = json.loads(codec.SCHEMA_TEXT)
     if version == "theirs":
         schema["fields"].insert(3, {"name": "region", "type": "string", "default": "here"})
-        schema["fields"][-1]["type"] = schema["fields"][-1]["type"][:2]  # it writes submissions only
+        schema["fields"][-1]["type"] = schema["fields"][-1]["type"][:2]  # this writer only writes submissions
     answer = api.post(f"subjects/{topic}-value/versions", json={"schema": json.dumps(schema)}).json()
     job = str(uuid.uuid4())
     datum = {
@@ -388,7 +391,7 @@ def test_a_plain_confluent_producer_submits_a_job(
 
 
 def test_the_example_for_other_languages_runs(broker: str, registry_url: str, namespace: str) -> None:
-    """What docs/wire.md shows is all that it takes, before any part of ours has registered anything."""
+    """The example in docs/wire.md works before any part of Jobledger has registered a schema."""
     app = made(namespace, broker, schema_registry=registry_url)
     block = re.search(r"```python\n(.*?)```", Path("docs/wire.md").read_text("utf-8"), re.DOTALL)
     assert block is not None
@@ -402,16 +405,18 @@ def test_the_example_for_other_languages_runs(broker: str, registry_url: str, na
     }.items():
         assert text.count(f'"{shown}"') == 1
         text = text.replace(f'"{shown}"', repr(here))
-    exec(compile(text, "docs/wire.md", "exec"), given)  # noqa: S102  # our own page
+    exec(compile(text, "docs/wire.md", "exec"), given)  # noqa: S102  # a page of this project
     with working(app):
         until(lambda: given["job_id"] in closings(app))
     assert closings(app)[given["job_id"]][0].event.fact.result == b"42"  # type: ignore[union-attr]
     app.close()
 
 
-def test_without_the_setting_a_frame_waits_and_garbage_does_not(broker: str, registry_url: str, namespace: str) -> None:
-    """A frame whose schema only a registry has stops its partition, and nothing is rejected; garbage behind a zero byte
-    is dead-lettered. With the setting the job runs."""
+def test_without_the_setting_a_framed_record_waits_and_garbage_does_not(
+    broker: str, registry_url: str, namespace: str
+) -> None:
+    """A record whose schema only the registry has stops its partition, and is not rejected. Garbage behind a zero byte
+    is dead-lettered. With the setting, the job runs."""
     app = made(namespace, broker)
     topic = app.names.jobs("default")
     registered = with_registry(app, registry_url)
@@ -432,10 +437,9 @@ def test_without_the_setting_a_frame_waits_and_garbage_does_not(broker: str, reg
     registered.close()
 
 
-def test_an_id_that_nobody_has_is_rejected_like_an_unknown_fingerprint(
-    broker: str, registry_url: str, namespace: str
-) -> None:
-    """The registry says no: the record goes to the dead letters, whole, and the next one runs."""
+def test_a_record_with_an_unknown_schema_id_is_rejected(broker: str, registry_url: str, namespace: str) -> None:
+    """If the registry has no such schema, the whole record is copied to the dead letters, as with an unknown
+    fingerprint. The next job runs."""
     app = made(namespace, broker, schema_registry=registry_url)
     topic = app.names.jobs("default")
     lost, garbage, good = framed(submission(), NOWHERE), b"\0\xff\xff\xff\xff garbage", submission()
@@ -448,8 +452,9 @@ def test_an_id_that_nobody_has_is_rejected_like_an_unknown_fingerprint(
     app.close()
 
 
-def test_a_registry_that_is_away_rejects_nothing(broker: str, registry_url: str, namespace: str) -> None:
-    """A reader that cannot ask stops with the registry's address; nothing is dead-lettered, and the job runs later."""
+def test_an_unreachable_registry_rejects_nothing(broker: str, registry_url: str, namespace: str) -> None:
+    """A reader that cannot reach the registry stops with the registry's address. Nothing is dead-lettered, and the job
+    runs later."""
     app = made(namespace, broker, schema_registry=registry_url)
     topic = app.names.jobs("default")
     schema_id = SchemaRegistry(registry_url).register(f"{topic}-value", codec.SCHEMA_TEXT)
@@ -469,17 +474,17 @@ def test_a_registry_that_is_away_rejects_nothing(broker: str, registry_url: str,
     app.close()
 
 
-class Door:
-    """A way to the registry that can be closed: then it answers as an overloaded proxy does."""
+class RegistryProxy:
+    """A proxy of the registry. While ``closed``, it answers as an overloaded proxy does."""
 
     def __init__(self, registry_url: str) -> None:
         self.closed = False
-        door = self
+        proxy = self
 
         class Handler(BaseHTTPRequestHandler):
             def answer(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                if door.closed:
+                if proxy.closed:
                     status, content = 503, b""
                 else:
                     sent = httpx2.request(
@@ -497,7 +502,7 @@ class Door:
             do_GET = do_POST = do_PUT = answer
 
             def log_message(self, *args: Any) -> None:
-                """Say nothing."""
+                """Log nothing."""
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -505,29 +510,29 @@ class Door:
 
 
 @pytest.fixture
-def door(registry_url: str) -> Iterator[Door]:
-    """A door to the registry, open."""
-    made = Door(registry_url)
+def proxy(registry_url: str) -> Iterator[RegistryProxy]:
+    """Yield an open proxy of the registry."""
+    made = RegistryProxy(registry_url)
     yield made
     made.server.shutdown()
     made.server.server_close()
 
 
-def test_a_registry_that_goes_away_stops_only_what_needs_it(
-    broker: str, registry_url: str, namespace: str, door: Door
+def test_a_registry_outage_stops_only_what_needs_the_registry(
+    broker: str, registry_url: str, namespace: str, proxy: RegistryProxy
 ) -> None:
-    """Submissions and jobs go on with the ids that are known. A record with another id ends the worker, unrejected; it
-    runs once the registry is back."""
-    app = made(namespace, broker, schema_registry=door.url)
+    """Submissions and jobs with known ids continue. A record with another id ends the worker, and is not rejected. The
+    job runs when the registry answers again."""
+    app = made(namespace, broker, schema_registry=proxy.url)
     topic = app.names.jobs("default")
-    # The same schema but for its words: another id in the registry, the same bytes.
+    # The same schema with another doc text: it has another id in the registry, but the same encoding.
     schema = json.loads(codec.SCHEMA_TEXT) | {"doc": namespace}
     other = SchemaRegistry(registry_url).register(f"{namespace}.elsewhere-value", json.dumps(schema))
     job = submission(args=b'{"a":3}')
     with working(app) as worker:
         first = app.tasks["add"].submit(1).job_id
         until(lambda: first in closings(app))
-        door.closed = True
+        proxy.closed = True
         second = app.tasks["add"].submit(2).job_id
         until(lambda: second in closings(app))
         produce(app, topic, framed(job, other))
@@ -536,7 +541,7 @@ def test_a_registry_that_goes_away_stops_only_what_needs_it(
         assert "HTTP status 503" in str(worker.error)
     with pytest.raises(RegistryUnavailable), working(app, start_timeout=0.5) as worker:
         until(worker.ended.is_set)
-    door.closed = False
+    proxy.closed = False
     with working(app):
         until(lambda: job.job_id in closings(app))
     assert {len(facts) for facts in closings(app).values()} == {1}
@@ -544,11 +549,11 @@ def test_a_registry_that_goes_away_stops_only_what_needs_it(
     app.close()
 
 
-def test_streams_without_the_setting_stop_at_a_frame(
+def test_the_stream_processor_without_the_setting_stops_at_a_framed_record(
     broker: str, registry_url: str, namespace: str, tmp_path: Path
 ) -> None:
-    """Coordinator and materializer name record and setting, and pass nothing; with the
-    setting they go on from there."""
+    """Coordinator and materializer raise errors that name the setting, and skip nothing. With the setting they continue
+    at the record."""
     app = made(namespace, broker, home=tmp_path)
     registered = with_registry(app, registry_url)
     delayed = submission()
@@ -586,7 +591,8 @@ class Weighed(msgspec.Struct, frozen=True):
 
 
 def with_events(namespace: str, broker: str, url: str | None, *, avro: bool = True) -> tuple[App, list[Any]]:
-    """An app with an event of its own and one of others, and what its handlers have run."""
+    """Create an app with its own event and an event of another system. Return the app, and a list of the events that
+    its handlers get."""
     app = App(namespace, settings=Settings(bootstrap=broker, schema_registry=url), partitions=2)
     ran: list[Any] = []
     app.event(Paid)
@@ -608,7 +614,7 @@ def with_events(namespace: str, broker: str, url: str | None, *, avro: bool = Tr
 def test_domain_events_are_framed_too_and_read_without_the_registry(
     broker: str, registry_url: str, namespace: str, api: httpx2.Client
 ) -> None:
-    """Emitted with a registry and without, in turn; a router that knows no registry handles them all."""
+    """Events are emitted with and without a registry. A router without a registry handles all of them."""
     app, ran = with_events(namespace, broker, None, avro=False)
     ensure(app, app.settings)
     with_it, _ = with_events(namespace, broker, registry_url, avro=False)
@@ -630,11 +636,11 @@ def test_domain_events_are_framed_too_and_read_without_the_registry(
     with_it.close()
 
 
-def test_avro_of_others_is_handled_by_the_schema_it_was_written_with(
+def test_avro_of_other_systems_is_read_with_its_own_schema(
     broker: str, registry_url: str, namespace: str, api: httpx2.Client
 ) -> None:
-    """Another program's record, of another name, with a field more and one less; without
-    the setting the router says so."""
+    """Another program's record has another name, one more field and one field less. Without the setting, the router
+    refuses to start."""
     app, ran = with_events(namespace, broker, registry_url)
     client = admin(app.settings)
     topic = f"{namespace}-scales"

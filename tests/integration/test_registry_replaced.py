@@ -1,4 +1,5 @@
-"""A Schema Registry that was replaced, or restored with other ids: what the log says of its own records counts."""
+"""A Schema Registry that was replaced, or restored with other ids: for Jobledger's own records, the ids in the log
+count."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ OTHER = json.dumps({"type": "record", "name": "Invoice", "namespace": "elsewhere
 
 
 class SmallRegistry:
-    """A registry in memory; ``held``: the schemas it was restored with; new ones get ids from ``first`` on."""
+    """A registry in memory. ``held``: the schemas that it has after a restore; new schemas get ids from ``first`` on."""
 
     def __init__(self, held: dict[int, str] | None = None, first: int = 1) -> None:
         known: dict[int, str] = dict(held or {})
@@ -63,7 +64,7 @@ class SmallRegistry:
                 self.wfile.write(raw)
 
             def log_message(self, *args: Any) -> None:
-                """Say nothing."""
+                """Log nothing."""
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -83,13 +84,14 @@ class Paid:
 
 @dataclass
 class Lab:
-    """A namespace that was written with one registry: the event schema of jobs is its id 1, that of `Paid` its id 2."""
+    """A namespace whose records were written with one registry. The schema of job events has the id 1 there, and that
+    of `Paid` the id 2."""
 
     app: App
     registries: list[SmallRegistry]
 
-    def under(self, registry: SmallRegistry) -> App:
-        """The app, with another registry."""
+    def with_other_registry(self, registry: SmallRegistry) -> App:
+        """Return the app with another registry."""
         self.registries.append(registry)
         settings = self.app.settings
         again = build(self.app.names.namespace, settings.resolve_bootstrap(), schema_registry=registry.url)
@@ -113,10 +115,10 @@ def lab(broker: str, namespace: str, monkeypatch: pytest.MonkeyPatch) -> Iterato
         each.close()
 
 
-def test_jobs_are_read_by_what_the_log_says_of_their_id(lab: Lab) -> None:
-    """With a registry that knows another schema by the id of acknowledged jobs, these jobs run; none is a dead letter."""
+def test_jobs_are_read_with_the_schema_that_the_log_has_for_their_id(lab: Lab) -> None:
+    """The registry has another schema with the id of acknowledged jobs. These jobs run, and none becomes a dead letter."""
     jobs = [lab.app.tasks["add"].submit(n).job_id for n in range(1, 4)]
-    restored = lab.under(SmallRegistry({1: OTHER, 2: OTHER}, first=100))
+    restored = lab.with_other_registry(SmallRegistry({1: OTHER, 2: OTHER}, first=100))
     with working(restored):
         until(lambda: set(jobs) <= set(closings(restored)))
         later = restored.tasks["add"].submit(7).job_id
@@ -128,8 +130,9 @@ def test_jobs_are_read_by_what_the_log_says_of_their_id(lab: Lab) -> None:
 
 
 def test_a_registry_that_contradicts_the_log_stops_writers(lab: Lab) -> None:
-    """If it gives our schema an id that is another schema in the log, nothing is sent: the error names both."""
-    restored = lab.under(SmallRegistry(first=2))
+    """The registry gives the schema of job events an id that belongs to another schema in the log. Nothing is sent, and
+    the error names both schemas."""
+    restored = lab.with_other_registry(SmallRegistry(first=2))
     before = len(log_of(lab.app, lab.app.names.jobs("default")))
     said = r"schema id 2 is JobEvent.*127\.0\.0\.1.*and Paid.*\.schemas.*JOBLEDGER_SCHEMA_REGISTRY"
     with pytest.raises(ConfigError, match=said):
@@ -143,16 +146,17 @@ def test_a_registry_that_contradicts_the_log_stops_writers(lab: Lab) -> None:
 
 
 def test_a_registry_that_contradicts_the_log_stops_emitters(lab: Lab) -> None:
-    """As for jobs: an event whose schema gets the id of another one is not emitted."""
-    restored = lab.under(SmallRegistry())
+    """An event whose schema gets the id of another schema is not emitted."""
+    restored = lab.with_other_registry(SmallRegistry())
     with pytest.raises(ConfigError, match=r"schema id 1 is Paid.*127\.0\.0\.1.*and JobEvent.*\.schemas"):
         restored.emit(Paid(2))
     restored.close()
 
 
-def test_records_of_others_are_read_by_the_registry_or_not_at_all(lab: Lab) -> None:
-    """Only the registry explains them; an id that the log contradicts stops their reader, one that it lacks does not."""
-    restored = lab.under(SmallRegistry({2: OTHER, 50: OTHER}))
+def test_records_of_other_systems_are_read_only_with_the_registry(lab: Lab) -> None:
+    """Only the registry can explain these records. An id that contradicts the log stops their reader, an id that the
+    log lacks does not."""
+    restored = lab.with_other_registry(SmallRegistry({2: OTHER, 50: OTHER}))
     lookup = SchemaLookup(restored.settings, restored.names)
     try:
         assert lookup.of_others(50, True) == OTHER

@@ -1,4 +1,5 @@
-"""Domain events on a real broker: emitted, routed to their handlers, once each; garbage, evolution, restarts."""
+"""Domain events with a real broker: emitted events become one job for each handler; garbage, changed classes and
+restarts are tested, too."""
 
 from __future__ import annotations
 
@@ -44,13 +45,13 @@ class UserRegistered(msgspec.Struct, frozen=True):
 
 
 class Changed(msgspec.Struct):
-    """`UserRegistered`, with another type for a field."""
+    """`UserRegistered` with another type of one field."""
 
     user_id: int
 
 
 class Grown(msgspec.Struct):
-    """`UserRegistered`, with one more field."""
+    """`UserRegistered` with one more field."""
 
     user_id: str
     plan: str = "free"
@@ -66,7 +67,8 @@ class Parcel(msgspec.Struct, frozen=True):
 
 
 def built(namespace: str, broker: str) -> tuple[App, list[tuple[str, str]]]:
-    """An app with two events, three handlers and a foreign topic; and what its handlers have run."""
+    """Create an app with two events, three handlers and a topic of another system. Return the app, and a list of what
+    its handlers have run."""
     app = App(namespace, settings=Settings(bootstrap=broker), partitions=2)
     ran: list[tuple[str, str]] = []
     app.event(key="user_id")(UserRegistered)
@@ -106,7 +108,7 @@ Lab = tuple[App, list[tuple[str, str]]]
 
 @contextlib.contextmanager
 def routing(app: App) -> Iterator[Router]:
-    """A router in a thread; stopped at the end, and its error raised."""
+    """Run a router in a thread. The router is stopped at the end of the block, and its error is raised."""
     router, stop, raised = Router(app.registry, app.settings), threading.Event(), []
 
     def run() -> None:
@@ -128,24 +130,25 @@ def routing(app: App) -> Iterator[Router]:
 
 
 def submitted(app: App) -> Counter[str]:
-    """How often each job was submitted, by id."""
+    """Return how often each job was submitted, by id."""
     records = [r for queue in app.queues for r in log_of(app, app.names.jobs(queue))]
     return Counter(r.event.job_id for r in records if isinstance(r.event.fact, JobSubmitted))
 
 
 def expected(app: App, event_ids: list[str], name: str) -> set[str]:
-    """The jobs that follow from events of a type."""
+    """Return the ids of the jobs that events of a type must have."""
     return {handler.job_id(event_id) for event_id in event_ids for handler in app.registry.handlers[name]}
 
 
 def test_each_handler_of_an_event_is_a_job_of_its_own(lab: Lab) -> None:
-    """Emitted in every form and before a router runs; each pair runs once, with the event as it was, findable by it."""
+    """Events are emitted in every form, also before a router runs. Each pair of event and handler runs once, with the
+    unchanged event, and its job has the event's id as a tag."""
     app, ran = lab
     handles = [app.emit(UserRegistered("a", "paid"))]
     handles += app.emit_many(UserRegistered(f"m{i}") for i in range(50))
     with working(app), routing(app):
         late = app.emit(UserRegistered("late"))
-        app.emit(UserLeft("a"))  # nobody handles it
+        app.emit(UserLeft("a"))  # without a handler
         until(lambda: len(ran) == 104)
     wanted = {(task, who) for task in ("sync_crm", "welcome") for who in ["a", "late", *(f"m{i}" for i in range(50))]}
     assert Counter(ran) == Counter(wanted)
@@ -158,8 +161,8 @@ def test_each_handler_of_an_event_is_a_job_of_its_own(lab: Lab) -> None:
     assert (submission.task, submission.queue) == ("sync_crm", "crm")
 
 
-def test_events_of_one_key_stand_in_one_partition_in_their_order(lab: Lab) -> None:
-    """So that any reader of the topic sees one user's events in the order of their happening."""
+def test_events_of_one_key_are_in_one_partition_in_their_order(lab: Lab) -> None:
+    """So each reader of the topic sees the events of one user in the order in which they were emitted."""
     app, _ = lab
     handles = app.emit_many(UserRegistered(f"u{i % 3}", str(i)) for i in range(60))
     by_user: dict[int, list[tuple[int, int]]] = {}
@@ -170,8 +173,8 @@ def test_events_of_one_key_stand_in_one_partition_in_their_order(lab: Lab) -> No
         assert places == sorted(places)
 
 
-def test_another_router_goes_on_where_the_first_ended_and_submits_nothing_twice(lab: Lab) -> None:
-    """A clean stop commits all of it; events that come while none runs wait on the log."""
+def test_a_second_router_continues_where_the_first_one_stopped(lab: Lab) -> None:
+    """A clean stop commits everything. Events that are emitted while no router runs wait in the log."""
     app, _ = lab
     handles = app.emit_many(UserRegistered(f"a{i}") for i in range(200))
     with routing(app) as router:
@@ -185,7 +188,7 @@ def test_another_router_goes_on_where_the_first_ended_and_submits_nothing_twice(
 
 
 def test_two_routers_share_the_partitions(lab: Lab) -> None:
-    """Each event goes through one of them, also while the second comes and the first goes."""
+    """Every event gets its jobs, also while the second router joins and the first one leaves."""
     app, _ = lab
     handles = app.emit_many(UserRegistered(f"a{i}") for i in range(500))
     with routing(app) as second:
@@ -199,8 +202,9 @@ def test_two_routers_share_the_partitions(lab: Lab) -> None:
         )
 
 
-def test_what_is_no_event_becomes_a_dead_letter_and_others_go_on(lab: Lab) -> None:
-    """Garbage, an unknown schema, nothing at all; and an event whose job is larger than its topic takes."""
+def test_a_record_that_is_no_event_becomes_a_dead_letter_and_stops_nothing(lab: Lab) -> None:
+    """The records are garbage, an unknown schema, a record without a value, and an event whose job is too large for its
+    topic."""
     app, ran = lab
     topic = app.events["UserRegistered"].topic
     limit_records(app, 5_000, app.names.jobs("crm"))
@@ -221,12 +225,12 @@ def test_what_is_no_event_becomes_a_dead_letter_and_others_go_on(lab: Lab) -> No
     assert {fact.topic for fact in letters} == {topic}
 
 
-def test_tags_of_handlers_are_on_their_jobs_and_a_broken_function_costs_no_other_handler_its_job(
+def test_jobs_have_the_tags_of_their_handler_and_a_failing_tag_function_affects_no_other_handler(
     broker: str, namespace: str
 ) -> None:
-    """Fixed tags and those a function gives by event stand beside the event's id; an event for which the function fails
-    becomes one dead letter that names the handler, and the other handlers and events get their jobs. A backfill of that
-    handler stops and says the same."""
+    """A job has the event's id and the handler's tags, which are fixed or come from a function of the event. If the
+    function fails for an event, one dead letter names the handler, and the other handlers and events get their jobs. A
+    backfill of that handler stops with the same reason."""
     app = App(namespace, settings=Settings(bootstrap=broker), partitions=2)
     app.event(UserRegistered)
 
@@ -262,7 +266,7 @@ def test_tags_of_handlers_are_on_their_jobs_and_a_broken_function_costs_no_other
 
 
 def write(app: App, *values: Any, partition: int | None = None) -> list[Position]:
-    """JSON, as another program writes it, on the topic of parcels."""
+    """Write JSON to the topic of parcels, as another program would."""
     writer = LogWriter(app.settings, app.names)
     topic = app.events["Parcel"].topic
     try:
@@ -272,14 +276,14 @@ def write(app: App, *values: Any, partition: int | None = None) -> list[Position
 
 
 def parcels(app: App) -> list[int]:
-    """The numbers of the parcels that have a job."""
+    """Return the numbers of the parcels that have a job."""
     jobs = [r.event for r in log_of(app, app.names.jobs("mail")) if r.event.task == "track"]
     return sorted(json.loads(job.fact.spec.args)["event"]["number"] for job in jobs)  # type: ignore[union-attr]
 
 
-def test_topics_of_others_are_read_from_the_routers_first_start_on(lab: Lab) -> None:
-    """What was there before is passed, our own events are not; what comes while no router runs is not lost, nor what is
-    on a partition before it was noticed."""
+def test_topics_of_other_systems_are_read_from_the_routers_first_start_on(lab: Lab) -> None:
+    """Records from before the router's first start are skipped, but not the app's own events. Records that are written
+    while no router runs are read, and so are the first records of a new partition."""
     app, _ = lab
     topic = app.events["Parcel"].topic
     for partition in range(2):
@@ -288,7 +292,8 @@ def test_topics_of_others_are_read_from_the_routers_first_start_on(lab: Lab) -> 
     with routing(app) as router:
         until(lambda: len(router.partitions) == 4)
 
-        # Before any record: a start that is killed now must not begin at a later end.
+        # The offsets are committed before any record is read, because a router that is killed now must not begin at a
+        # later end.
         def begun() -> dict[tuple[str, int], int]:
             found = group_offsets.group_offsets(app.settings, app.names.router_group, topic)
             return {place: each.base for place, each in found.items()}
@@ -299,7 +304,7 @@ def test_topics_of_others_are_read_from_the_routers_first_start_on(lab: Lab) -> 
         write(app, {"number": 10 + partition}, partition=partition)
     with routing(app) as router:
         until(lambda: len(router.partitions) == 4)
-        client = admin(app.settings)  # held: its answers die with it
+        client = admin(app.settings)  # a reference: without the client, its answers are lost
         client.create_partitions([NewPartitions(topic, 3)])[topic].result(timeout=20)
         until(lambda: partitions_of(app.settings, topic) == 3)
         write(app, {"number": 20}, partition=2)
@@ -307,8 +312,9 @@ def test_topics_of_others_are_read_from_the_routers_first_start_on(lab: Lab) -> 
     assert router.events == 3
 
 
-def test_routers_that_start_together_agree_on_where_a_topic_begins(lab: Lab) -> None:
-    """The second is given partitions that nobody has committed: they were there, so they begin at their end, too."""
+def test_routers_that_start_together_begin_a_topic_at_the_same_offsets(lab: Lab) -> None:
+    """The second router gets partitions without a committed offset. These partitions existed at the first start, so the
+    router begins at the end that was noted then."""
     app, _ = lab
     topic = app.events["Parcel"].topic
     for partition in range(2):
@@ -322,8 +328,9 @@ def test_routers_that_start_together_agree_on_where_a_topic_begins(lab: Lab) -> 
     asker.close()
 
 
-def test_where_events_begin_is_each_classes_choice(lab: Lab) -> None:
-    """``start="latest"`` passes our own events of the past; ``"earliest"`` takes those of others, too."""
+def test_each_event_class_chooses_where_its_topic_begins(lab: Lab) -> None:
+    """``start="latest"`` skips past events of the app itself, and ``"earliest"`` also reads past records of other
+    systems."""
     app, _ = lab
     other = App(app.names.namespace, settings=app.settings, partitions=2)
     other.event(key="user_id", start="latest")(UserRegistered)
@@ -341,8 +348,9 @@ def test_where_events_begin_is_each_classes_choice(lab: Lab) -> None:
     other.close()
 
 
-def test_json_that_others_write_is_handled_too(lab: Lab) -> None:
-    """By its place it has an id; what does not fit the handler's class ends as that job's bad arguments."""
+def test_json_of_other_systems_is_handled(lab: Lab) -> None:
+    """The event's id is computed from the record's position. If the record does not fit the event class, its job fails
+    with bad arguments."""
     app, ran = lab
     with pytest.raises(BadEvent, match="handled, not emitted"):
         app.emit(Parcel(1))
@@ -356,8 +364,9 @@ def test_json_that_others_write_is_handled_too(lab: Lab) -> None:
     assert set(submitted(app)) == expected(app, ids, "Parcel")
 
 
-def test_a_class_that_cannot_read_what_was_written_is_refused_before_it_writes(lab: Lab, broker: str) -> None:
-    """By the emitter, the router and a backfill; a class with one more field that has a default goes on reading the old."""
+def test_an_event_class_that_cannot_read_the_log_is_refused_before_it_writes(lab: Lab, broker: str) -> None:
+    """Emitter, router and backfill refuse such a class. A class with one more field that has a default can read the old
+    events."""
     app, _ = lab
     app.emit(UserRegistered("old", "paid"))
 
@@ -387,8 +396,8 @@ def test_a_class_that_cannot_read_what_was_written_is_refused_before_it_writes(l
     grown.close()
 
 
-def test_an_event_that_a_job_emits_is_the_same_when_the_job_runs_again(lab: Lab) -> None:
-    """A rerun of the job says nothing new: its events have the ids they had, and so have their jobs."""
+def test_a_rerun_of_a_job_emits_the_same_events(lab: Lab) -> None:
+    """A rerun of the job emits events with the same ids, so their jobs have the same ids, too."""
     app, _ = lab
     seen: list[str] = []
 
@@ -401,7 +410,7 @@ def test_an_event_that_a_job_emits_is_the_same_when_the_job_runs_again(lab: Lab)
     job = registers.submit("u")
     with working(app):
         until(lambda: len(seen) == 1)
-    # What the coordinator would do after the backoff.
+    # Write what the coordinator would write after the delay.
     from jobledger.schemas import codec
     from jobledger.schemas.events import JobDue, JobSpec
 
@@ -417,8 +426,8 @@ def test_an_event_that_a_job_emits_is_the_same_when_the_job_runs_again(lab: Lab)
     assert seen[0] == seen[1]
 
 
-def test_a_router_that_cannot_work_says_why(broker: str, namespace: str) -> None:
-    """No handlers; a topic that is not there."""
+def test_a_router_that_cannot_start_names_the_reason(broker: str, namespace: str) -> None:
+    """There are no handlers, or a topic does not exist."""
     app, _ = built(namespace, broker)
     with pytest.raises(TopicMissing, match=r"topics apply"):
         Router(app.registry, app.settings).run(threading.Event())
@@ -433,21 +442,21 @@ def test_a_router_that_cannot_work_says_why(broker: str, namespace: str) -> None
 # -- backfill ---------------------------------------------------------------------------------------------------------
 
 
-def backfilled(
+def run_backfill(
     app: App, known: set[str] | None = None, stop: threading.Event | None = None, **plan: Any
 ) -> BackfillProgress:
-    """One run of the backfill of `sync_crm`; ``known``: what the status table has."""
+    """Run a backfill of `sync_crm`. ``known``: the ids of the jobs in the status table."""
     run = Backfill(app.registry, app.settings, BackfillPlan("sync_crm", **plan), lambda job_id: job_id in (known or ()))
     return run.run(stop or threading.Event())
 
 
 def crm_jobs(app: App, handles: list[EventHandle]) -> Counter[str]:
-    """The jobs that `sync_crm` must have for these events, once each."""
+    """Return the jobs that `sync_crm` must have for these events, once each."""
     return Counter(app.registry.handler("sync_crm").job_id(h.event_id) for h in handles)
 
 
-def test_a_backfill_submits_what_the_status_table_does_not_know(lab: Lab) -> None:
-    """A dry run counts and sends nothing; the run itself passes over what is known, and what is no event."""
+def test_a_backfill_submits_jobs_that_the_status_table_does_not_have(lab: Lab) -> None:
+    """A dry run counts and submits nothing. A real run skips known jobs and records that are no events."""
     app, _ = lab
     handles = app.emit_many(UserRegistered(f"u{i}") for i in range(300))
     writer = LogWriter(app.settings, app.names)
@@ -455,16 +464,16 @@ def test_a_backfill_submits_what_the_status_table_does_not_know(lab: Lab) -> Non
     writer.close()
     wanted = crm_jobs(app, handles)
     known = set(list(wanted)[:100])
-    dry = backfilled(app, known, dry_run=True)
+    dry = run_backfill(app, known, dry_run=True)
     assert (dry.events, dry.submitted, dry.known, dry.unreadable, dry.done) == (301, 200, 100, 1, True)
     assert not submitted(app)
-    real = backfilled(app, known)
+    real = run_backfill(app, known)
     assert (real.events, real.submitted, real.known, real.unreadable, real.done) == (301, 200, 100, 1, True)
     assert submitted(app) == Counter(set(wanted) - known)
 
 
-def test_a_backfill_keeps_to_its_bounds_of_time(lab: Lab) -> None:
-    """By the broker's clock: from the first bound on, before the second; what comes later is the router's."""
+def test_a_backfill_respects_its_time_bounds(lab: Lab) -> None:
+    """Events at or after the first time and before the second time are submitted, by the broker's clock."""
     app, _ = lab
     handles: list[EventHandle] = []
     bounds: list[int] = []
@@ -473,13 +482,14 @@ def test_a_backfill_keeps_to_its_bounds_of_time(lab: Lab) -> None:
         time.sleep(0.05)
         bounds.append(round(time.time() * 1000))
         time.sleep(0.05)
-    found = backfilled(app, since=bounds[0], until=bounds[1])
+    found = run_backfill(app, since=bounds[0], until=bounds[1])
     assert (found.submitted, found.done) == (20, True)
     assert submitted(app) == crm_jobs(app, handles[20:40])
 
 
-def test_an_interrupted_backfill_goes_on_where_it_was(lab: Lab) -> None:
-    """At its pace, within its first range; with other bounds it asks first; a finished one begins anew."""
+def test_an_interrupted_backfill_continues_where_it_stopped(lab: Lab) -> None:
+    """The backfill respects its rate and continues within its first range. Other bounds are refused without
+    ``--restart``. After the end, a new backfill begins at the start."""
     app, _ = lab
     handles = app.emit_many(UserRegistered(f"u{i}") for i in range(400))
     stop = threading.Event()
@@ -491,12 +501,12 @@ def test_an_interrupted_backfill_goes_on_where_it_was(lab: Lab) -> None:
     assert 100 <= first.submitted < 200
     later = app.emit(UserRegistered("later"))
     with pytest.raises(ConfigError, match="--restart"):
-        backfilled(app, since=1)
-    second = backfilled(app)
+        run_backfill(app, since=1)
+    second = run_backfill(app)
     assert (second.resumed, second.done) == (True, True)
     assert first.submitted + second.submitted == 400
     assert submitted(app) == crm_jobs(app, handles)
-    third = backfilled(app, known=set(crm_jobs(app, handles)))
+    third = run_backfill(app, known=set(crm_jobs(app, handles)))
     assert (third.resumed, third.submitted, third.known) == (False, 1, 400)
     assert submitted(app) == crm_jobs(app, [*handles, later])
 
@@ -507,7 +517,7 @@ def test_rates_are_read(text: str, rate: float) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "50", "0/s", "-1/s", "fast", "5/day"])
-def test_what_is_no_rate_is_refused(text: str) -> None:
+def test_an_invalid_rate_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="50/s"):
         events_per_second(text)
 
@@ -531,7 +541,8 @@ SHIPMENT = {
 
 @contextlib.contextmanager
 def registry_of(*schemas: dict[str, Any]) -> Iterator[str]:
-    """The URL of a server that gives schemas by id, from 1 on, and takes ours, as a Schema Registry does."""
+    """Run a server that returns schemas by id, from 1 on, and accepts new schemas, as a Schema Registry does. Yield its
+    URL."""
     texts = list(map(json.dumps, schemas))
 
     class Answers(http.server.BaseHTTPRequestHandler):
@@ -570,11 +581,12 @@ def avro(schema_id: int, schema: dict[str, Any], values: dict[str, Any]) -> byte
     return b"\0" + schema_id.to_bytes(4, "big") + out.getvalue()
 
 
-def test_others_records_are_read_as_they_were_written_or_stop_the_router(
+def test_records_of_other_systems_are_read_with_their_schema_or_stop_the_router(
     broker: str, namespace: str, tmp_path: Path
 ) -> None:
-    """Enums, arrays of records, tombstones, JSON after a byte-order mark: handler and projection get the events, nothing goes
-    to the dead letters. A schema that the class cannot read stops both, naming the field, and is where they go on."""
+    """The records have enums, arrays of records, tombstones, and JSON after a byte-order mark. Handler and projection
+    get the events, and nothing goes to the dead letters. A schema that the class cannot read stops both at that record,
+    with an error that names the field."""
     changed = json.loads(json.dumps(SHIPMENT).replace('"number", "type": "int"', '"number", "type": "string"', 1))
     with registry_of(SHIPMENT, changed) as url, contextlib.ExitStack() as stack:
         settings = Settings(bootstrap=broker, schema_registry=url, status_url=f"sqlite:///{tmp_path / 'status.db'}")

@@ -1,7 +1,7 @@
-"""Secured clusters: every part with its own user, its own certificate or password, and exactly the least rights.
+"""Secured clusters: every part has its own user, its own certificate or password, and exactly the least rights.
 
-The broker lets nobody do what no ACL allows (`tests.secured`). Where real processes make no
-difference, the parts run in this one.
+The broker allows only what an ACL allows (`tests.secured`). If real processes make no difference, the parts run in the
+test's own process.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from tests.secured import MTLS, OIDC, PLAIN, SCRAM, WAYS, Secured, environment, 
 pytestmark = pytest.mark.kafka
 
 WAIT_S = 240.0
-#: Seconds in which a refusal must have been said.
+#: Seconds in which a refusal must have been reported.
 BOUND_S = 100.0
 SYSTEM = ("client", "worker", "streams", "router", "admin")
 USERS = (*SYSTEM, "coordinator", "materializer", "nobody")
@@ -66,13 +66,13 @@ async def welcome(event: Registered) -> str:
 
 @pytest.fixture(scope="module")
 def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
-    """The broker of this module."""
+    """Yield the broker of this module."""
     with Secured(tmp_path_factory.mktemp("secured"), USERS) as made:
         yield made
 
 
 class Part:
-    """A command that goes on, in a process of its own; what it says goes to a file."""
+    """A command that continues to run in its own process. Its output goes to a file."""
 
     def __init__(self, words: list[str], folder: Path, environ: Mapping[str, str]) -> None:
         self.output = folder / f"{words[0]}-{time.monotonic_ns()}.log"
@@ -86,24 +86,24 @@ class Part:
             )
 
     @property
-    def said(self) -> str:
-        """Everything so far."""
+    def output_text(self) -> str:
+        """Return the output until now."""
         return self.output.read_text("utf-8", "replace")
 
     def until(self, text: str) -> None:
-        """Wait until it has said this."""
+        """Wait until the output contains this text."""
         deadline = time.monotonic() + WAIT_S
-        while text not in self.said:
-            assert self.process.poll() is None, f"ended with {self.process.returncode}:\n{self.said}"
-            assert time.monotonic() < deadline, f"{text!r} not in\n{self.said}"
+        while text not in self.output_text:
+            assert self.process.poll() is None, f"ended with {self.process.returncode}:\n{self.output_text}"
+            assert time.monotonic() < deadline, f"{text!r} not in\n{self.output_text}"
             time.sleep(0.05)
 
     def ended(self) -> int:
-        """Wait for its end; the exit code."""
+        """Wait until the process ends, and return its exit code."""
         return self.process.wait(WAIT_S)
 
     def close(self) -> None:
-        """SIGTERM, and whatever it takes."""
+        """Stop the process with SIGTERM, and kill it and its child processes if they do not end."""
         if self.process.poll() is not None:
             return
         family = psutil.Process(self.process.pid).children(recursive=True)
@@ -118,7 +118,7 @@ class Part:
 
 
 class Site:
-    """A folder with an app of its own namespace, run by several users of a secured cluster."""
+    """A folder with an app in its own namespace, which several users of a secured cluster run."""
 
     def __init__(self, secured: Secured, folder: Path, namespace: str) -> None:
         self.secured, self.folder, self.namespace = secured, folder, namespace
@@ -127,17 +127,17 @@ class Site:
         self.parts: list[Part] = []
 
     def environ(self, bootstrap: str, kafka: Mapping[str, str]) -> dict[str, str]:
-        """The environment of a process with these settings and no others."""
+        """Return the environment of a process with these settings and no others."""
         kept = {k: v for k, v in os.environ.items() if not k.startswith("JOBLEDGER_") and k != "FORCE_COLOR"}
         home = {"JOBLEDGER_HOME": str(self.folder / "home"), "JOBLEDGER_SUBMIT_TIMEOUT": "20"}
         return {**kept, **home, "PYTHONUNBUFFERED": "1", **environment(bootstrap, kafka)}
 
-    def of(self, user: str, way: str) -> dict[str, str]:
-        """The environment of one user."""
+    def environ_of(self, user: str, way: str) -> dict[str, str]:
+        """Return the environment of one user."""
         return self.environ(self.secured.address(way), self.secured.kafka(user, way))
 
     def run(self, environ: Mapping[str, str], *words: str) -> tuple[int, str, str]:
-        """A command to its end: exit code, standard output, standard error."""
+        """Run a command to its end. Return its exit code, standard output and standard error."""
         done = subprocess.run(
             [sys.executable, "-m", "jobledger", *words],
             cwd=self.folder,
@@ -150,31 +150,31 @@ class Site:
         return done.returncode, done.stdout, done.stderr
 
     def start(self, environ: Mapping[str, str], *words: str) -> Part:
-        """A command that goes on."""
+        """Start a command that continues to run."""
         made = Part(list(words), self.folder, environ)
         self.parts.append(made)
         return made
 
     def load(self) -> App:
-        """The app, here, for people who may do anything."""
+        """Load the app in this process, with the rights of the cluster's operators."""
         home = self.folder / "home" / "status" / f"{self.namespace}.db"
         target = f"{self.folder / self.target.partition(':')[0]}.py:app"
         return load_app(target, bootstrap=self.secured.brokers.bootstrap, status_url=f"sqlite:///{home}")
 
-    def settled(self, app: App, count: int) -> None:
-        """Wait until so many jobs have succeeded; no other has ended."""
+    def wait_for_successes(self, app: App, count: int) -> None:
+        """Wait until ``count`` jobs have succeeded. No job may have another state."""
         deadline = time.monotonic() + WAIT_S
         states: Counter[str] = Counter()
         while states["succeeded"] < count:
-            assert time.monotonic() < deadline, f"{states}, not {count}\n" + "".join(p.said for p in self.parts)
+            assert time.monotonic() < deadline, f"{states}, not {count}\n" + "".join(p.output_text for p in self.parts)
             time.sleep(0.1)
-            with contextlib.suppress(StoreNotFound):  # the materializer is starting
+            with contextlib.suppress(StoreNotFound):  # the materializer has not created the table yet
                 states = Counter(job.state.value for job in app.jobs())
         assert set(states) == {"succeeded"}, states
         assert states["succeeded"] == count
 
     def grant(self, *pairs: str) -> None:
-        """Allow ``ROLE=PRINCIPAL`` what the role needs, as a person would who may do anything."""
+        """Give each ``ROLE=PRINCIPAL`` the rights of the role, as an operator of the cluster."""
         words = [word for pair in pairs for word in ("--principal", pair)]
         code, _, err = self.run(
             self.environ(self.secured.brokers.bootstrap, {}), "topics", "acls", self.target, *words, "--apply", "--yes"
@@ -184,7 +184,7 @@ class Site:
 
 @pytest.fixture
 def site(secured: Secured, tmp_path: Path, namespace: str) -> Iterator[Site]:
-    """One site; its processes end with the test, and no password of anybody stands in what they said."""
+    """Yield a site. Its processes end with the test, and their output must not contain a password."""
     made = Site(secured, tmp_path, namespace)
     try:
         yield made
@@ -193,26 +193,28 @@ def site(secured: Secured, tmp_path: Path, namespace: str) -> Iterator[Site]:
             part.close()
     for part in made.parts:
         for password in secured.passwords.values():
-            assert password not in part.said
+            assert password not in part.output_text
 
 
 @pytest.mark.parametrize(
     "way", [way if way == SCRAM else pytest.param(way, marks=pytest.mark.extended) for way in WAYS]
 )
 def test_the_whole_system_runs_with_the_least_rights(site: Site, way: str, say: Callable[[str], None]) -> None:
-    """Topics, submission, worker, router, coordinator and materializer, each under its own user: by certificate,
-    SCRAM-SHA-512, PLAIN and OAUTHBEARER, with settings from the environment alone."""
+    """Topics, submission, worker, router, coordinator and materializer each have their own user. They log in with
+    certificates, SCRAM-SHA-512, PLAIN or OAUTHBEARER, with settings from the environment only."""
     site.grant(*(f"{user}=User:{user}" for user in SYSTEM))
-    code, _, err = site.run(site.of("admin", way), "topics", "apply", site.target, "--yes", "--replication", "1")
+    code, _, err = site.run(
+        site.environ_of("admin", way), "topics", "apply", site.target, "--yes", "--replication", "1"
+    )
     assert code == 0, err
-    site.start(site.of("streams", way), "streams", site.target)
-    site.start(site.of("worker", way), "worker", site.target)
-    site.start(site.of("router", way), "router", site.target)
-    client = site.of("client", way)
+    site.start(site.environ_of("streams", way), "streams", site.target)
+    site.start(site.environ_of("worker", way), "worker", site.target)
+    site.start(site.environ_of("router", way), "router", site.target)
+    client = site.environ_of("client", way)
     code, out, err = site.run(
         client, "submit", site.target, "send_mail", "to=a@example.org", "fail=1", "--wait", "--json"
     )
-    assert code == 0, err + "".join(part.said for part in site.parts)
+    assert code == 0, err + "".join(part.output_text for part in site.parts)
     ended = json.loads(out)
     assert ended["result"] == "sent to a@example.org"
     code, out, err = site.run(client, "emit", site.target, "Registered", "user_id=u-1", "--json")
@@ -223,15 +225,15 @@ def test_the_whole_system_runs_with_the_least_rights(site: Site, way: str, say: 
         assert code == 0, err
         if "welcome" in out:
             break
-        assert time.monotonic() < deadline, out + "".join(part.said for part in site.parts)
+        assert time.monotonic() < deadline, out + "".join(part.output_text for part in site.parts)
     for part in site.parts:
-        assert "Traceback" not in part.said
-        assert " ERROR " not in part.said, part.said
+        assert "Traceback" not in part.output_text
+        assert " ERROR " not in part.output_text, part.output_text
     say(f"secured: the whole system over TLS by {way}, each part with its own user and the least rights")
 
 
-def bad(secured: Secured, kind: str) -> tuple[str, dict[str, str], str]:
-    """An address and settings with which nobody gets in, and what must be said of it."""
+def refused_login(secured: Secured, kind: str) -> tuple[str, dict[str, str], str]:
+    """Return an address, settings whose login is refused, and the text that the error must contain."""
     mtls, scram = secured.kafka("worker", MTLS), secured.kafka("worker", SCRAM)
     tls_at, sasl_at = secured.address(MTLS), secured.address(SCRAM)
     match kind:
@@ -253,10 +255,10 @@ def bad(secured: Secured, kind: str) -> tuple[str, dict[str, str], str]:
             return sasl_at, {**scram, "sasl.mechanism": "SCRAM-SHA-256"}, "JOBLEDGER_KAFKA__SASL_MECHANISM"
         case "untrusted-certificate":
             stranger = secured.stranger.issue("worker")
-            return tls_at, with_certificate(secured.authority.ca, stranger), "does not take this client's certificate"
+            return tls_at, with_certificate(secured.authority.ca, stranger), "refuses this client's certificate"
         case "expired-certificate":
             old = secured.authority.issue("worker", valid=-timedelta(days=1))
-            return tls_at, with_certificate(secured.authority.ca, old), "does not take this client's certificate"
+            return tls_at, with_certificate(secured.authority.ca, old), "refuses this client's certificate"
         case "no-certificate":
             kept = {name: mtls[name] for name in ("security.protocol", "ssl.ca.location")}
             return tls_at, kept, "JOBLEDGER_KAFKA__SSL_CERTIFICATE_LOCATION"
@@ -267,7 +269,7 @@ def bad(secured: Secured, kind: str) -> tuple[str, dict[str, str], str]:
         case "plain-at-tls":
             return tls_at, {}, "JOBLEDGER_KAFKA__SECURITY_PROTOCOL"
         case "tls-at-plain":
-            return secured.brokers.bootstrap, mtls, "does not speak TLS"
+            return secured.brokers.bootstrap, mtls, "does not use TLS"
     raise AssertionError(kind)
 
 
@@ -287,10 +289,10 @@ BAD = [
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_who_is_not_let_in_is_told_why(secured: Secured, kind: str, namespace: str) -> None:
-    """By librdkafka at the first look and at a submission, by aiokafka at its start: within seconds, with the setting
-    that is wrong and without the password."""
-    address, kafka, said = bad(secured, kind)
+def test_a_refused_login_is_an_error_that_names_the_setting(secured: Secured, kind: str, namespace: str) -> None:
+    """librdkafka reports the refusal at the check of the connection and at a submission, and aiokafka at its start. The
+    error comes within its time limit, names the wrong setting, and does not contain the password."""
+    address, kafka, said = refused_login(secured, kind)
     settings = Settings(bootstrap=address, kafka=kafka, submit_timeout=8.0 if kind == "secret" else 30.0)
 
     async def start() -> None:
@@ -299,7 +301,7 @@ def test_who_is_not_let_in_is_told_why(secured: Secured, kind: str, namespace: s
             await writer.start()
         finally:
             await writer.stop(1.0)
-            await asyncio.sleep(0.1)  # a TLS transport is closed some turns of the loop after it was told
+            await asyncio.sleep(0.1)  # a TLS transport needs some turns of the event loop to close
 
     def submit() -> None:
         writer = LogWriter(settings, None)
@@ -327,35 +329,38 @@ def test_who_is_not_let_in_is_told_why(secured: Secured, kind: str, namespace: s
 @pytest.mark.parametrize(
     "words", [["worker"], ["coordinator"], ["materializer"], ["router"], ["streams"], ["topics", "plan"]]
 )
-def test_a_process_that_is_not_let_in_ends(site: Site, words: list[str]) -> None:
-    """Exit code 77 within seconds and one line that says why; neither a traceback nor the password."""
-    address, kafka, said = bad(site.secured, "password-scram")
+def test_a_process_whose_login_is_refused_exits(site: Site, words: list[str]) -> None:
+    """The process exits with 77 and one line that says why, without a traceback and without the password."""
+    address, kafka, said = refused_login(site.secured, "password-scram")
     part = site.start(site.environ(address, kafka), *words, site.target)
     assert part.ended() == 77
-    lines = sum("does not let this client in" in line for line in part.said.splitlines())
-    assert lines == 1 or (lines == 2 and words == ["streams"]), part.said
-    assert said in part.said
-    assert "Traceback" not in part.said
-    assert "wr0ng" not in part.said
+    lines = sum("refuses this client's login" in line for line in part.output_text.splitlines())
+    assert lines == 1 or (lines == 2 and words == ["streams"]), part.output_text
+    assert said in part.output_text
+    assert "Traceback" not in part.output_text
+    assert "wr0ng" not in part.output_text
 
 
-def test_who_may_nothing_is_told_what_it_needs(site: Site) -> None:
-    """Without any ACL each part ends with all that it needs on its topics; the client with the first of it."""
+def test_a_user_without_rights_gets_an_error_that_names_the_missing_rights(site: Site) -> None:
+    """Without any ACL, each part ends with an error that names all missing rights on its topics. The client names the
+    first missing right."""
     site.grant("admin=User:admin")
-    code, _, err = site.run(site.of("admin", MTLS), "topics", "apply", site.target, "--yes", "--replication", "1")
+    code, _, err = site.run(
+        site.environ_of("admin", MTLS), "topics", "apply", site.target, "--yes", "--replication", "1"
+    )
     assert code == 0, err
-    nobody = site.of("nobody", MTLS)
+    nobody = site.environ_of("nobody", MTLS)
     parts = [site.start(nobody, words, site.target) for words in ("worker", "coordinator", "materializer", "router")]
     code, _, err = site.run(nobody, "submit", site.target, "send_mail", "to=a@example.org")
     assert code == 77, err
     assert "the client needs Write on topic" in err
     assert len(err.strip().splitlines()) == 1
     for part in parts:
-        assert part.ended() == 77, part.said
-        line = next(line for line in part.said.splitlines() if "jobledger topics acls" in line)
+        assert part.ended() == 77, part.output_text
+        line = next(line for line in part.output_text.splitlines() if "jobledger topics acls" in line)
         for name in (f"{site.namespace}.schemas", f"{site.namespace}.dead-letter"):
             assert f"Write on topic {name}" in line
-        assert "Traceback" not in part.said
+        assert "Traceback" not in part.output_text
 
 
 @pytest.mark.extended
@@ -372,9 +377,9 @@ def test_who_may_nothing_is_told_what_it_needs(site: Site) -> None:
     ],
     ids=lambda value: f"{value.operation}-{value.kind}-{value.name}" if isinstance(value, Right) else value,
 )
-def test_a_right_that_is_taken_away_meanwhile_loses_nothing(site: Site, role: str, words: str, right: Right) -> None:
-    """The part ends with 77 and says which right is gone; given back and started again, every
-    job and event comes to its end."""
+def test_a_right_that_is_removed_at_run_time_loses_nothing(site: Site, role: str, words: str, right: Right) -> None:
+    """The part exits with 77 and names the missing right. When the right is restored and the part is started again,
+    every job and event is processed."""
     secured, right = site.secured, right.of(site.namespace)
     boss = site.environ(secured.brokers.bootstrap, {})
     assert site.run(boss, "topics", "apply", site.target, "--yes", "--replication", "1")[0] == 0
@@ -382,7 +387,7 @@ def test_a_right_that_is_taken_away_meanwhile_loses_nothing(site: Site, role: st
     others = [part for part in ("worker", "coordinator", "materializer", "router") if part != words]
     for other in others:
         site.start(boss, other, site.target)
-    part = site.start(site.of(role, MTLS), words, site.target)
+    part = site.start(site.environ_of(role, MTLS), words, site.target)
     app, count = site.load(), 0
 
     def work(number: int) -> None:
@@ -394,18 +399,18 @@ def test_a_right_that_is_taken_away_meanwhile_loses_nothing(site: Site, role: st
 
     try:
         work(10)
-        site.settled(app, 2 * count)
+        site.wait_for_successes(app, 2 * count)
         secured.take(f"User:{role}", right)
         deadline = time.monotonic() + BOUND_S
         while part.process.poll() is None:
             work(5)
             time.sleep(0.3)
-            assert time.monotonic() < deadline, part.said
-        assert part.ended() == 77, part.said
-        assert f"{right.operation} on {right.kind} {right.name}" in part.said
-        assert "Traceback" not in part.said, part.said
+            assert time.monotonic() < deadline, part.output_text
+        assert part.ended() == 77, part.output_text
+        assert f"{right.operation} on {right.kind} {right.name}" in part.output_text
+        assert "Traceback" not in part.output_text, part.output_text
         secured.give(f"User:{role}", right)
-        site.start(site.of(role, MTLS), words, site.target)
-        site.settled(app, 2 * count)
+        site.start(site.environ_of(role, MTLS), words, site.target)
+        site.wait_for_successes(app, 2 * count)
     finally:
         app.close()

@@ -1,4 +1,4 @@
-"""What the takeover reads: ranges of partitions again and again on one connection, and ends wherever they stand."""
+"""What a takeover reads: several ranges of partitions on one connection, and outcomes on every lifecycle partition."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ pytestmark = pytest.mark.kafka
 PARTITIONS = 4
 
 
-def test_a_partition_is_read_again_on_the_connection_that_read_it_to_an_end_before(broker: str, namespace: str) -> None:
-    """Ranges of the same partitions can be read one after the other: what an earlier one stopped at is not left out."""
+def test_ranges_of_a_partition_can_be_read_again_on_the_same_connection(broker: str, namespace: str) -> None:
+    """Ranges of the same partitions can be read one after the other. No record is missing at the place where an earlier
+    range ended."""
     names, settings = Names(namespace), Settings(bootstrap=broker)
     wanted = topology.desired(names, {"mail": 2}, partitions=2, replication=1)
     client = admin(settings)
@@ -50,10 +51,10 @@ def test_a_partition_is_read_again_on_the_connection_that_read_it_to_an_end_befo
     assert time.monotonic() - began < 20, "a range was waited for until something else moved it"
 
 
-def test_without_committed_offsets_what_the_coordinator_ended_is_not_run_again(broker: str, namespace: str) -> None:
-    """Of a group that expired or was deleted: the ends of leased jobs stand where their ids belong, on other partitions
-    than the work records of a queue with fewer of them. They are found there; only a job without an end is leased
-    again, and what was cancelled while it waited is not asked for."""
+def test_without_committed_offsets_jobs_with_an_outcome_are_not_run_again(broker: str, namespace: str) -> None:
+    """The group has expired or was deleted. Outcomes of leased jobs are on the lifecycle partitions that follow from
+    the jobs' ids, not on those of the work records. The takeover finds them there. Only the job without an outcome is
+    leased again, and no retry is requested for a cancelled job."""
     settings = Settings(bootstrap=broker, submit_timeout=20.0)
     app = App(namespace, settings=settings, partitions=PARTITIONS, queues=[Queue("slow", partitions=1)])
     ran: list[str] = []
@@ -84,11 +85,11 @@ def test_without_committed_offsets_what_the_coordinator_ended_is_not_run_again(b
         place = put(names.lifecycle, job, ev.JobSucceeded(), partition=None)
         assert place == partition_of(job.encode(), PARTITIONS)
         places.add(place)
-    for job in lost:  # its lease ended, and it succeeded at the second release
+    for job in lost:  # the lease ended, and the job succeeded at the second release
         put(names.jobs("slow"), job, ev.JobDue(spec, 1), 2)
         put(names.lifecycle, job, ev.JobLeased("w", 5_000), 2)
         put(names.lifecycle, job, ev.JobSucceeded(), 2, None)
-    for job in cancelled:  # tried again later, and cancelled before that
+    for job in cancelled:  # retried, and cancelled before the retry was due
         put(names.lifecycle, job, ev.JobRetried(ev.ErrorInfo("E", "m"), 60_000))
         put(names.lifecycle, job, ev.JobCancelled("me"), 2, None)
     writer.close()

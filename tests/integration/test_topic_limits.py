@@ -1,4 +1,4 @@
-"""Topics that take less than the client would send: of many records only those that are too large fail."""
+"""Topics with a smaller limit than the client's: of many records, only those that are too large fail."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Happened(msgspec.Struct, frozen=True):
 
 
 def limit(app: App, *topics: str) -> None:
-    """Have topics take ``LIMIT`` bytes."""
+    """Limit the size of records on these topics to ``LIMIT`` bytes."""
     limit_records(app, LIMIT, *topics)
 
 
@@ -49,19 +49,19 @@ def app(broker: str, namespace: str) -> Iterator[App]:
     app.close()
 
 
-def before(app: App) -> None:
-    """The limit is there when the client connects."""
+def known_limit(app: App) -> None:
+    """Set the limit before the client connects, so that the client knows the limit."""
     limit(app, app.names.jobs("default"), app.events["Happened"].topic, app.names.lifecycle)
 
 
-def after(app: App) -> None:
-    """The limit becomes less while the client is connected, so it is not known."""
+def unknown_limit(app: App) -> None:
+    """Set the limit while the client is connected, so that the client does not know the limit."""
     app.tasks["keep"].submit("first")
     app.submit_many([app.tasks["keep"].job("second")])
-    before(app)
+    known_limit(app)
 
 
-both = pytest.mark.parametrize("lower", [before, after])
+with_both_limits = pytest.mark.parametrize("lower", [known_limit, unknown_limit])
 
 
 def texts(app: App) -> list[str]:
@@ -70,9 +70,9 @@ def texts(app: App) -> list[str]:
     return sorted(each["text"] for each in args)
 
 
-@both
+@with_both_limits
 def test_of_many_jobs_only_the_large_one_fails(app: App, lower: Callable[[App], None]) -> None:
-    """1,800 small jobs are accepted, the large one among them is not, and the error says which it is."""
+    """1,800 small jobs are accepted and the large one is refused. The error names the index of the large job."""
     lower(app)
     already = texts(app)
     keep = app.tasks["keep"]
@@ -87,8 +87,8 @@ def test_of_many_jobs_only_the_large_one_fails(app: App, lower: Callable[[App], 
 
 
 def test_keyed_jobs_around_a_large_one_stay_in_order(app: App) -> None:
-    """Where the limit is known, the jobs of a key stand in the order of their submission."""
-    before(app)
+    """If the client knows the limit, the accepted jobs of a key are in the order of their submission."""
+    known_limit(app)
     keyed = app.tasks["keyed"]
     jobs = [keyed.job(f"c{n % 5}", n, LARGE if n % 100 == 50 else "y" * 300) for n in range(1_000)]
     with pytest.raises(PayloadTooLarge) as told:
@@ -102,9 +102,9 @@ def test_keyed_jobs_around_a_large_one_stay_in_order(app: App) -> None:
     assert all(numbers == sorted(numbers) for numbers in seen.values())
 
 
-@both
+@with_both_limits
 def test_of_jobs_submitted_at_once_only_the_large_one_fails(app: App, lower: Callable[[App], None]) -> None:
-    """Single submissions that share a batch do not share its refusal."""
+    """Single submissions that share a batch with the large one are accepted."""
     lower(app)
     keep = app.tasks["keep"]
 
@@ -120,9 +120,9 @@ def test_of_jobs_submitted_at_once_only_the_large_one_fails(app: App, lower: Cal
     keep.submit("still works")
 
 
-@both
+@with_both_limits
 def test_of_many_events_only_the_large_one_fails(app: App, lower: Callable[[App], None]) -> None:
-    """The others are accepted, each with its id in its header."""
+    """The other events are accepted, each with its id in a header."""
     lower(app)
     events = [Happened(LARGE if n == 70 else "y" * 500) for n in range(200)]
     with pytest.raises(PayloadTooLarge, match="199 of 200 events") as told:
@@ -135,7 +135,7 @@ def test_of_many_events_only_the_large_one_fails(app: App, lower: Callable[[App]
 
 
 def test_a_job_above_the_clients_own_limit_fails_alone(app: App) -> None:
-    """One that is refused before it is sent keeps none of the others from being accepted."""
+    """A job that is refused before it is sent does not keep the other jobs from being accepted."""
     keep = app.tasks["keep"]
     with pytest.raises(PayloadTooLarge, match=r"99 of 100 jobs were accepted.*JOBLEDGER_MAX_RECORD_BYTES") as told:
         app.submit_many(keep.job("x" * 1_100_000 if n == 20 else f"{n}") for n in range(100))
@@ -143,15 +143,15 @@ def test_a_job_above_the_clients_own_limit_fails_alone(app: App) -> None:
     assert len(texts(app)) == 99
 
 
-@both
+@with_both_limits
 def test_of_many_results_only_the_large_one_fails_its_job(app: App, lower: Callable[[App], None]) -> None:
-    """Results that share a batch do not share its refusal: the other jobs succeed."""
+    """Results that share a batch with the large one are accepted, and their jobs succeed."""
     keep = app.tasks["keep"]
-    if lower is before:
+    if lower is known_limit:
         limit(app, app.names.lifecycle)
     handles = app.submit_many(keep.job("z" * 30_000 if n == 50 else "y" * 500) for n in range(100))
     with working(app):
-        if lower is after:
+        if lower is unknown_limit:
             until(lambda: closings(app))
             limit(app, app.names.lifecycle)
             handles += app.submit_many(keep.job("z" * 30_000 if n == 50 else "y" * 500) for n in range(100))
@@ -159,11 +159,12 @@ def test_of_many_results_only_the_large_one_fails_its_job(app: App, lower: Calla
     ended = closings(app)
     failed = {n for n, h in enumerate(handles) if type(ended[h.job_id][-1].event.fact).__name__ != "JobSucceeded"}
     assert failed <= {50, 150}
-    assert {50 if lower is before else 150} <= failed
+    assert {50 if lower is known_limit else 150} <= failed
 
 
-def test_batches_are_bounded_by_the_topic_that_takes_least(app: App) -> None:
-    """Of all topics of the namespace; where all take what the client sends, nothing is bounded."""
+def test_batches_are_limited_by_the_topic_with_the_smallest_limit(app: App) -> None:
+    """The smallest limit of all topics of the namespace counts. If every topic accepts what the client sends, batches
+    are not limited."""
     assert batch_room(app.settings, app.names) is None
     limit(app, app.names.dead_letter)
     room = batch_room(app.settings, app.names)
@@ -171,11 +172,11 @@ def test_batches_are_bounded_by_the_topic_that_takes_least(app: App) -> None:
     assert LIMIT - 1_000 < room < LIMIT
 
 
-def test_a_submission_during_the_first_one_uses_the_connection_that_stays(
+def test_a_submission_during_the_first_one_uses_the_second_connection(
     app: App, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The client connects a second time when a topic takes less than it would send. Coroutines that submit in that
-    moment wait for the second connection: nobody serves the acknowledgements of the first one any more."""
+    """The client connects a second time if a topic accepts less than the client would send. Coroutines that submit at
+    that moment wait for the second connection, because acknowledgements of the first one are no longer read."""
     limit(app, app.names.jobs("default"))
     keep = app.tasks["keep"]
 
@@ -187,7 +188,7 @@ def test_a_submission_during_the_first_one_uses_the_connection_that_stays(
 
         async def begin() -> None:
             during.extend(asyncio.create_task(keep.submit_async("z" * 10_000)) for _ in range(500))
-            await asyncio.sleep(0)  # their first steps
+            await asyncio.sleep(0)  # lets the tasks begin
 
         def asked(*of: Any) -> int | None:
             room = batch_room(*of)

@@ -1,4 +1,4 @@
-"""Topics as code against a real broker."""
+"""Creating and changing topics as the app declares them, with a real broker."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import pytest
-from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported without saying so
+from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported without __all__
     AdminClient,
     AlterConfigOpType,
     ConfigEntry,
@@ -34,7 +34,7 @@ class Queue:
 
 @dataclass(frozen=True)
 class App:
-    """What `ensure` needs of an app."""
+    """The attributes of an app that `ensure` uses."""
 
     names: Names
     queues: Mapping[str, Queue] = field(default_factory=lambda: {"default": Queue(None), "mail": Queue(6)})
@@ -66,15 +66,15 @@ def steps(made: TopicPlan) -> set[Step]:
     return {change.step for change in made.changes if change.kind == "topic"}
 
 
-def settled(app: App, settings: Settings) -> None:
-    """Wait until the broker says that all is as declared: it answers from its own copy of the settings, which follows the
-    controller's."""
+def wait_until_as_declared(app: App, settings: Settings) -> None:
+    """Wait until the broker reports everything as declared. The broker answers from its own copy of the settings, which
+    follows the controller's."""
     admin = clients.admin(settings)
     wait_until(lambda: not topics.plan(admin, *topology.wanted(app, 1)).pending, 10, "all being as declared")
 
 
 def test_ensure_makes_every_topic_usable_at_once(settings: Settings, app: App) -> None:
-    """When `ensure` returns, every declared topic is there with its partitions."""
+    """When `ensure` returns, every declared topic exists with its partitions."""
     made = topics.ensure(app, settings)
     assert steps(made) == {Step.CREATE}
     assert partitions(settings, app.names.jobs("default")) == 3
@@ -83,33 +83,33 @@ def test_ensure_makes_every_topic_usable_at_once(settings: Settings, app: App) -
     assert partitions(settings, topology.changelog(app.names)) == 3
 
 
-def test_ensure_again_changes_nothing(settings: Settings, app: App) -> None:
+def test_a_second_ensure_changes_nothing(settings: Settings, app: App) -> None:
     """A second `ensure` finds everything as declared."""
     topics.ensure(app, settings)
-    settled(app, settings)
+    wait_until_as_declared(app, settings)
     again = topics.ensure(app, settings)
     assert steps(again) == {Step.UNCHANGED}
     assert again.pending == ()
 
 
-def test_two_at_once_do_not_disturb_each_other(settings: Settings, app: App) -> None:
-    """Processes that ensure the same app at the same time all succeed."""
+def test_concurrent_calls_of_ensure_all_succeed(settings: Settings, app: App) -> None:
+    """Several processes that call `ensure` for the same app at the same time all succeed."""
     with ThreadPoolExecutor(3) as pool:
         for done in [pool.submit(topics.ensure, app, settings) for _ in range(3)]:
             assert done.result().refused == ()
-    settled(app, settings)
+    wait_until_as_declared(app, settings)
     assert topics.ensure(app, settings).pending == ()
 
 
-def test_a_queue_grows_when_lifecycle_has_room(settings: Settings, app: App) -> None:
-    """A queue gets more partitions as long as lifecycle has as many."""
+def test_a_queue_can_grow_up_to_the_partitions_of_lifecycle(settings: Settings, app: App) -> None:
+    """A queue can have more partitions as long as the lifecycle topic has as many."""
     topics.ensure(app, settings)
     topics.ensure(replace(app, queues={**app.queues, "default": Queue(5)}), settings)
     assert partitions(settings, app.names.jobs("default")) == 5
 
 
 def test_a_refused_change_leaves_everything_as_it_was(settings: Settings, app: App) -> None:
-    """With one step refused, no other step of the plan is done either, and the error explains the refusal."""
+    """If one step is refused, no step of the plan is done, and the error explains the refusal."""
     topics.ensure(app, settings)
     grown = replace(app, partitions=4, queues={**app.queues, "new": Queue(1)})
     with pytest.raises(ConfigError, match=f"{app.names.coordination}' has 3 partitions and the app asks for 4"):
@@ -118,16 +118,16 @@ def test_a_refused_change_leaves_everything_as_it_was(settings: Settings, app: A
 
 
 def test_a_queue_larger_than_lifecycle_is_refused(settings: Settings, app: App) -> None:
-    """A queue cannot outgrow lifecycle, for its facts would have no partition to go to."""
+    """The facts of a work partition need a lifecycle partition with the same number."""
     topics.ensure(app, settings)
     with pytest.raises(ConfigError, match="at least as many partitions as the largest queue"):
         topics.ensure(replace(app, queues={"default": Queue(12)}), settings)
 
 
-def test_a_setting_that_drifted_is_put_back(settings: Settings, admin: AdminClient, app: App) -> None:
-    """A setting that somebody changed by hand is shown in the plan and put back."""
+def test_a_changed_setting_is_restored(settings: Settings, admin: AdminClient, app: App) -> None:
+    """A setting that was changed by hand is in the plan and is restored."""
     topics.ensure(app, settings)
-    settled(app, settings)
+    wait_until_as_declared(app, settings)
     short = ConfigEntry("retention.ms", "1000", incremental_operation=AlterConfigOpType.SET)
     resource = ConfigResource(ResourceType.TOPIC, app.names.lifecycle, incremental_configs=[short])
     admin.incremental_alter_configs([resource])[resource].result(10)
@@ -160,7 +160,7 @@ def test_groups_get_their_timeouts(
 
 
 def test_a_group_setting_that_is_refused_is_a_note(admin: AdminClient, app: App) -> None:
-    """A cluster that does not take a group's settings is noted and stops nothing."""
+    """If the cluster refuses a group's settings, a note says so, and the other steps continue."""
     refused = topology.Change(
         Step.CONFIG, "group", app.names.worker_group("default"), config={"consumer.session.timeout.ms": (None, "1")}
     )
@@ -169,22 +169,23 @@ def test_a_group_setting_that_is_refused_is_a_note(admin: AdminClient, app: App)
     assert "consumer.session.timeout.ms=1" in note
 
 
-def test_a_broker_that_is_away_is_named(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With nobody answering, the bounded attempts end in an error that names the address."""
+def test_an_unreachable_broker_is_named_in_the_error(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If no broker answers, a limited number of attempts ends in an error that names the address."""
     monkeypatch.setattr(topics, "REQUEST_TIMEOUT_S", 0.2)
     monkeypatch.setattr(topics, "RETRY_PAUSE_S", 0.0)
     with pytest.raises(BrokerUnavailable, match=r"no broker answered at 127\.0\.0\.1:1 "):
         topics.ensure(app, Settings(bootstrap="127.0.0.1:1"))
 
 
-def test_copies_follow_the_cluster(admin: AdminClient) -> None:
-    """Without being told, as many copies are asked for as the cluster has brokers, and three at most."""
+def test_the_default_number_of_copies_depends_on_the_cluster(admin: AdminClient) -> None:
+    """By default, topics have as many copies as the cluster has brokers, but at most three."""
     brokers = len(admin.list_topics(timeout=10).brokers)
     assert topics.default_replication(admin) == min(3, brokers)
 
 
-def test_a_namespace_beside_one_whose_topics_collide_is_refused_by_the_plan(settings: Settings, app: App) -> None:
-    """`a_jobs` beside `a` with a queue `lifecycle`: the plan names both topics, and nothing is made of the second."""
+def test_a_namespace_whose_topics_collide_with_another_namespace_is_refused(settings: Settings, app: App) -> None:
+    """The namespace `a_jobs` collides with the namespace `a` that has a queue `lifecycle`. The plan names both topics,
+    and no topic of the second namespace is created."""
     name = app.names.namespace
     first = replace(app, queues={"lifecycle": Queue(1)})
     topics.ensure(first, settings)
@@ -194,5 +195,5 @@ def test_a_namespace_beside_one_whose_topics_collide_is_refused_by_the_plan(sett
     with pytest.raises(ConfigError, match=rf"'{name}_jobs\.lifecycle' collides with '{name}\.jobs\.lifecycle'"):
         topics.ensure(second, settings)
     assert partitions(settings, second.names.coordination) is None
-    settled(first, settings)
+    wait_until_as_declared(first, settings)
     assert topics.ensure(first, settings).pending == ()

@@ -1,4 +1,4 @@
-"""Watchdog, audit and trimming on a real log and a real table."""
+"""The watchdog, the audit and trimming with a real log and a real status table."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ PARTITIONS = 2
 
 
 class Bench:
-    """A namespace with its topics, a materializer that keeps its table, and an upkeep that is driven by hand."""
+    """A namespace with its topics, a materializer that writes its table, and maintenance whose steps the tests call
+    themselves."""
 
     def __init__(self, broker: str, namespace: str, folder: Path) -> None:
         url = f"sqlite:///{folder / 'status.db'}"
@@ -60,22 +61,22 @@ class Bench:
         self.reader = open_reader(url, namespace)
 
     def upkeep(self, **cadence: float) -> Maintenance:
-        """An upkeep with a cadence of the test's."""
+        """Create the maintenance with the cadence of the test."""
         return Maintenance(self.names, self.settings, ["mail"], self.reader, cadence=Cadence(**cadence))
 
     def caught_up(self) -> None:
-        """Wait until the table has all of the log."""
+        """Wait until the table has everything in the log."""
         wait_until(self.table.caught_up, 20, "the table catching up")
 
     def commit(self, group: str, topic: str, offsets: dict[int, int], metadata: str = "") -> None:
-        """Commit for a group, as its members would."""
+        """Commit offsets for a group, as its members would."""
         consumer = Consumer(consumer_config(self.settings, group=group))
         places = [TopicPartition(topic, p, o, metadata) for p, o in offsets.items()]
         consumer.commit(offsets=places, asynchronous=False)
         consumer.close()
 
     def read(self, topic: str) -> list[ev.Recorded]:
-        """Every event of a topic."""
+        """Return every event of a topic."""
         decode = decoder(self.settings, self.names).decode
         with LogReader(self.settings) as log:
             return [recorded(m, decode) for p in range(PARTITIONS) for m in log.read(topic, p, 0)]
@@ -87,34 +88,35 @@ class Bench:
         writer.close()
         return position
 
-    def stand_still(self) -> None:
-        """Stop the materializer: the table stays as it is."""
+    def stop_materializer(self) -> None:
+        """Stop the materializer, so that the table does not change."""
         self._stop.set()
         self._thread.join(PATIENCE * 20)
         assert not self._thread.is_alive()
 
     def close(self) -> None:
         """Stop everything."""
-        self.stand_still()
+        self.stop_materializer()
         self.reader.close()
         self.app.close()
 
 
 @pytest.fixture
 def bench(broker: str, namespace: str, tmp_path: Path) -> Iterator[Bench]:
-    """One namespace, stopped at the end."""
+    """Yield a namespace, and stop its parts after the test."""
     made = Bench(broker, namespace, tmp_path)
     yield made
     made.close()
 
 
-def closing(bench: Bench, job_id: str) -> ev.JobEvent:
-    """The fact that ends a job well."""
+def success_of(bench: Bench, job_id: str) -> ev.JobEvent:
+    """Return the success of a job."""
     return ev.JobEvent("e", job_id, 1, 1, 1, now_us(), "send_mail", "mail", None, None, "test", None, ev.JobSucceeded())
 
 
-def test_the_watchdog_asks_for_what_nobody_released(bench: Bench) -> None:
-    """A delayed job that no coordinator released is asked about, with its spec and the release it waits for, once."""
+def test_the_watchdog_asks_about_a_job_that_was_not_released(bench: Bench) -> None:
+    """No coordinator released a delayed job. The watchdog asks about it once, with its spec and the release for which
+    it waits."""
     handle = bench.task.using(delay=0.05, tags={"a": "b"}).submit("x")
     bench.caught_up()
     upkeep = bench.upkeep(overdue_after=0.1)
@@ -128,18 +130,18 @@ def test_the_watchdog_asks_for_what_nobody_released(bench: Bench) -> None:
 
 
 def test_a_backlog_is_not_overdue(bench: Bench) -> None:
-    """Jobs that wait for a worker are nobody's fault, and jobs whose time has not come are not late."""
+    """Jobs that wait for a worker are not overdue, and neither are jobs that are not due yet."""
     bench.task.submit("x")
     bench.task.using(delay=3600).submit("y")
     bench.caught_up()
     assert bench.upkeep(overdue_after=0.0).watch() == 0
 
 
-def test_the_watchdog_does_not_judge_by_an_old_table(bench: Bench) -> None:
-    """If the table is behind the log, nothing is asked: the release may be in what it has not read."""
+def test_the_watchdog_asks_nothing_while_the_table_is_behind(bench: Bench) -> None:
+    """The release may be in the part of the log that the table does not have yet."""
     bench.task.using(delay=0.01).submit("x")
     bench.caught_up()
-    bench.stand_still()
+    bench.stop_materializer()
     bench.task.using(delay=3600).submit("y")
     upkeep = bench.upkeep(overdue_after=0.0, patience=0.3)
     wait_until(lambda: bool(bench.reader.overdue(time.time_ns() // 1_000_000, 0)), 20, "the job being overdue")
@@ -147,14 +149,16 @@ def test_the_watchdog_does_not_judge_by_an_old_table(bench: Bench) -> None:
     upkeep.close()
 
 
-def test_what_nothing_can_release_hides_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Jobs that are overdue for longer, and whose submission the log no longer has, stand before those that can be asked
-    about: they are passed in a few rounds, and all of it is looked at again and again."""
+def test_jobs_that_cannot_be_released_hide_no_others_from_the_watchdog(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Jobs whose submission is no longer in the log are overdue for longer than a job about which the watchdog can ask.
+    The watchdog passes them in a few rounds, and looks at all of them again and again."""
     monkeypatch.setattr(upkeep_module, "OVERDUE_PAGE", 2)
     for _ in range(5):
         job = str(uuid.uuid4())
         retried = ev.JobRetried(ev.ErrorInfo("E", "m"), 0)
-        bench.write(msgspec.structs.replace(closing(bench, job), fact=retried), bench.names.lifecycle, 0)
+        bench.write(msgspec.structs.replace(success_of(bench, job), fact=retried), bench.names.lifecycle, 0)
     bench.caught_up()
     began = time.time()
     wait_until(lambda: time.time() - began > 0.2, 5, "time passing")
@@ -163,13 +167,13 @@ def test_what_nothing_can_release_hides_nothing(bench: Bench, monkeypatch: pytes
     upkeep = bench.upkeep(overdue_after=0.1)
     wait_until(lambda: len(bench.reader.overdue(time.time_ns() // 1_000_000, 100)) == 6, 20, "all being overdue")
     assert [upkeep.watch() for _ in range(7)] == [0, 0, 1, 0, 0, 0, 0], "and none twice within a minute"
-    upkeep._asked.clear()
+    upkeep._asked_at.clear()
     assert sum(upkeep.watch() for _ in range(3)) == 1
     upkeep.close()
 
 
-def test_the_audit_finds_a_record_that_was_passed_without_an_end(bench: Bench) -> None:
-    """A work record below the committed offset without a closing fact is counted, until the fact is there."""
+def test_the_audit_finds_a_committed_record_without_a_closing_fact(bench: Bench) -> None:
+    """A work record below the committed offset without a closing fact is counted, until the fact is in the log."""
     handle = bench.task.submit("x")
     place = handle.position
     bench.caught_up()
@@ -177,41 +181,43 @@ def test_the_audit_finds_a_record_that_was_passed_without_an_end(bench: Bench) -
     assert upkeep.audit() == 0, "nothing is committed, so nothing was passed"
     bench.commit(bench.names.worker_group("mail"), place.topic, {place.partition: place.offset + 1})
     assert upkeep.audit() == 1
-    bench.write(closing(bench, handle.job_id), bench.names.lifecycle, place.partition)
+    bench.write(success_of(bench, handle.job_id), bench.names.lifecycle, place.partition)
     assert upkeep.audit() == 0
 
 
-def submitted(bench: Bench, partition: int) -> str:
-    """A job that stands on this partition of the work topic; its id."""
+def submit_to(bench: Bench, partition: int) -> str:
+    """Write the submission of a job to this partition of the work topic, and return the job's id."""
     job_id = str(uuid.uuid4())
-    event = msgspec.structs.replace(closing(bench, job_id), fact=ev.JobSubmitted(ev.JobSpec(b'{"to":"x"}')))
+    event = msgspec.structs.replace(success_of(bench, job_id), fact=ev.JobSubmitted(ev.JobSpec(b'{"to":"x"}')))
     bench.write(event, bench.names.jobs("mail"), partition)
     return job_id
 
 
 def starts(bench: Bench, topic: str) -> dict[int, int]:
-    """Where each partition of a topic begins."""
+    """Return where each partition of a topic begins."""
     with LogReader(bench.settings) as log:
         return {p: log.watermarks(topic, p)[0] for p in range(PARTITIONS)}
 
 
-def aged(make: Callable[[], object]) -> float:
-    """Seconds of retention so that what ``make`` wrote before is past it and what follows is not."""
+def let_records_age(make: Callable[[], object]) -> float:
+    """Call ``make`` and let a second pass. Return a retention in seconds that makes earlier records old, but not later
+    ones."""
     make()
     began = time.time()
     wait_until(lambda: time.time() - began > 1.2, 5, "a second passing")
     return 0.6
 
 
-def test_a_table_that_is_behind_trims_nothing(bench: Bench) -> None:
-    """What it takes for a job that waits may have run and ended: its submission, sent again, would run it again."""
+def test_nothing_is_trimmed_while_the_table_is_behind(bench: Bench) -> None:
+    """A job that waits according to the table may have run and ended. If its submission was sent again, the job would
+    run again."""
     names, work = bench.names, bench.names.jobs("mail")
     handle = bench.task.using(delay=0.2).submit("x")
     bench.caught_up()
-    bench.stand_still()
-    submission = closing(bench, handle.job_id)
+    bench.stop_materializer()
+    submission = success_of(bench, handle.job_id)
     due = bench.write(msgspec.structs.replace(submission, fact=ev.JobDue(ev.JobSpec(b"{}"), 1)), work, 0)
-    retention = aged(lambda: bench.write(submission, names.lifecycle, due.partition))
+    retention = let_records_age(lambda: bench.write(submission, names.lifecycle, due.partition))
     with LogReader(bench.settings) as log:
         ends = {
             t: {p: log.watermarks(t, p)[1] for p in range(PARTITIONS)}
@@ -225,12 +231,13 @@ def test_a_table_that_is_behind_trims_nothing(bench: Bench) -> None:
     upkeep.close()
 
 
-def test_trimming_keeps_what_somebody_needs(bench: Bench) -> None:
-    """Old records go once workers, coordinator and table are past them; a delayed job is sent again first."""
+def test_trimming_keeps_records_that_are_still_needed(bench: Bench) -> None:
+    """Old records are deleted after workers, coordinator and table have read them. The submission of a delayed job is
+    sent again first."""
     names, work = bench.names, bench.names.jobs("mail")
-    ended, open_job = submitted(bench, 0), submitted(bench, 0)
+    ended, open_job = submit_to(bench, 0), submit_to(bench, 0)
     waiting = bench.task.using(delay=3600).submit("waiting")
-    retention = aged(lambda: bench.write(closing(bench, ended), names.lifecycle, 0))
+    retention = let_records_age(lambda: bench.write(success_of(bench, ended), names.lifecycle, 0))
     bench.caught_up()
     upkeep = bench.upkeep(retention=retention)
     assert upkeep.trim() == {}, "no worker and no coordinator has said how far it is"
@@ -259,8 +266,9 @@ def test_trimming_keeps_what_somebody_needs(bench: Bench) -> None:
 def test_trimming_waits_for_projections_and_for_readers_of_the_lifecycle(
     bench: Bench, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Of facts that a table in the same database, or a group, has not read yet none is deleted; who holds is named. Who
-    has read nothing of a topic, or is gone, holds nothing of it."""
+    """A fact is kept until the projection in the same database and every group has read it, and the log names each
+    reader for which trimming waits. A reader that has read nothing of a topic, or no longer exists, keeps nothing of
+    that topic."""
     names, work = bench.names, bench.names.jobs("mail")
     table = Table("ends", MetaData(), Column("task", String, primary_key=True), Column("count", Integer))
 
@@ -291,7 +299,7 @@ def test_trimming_waits_for_projections_and_for_readers_of_the_lifecycle(
         assert not left
 
     def end(partition: int) -> None:
-        bench.write(closing(bench, submitted(bench, partition)), names.lifecycle, partition)
+        bench.write(success_of(bench, submit_to(bench, partition)), names.lifecycle, partition)
 
     def trimmed() -> tuple[int, int]:
         bench.caught_up()
@@ -312,11 +320,11 @@ def test_trimming_waits_for_projections_and_for_readers_of_the_lifecycle(
         end(partition)
     fold()
     read()
-    # It reads coordination only, of which nothing is old: it holds nothing.
+    # This group reads only the coordination topic, which has no old records. So it keeps nothing.
     bench.commit(names.lifecycle_group("other"), names.coordination, {0: 0})
     for partition in range(PARTITIONS):
         end(partition)
-    upkeep = bench.upkeep(retention=aged(lambda: None))
+    upkeep = bench.upkeep(retention=let_records_age(lambda: None))
     assert trimmed() == (1, 1)
     assert named() == {"projection ends", f"group {names.namespace}.lifecycle.billing"}
     fold()
@@ -328,7 +336,7 @@ def test_trimming_waits_for_projections_and_for_readers_of_the_lifecycle(
     for partition in range(PARTITIONS):
         end(partition)
     read()
-    aged(lambda: None)
+    let_records_age(lambda: None)
     assert trimmed() == (2, 2), "the projection stands still"
     with closing_of(ProjectionStore(url, names.namespace)) as store, store.engine.begin() as db:
         db.execute(offsets_table.delete().where(offsets_table.c.projection == "ends"))

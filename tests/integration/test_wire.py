@@ -1,4 +1,4 @@
-"""docs/wire.md, done by hand: what a program that has the schema, an Avro library and a Kafka client can do with it."""
+"""Does by hand what docs/wire.md describes: what a program with the schema, an Avro library and a Kafka client can do."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SCHEMA = (Path(__file__).resolve().parents[2] / "schemas" / "job_event.avsc").re
 
 
 class Stranger:
-    """Writes records as the page says; knows nothing of this library."""
+    """Writes records as docs/wire.md says, without code of Jobledger."""
 
     def __init__(self, broker: str, namespace: str) -> None:
         self._namespace = namespace
@@ -38,12 +38,12 @@ class Stranger:
         self.send("schemas", fingerprint.hex(), SCHEMA.encode())
 
     def send(self, topic: str, key: str, value: bytes | None) -> None:
-        """One record; returns once it is acknowledged."""
+        """Write one record, and wait for its acknowledgement."""
         self._producer.produce(f"{self._namespace}.{topic}", value, key)
         self._producer.flush()
 
     def event(self, name: str, fact: dict[str, Any], **fields: Any) -> bytes:
-        """A record's value."""
+        """Encode an event."""
         plain = {
             "event_id": str(uuid.uuid4()),
             "job_id": "",
@@ -65,7 +65,7 @@ class Stranger:
         return self._head + datum.getvalue()
 
     def job(self, task: str, queue: str, args: dict[str, Any], priority: str | None = None, **fields: Any) -> bytes:
-        """A submission."""
+        """Encode a submission."""
         fields = {"event_id": fields["job_id"], "run": 1, "attempt": 1, "release": 1, **fields}
         spec: dict[str, Any] = {"args": json.dumps(args).encode(), "tags": {}, "parent": None, "priority": priority}
         return self.event(
@@ -73,7 +73,7 @@ class Stranger:
         )
 
     def close(self) -> None:
-        """Give the connection back."""
+        """Close the connection."""
         self._producer.close()
 
 
@@ -81,8 +81,9 @@ Ran = list[tuple[str, int]]
 
 
 @pytest.fixture
-def place(broker: str, namespace: str) -> Iterator[tuple[App, Stranger, Ran, threading.Event]]:
-    """An app with a keyed task and a queue with priorities, what its tasks ran, and a gate for those that wait."""
+def lab(broker: str, namespace: str) -> Iterator[tuple[App, Stranger, Ran, threading.Event]]:
+    """Yield an app with a keyed task and a queue with priorities, a writer, a list of what the tasks ran, and a gate
+    for which jobs can wait."""
     app = App(
         namespace,
         settings=Settings(bootstrap=broker),
@@ -110,11 +111,12 @@ def place(broker: str, namespace: str) -> Iterator[tuple[App, Stranger, Ran, thr
     app.close()
 
 
-def test_keyed_jobs_and_priorities(
-    place: tuple[App, Stranger, Ran, threading.Event], say: Callable[[str], None]
+def test_keyed_jobs_and_priorities_of_another_program_run(
+    lab: tuple[App, Stranger, Ran, threading.Event], say: Callable[[str], None]
 ) -> None:
-    """Those of one key lie where ours do and run in their order; a level is a topic, and is run from there."""
-    app, stranger, ran, _ = place
+    """Jobs of one key are in the same partition as those of Jobledger's client, and run in order. Each priority has its
+    own topic, and its jobs run."""
+    app, stranger, ran, _ = lab
     ours = [app.tasks["book"].submit(f"a-{n}", -1) for n in range(5)]
     ids = [str(uuid.uuid4()) for _ in range(55)]
     for n in range(50):
@@ -138,9 +140,9 @@ def test_keyed_jobs_and_priorities(
     say("wire: keyed jobs, priorities and orders by a program that has docs/wire.md only")
 
 
-def test_orders(place: tuple[App, Stranger, Ran, threading.Event]) -> None:
-    """A pause holds a task or a queue up until its end; a limit stands; a cancel ends a job that waits."""
-    app, stranger, ran, _ = place
+def test_control_commands_of_another_program_are_in_force(lab: tuple[App, Stranger, Ran, threading.Event]) -> None:
+    """A pause stops a task or a queue until the resume. A limit is in force. A cancel ends a waiting job."""
+    app, stranger, ran, _ = lab
     pause = stranger.event("QueuePaused", {"by": "stranger", "reason": "maintenance"}, task="send")
     stranger.send("control", "pause:task:send", pause)
     stranger.send(

@@ -1,4 +1,4 @@
-"""The worker against a real broker: what it runs, what it writes, what it commits."""
+"""The worker with a real broker: which jobs it runs, what it writes and what it commits."""
 
 from __future__ import annotations
 
@@ -65,24 +65,24 @@ def send(app: App, *records: Outgoing) -> None:
 
 
 def committed(app: App) -> dict[int, tuple[int, str | None]]:
-    """What the worker group has committed, by partition."""
+    """Return what the worker group has committed, by partition."""
     group = app.names.worker_group("default")
     parts = [TopicPartition(app.names.jobs("default"), p) for p in range(3)]
-    client = admin(app.settings)  # held: its answers die with it
+    client = admin(app.settings)  # a reference: without the client, its answers are lost
     asked = client.list_consumer_group_offsets([ConsumerGroupTopicPartitions(group, parts)])
     found = asked[group].result(timeout=20).topic_partitions
     return {t.partition: (t.offset, t.metadata) for t in found if t.offset >= 0}
 
 
 def all_done(app: App, worker: Worker) -> bool:
-    """Whether every work record is done, acknowledged and behind the watermark."""
+    """Return whether every work record is done, acknowledged and below the watermark."""
     ends = {p.number: p.offsets for p in worker.partitions()}
     return len(ends) == 3 and all(o is not None and not o.pending for o in ends.values())
 
 
 @pytest.fixture(scope="module")
 def ran(broker: str) -> Iterator[tuple[App, dict[str, str], Worker]]:
-    """One worker that has run one job of every kind; job ids by name."""
+    """Yield an app and its worker, which has run one job of every kind, and the ids of the jobs by name."""
     app = made(f"t{uuid.uuid4().hex[:12]}", broker, max_record_bytes=200_000)
     tasks: dict[str, Any] = dict(app.tasks)
     jobs = {
@@ -106,8 +106,9 @@ _PLAIN = ("fail", "fail_in_thread", "never", "reject", "later", "snooze", "leave
 Ran = tuple[App, dict[str, str], Worker]
 
 
-def test_a_job_is_started_and_succeeds_beside_its_work_record(ran: Ran) -> None:
-    """A job's start and success stand in lifecycle, in this order, at its work record's partition number."""
+def test_start_and_success_are_in_the_lifecycle_partition_of_the_work_record(ran: Ran) -> None:
+    """Start and success are on the lifecycle topic, in this order, in the partition with the number of the work
+    record's partition."""
     app, jobs, worker = ran
     mine = [r for r in log_of(app, app.names.lifecycle) if r.event.job_id == jobs["add"]]
     work = next(r for r in log_of(app, app.names.jobs("default")) if r.event.job_id == jobs["add"])
@@ -122,7 +123,7 @@ def test_a_job_is_started_and_succeeds_beside_its_work_record(ran: Ran) -> None:
 
 
 def test_a_plain_function_runs_in_a_thread_and_knows_its_job(ran: Ran) -> None:
-    """Functions without `async` run in a job thread, with `current_job` set."""
+    """A function without `async` runs in a job thread, where `current_job` returns its job."""
     app, jobs, _ = ran
     result = facts_of(app, jobs["in_thread"])[-1].result
     assert msgspec.json.decode(result)["sum"] == 6
@@ -130,8 +131,8 @@ def test_a_plain_function_runs_in_a_thread_and_knows_its_job(ran: Ran) -> None:
     assert msgspec.json.decode(result)["attempt"] == 1
 
 
-def test_words_to_the_worker_are_heard_out_of_a_task_group(ran: Ran) -> None:
-    """`Reject` and `Snooze` in an `asyncio.TaskGroup` do what they do outside of one."""
+def test_reject_and_snooze_work_inside_a_task_group(ran: Ran) -> None:
+    """`Reject` and `Snooze` have the same effect inside an `asyncio.TaskGroup` as outside."""
     app, jobs, _ = ran
     rejected, snoozed = facts_of(app, jobs["reject_in_a_group"])[-1], facts_of(app, jobs["snooze_in_a_group"])[-1]
     assert isinstance(rejected, JobFailed)
@@ -141,8 +142,8 @@ def test_words_to_the_worker_are_heard_out_of_a_task_group(ran: Ran) -> None:
     assert (snoozed.delay_ms, snoozed.reason) == (9000, "not yet")
 
 
-def test_a_failed_attempt_asks_for_the_next_release(ran: Ran) -> None:
-    """`JobRetried` closes the release; the derived request names the next release and attempt and carries the job."""
+def test_a_failed_attempt_requests_the_next_release(ran: Ran) -> None:
+    """`JobRetried` closes the release. The derived request has the next release and attempt, and the whole job."""
     app, jobs, _ = ran
     fact = facts_of(app, jobs["fail"])[-1]
     assert isinstance(fact, JobRetried)
@@ -172,7 +173,7 @@ def test_a_failed_attempt_asks_for_the_next_release(ran: Ran) -> None:
     ],
 )
 def test_a_job_that_cannot_succeed_fails_and_is_dead_lettered(ran: Ran, name: str, reason: str, error: str) -> None:
-    """Every way to fail for good is told by its reason and error, in lifecycle and whole in dead-letter."""
+    """Every kind of final failure has its own reason and error, in the fact and in the dead letter."""
     app, jobs, _ = ran
     fact = facts_of(app, jobs[name])[-1]
     assert isinstance(fact, JobFailed)
@@ -181,8 +182,8 @@ def test_a_job_that_cannot_succeed_fails_and_is_dead_lettered(ran: Ran, name: st
     assert [(d.reason, d.error.type) for d in dead if isinstance(d, DeadLettered)] == [(reason, error)]
 
 
-def test_a_result_too_large_names_size_and_limit(ran: Ran) -> None:
-    """The failure of a huge result says how large it was and what the limit is."""
+def test_the_failure_of_a_too_large_result_names_size_and_limit(ran: Ran) -> None:
+    """The error message contains the size of the result and the limit."""
     app, jobs, _ = ran
     message = facts_of(app, jobs["returns_much"])[-1].error.message
     assert "200000" in message
@@ -190,7 +191,7 @@ def test_a_result_too_large_names_size_and_limit(ran: Ran) -> None:
 
 
 def test_retry_later_and_snooze_keep_their_own_delays(ran: Ran) -> None:
-    """`RetryLater` burns an attempt, `Snooze` does not; both ask for the next release after the delay they name."""
+    """`RetryLater` uses an attempt, `Snooze` does not. Both request the next release after the delay that they name."""
     app, jobs, _ = ran
     later, snoozed = facts_of(app, jobs["later"])[-1], facts_of(app, jobs["snooze"])[-1]
     assert isinstance(later, JobRetried)
@@ -202,7 +203,7 @@ def test_retry_later_and_snooze_keep_their_own_delays(ran: Ran) -> None:
 
 
 def test_a_fallback_runs_with_the_same_arguments(ran: Ran) -> None:
-    """When a task with a fallback has failed for good, the fallback runs as a job of its own."""
+    """When a task with a fallback has finally failed, the fallback runs as a new job."""
     app, jobs, _ = ran
     fallback = str(uuid.uuid5(uuid.UUID(jobs["hang"]), "1/fallback"))
     found = until(lambda: [f for f in facts_of(app, fallback) if isinstance(f, JobSucceeded)])
@@ -210,26 +211,27 @@ def test_a_fallback_runs_with_the_same_arguments(ran: Ran) -> None:
 
 
 def test_progress_is_throttled_and_the_last_report_is_sent(ran: Ran) -> None:
-    """200 reports in an instant become few facts, one in a tenth of a second, the last of them before the job's end."""
+    """200 quick reports become only a few facts, one every tenth of a second. The last report is sent before the job's
+    outcome."""
     app, jobs, _ = ran
     facts = facts_of(app, jobs["reports"])
     progress = [f for f in facts if isinstance(f, JobProgressed)]
     assert isinstance(facts[-1], JobSucceeded)
-    instant_s = facts[-1].duration_us / 1e6  # on a busy machine it is a long one
+    instant_s = facts[-1].duration_us / 1e6  # on a busy machine this may be long
     assert 1 <= len(progress) <= 5 + instant_s / PROGRESS_INTERVAL_S
     assert (progress[-1].done, progress[-1].total, progress[-1].sequence) == (200, 200, 200)
 
 
 def test_waiting_for_a_job_inside_a_job_is_refused(ran: Ran) -> None:
-    """A job may submit another and must not wait for it; the child's id is a function of its parent."""
+    """A job may submit another job, but must not wait for it. The id of the other job is computed from its parent."""
     app, jobs, _ = ran
     child = msgspec.json.decode(facts_of(app, jobs["waits_for_a_job"])[-1].result)
     assert uuid.UUID(child).version == 5
     until(lambda: [f for f in facts_of(app, child) if isinstance(f, JobSucceeded)])
 
 
-def test_everything_done_is_committed_with_its_floor(ran: Ran) -> None:
-    """Soon after the last job the group's offsets stand at the log's ends, dirty, with a floor the map can do with."""
+def test_done_records_are_committed_with_a_takeover_floor(ran: Ran) -> None:
+    """Soon after the last job, the group's offsets are at the ends of the log, not clean, and with a takeover floor."""
     app, _, worker = ran
 
     def caught_up() -> dict[int, tuple[int, str | None]] | None:
@@ -248,9 +250,9 @@ def test_everything_done_is_committed_with_its_floor(ran: Ran) -> None:
         )
 
 
-def test_jobs_of_other_versions_and_no_jobs_at_all(broker: str, namespace: str) -> None:
-    """Unreadable and foreign records are dead-lettered as they are and passed; jobs around them run; an unknown task
-    waits, and fails after its bound; arguments that do not fit name both sides."""
+def test_jobs_of_other_versions_and_unreadable_records_stop_nothing(broker: str, namespace: str) -> None:
+    """Unreadable records are dead-lettered unchanged, and the jobs around them run. A job of an unknown task waits, and
+    fails after its attempts. For arguments that do not fit, the error names both the arguments and the signature."""
     app = made(namespace, broker)
     topic = app.names.jobs("default")
     lost, bad, newer, due = (str(uuid.uuid4()) for _ in range(4))
@@ -307,7 +309,7 @@ def test_jobs_of_other_versions_and_no_jobs_at_all(broker: str, namespace: str) 
 
 
 def future_bytes(schema: str, event: JobEvent) -> bytes:
-    """An event as a later version would write it, with one field more."""
+    """Encode an event as a later version would, with one more field."""
     import io
     import json
 
@@ -324,8 +326,9 @@ def future_bytes(schema: str, event: JobEvent) -> bytes:
     return codec.MAGIC + codec.fingerprint(schema) + out.getvalue()
 
 
-def test_a_fact_from_the_future_stops_its_partition_and_no_other(broker: str, namespace: str) -> None:
-    """A record kind this worker does not know is never passed: its partition stops, unhealthy; the others go on."""
+def test_an_unknown_fact_stops_only_its_partition(broker: str, namespace: str) -> None:
+    """A record with an unknown fact is never skipped: its partition stops, the worker is unhealthy, and the other
+    partitions continue."""
     app = made(namespace, broker)
     topic = app.names.jobs("default")
     future = codec.SCHEMA_TEXT.replace("JobExpired", "JobTeleported")
@@ -356,7 +359,7 @@ def test_a_fact_from_the_future_stops_its_partition_and_no_other(broker: str, na
 
 
 def future_fact(schema: str, event: JobEvent) -> bytes:
-    """An event whose fact is of a kind that only ``schema`` knows."""
+    """Encode an event whose fact only ``schema`` knows."""
     import io
     import json
 
@@ -369,8 +372,8 @@ def future_fact(schema: str, event: JobEvent) -> bytes:
     return codec.MAGIC + codec.fingerprint(schema) + out.getvalue()
 
 
-def test_the_same_release_again_is_dropped_also_by_the_next_owner(broker: str, namespace: str) -> None:
-    """The first record of a release in its partition wins, within one worker's life and after a restart."""
+def test_a_second_record_of_a_release_is_dropped_also_by_the_next_owner(broker: str, namespace: str) -> None:
+    """The first record of a release in its partition counts, in one worker and after a restart."""
     app = made(namespace, broker)
     topic = app.names.jobs("default")
     job = str(uuid.uuid4())
@@ -391,15 +394,15 @@ def test_the_same_release_again_is_dropped_also_by_the_next_owner(broker: str, n
     app.close()
 
 
-def test_offsets_without_a_record_are_passed_over_and_named(
+def test_offsets_without_a_record_are_skipped_and_logged(
     broker: str, namespace: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Between two transactions of another program's producer stands a marker, which is no record: both jobs run, everything
-    is committed, and the worker's log names what it took for done."""
+    """Another program's producer writes transactions. Their markers have offsets but no records. Both jobs run,
+    everything is committed, and the log names the offsets that were regarded as done."""
     app = made(namespace, broker)
     config = producer_config(app.settings, timeout=20.0) | {"transactional.id": namespace, "linger.ms": 5}
     sender = producer(config)
-    sender.init_transactions(PATIENCE * 20)  # the first one of a broker: it makes a topic for them
+    sender.init_transactions(PATIENCE * 20)  # the first transaction of a broker creates a topic
     jobs = [str(uuid.uuid4()) for _ in range(2)]
     for job in jobs:
         sender.begin_transaction()
@@ -414,7 +417,8 @@ def test_offsets_without_a_record_are_passed_over_and_named(
 
 
 def test_a_clean_restart_runs_nothing_again(broker: str, namespace: str) -> None:
-    """After a stop the offsets are committed clean at the ends, and the next worker reads no lifecycle."""
+    """After a stop, the offsets are committed as clean. The next worker searches for no outcomes, and runs only the
+    remaining jobs."""
     app = made(namespace, broker)
     app.submit_many(app.tasks["add"].job(n) for n in range(500))
     with working(app):
@@ -431,18 +435,18 @@ def test_a_clean_restart_runs_nothing_again(broker: str, namespace: str) -> None
     app.close()
 
 
-def test_a_takeover_that_a_stop_cuts_short_is_the_next_owners(
+def test_a_takeover_that_a_stop_interrupts_is_repeated_by_the_next_owner(
     broker: str, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before all ends are found nothing is run, and the commit does not say that nothing has to be looked for."""
+    """As long as the takeover has not found all closing facts, no job runs, and nothing is committed as clean."""
     app = made(namespace, broker)
     app.submit_many(app.tasks["add"].job(n) for n in range(60))
     with working(app) as worker:
         until(lambda: len(closings(app)) == 60)
         until(lambda: all_done(app, worker))
-    # As after the death of an owner that had committed nothing.
+    # The same state as after the death of an owner that had committed nothing.
     zero = [TopicPartition(app.names.jobs("default"), p, 0) for p in range(3)]
-    client = admin(app.settings)  # held: its answers die with it
+    client = admin(app.settings)  # a reference: without the client, its answers are lost
     asked = client.alter_consumer_group_offsets([ConsumerGroupTopicPartitions(app.names.worker_group("default"), zero)])
     for answer in asked.values():
         answer.result(10)
@@ -468,11 +472,11 @@ def test_a_takeover_that_a_stop_cuts_short_is_the_next_owners(
 
 
 @pytest.mark.parametrize("how", ["stop", "rebalance"])
-def test_what_was_clean_and_not_begun_on_is_handed_over_clean(
+def test_a_clean_partition_stays_clean_if_its_takeover_is_interrupted(
     broker: str, namespace: str, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    """A worker that gives a partition up in the middle of its takeover, as in a rolling restart, leaves it as it was: the
-    next owner suspects no job of having ended a process."""
+    """A worker that gives up a partition during its takeover, as in a rolling restart, leaves the commit clean. So the
+    next owner regards no job as a suspect."""
     app = made(namespace, broker)
     app.submit_many(app.tasks["add"].job(n) for n in range(60))
     with working(app) as worker:
@@ -485,7 +489,7 @@ def test_what_was_clean_and_not_begun_on_is_handed_over_clean(
     found: list[tuple[int, bool]] = []
 
     def late(self: Takeover, topic: str, plans: list[Any]) -> None:
-        if not marked.is_set():  # the first one: marked dirty, and slow from here on
+        if not marked.is_set():  # the first takeover: marked as not clean, and slow from here on
             marked.set()
             until(lambda: not all(p.partition.owned for p in plans), what="the loss of a partition")
         else:
@@ -511,9 +515,9 @@ def test_what_was_clean_and_not_begun_on_is_handed_over_clean(
     app.close()
 
 
-def test_a_takeover_finds_what_the_log_already_ends(broker: str, namespace: str) -> None:
-    """Without committed offsets, releases whose ends stand in lifecycle are not run again; what derives from an end is
-    sent again, due when it would have been; starts without an end are counted in the next start."""
+def test_a_takeover_finds_releases_that_have_a_closing_fact(broker: str, namespace: str) -> None:
+    """Without committed offsets, releases with a closing fact are not run again. Records that derive from such a fact
+    are sent again, with the original due time. Starts without a closing fact are counted in the next start."""
     app = made(namespace, broker)
     topic, lifecycle = app.names.jobs("default"), app.names.lifecycle
     done, retried, snoozed, failed, started, fresh = (str(uuid.uuid4()) for _ in range(6))
@@ -539,7 +543,7 @@ def test_a_takeover_finds_what_the_log_already_ends(broker: str, namespace: str)
         until(lambda: all_done(app, worker))
         until(lambda: len(closings(app)) == 6)
         assert worker.health()["found_closed"] == 4
-    # 8 may have taken a worker down: it waits until its start is in the log, and others do not wait for it.
+    # Job 8 may have ended a worker. So it waits until its start is in the log, and other jobs do not wait for it.
     assert sorted(app.ran) == [("add", 8), ("add", 9)]  # type: ignore[attr-defined]
     appended = {r.event.job_id: r.appended_ms for r in log_of(app, lifecycle) if r.event.job_id in ends}
     asked = {r.event.job_id: r.event for r in log_of(app, app.names.coordination)}
@@ -564,7 +568,7 @@ def _error_type() -> Any:
 
 
 def test_a_result_the_broker_refuses_fails_the_job(broker: str, namespace: str) -> None:
-    """A closing fact larger than its topic takes becomes a failure that says so, and the worker goes on."""
+    """If a closing fact is too large for its topic, the job fails with an error that says so, and the worker continues."""
     app = made(namespace, broker)
     limit_records(app, 20_000, app.names.lifecycle)
     large = app.tasks["returns_much"].submit(50_000).job_id
@@ -581,7 +585,7 @@ def test_a_result_the_broker_refuses_fails_the_job(broker: str, namespace: str) 
 
 
 class Clock:
-    """Stands in for the module `time`; the test may set it forward by ``ahead`` seconds."""
+    """Replaces the module `time`. The test can move the clock forward by ``ahead`` seconds."""
 
     ahead = 0.0
 
@@ -589,11 +593,11 @@ class Clock:
         return time.monotonic() + self.ahead
 
 
-def test_a_worker_that_stops_lets_jobs_end_and_gives_up_the_rest(
+def test_a_stopping_worker_waits_for_running_jobs_and_leaves_the_rest(
     broker: str, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SIGTERM's way: within the grace time running jobs end and are closed; what does not is cancelled, left open, and
-    run by the next worker; what only waited for a thread was never started."""
+    """Running jobs that end within the grace time are closed. Other running jobs are cancelled without an outcome and
+    run in the next worker. Jobs that only waited for a thread are never started."""
     app, clock = made(namespace, broker), Clock()
     monkeypatch.setattr("jobledger.consumers.worker.worker.time", clock)
     gates: dict[str, threading.Event] = app.gates  # type: ignore[attr-defined]
@@ -624,11 +628,9 @@ def test_a_worker_that_stops_lets_jobs_end_and_gives_up_the_rest(
     app.close()
 
 
-def test_a_partition_that_gets_ready_while_the_dispatcher_is_being_woken_is_not_left_waiting(
-    broker: str, namespace: str
-) -> None:
-    """Records that were fetched before a takeover ends run as soon as it has ended,
-    though nothing else happens then."""
+def test_a_partition_that_becomes_ready_during_a_wake_up_is_served_at_once(broker: str, namespace: str) -> None:
+    """Records that were fetched before the end of a takeover run as soon as the takeover has ended, although nothing
+    else happens then."""
     app = made(namespace, broker)
     with working(app) as worker:
         until(lambda: [p.ready for p in worker.partitions()] == [True] * 3)
@@ -642,7 +644,7 @@ def test_a_partition_that_gets_ready_while_the_dispatcher_is_being_woken_is_not_
         assert not closings(app)
 
         def at_once() -> None:
-            dispatcher.wake()  # for a message, as the fetch thread does
+            dispatcher.wake()  # as the fetch thread does for a message
             dispatcher.ready(owned)
 
         dispatcher.call(at_once)
@@ -650,9 +652,9 @@ def test_a_partition_that_gets_ready_while_the_dispatcher_is_being_woken_is_not_
     app.close()
 
 
-def test_nothing_of_an_ended_job_waits_for_the_garbage_collector(broker: str, namespace: str) -> None:
-    """However a job ends, what the worker knew of it is freed at once: without cycles,
-    memory does not follow the rate."""
+def test_objects_of_an_ended_job_are_freed_without_the_garbage_collector(broker: str, namespace: str) -> None:
+    """However a job ends, the worker's objects for the job are freed at once, because they are in no reference cycle.
+    So the memory does not depend on the rate of jobs."""
 
     def works() -> int:
         return sum(type(found) is JobRun for found in gc.get_objects())
@@ -661,14 +663,14 @@ def test_nothing_of_an_ended_job_waits_for_the_garbage_collector(broker: str, na
     kinds = ("add", "add_in_thread", "reports", "hang", "reject", "never", "fail_in_thread", "returns_nonsense")
     with working(app, threads=2) as worker:
         gc.collect()
-        before = works()  # of other tests' workers
+        before = works()  # objects of other tests' workers
         gc.disable()
         try:
             for name in kinds:
                 app.submit_many(app.tasks[name].job(*([] if name not in _TAKES_A_NUMBER else [1])) for _ in range(20))
             until(lambda: len(closings(app)) == 20 * (len(kinds) + 1))  # each `hang` has a fallback
             until(lambda: all_done(app, worker), what="everything done")
-            # The two threads hold what they ran last.
+            # Each of the two threads still refers to its last job.
             until(lambda: works() <= before + 2, 5.0, "their freeing")
             assert worker.dispatcher is not None
             assert worker.dispatcher.starter.started == 20 * (len(kinds) + 1)
@@ -681,7 +683,7 @@ _TAKES_A_NUMBER = ("add", "add_in_thread", "reports", "hang")
 
 
 def test_a_second_worker_takes_partitions_and_gives_them_back(broker: str, namespace: str) -> None:
-    """While workers come and go and nothing crashes, every job runs exactly once."""
+    """While workers join and leave without a crash, every job runs exactly once."""
     app = made(namespace, broker)
     total = 3_000
     with working(app, concurrency=20):
@@ -695,8 +697,8 @@ def test_a_second_worker_takes_partitions_and_gives_them_back(broker: str, names
     app.close()
 
 
-def test_a_worker_that_cannot_work_says_why(broker: str, namespace: str) -> None:
-    """Missing topics, too few lifecycle partitions, an unknown queue and an absent broker fail at the start."""
+def test_a_worker_that_cannot_start_names_the_reason(broker: str, namespace: str) -> None:
+    """Missing topics, too few lifecycle partitions, an unknown queue or an unreachable broker are errors at the start."""
     app = App(namespace, settings=Settings(bootstrap=broker), partitions=2)
     app.task(name="t")(_nothing)
     with pytest.raises(TopicMissing, match="topics apply"):

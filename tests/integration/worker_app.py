@@ -1,4 +1,4 @@
-"""Tasks the worker's tests run, and small tools to read what the worker wrote."""
+"""Tasks that the worker's tests run, and functions that read what the worker wrote."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported without saying so
+from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported without __all__
     AlterConfigOpType,
     ConfigEntry,
     ConfigResource,
@@ -29,7 +29,7 @@ PARTITIONS = 3
 
 
 class Unprintable(Exception):
-    """Its text cannot be had."""
+    """An exception whose ``str()`` fails."""
 
     def __str__(self) -> str:
         raise RuntimeError("no text")
@@ -40,7 +40,7 @@ async def _raises(error: Exception) -> None:
 
 
 def build(namespace: str, bootstrap: str, **more: Any) -> App:
-    """The app of the tests; ``app.ran`` counts what ran, by task and first argument."""
+    """Create the app of the tests. ``app.ran`` lists the executions, each with its task and its first argument."""
     app = App(namespace, settings=Settings(bootstrap=bootstrap, submit_timeout=20.0, **more), partitions=PARTITIONS)
     ran: list[tuple[str, Any]] = []
     gates: dict[str, threading.Event] = {}
@@ -153,16 +153,16 @@ def build(namespace: str, bootstrap: str, **more: Any) -> App:
 
 
 def made(namespace: str, bootstrap: str, **more: Any) -> App:
-    """The app, with its topics."""
+    """Create the app and its topics."""
     app = build(namespace, bootstrap, **more)
     ensure(app, app.settings)
     return app
 
 
 def limit_records(app: App, size: int, *topics: str) -> None:
-    """Have topics take records of ``size`` bytes at most. Returns once the broker says so: it answers from a copy of the
-    settings, which follows the controller's."""
-    client = admin(app.settings)  # held: its answers die with it
+    """Limit the size of records on these topics to ``size`` bytes. Returns as soon as the broker reports the new limit:
+    the broker answers from a copy of the settings, which follows the controller's."""
+    client = admin(app.settings)  # a reference: without the client, its answers are lost
     less = ConfigEntry("max.message.bytes", str(size), incremental_operation=AlterConfigOpType.SET)
     resources = [ConfigResource(ResourceType.TOPIC, topic, incremental_configs=[less]) for topic in topics]
     for future in client.incremental_alter_configs(resources).values():
@@ -172,7 +172,8 @@ def limit_records(app: App, size: int, *topics: str) -> None:
 
 @contextlib.contextmanager
 def working(app: App, **options: Any) -> Iterator[Worker]:
-    """A worker of ``app`` in a thread of this process; stopped at the end, and its error raised."""
+    """Run a worker of ``app`` in a thread of this process. The worker is stopped at the end of the block, and its error
+    is raised."""
     worker = Worker(app.registry, app.settings, WorkerOptions(**{"grace": 10.0, **options}))
     raised: list[BaseException] = []
 
@@ -195,7 +196,7 @@ def working(app: App, **options: Any) -> Iterator[Worker]:
 
 
 def log_of(app: App, topic: str) -> list[Recorded]:
-    """Every event of a topic, partition by partition."""
+    """Return every event of a topic, partition by partition."""
     read = decoder(app.settings, app.names)
     with LogReader(app.settings) as reader:
         return [
@@ -206,12 +207,12 @@ def log_of(app: App, topic: str) -> list[Recorded]:
 
 
 def facts_of(app: App, job_id: str) -> list[Any]:
-    """A job's facts on the lifecycle topic, in the log's order."""
+    """Return a job's facts on the lifecycle topic, in the order of the log."""
     return [r.event.fact for r in log_of(app, app.names.lifecycle) if r.event.job_id == job_id]
 
 
 def closings(app: App) -> dict[str, list[Recorded]]:
-    """Closing facts by job."""
+    """Return the closing facts on the lifecycle topic, by job."""
     found: dict[str, list[Recorded]] = {}
     for r in log_of(app, app.names.lifecycle):
         if isinstance(r.event.fact, CLOSING):
@@ -220,7 +221,7 @@ def closings(app: App) -> dict[str, list[Recorded]]:
 
 
 def until(check: Callable[[], Any], timeout: float = 30.0, what: str = "it") -> Any:
-    """The first true answer of ``check``; ``timeout`` is multiplied by `PATIENCE`."""
+    """Poll ``check`` until it returns a true value, and return that value. ``timeout`` is multiplied by `PATIENCE`."""
     deadline = time.monotonic() + PATIENCE * timeout
     while True:
         found = check()

@@ -1,4 +1,4 @@
-"""The table of least rights: what the docs, the command line and the brokers are told of it."""
+"""The table of least rights: in the docs, in the output of the command and as ACLs for a broker."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ def table() -> str:
     for role, wanted in TABLE.items():
         merged: dict[tuple[str, str], list[str]] = {}
         for right in wanted:
-            place = f"{right.kind} `{right.name}{'*' if right.pattern == acls.PREFIXED else ''}`"
-            merged.setdefault((place, right.lost), []).append(right.operation)
-        for (place, lost), operations in merged.items():
-            lines.append(f"| {role} | {', '.join(operations)} | {place} | {f'no {lost}' if lost else ''} |")
+            resource = f"{right.kind} `{right.name}{'*' if right.pattern == acls.PREFIXED else ''}`"
+            merged.setdefault((resource, right.lost), []).append(right.operation)
+        for (resource, lost), operations in merged.items():
+            lines.append(f"| {role} | {', '.join(operations)} | {resource} | {f'no {lost}' if lost else ''} |")
     return "\n".join(lines)
 
 
 def test_the_docs_show_the_table() -> None:
-    """Row by row; what is printed here belongs into docs/clusters.md."""
+    """docs/clusters.md has the whole table. If this test fails, the printed rows belong on that page."""
     wanted = table()
     assert wanted in DOCS.read_text("utf-8"), wanted
 
 
-def test_the_names_are_those_of_the_namespace() -> None:
-    """Every topic and group of the table is one that `Names` gives, or the beginning of such."""
+def test_the_table_names_topics_and_groups_of_the_namespace() -> None:
+    """Every topic and group of the table has a name that `Names` gives, or the beginning of such a name."""
     names = Names("shop")
     known = [
         names.jobs("q"),
@@ -69,26 +69,26 @@ def test_the_names_are_those_of_the_namespace() -> None:
             assert right.name.endswith(".") == (right.pattern == acls.PREFIXED)
 
 
-def test_roles_together_need_each_right_once() -> None:
-    """`streams` is both its halves; what one of them cannot do without is not dispensable,
-    and what is implied is left out."""
+def test_a_role_of_two_processes_has_each_right_once() -> None:
+    """`streams` has the rights of both its processes. A right that one of them cannot do without is not dispensable,
+    and an implied right is left out."""
     both = acls.rights("streams", "shop")
     assert len({(r.kind, r.name, r.pattern, r.operation) for r in both}) == len(both)
     by_right = {(r.kind, r.name, r.operation): r.lost for r in both}
     assert by_right["topic", "shop.coordination", "Write"] == ""
     assert ("group", "shop.coordinator", "Describe") not in by_right
-    with pytest.raises(ConfigError, match="'boss' is not a role; there are client, worker"):
+    with pytest.raises(ConfigError, match="'boss' is not a role; the roles are client, worker"):
         acls.rights("boss", "shop")
 
 
-def test_topics_of_others_are_read_by_who_handles_them() -> None:
+def test_only_the_router_needs_rights_for_foreign_topics() -> None:
     """A router reads the foreign topics of its app's events; a worker does not."""
     assert Right("topic", "warehouse.shipped", "Read") in acls.rights("router", "shop", ["warehouse.shipped"])
     assert Right("topic", "warehouse.shipped", "Read") not in acls.rights("worker", "shop", ["warehouse.shipped"])
 
 
-def test_a_right_as_the_broker_takes_it() -> None:
-    """Kind, pattern and operation have Kafka's names."""
+def test_a_right_becomes_an_acl_of_the_broker() -> None:
+    """Kind, pattern and operation are translated to Kafka's values."""
     made = acls.binding("User:jobs", Right("topic", "shop.", "AlterConfigs", "prefixed"))
     assert (made.restype, made.name, made.resource_pattern_type) == (
         ResourceType.TOPIC,
@@ -105,8 +105,9 @@ def test_a_right_as_the_broker_takes_it() -> None:
     assert (cluster.restype, cluster.operation) == (ResourceType.BROKER, AclOperation.DESCRIBE_CONFIGS)
 
 
-def test_commands_for_kafka_acls(capsys: pytest.CaptureFixture[str]) -> None:
-    """One line a resource, ready for a shell; without principals the table; with --json all of it."""
+def test_topics_acls_prints_commands_for_kafka_acls(capsys: pytest.CaptureFixture[str]) -> None:
+    """With principals, one shell command for each resource is printed; without principals, the table. --json prints
+    every field."""
     app, address = "examples.shop:app", ["--bootstrap", "kafka-1:9093"]
     assert main(["topics", "acls", app, *address, "--principal", "worker=User:CN=jobs,O=shop"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -118,9 +119,9 @@ def test_commands_for_kafka_acls(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["topics", "acls", app]) == 0
     assert re.search(r"admin +DescribeConfigs +cluster kafka-cluster", capsys.readouterr().out)
     assert main(["topics", "acls", app, "--json", "--principal", "reader=User:billing"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert {row["principal"] for row in found} == {"User:billing"}
-    assert found[0] == {
+    shown = json.loads(capsys.readouterr().out)
+    assert {row["principal"] for row in shown} == {"User:billing"}
+    assert shown[0] == {
         "role": "reader",
         "principal": "User:billing",
         "kind": "topic",
@@ -133,7 +134,7 @@ def test_commands_for_kafka_acls(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("words", [["--principal", "worker"], ["--principal", "boss=User:x"], ["--apply", "--yes"]])
-def test_principals_that_mean_nothing_are_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """Before anything is sent anywhere."""
+def test_wrong_or_missing_principals_are_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """The command line is refused before anything is sent to a broker."""
     assert main(["topics", "acls", "examples.shop:app", *words]) == 2
-    assert "ROLE=PRINCIPAL" in (said := capsys.readouterr().err) or "is not a role" in said
+    assert "ROLE=PRINCIPAL" in (error := capsys.readouterr().err) or "is not a role" in error

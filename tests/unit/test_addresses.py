@@ -1,4 +1,4 @@
-"""The brokers' addresses, and client settings that are not the user's."""
+"""The brokers' addresses, and client settings that users cannot change."""
 
 from __future__ import annotations
 
@@ -39,32 +39,32 @@ def test_addresses_are_brought_into_one_form(written: str, meant: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("written", "said"),
+    ("written", "reason"),
     [
         ("", "names no broker.*embedded broker"),
         (" , ", "names no broker"),
-        ("kafka", r"'kafka' is no address: it has no port; write kafka:9092"),
-        ("a:1,kafka:", "'kafka:' is no address: it has no port"),
+        ("kafka", r"'kafka' is not an address: it has no port; write kafka:9092"),
+        ("a:1,kafka:", "'kafka:' is not an address: it has no port"),
         ("[::1]", "has no port"),
         ("host:99999", "port 99999, but ports are 1 to 65535"),
         ("host:0", "port 0"),
         ("host:http", "write host:port"),
-        ("::1:9092", r"IPv6 address in brackets, \[::1\]:9092"),
-        ("a:1 b:2", "separate several addresses with commas"),
-        ("SSL://a:9093", "begins with SSL://, and JOBLEDGER_KAFKA__SECURITY_PROTOCOL is PLAINTEXT"),
+        ("::1:9092", r"IPv6 address in brackets, for example \[::1\]:9092"),
+        ("a:1 b:2", "separate addresses with commas"),
+        ("SSL://a:9093", "begins with SSL://, but JOBLEDGER_KAFKA__SECURITY_PROTOCOL is PLAINTEXT"),
         ("kafka://a:9093", "begins with kafka://"),
         ("http://a:9093/x", "write host:port"),
     ],
 )
-def test_what_is_no_address_is_refused_with_what_is_wrong(written: str, said: str) -> None:
-    """At once, wherever it comes from; an empty value is not taken for the embedded broker."""
+def test_a_wrong_address_is_refused_with_the_reason(written: str, reason: str) -> None:
+    """Every source of settings refuses it at once. An empty value does not mean the embedded broker."""
     ways: list[Callable[[], Settings]] = [
         lambda: Settings.from_env({"JOBLEDGER_BOOTSTRAP": written}),
         lambda: Settings(bootstrap=written),
         lambda: Settings().with_bootstrap(written),
     ]
     for make in ways:
-        with pytest.raises(ConfigError, match=f"JOBLEDGER_BOOTSTRAP.*{said}"):
+        with pytest.raises(ConfigError, match=f"JOBLEDGER_BOOTSTRAP.*{reason}"):
             make()
 
 
@@ -90,8 +90,8 @@ def test_a_name_service_that_does_not_answer_delays_no_error(monkeypatch: pytest
         answer.set()
 
 
-def test_a_host_without_an_address_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A host that cannot be resolved is named as that, not as a broker that did not answer."""
+def test_a_host_that_cannot_be_resolved_is_named_in_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error says that the host cannot be resolved, and not that the broker did not answer."""
     monkeypatch.setattr(addresses, "LOOK_UP_S", 60.0)
     settings = Settings(bootstrap="no-such-host.invalid:9092")
     with pytest.raises(BrokerUnavailable, match=r"host 'no-such-host\.invalid' cannot be resolved"):
@@ -102,8 +102,9 @@ def test_a_host_without_an_address_is_said(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("name", sorted(OWNED))
-def test_client_settings_that_are_ours_are_refused_by_name(name: str) -> None:
-    """With the reason, from the environment and from code: they were dropped in silence, or took promises with them."""
+def test_client_settings_that_jobledger_owns_are_refused_by_name(name: str) -> None:
+    """The error gives the reason, for settings from the environment and from code. Such a setting would have no effect,
+    or would break a promise."""
     variable = KAFKA_PREFIX + name.upper().replace(".", "_")
     ways: list[Callable[[], Settings]] = [
         lambda: Settings.from_env({variable: "1"}),
@@ -114,8 +115,8 @@ def test_client_settings_that_are_ours_are_refused_by_name(name: str) -> None:
             make()
 
 
-def test_what_our_configurations_set_is_the_users_only_if_it_is_obeyed() -> None:
-    """Every setting that a producer or consumer is made with is the user's word, or is refused by name."""
+def test_every_setting_of_our_clients_is_obeyed_or_refused() -> None:
+    """If Jobledger sets a setting of a producer or consumer, the user's value replaces it, or is refused by name."""
     ours = producer_config(Settings(bootstrap="a:1")).keys() | consumer_config(Settings(bootstrap="a:1")).keys()
     for name in sorted(ours - OWNED.keys() - {"error_cb", "logger"}):
         settings = Settings(bootstrap="a:1", kafka={name: "12345"})
@@ -123,7 +124,7 @@ def test_what_our_configurations_set_is_the_users_only_if_it_is_obeyed() -> None
 
 
 def test_every_refused_name_is_a_setting_of_librdkafka() -> None:
-    """A name that librdkafka does not know would be refused by it anyway."""
+    """A name that librdkafka does not know need not be listed: librdkafka refuses it."""
     assert [name for name in OWNED if not all(_known(make, name) for make in (Producer, Consumer))] == []
 
 
@@ -135,8 +136,8 @@ def _known(make: Callable[[dict[str, Any]], Any], name: str) -> bool:
     return True
 
 
-def test_the_coordinators_clients_obey_what_they_can(tmp_path: Path) -> None:
-    """Compression and the client id reach aiokafka; what has no meaning there is named, for a warning."""
+def test_the_coordinators_clients_obey_the_settings_that_aiokafka_has(tmp_path: Path) -> None:
+    """Compression and the client id reach aiokafka. Settings that aiokafka does not have are listed, for a warning."""
     kafka = {"compression.type": "lz4", "client.id": "mine", "socket.keepalive.enable": "true"}
     settings = Settings(bootstrap="a:1", kafka=kafka)
     assert compression(settings) == "lz4"

@@ -1,4 +1,4 @@
-"""The demo's own rules: what is rejected, what the third party does, and what the database keeps."""
+"""The demo's own rules: rejected rows, the third party's answers, and the rows of the database."""
 
 from __future__ import annotations
 
@@ -52,22 +52,22 @@ GOOD = Airport("LSZH", "ZRH", "Zurich Airport", "Zurich", "Zurich", "CH", 1417.0
 
 
 def test_the_input_has_the_faults_that_the_readme_names() -> None:
-    """Of 28,298 rows 2,825 lack a city and 130 name a time zone of another country; 8
-    do both, so 2,947 are rejected."""
-    found = [faults(airport) for airport in airports()]
-    kinds_found = Counter(kind for each in found for kind in kinds("; ".join(each)))
-    assert len(found) == 28_298
+    """Of 28,298 rows, 2,825 lack a city and 130 name a time zone of another country. 8 rows have both faults, so 2,947
+    rows are rejected."""
+    faults_of_rows = [faults(airport) for airport in airports()]
+    kinds_found = Counter(kind for each in faults_of_rows for kind in kinds("; ".join(each)))
+    assert len(faults_of_rows) == 28_298
     assert kinds_found == {NO_CITY: 2_825, FOREIGN_ZONE: 130}
-    assert sum(bool(each) for each in found) == 2_825 + 130 - 8
+    assert sum(bool(each) for each in faults_of_rows) == 2_825 + 130 - 8
 
 
-def test_rows_have_names_of_their_own() -> None:
-    """No two rows share the code under which they are saved."""
+def test_each_row_has_its_own_code() -> None:
+    """No two rows have the same ICAO code, under which they are saved."""
     codes = [airport.icao for airport in airports()]
     assert len(set(codes)) == len(codes)
 
 
-def test_a_good_row_has_no_fault_and_a_bad_one_says_what_is_wrong() -> None:
+def test_a_good_row_has_no_fault_and_each_fault_of_a_bad_row_is_named() -> None:
     """A reason names the time zone and the country that do not go together."""
     assert faults(GOOD) == ()
     bad = Airport("XXXX", "", "Nowhere", " ", "", "CH", 0.0, 0.0, 0.0, "Europe/Paris")
@@ -75,7 +75,7 @@ def test_a_good_row_has_no_fault_and_a_bad_one_says_what_is_wrong() -> None:
     assert kinds("; ".join(faults(bad))) == (NO_CITY, FOREIGN_ZONE)
 
 
-def test_places_are_read_from_iso_6709() -> None:
+def test_coordinates_are_read_from_iso_6709() -> None:
     """Minutes and seconds are parts of a degree, south and west are negative, and anything else is refused."""
     assert coordinates("+4723+00832") == pytest.approx((47 + 23 / 60, 8 + 32 / 60))
     assert coordinates("-690022-0393524") == pytest.approx((-(69 + 22 / 3600), -(39 + 35 / 60 + 24 / 3600)))
@@ -83,8 +83,8 @@ def test_places_are_read_from_iso_6709() -> None:
         coordinates("47.38,8.54")
 
 
-def test_zone_tab_gives_countries_several_zones() -> None:
-    """The list is the one of the tz database: the United States have many zones, Switzerland has one."""
+def test_a_country_may_have_several_time_zones() -> None:
+    """In the list of the tz database, the United States have many zones and Switzerland has one."""
     assert zones_of_countries()["CH"] == {"Europe/Zurich"}
     assert {"America/New_York", "Pacific/Honolulu"} < zones_of_countries()["US"]
     assert zones()["Europe/Zurich"].country == "CH"
@@ -98,14 +98,15 @@ def test_distances_agree_with_another_formula(lat: float, lon: float, to_lat: fl
     assert 0 <= here <= math.pi * 6_371_009
 
 
-def test_a_known_distance() -> None:
-    """From Zurich airport to the city of Zurich as zone.tab places it are 8.4 km."""
+def test_the_distance_of_zurich_airport_from_its_city_is_known() -> None:
+    """Zurich airport is 8.4 km from the coordinates that zone.tab gives for Zurich."""
     zone = zones()["Europe/Zurich"]
     assert distance_m(GOOD.lat, GOOD.lon, zone.lat, zone.lon) == pytest.approx(8_400, abs=50)
 
 
-def test_the_third_party_fails_as_often_as_it_says() -> None:
-    """The n-th call for a query always meets the same fate; 5 % are busy, 1 % hang, all take 2 to 50 ms."""
+def test_the_third_party_fails_at_its_declared_rates() -> None:
+    """The n-th call for a query always has the same result. 5 % of the calls are refused as busy, 1 % hang, and all
+    calls take 2 to 50 ms."""
     fates = [fate(7, f"lat={n}", 1) for n in range(20_000)]
     assert fates == [fate(7, f"lat={n}", 1) for n in range(20_000)]
     outcomes = Counter(each.outcome for each in fates)
@@ -120,8 +121,8 @@ def row(icao: str, metres: int) -> Row:
     return Row(icao, "Name", "City", "CH", "Europe/Zurich", 1.5, 2.5, 432.0, metres)
 
 
-def test_saving_twice_leaves_one_row_the_later(tmp_path: Path) -> None:
-    """A save is idempotent: a job that runs again overwrites what it wrote."""
+def test_a_second_save_replaces_the_row(tmp_path: Path) -> None:
+    """A save is idempotent: a job that runs again overwrites its own row."""
 
     async def save() -> None:
         database = Database(tmp_path / "airports.db")
@@ -130,9 +131,9 @@ def test_saving_twice_leaves_one_row_the_later(tmp_path: Path) -> None:
         database.close()
 
     asyncio.run(save())
-    found = saved_rows(tmp_path / "airports.db")
-    assert len(found) == 700
-    assert {each.icao: each.zone_distance_m for each in found}["A005"] == 99
+    saved = saved_rows(tmp_path / "airports.db")
+    assert len(saved) == 700
+    assert {each.icao: each.zone_distance_m for each in saved}["A005"] == 99
 
 
 def test_a_row_is_committed_when_save_returns(tmp_path: Path) -> None:
@@ -141,15 +142,15 @@ def test_a_row_is_committed_when_save_returns(tmp_path: Path) -> None:
     async def save() -> list[Row]:
         database = Database(tmp_path / "airports.db")
         await database.save(row("LSZH", 8_400))
-        found = saved_rows(tmp_path / "airports.db")
+        saved = saved_rows(tmp_path / "airports.db")
         database.close()
-        return found
+        return saved
 
     assert asyncio.run(save()) == [row("LSZH", 8_400)]
 
 
-def test_what_sqlite_refuses_reaches_the_job(tmp_path: Path) -> None:
-    """A write that fails raises in the job that asked for it, and the next write is tried again."""
+def test_an_error_of_sqlite_is_raised_in_the_job(tmp_path: Path) -> None:
+    """A failed write raises in the job that asked for it, and the next write opens the database again."""
     path = tmp_path / "away" / "airports.db"
 
     async def save() -> None:
@@ -165,14 +166,14 @@ def test_what_sqlite_refuses_reaches_the_job(tmp_path: Path) -> None:
 
 
 def test_no_database_means_no_rows(tmp_path: Path) -> None:
-    """Asking before anything was saved answers that nothing was."""
+    """Without a database file, and with an empty one, the list of saved rows is empty."""
     assert saved_rows(tmp_path / "airports.db") == []
     open_database(tmp_path / "airports.db").close()
     assert saved_rows(tmp_path / "airports.db") == []
 
 
 def test_percentiles_are_values_that_occurred() -> None:
-    """A percentile is the nearest rank's value: no interpolation invents one."""
+    """A percentile is the value at the nearest rank, without interpolation."""
     values = [float(n) for n in range(1, 101)]
     assert [percentile(values, q) for q in (0.5, 0.9, 0.99, 1.0)] == [50.0, 90.0, 99.0, 100.0]
     assert percentile([7.0], 0.5) == 7.0
@@ -196,8 +197,9 @@ RETRIED_ONCE = [
 
 
 @given(st.permutations(RETRIED_ONCE * 2))
-def test_a_life_is_read_from_the_log_in_any_order(events: list[Recorded]) -> None:
-    """Waiting, running and backing off add up over the attempts, whatever came first or twice — except a second end."""
+def test_times_of_a_job_are_computed_from_its_facts_in_any_order(events: list[Recorded]) -> None:
+    """The times of waiting, running and backing off are added over the attempts. Neither the order of the facts nor
+    copies change them, except a second outcome."""
     seen_end = False
     kept = []
     for each in events:
@@ -213,8 +215,8 @@ def test_a_life_is_read_from_the_log_in_any_order(events: list[Recorded]) -> Non
     assert spent([life]).total == 15 + 45 + 260
 
 
-def test_a_second_end_is_not_overlooked() -> None:
-    """A job whose log holds two ends counts neither as succeeded nor as failed."""
+def test_a_job_with_two_outcomes_counts_as_neither_succeeded_nor_failed() -> None:
+    """The log has two outcomes of the job, so the demo must not count it as correct."""
     life = fold([*RETRIED_ONCE, event("a", 2, 1_400, JobSucceeded(b"1", 20_000))])["a"]
     assert not life.succeeded
     assert life.failed is None
@@ -235,13 +237,14 @@ def balanced() -> tuple[list[Airport], dict[str, int], list[str], list[Row], dic
     return [GOOD, bad], {"succeeded": 1, "failed": 1}, [NO_CITY], [saved], lives
 
 
-def test_an_account_that_balances_holds() -> None:
-    """With every row ended and everything where it should be, every check holds."""
+def test_every_check_of_a_correct_run_holds() -> None:
+    """Every row has an outcome, and the table and the log agree."""
     assert all(check.holds for check in account(*balanced()))
 
 
 def test_every_check_can_fail() -> None:
-    """For each check there is a run that breaks it: lost, wrongly rejected, unsaved, wrongly saved, ended twice."""
+    """For each check there is a run that breaks it: a job without an outcome, a wrong rejection, a missing row, a wrong
+    row, a job without its facts."""
     rows, counts, reasons, saved, lives = balanced()
     broken = [
         account(rows, {"succeeded": 1, "running": 1}, reasons, saved, lives)[0],
@@ -254,63 +257,65 @@ def test_every_check_can_fail() -> None:
 
 
 def test_reasons_are_counted_by_kind() -> None:
-    """A row with two faults is counted once, under both; a reason of no known kind keeps its own words."""
+    """A row with two faults is counted once, under both kinds. A reason of an unknown kind is counted under its own
+    text."""
     both = f"{NO_CITY}; {FOREIGN_ZONE}: Europe/Paris is none of CH's"
     assert rejects([NO_CITY, both, NO_CITY, "oops"]) == {NO_CITY: 2, f"{NO_CITY} + {FOREIGN_ZONE}": 1, "other: oops": 1}
 
 
 def test_latencies_are_those_of_the_log() -> None:
-    """Submit → start and submit → end are the broker's times, an attempt's is the worker's."""
-    found = {each.name: each.values for each in latencies(fold(RETRIED_ONCE).values())}
-    assert found["submit → start"] == (10.0,) * 4
-    assert found["one attempt"] == (20.0, 25.0, 25.0, 25.0)
-    assert found["submit → end"] == (330.0,) * 4
+    """The broker's times give submit → start and submit → end; the worker's time gives the length of an attempt."""
+    by_name = {each.name: each.values for each in latencies(fold(RETRIED_ONCE).values())}
+    assert by_name["submit → start"] == (10.0,) * 4
+    assert by_name["one attempt"] == (20.0, 25.0, 25.0, 25.0)
+    assert by_name["submit → end"] == (330.0,) * 4
 
 
 @given(st.lists(st.integers(0, 30_000), min_size=1, max_size=5), st.just(0) | st.integers(0, 30_000))
 @example([1, 1, 1], 0)
 @example([1, 69, 67], 1627)
-def test_a_bar_shows_what_is_there(values: list[int], rest: int) -> None:
-    """Every part that is not empty has a cell, no empty one has, and the bar is never longer than its width."""
+def test_a_bar_has_a_cell_for_each_part_that_is_not_empty(values: list[int], rest: int) -> None:
+    """An empty part has no cell, and the bar is never longer than its width."""
     cells = Bar([(value, "green") for value in values], sum(values) + rest, 40).cells()
     assert [bool(cell) for cell in cells] == [bool(value) for value in values]
     assert sum(cells) <= 40
     assert rest or not any(values) or sum(cells) == 40
 
 
-def test_a_bar_is_as_wide_as_it_is_told() -> None:
-    """What is drawn fills the width, the part that is still to come included."""
+def test_a_bar_fills_its_width() -> None:
+    """The drawn bar has exactly its width, including the part for jobs without an outcome."""
     console = Console(width=80, color_system=None)
     with console.capture() as got:
         console.print(Bar([(20_000, "green"), (1, "red"), (0, "cyan"), (2, "yellow")], 28_298, 40), end="")
     assert len(got.get().strip()) == 40
 
 
-def test_a_rate_forgets() -> None:
-    """The rate is that of the last seconds: what was done earlier does not count."""
+def test_a_rate_counts_only_the_last_seconds() -> None:
+    """Rows that were done earlier do not change the rate."""
     rate = Rate()
     for second in range(20):
         rate.update(float(second), 1_000 * second if second < 10 else 9_000 + 100 * (second - 9))
     assert rate.value == pytest.approx(100)
 
 
-def test_a_folder_of_somebody_else_is_not_taken(tmp_path: Path) -> None:
-    """The demo empties only folders of its own, and one run at a time has one."""
+def test_the_demo_does_not_use_a_foreign_folder(tmp_path: Path) -> None:
+    """The demo empties only its own folders, and only one run at a time uses a folder."""
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "kafka").mkdir()
     with pytest.raises(DemoFailed, match="not this demo's"), claimed(tmp_path / "theirs", "airports"):
         pass
     assert (tmp_path / "theirs" / "kafka").is_dir()
-    with claimed(tmp_path / "ours", "airports") as place:
-        place.database.write_text("old")
+    with claimed(tmp_path / "ours", "airports") as folder:
+        folder.database.write_text("old")
         with pytest.raises(DemoFailed, match="another demo"), claimed(tmp_path / "ours", "airports"):
             pass
-    with claimed(tmp_path / "ours", "airports") as place:
-        assert not place.database.exists()
+    with claimed(tmp_path / "ours", "airports") as folder:
+        assert not folder.database.exists()
 
 
-def test_progress_that_is_interrupted_before_it_showed_anything_ends_all_the_same() -> None:
-    """Ctrl-C may come right after the last submission; what the bar shows at its end must not hide it."""
+def test_a_progress_bar_that_is_interrupted_before_its_first_update_ends() -> None:
+    """Ctrl-C may come right after the last submission. The last update of the bar must not hide the
+    KeyboardInterrupt."""
     for terminal in (True, False):
         screen = Screen(picture=False)
         screen.console = Console(force_terminal=terminal, file=io.StringIO(), width=100)

@@ -14,19 +14,19 @@ from tests import shape
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "architecture.md").read_text("utf-8")
 FOUND = shape.modules()
-#: Files that the page names without their folder, because it stands just before.
+#: Files that the page names without their folder, because the page names the folder just before.
 NAMES = {module.path.name for module in FOUND} | {path.name for path in (ROOT / "schemas").iterdir()}
 
 
 def rows() -> dict[str, str]:
-    """The table of packages: what each one imports."""
+    """The table of packages: the cell with the imports of each package."""
     table = PAGE.partition("## Rooms")[2].partition("\n## ")[0]
     cells = [line.split("|")[1:-1] for line in table.splitlines() if line.startswith("| `jobledger")]
     return {cell[0].strip(" `"): cell[2] for cell in cells}
 
 
 def test_every_package_is_in_the_table_and_no_other() -> None:
-    """A new package gets its row, and a row goes with its package."""
+    """A new package needs a row, and the row of a deleted package is deleted."""
     packages = {module.name for module in FOUND if module.path.name == "__init__.py"}
     packages |= {name.rpartition(".")[0] for name in (m.name for m in FOUND if m.path.name != "__init__.py")}
     assert set(rows()) == packages
@@ -34,28 +34,28 @@ def test_every_package_is_in_the_table_and_no_other() -> None:
 
 @pytest.mark.parametrize("name", sorted(set(rows()) - {"jobledger", "jobledger.cli"}))
 def test_a_package_imports_what_its_row_says(name: str) -> None:
-    """Exactly: what is not imported any more goes from the row."""
+    """The row neither lacks an import nor lists one that the package does not have."""
     imported = shape.packages(FOUND, shape.imports(FOUND))[name]
     top = name.split(".")[1]
-    told = set()
+    listed = set()
     for word in re.findall(r"`([\w.]+)`", rows()[name]):
         for full in (f"jobledger.{top}.{word}", f"jobledger.{word}", f"jobledger.{word.rpartition('.')[0]}"):
             if full in imported or full in rows():
-                told.add(full)
+                listed.add(full)
                 break
         else:
-            told.add(word)
-    assert told == imported
+            listed.add(word)
+    assert listed == imported
 
 
 def test_every_file_of_the_page_exists() -> None:
-    """With its folder where the page gives one."""
+    """A file that is named with its folder exists in that folder."""
     for word in re.findall(r"`([\w/.-]+\.(?:py|avsc|toml|md))`", PAGE):
         assert (ROOT / word).exists() or ("/" not in word and word in NAMES), word
 
 
 def test_every_method_of_the_page_exists() -> None:
-    """`Class.method`, wherever it is."""
+    """Each `Class.method` and `Class.field` of the page exists in some module."""
     known = {
         f"{node.name}.{each.name}"
         for m in FOUND
@@ -81,7 +81,7 @@ def test_every_method_of_the_page_exists() -> None:
 
 
 def test_the_figures_are_beside_the_page() -> None:
-    """As files of the repository, so that nothing is drawn when the page is read."""
+    """The figures are stored as SVG files in the repository, so a reader needs no tool that draws them."""
     figures = re.findall(r"!\[[^]]+\]\(([\w.-]+)\)", PAGE)
     assert len(figures) == 2
     for name in figures:
@@ -89,7 +89,7 @@ def test_the_figures_are_beside_the_page() -> None:
 
 
 def test_every_package_says_what_it_owns() -> None:
-    """In the first lines of its `__init__`."""
+    """Each `__init__` has a docstring."""
     for module in FOUND:
         if module.path.name == "__init__.py":
             assert ast.get_docstring(module.tree), module.name

@@ -1,4 +1,4 @@
-"""Every rule of `jobledger audit` is shown a log in which exactly one thing is wrong, and names it and its place."""
+"""Each rule of `jobledger audit` gets a log with exactly one fault, and must report this fault with its position."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LATER = 10_000_000
 
 
 class Audited(Writer):
-    """A log by hand, judged as the command judges one: by way of the scratch file."""
+    """A log that is written by hand and judged as the command judges a log: through the scratch file."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Audited(Writer):
 
     @contextmanager
     def spilled(self) -> Iterator[Spill]:
-        """A scratch file of the records."""
+        """Write the records to a scratch file."""
         self.folder.mkdir(exist_ok=True)
         (self.folder / "records.db").unlink(missing_ok=True)
         spill = Spill(self.folder)
@@ -52,11 +52,11 @@ class Audited(Writer):
             spill.close()
 
     def judge(self, table: Path | None = None, **scope: Any) -> Judge:
-        """The findings, with every work record committed and nothing running unless ``scope`` says otherwise."""
+        """Judge the log. Unless ``scope`` says otherwise, every work record is committed and no worker runs."""
         ends: dict[tuple[str, int], int] = {}
         for record in self.records:
-            place = (record.topic, record.partition)
-            ends[place] = max(record.offset + 1, ends.get(place, 0))
+            partition = (record.topic, record.partition)
+            ends[partition] = max(record.offset + 1, ends.get(partition, 0))
         given = {"committed": ends, "bound": ends, "lowest": dict.fromkeys(ends, 0), "finished": True, **scope}
         with self.spilled() as spill:
             judge = Judge(Scope(NS, **given), Findings(), None if table is None else StatusFile(table), (), spill.keep)
@@ -67,7 +67,7 @@ class Audited(Writer):
 
 @pytest.fixture
 def log(tmp_path: Path) -> Audited:
-    """A log in which all is well."""
+    """A log without a fault."""
     return Audited(tmp_path / "scratch")
 
 
@@ -75,7 +75,8 @@ Plant = Callable[[Audited], Record | list[Record] | None]
 
 
 def lease(log: Audited, until_ms: int) -> Record:
-    """A leased job whose lease ends, is released again after so many ms, and ends."""
+    """Add a leased job that is released again ``until_ms`` after its lease, and then succeeds. Return the second
+    release."""
     log.submit("l")
     log.add(LIFE, "JobLeased", {"worker": "w", "lease_ms": 5000}, job="l")
     log.add(COORD, "Leased", {"spec": SPEC, "worker": "w", "lease_ms": 5000, "crashes": 0}, job="l")
@@ -85,12 +86,12 @@ def lease(log: Audited, until_ms: int) -> Record:
     log.add(LIFE, "JobLeased", {"worker": "v", "lease_ms": 5000}, job="l", release=2)
     log.add(COORD, "Leased", {"spec": SPEC, "worker": "v", "lease_ms": 5000, "crashes": 1}, job="l", release=2)
     log.start("l", release=2)
-    log.succeed("l", release=2, partition=3)  # the coordinator's, on the partition of the job's id
+    log.succeed("l", release=2, partition=3)  # the coordinator writes it, on the partition of the job's id
     return released
 
 
 def in_place(log: Audited, after: int) -> list[Record]:
-    """A keyed job that is tried again in its place after so many ms; asked for were 100."""
+    """Add a keyed job with a second attempt in place, ``after`` ms after the retry; the retry asks for 100 ms."""
     log.submit("k")
     log.start("k")
     body = {"error": ERROR, "delay_ms": 100, "duration_us": 1, "in_place": True}
@@ -161,7 +162,7 @@ def unasked(log: Audited) -> Record:
     log.succeed("d", release=2)
     due = log.add(WORK, "JobDue", {"spec": SPEC, "due_at": log.clock * 1000}, job="d")
     log.start("d", partition=1)
-    log.records.insert(-3, log.records.pop())  # the partition of its own makes it no start after the end in time
+    log.records.insert(-3, log.records.pop())  # on its own partition, so it does not count as a start after the outcome
     log.records[-4] = log.records[-4]._replace(at=1)
     log.add(LIFE, "JobRetried", {"error": ERROR, "delay_ms": 0, "duration_us": 1}, job="d")
     return due
@@ -169,7 +170,7 @@ def unasked(log: Audited) -> Record:
 
 def wrong_due(log: Audited) -> Record:
     record = log.records[log.last("JobDue", "b")]
-    record.body["due_at"] += 1  # type: ignore[index]  # the log is ours to spoil
+    record.body["due_at"] += 1  # type: ignore[index]  # this test may spoil its log
     return record
 
 
@@ -275,8 +276,8 @@ PLANTS: list[tuple[str, Plant]] = [
 ]
 
 
-def test_a_log_in_which_all_is_well_has_no_fault_and_no_note(log: Audited) -> None:
-    """A plain job, a delayed one and one that failed at its second attempt."""
+def test_a_correct_log_has_no_fault_and_no_note(log: Audited) -> None:
+    """The log has a plain job, a delayed job and a job that failed at its second attempt."""
     judge = log.judge()
     assert faults_of(judge.found) == []
     assert +judge.found.notes == {}
@@ -284,8 +285,9 @@ def test_a_log_in_which_all_is_well_has_no_fault_and_no_note(log: Audited) -> No
 
 
 @pytest.mark.parametrize(("kind", "plant"), PLANTS)
-def test_each_planted_fault_is_found_with_its_place_and_nothing_else_is(log: Audited, kind: str, plant: Plant) -> None:
-    """A record that is dropped, added, moved in time or changed is one fault; its first position is the record's."""
+def test_each_planted_fault_is_found_with_its_position_and_nothing_else(log: Audited, kind: str, plant: Plant) -> None:
+    """One record is dropped, added, moved in time or changed. The audit reports one fault, with the positions of the
+    records."""
     planted = plant(log)
     assert planted is not None
     places = [r.position for r in (planted if isinstance(planted, list) else [planted])]
@@ -306,39 +308,40 @@ def test_each_planted_fault_is_found_with_its_place_and_nothing_else_is(log: Aud
 def test_one_record_that_is_lost_may_break_two_rules(
     log: Audited, plant: Callable[[Audited], object], kinds: set[str]
 ) -> None:
-    """What a record closed is open, and what it was the cause of has none."""
+    """Without the record, a release is not closed, or a derived record has no cause."""
     plant(log)
     assert {fault.kind for fault in faults_of(log.judge().found)} == kinds
 
 
-def test_every_kind_but_those_of_the_table_is_planted_above() -> None:
-    """A rule that no test has seen fail is none."""
+def test_every_kind_of_fault_of_the_log_has_a_test() -> None:
+    """Only the three faults of the status table are not planted above. A rule that never failed in a test proves
+    nothing."""
     seen = {kind for kind, _ in PLANTS} | {"committed-open", "request-missing", "release-without-request"}
     assert FAULTS.keys() - seen == {"row-missing", "row-differs", "row-unknown"}
     assert not FAULTS.keys() & NOTES.keys()
 
 
-def test_a_start_after_an_end_names_the_worker(log: Audited) -> None:
-    """By whom is what an operator asks first."""
+def test_the_fault_of_a_start_after_an_outcome_names_the_worker(log: Audited) -> None:
+    """An operator first asks which worker started the job."""
     log.add(LIFE, "JobStarted", {"worker": "host-9:4711"})
     (fault,) = faults_of(log.judge().found)
     assert "started by host-9:4711" in fault.first[0].detail
     assert "after its JobSucceeded" in fault.first[0].detail
 
 
-# -- what is within the limits ------------------------------------------------------------------------------------------
+# -- logs without a fault ----------------------------------------------------------------------------------------------
 
 
-def test_a_success_that_stands_twice_is_a_note(log: Audited) -> None:
-    """A job whose code ran twice after a crash has succeeded twice, and that contradicts nothing."""
+def test_a_second_success_of_a_job_is_a_note(log: Audited) -> None:
+    """After a crash the job's code may run twice and succeed twice. The two facts do not contradict each other."""
     log.succeed("a")
     judge = log.judge()
     assert faults_of(judge.found) == []
     assert +judge.found.notes == {"ended-again": 1, "closed-again": 1}
 
 
-def test_what_derives_from_an_end_may_stand_twice_with_the_same_event_id(log: Audited) -> None:
-    """A request, its release and a dead letter that were sent again after a crash are notes."""
+def test_a_copy_of_a_derived_record_is_a_note(log: Audited) -> None:
+    """A request, a release and a dead letter are sent again after a crash, with the same event ids."""
     log.letter("c", release=2, attempt=2)
     log.records.append(log.records[log.last("ReleaseRequested", "c")]._replace(offset=90))
     log.records.append(log.records[log.last("JobDue", "c")]._replace(offset=90))
@@ -348,7 +351,7 @@ def test_what_derives_from_an_end_may_stand_twice_with_the_same_event_id(log: Au
 
 
 def test_a_submission_that_was_sent_again_is_a_note(log: Audited) -> None:
-    """The same id is the same job: the second record is dropped by the worker."""
+    """The worker drops the second record, because its job has the same id."""
     log.submit("a")
     judge = log.judge()
     assert faults_of(judge.found) == []
@@ -356,7 +359,7 @@ def test_a_submission_that_was_sent_again_is_a_note(log: Audited) -> None:
 
 
 def test_a_lease_that_ended_or_was_given_back_releases_the_job_again(log: Audited) -> None:
-    """Its work record is closed by the lease, and its end may stand on another partition."""
+    """The lease closes the work record, and the outcome of the job may be on another partition."""
     lease(log, 5000)
     assert faults_of(log.judge().found) == []
     log.submit("g")
@@ -369,9 +372,9 @@ def test_a_lease_that_ended_or_was_given_back_releases_the_job_again(log: Audite
     assert faults_of(log.judge().found) == []
 
 
-def test_a_lease_that_is_sent_again_by_the_next_owner_holds_no_longer(log: Audited) -> None:
-    """The worker died before it committed: its successor sends the lease once more, which the coordinator ignores. A
-    renewal counts, in contrast."""
+def test_a_lease_that_the_next_owner_sends_again_does_not_last_longer(log: Audited) -> None:
+    """The worker died before it committed, so the next owner sends the same `Leased` again, and the coordinator ignores
+    it. A `LeaseRenewed`, in contrast, makes the lease last longer."""
     leased = {"spec": SPEC, "worker": "w", "lease_ms": 5000, "crashes": 0}
     for job, again in (("g", "Leased"), ("h", "LeaseRenewed")):
         log.submit(job)
@@ -383,11 +386,11 @@ def test_a_lease_that_is_sent_again_by_the_next_owner_holds_no_longer(log: Audit
         log.start(job, release=2)
         log.succeed(job, release=2)
     (fault,) = faults_of(log.judge().found)
-    assert (fault.kind, [place.job_id for place in fault.first]) == ("released-early", ["h"])
+    assert (fault.kind, [finding.job_id for finding in fault.first]) == ("released-early", ["h"])
 
 
-def test_an_attempt_in_place_closes_nothing_and_begins_when_its_delay_is_over(log: Audited) -> None:
-    """Its release is closed by what comes after it. A retry that stands twice counts from its first record."""
+def test_an_attempt_in_place_closes_no_release_and_begins_after_its_delay(log: Audited) -> None:
+    """A later fact closes the release. If a retry is in the log twice, the delay counts from the first record."""
     _, retried = in_place(log, 100)
     log.records.insert(log.records.index(retried) + 1, retried._replace(offset=retried.offset, at=retried.at + 50))
     assert faults_of(log.judge().found) == []
@@ -401,8 +404,8 @@ def test_an_attempt_in_place_closes_nothing_and_begins_when_its_delay_is_over(lo
     assert (fault.kind, fault.count) == ("retried-early", 1)
 
 
-def test_while_workers_run_a_job_without_an_end_is_open_and_no_fault(log: Audited) -> None:
-    """It becomes one when nothing was written of it for as long as was asked, and its time has come."""
+def test_while_workers_run_a_job_without_an_outcome_is_no_fault(log: Audited) -> None:
+    """The job is counted as open. It is a fault if its last record and its due time are before `open_before`."""
     log.submit("d")
     last = log.add(COORD, "JobSubmitted", {"spec": SPEC, "delay_ms": 5000, "due_at": None}, job="e", release=0)
     committed = {(WORK, 0): log.next[WORK] - 1}
@@ -415,8 +418,9 @@ def test_while_workers_run_a_job_without_an_end_is_open_and_no_fault(log: Audite
     assert {each.job_id for each in fault.first} == {"d", "e"}
 
 
-def test_what_was_written_while_the_log_was_read_is_evidence_and_no_subject(log: Audited) -> None:
-    """A record above the ends that were seen first may lack its cause, and may be the cause of one below."""
+def test_records_written_while_the_log_is_read_are_evidence_but_are_not_judged(log: Audited) -> None:
+    """A record above the ends that the audit noted first may lack its cause, and may be the cause of a record below
+    them."""
     end = log.next[LIFE]
     log.start("unknown")
     log.add(WORK, "JobDue", {"spec": SPEC, "due_at": 1}, job="b", release=9)
@@ -425,8 +429,8 @@ def test_what_was_written_while_the_log_was_read_is_evidence_and_no_subject(log:
     assert faults_of(log.judge(finished=False, committed={}).found) != []
 
 
-def test_of_a_log_that_was_trimmed_only_what_is_whole_is_judged_by_what_is_missing(log: Audited) -> None:
-    """A job that begins before the log does is counted; what contradicts itself is a fault all the same."""
+def test_missing_records_of_a_trimmed_log_are_no_fault(log: Audited) -> None:
+    """A job that began before the oldest record is counted. Records that contradict each other are still a fault."""
     horizon = log.records[1].at
     del log.records[0]
     judge = log.judge(horizon=horizon)
@@ -438,13 +442,13 @@ def test_of_a_log_that_was_trimmed_only_what_is_whole_is_judged_by_what_is_missi
 
 
 def test_a_fact_of_a_later_version_is_not_judged(log: Audited) -> None:
-    """What it means is not known; on a work topic it may hand over a job."""
+    """The audit does not know the meaning of the fact. On a work topic the fact may hand over a job."""
     log.add(LIFE, "JobFromTheFuture", {}, job="f")
     assert faults_of(log.judge().found) == []
 
 
 def test_records_with_their_writers_time_are_not_judged_by_time(log: Audited) -> None:
-    """With message.timestamp.type=CreateTime an append time is not known."""
+    """With message.timestamp.type=CreateTime the time of the append is not known."""
     release_early(log)
     at = log.last("JobDue", "b")
     log.records[at] = log.records[at]._replace(timed=False)
@@ -453,8 +457,8 @@ def test_records_with_their_writers_time_are_not_judged_by_time(log: Audited) ->
     assert judge.found.notes["writer-time"] == 1
 
 
-def test_of_a_record_that_was_too_large_the_beginning_may_be_kept(log: Audited) -> None:
-    """If the dead letter says so, and only then."""
+def test_a_dead_letter_may_hold_only_the_beginning_of_a_large_record(log: Audited) -> None:
+    """A shorter value is allowed only if the dead letter says so."""
     bad = log.add(WORK, None, raw=b"x" * 100)
     rejected(log, bad, b"x" * 10, "no event (the first 10 of 100 bytes are kept here)")
     assert faults_of(log.judge().found) == []
@@ -464,26 +468,27 @@ def test_of_a_record_that_was_too_large_the_beginning_may_be_kept(log: Audited) 
     assert fault.kind == "rejected-altered"
 
 
-def test_what_was_rejected_in_a_part_of_the_log_that_was_not_read_is_not_judged(log: Audited) -> None:
-    """It may have been trimmed, or stand on a topic of somebody else."""
+def test_a_rejection_of_a_record_that_the_audit_did_not_read_is_not_judged(log: Audited) -> None:
+    """The rejected record may have been trimmed, or may be on a foreign topic."""
     rejected(log, Record("elsewhere", 0, 3, 1), b"?")
     assert faults_of(log.judge().found) == []
 
 
-def test_only_so_many_of_a_kind_are_kept_and_all_are_counted(log: Audited) -> None:
-    """Memory is bounded however broken a log is."""
-    found = Findings(most=2)
+def test_a_bounded_number_of_faults_is_kept_and_all_are_counted(log: Audited) -> None:
+    """The memory is bounded for a log with any number of faults."""
+    findings = Findings(most=2)
     for _ in range(5):
-        found.fault("not-ended", "a", "x", log.records[0])
-    (fault,) = faults_of(found)
+        findings.fault("not-ended", "a", "x", log.records[0])
+    (fault,) = faults_of(findings)
     assert (fault.count, len(fault.first)) == (5, 2)
 
 
 # -- the scratch file ---------------------------------------------------------------------------------------------------
 
 
-def test_the_scratch_file_gives_each_jobs_records_together_in_the_order_of_ids(log: Audited) -> None:
-    """Whatever the order in which they came; of progress reports the first of each attempt."""
+def test_the_scratch_file_groups_records_by_job_in_the_order_of_ids(log: Audited) -> None:
+    """The order of the groups does not depend on the order in which records were added. Only the first progress report
+    of each attempt is kept."""
     for _ in range(50):
         log.add(LIFE, "JobProgressed", {"sequence": 1, "done": 1, "total": None, "message": None}, job="b")
     log.records.reverse()
@@ -506,7 +511,7 @@ def test_memory_does_not_grow_with_the_number_of_jobs(tmp_path: Path, key: str |
     for jobs in (2_000, 8_000):
         folder = tmp_path / str(jobs)
         folder.mkdir()
-        log, scope, found = Writer(), Scope(NS, finished=True), Findings()
+        log, scope, findings = Writer(), Scope(NS, finished=True), Findings()
         spill = Spill(folder)
         tracemalloc.start()
         try:
@@ -517,22 +522,23 @@ def test_memory_does_not_grow_with_the_number_of_jobs(tmp_path: Path, key: str |
                 for record in log.records:
                     spill.add(record, f"{NS}.jobs.")
                 log.records.clear()
-            judge = Judge(scope, found, keep=spill.keep)
+            judge = Judge(scope, findings, keep=spill.keep)
             judge.all(spill.groups())
             turns = sum(1 for _ in spill.turns())
-            order.in_turn(spill.turns(), found)
+            order.in_turn(spill.turns(), findings)
             peaks.append(tracemalloc.get_traced_memory()[1])
         finally:
             tracemalloc.stop()
             spill.close()
         assert judge.jobs == jobs
         assert turns == (0 if key is None else jobs)
-        assert not found.counts
+        assert not findings.counts
     assert peaks[1] < 1.3 * peaks[0]
 
 
-def test_a_record_is_judged_under_its_job_its_place_or_both() -> None:
-    """A record that is not an event belongs to no job. An event on a work topic that submits no job is judged by its job and by its place."""
+def test_a_record_is_grouped_by_its_job_its_position_or_both() -> None:
+    """A record that is not an event belongs to no job. An event on a work topic that submits no job belongs to the
+    group of its job and to the group of its position."""
     log = Writer()
     prefix = f"{NS}.jobs."
     assert keys_of(log.submit("a"), prefix) == ["a"]
@@ -545,7 +551,7 @@ def test_a_record_is_judged_under_its_job_its_place_or_both() -> None:
 
 
 def write_table(path: Path, rows: dict[str, Final], offsets: dict[tuple[str, int], int], at: int = LATER) -> Path:
-    """A status table with these rows."""
+    """Write a status table with these rows."""
     path.unlink(missing_ok=True)
     with sqlite3.connect(path) as made:
         made.execute(
@@ -557,7 +563,7 @@ def write_table(path: Path, rows: dict[str, Final], offsets: dict[tuple[str, int
             result = None if row.result is None else row.result.encode()
             values = (job, row.state, row.task, row.queue, row.run, row.attempt, row.release, at, result, row.error, 0)
             made.execute("INSERT INTO jobs VALUES (?,?,?,?,?,?,?,?,?,?,?)", values)
-        made.executemany("INSERT INTO offsets VALUES (?,?,?)", [(*place, end) for place, end in offsets.items()])
+        made.executemany("INSERT INTO offsets VALUES (?,?,?)", [(*where, end) for where, end in offsets.items()])
     made.close()
     return path
 
@@ -570,8 +576,8 @@ ROWS = {
 ALL_READ = {(topic, 0): 99 for topic in (WORK, LIFE, COORD, DEAD)}
 
 
-def test_a_table_that_says_what_the_log_says_has_no_fault(log: Audited, tmp_path: Path) -> None:
-    """Every row is compared."""
+def test_a_table_that_agrees_with_the_log_has_no_fault(log: Audited, tmp_path: Path) -> None:
+    """The audit compares every row."""
     judge = log.judge(write_table(tmp_path / "t.db", ROWS, ALL_READ))
     assert faults_of(judge.found) == []
     assert judge.rows == 3
@@ -587,17 +593,17 @@ def test_a_table_that_says_what_the_log_says_has_no_fault(log: Audited, tmp_path
         ("row-unknown", {**ROWS, "z": ROWS["b"]}),
     ],
 )
-def test_a_row_that_is_missing_wrong_or_too_many_is_found(
+def test_a_missing_wrong_or_extra_row_is_a_fault(
     log: Audited, tmp_path: Path, kind: str, rows: dict[str, Final]
 ) -> None:
-    """And no other row is."""
+    """No other row is reported."""
     judge = log.judge(write_table(tmp_path / "t.db", rows, ALL_READ))
     (fault,) = faults_of(judge.found)
     assert (fault.kind, fault.count) == (kind, 1)
 
 
-def test_a_job_that_the_table_has_not_read_to_the_end_is_not_compared(log: Audited, tmp_path: Path) -> None:
-    """It is counted: a table that is behind is not wrong."""
+def test_a_row_that_lacks_the_last_facts_of_its_job_is_not_compared(log: Audited, tmp_path: Path) -> None:
+    """A table that is behind is not wrong: its offset is at or below the job's last record. The row is counted."""
     read = {**ALL_READ, (LIFE, 0): log.records[log.last("JobFailed", "c")].offset}
     judge = log.judge(write_table(tmp_path / "t.db", {"a": ROWS["a"], "b": ROWS["b"]}, read))
     assert faults_of(judge.found) == []
@@ -605,14 +611,14 @@ def test_a_job_that_the_table_has_not_read_to_the_end_is_not_compared(log: Audit
 
 
 def test_a_row_older_than_the_log_is_not_judged(log: Audited, tmp_path: Path) -> None:
-    """What was trimmed stays in the table."""
+    """The table keeps the rows of jobs whose records were trimmed."""
     rows = {**ROWS, "z": ROWS["b"]}
     judge = log.judge(write_table(tmp_path / "t.db", rows, ALL_READ, at=log.clock), horizon=log.clock + 1)
     assert faults_of(judge.found) == []
 
 
-def test_long_ids_and_results_are_compared_as_the_table_has_them() -> None:
-    """The table has the beginning of a long id and a digest; a long result is compared by its digest."""
+def test_long_ids_and_results_are_compared_in_the_form_of_the_table() -> None:
+    """The table stores a long id as its beginning and a digest. A long result is compared by its digest."""
     for text in ("a", "x" * 200, "x" * 201, "ü\0" * 150):
         assert stored(text) == key_text(text)
     long = b'"' + b"x" * 500 + b'"'
@@ -623,15 +629,15 @@ def test_long_ids_and_results_are_compared_as_the_table_has_them() -> None:
     assert result_text(b"\xff") == "\\xff"
 
 
-def test_the_end_of_a_leased_job_counts_when_the_coordinator_has_passed_it_on() -> None:
-    """What a worker tells the coordinator on coordination may come from a lease that is over."""
+def test_the_outcome_of_a_leased_job_counts_after_the_coordinator_wrote_it() -> None:
+    """A worker's report on the topic `coordination` may belong to a lease that has ended."""
     log = Writer()
     log.submit("l")
     log.start("l")
     log.add(COORD, "JobSucceeded", {"result": b"7"}, job="l")
-    found = final(log.records)
-    assert found is not None
-    assert found.state == "running"
+    expected = final(log.records)
+    assert expected is not None
+    assert expected.state == "running"
 
 
 # -- bytes --------------------------------------------------------------------------------------------------------------
@@ -649,8 +655,8 @@ def facts() -> list[ev.Fact]:
     ]
 
 
-def test_the_bytes_that_the_codec_writes_are_read_by_hand() -> None:
-    """An event that the codec wrote is read by hand, fact by fact, and the fingerprint is the same."""
+def test_the_audits_decoder_reads_what_the_codec_writes() -> None:
+    """The audit has its own decoder. It reads each event that the codec wrote, and computes the same fingerprint."""
     assert fingerprint(codec.SCHEMA_TEXT) == codec.FINGERPRINT
     for fact in facts():
         event = ev.JobEvent("e", "j", 2, 3, 4, 1_700_000_000_000_001, "t", "q", None, "h", "s", None, fact)
@@ -660,8 +666,8 @@ def test_the_bytes_that_the_codec_writes_are_read_by_hand() -> None:
         assert body == msgspec.to_builtins(fact, builtin_types=(bytes,))
 
 
-def test_the_frame_of_a_schema_registry_is_read_by_hand() -> None:
-    """With the schema that is published under its id, else with the registry's."""
+def test_the_audits_decoder_reads_the_frame_of_a_schema_registry() -> None:
+    """The decoder uses the schema that is published under the id of the frame, or asks the registry for the schema."""
     event = ev.JobEvent("e", "j", 1, 1, 1, 1, "t", "q", None, None, "s", None, ev.JobSucceeded(b"1", 3))
     framed = b"\0" + (7).to_bytes(4, "big") + codec.encode(event)[10:]
     published = Schemas()
@@ -672,26 +678,26 @@ def test_the_frame_of_a_schema_registry_is_read_by_hand() -> None:
     assert published.decode(framed)[1] == asked.decode(framed)[1] == "JobSucceeded"
 
 
-def test_a_fact_of_an_earlier_schema_is_judged_with_what_it_has(log: Audited) -> None:
-    """Fields that came later are missing there."""
+def test_a_fact_without_fields_of_a_later_schema_is_judged(log: Audited) -> None:
+    """A fact of an earlier schema has no `in_place`."""
     schema = json.loads(codec.SCHEMA_TEXT)
     union = next(f for f in schema["fields"] if f["name"] == "fact")["type"]
     retried = next(r for r in union if r["name"] == "JobRetried")
     retried["fields"] = [f for f in retried["fields"] if f["name"] != "in_place"]
     record = log.records[log.last("JobRetried", "c")]
-    del record.body["in_place"]  # type: ignore[attr-defined]  # the log is ours to spoil
+    del record.body["in_place"]  # type: ignore[attr-defined]  # this test may spoil its log
     assert faults_of(log.judge().found) == []
 
 
 @pytest.mark.parametrize("value", [None, b"", b"\xc3\x01short", b"garbage of some length", b"\xc3\x01" + b"\0" * 30])
-def test_what_is_no_event_is_said_to_be_none(value: bytes | None) -> None:
-    """Bytes without our frame, or of an unknown schema, are no event."""
-    with pytest.raises(ValueError, match=r"null|framing|unknown schema|damaged"):
+def test_a_value_that_is_no_event_is_refused(value: bytes | None) -> None:
+    """A value without the frame of an event, or of an unknown schema, is no event."""
+    with pytest.raises(ValueError, match=r"no value|not the head of an event|unknown schema|damaged"):
         Schemas().decode(value)
 
 
 def test_the_docs_list_every_fault_and_note() -> None:
-    """Row by row; what is printed here belongs into docs/reference.md."""
+    """docs/reference.md has a row for each kind. If this test fails, the printed rows belong on that page."""
     text = (Path(__file__).resolve().parents[2] / "docs" / "reference.md").read_text("utf-8")
     for kinds in (FAULTS, NOTES):
         wanted = "\n".join(f"| `{kind}` | {says} |" for kind, says in kinds.items())

@@ -1,4 +1,5 @@
-"""The audit's rule of keys: a log in which a job is started out of its turn is a fault with both places, and what KEY_ORDER allows is none."""
+"""The audit's rule of keys: a job that is started before its turn is a fault with both positions, and everything that
+KEY_ORDER allows is no fault."""
 
 from __future__ import annotations
 
@@ -21,45 +22,45 @@ from tests.unit.test_audit import Audited
 
 
 class Keyed(Audited):
-    """Jobs of the key ``k``, in a log in which the other jobs are as they must be."""
+    """A log with jobs of the key ``k``; the other jobs of the log are correct."""
 
     def submit(self, job: str = "a", **more: Any) -> Record:
-        """A job of the key."""
+        """Submit a job of the key."""
         return super().submit(job, **{"key": "k", **more})
 
     def retry(self, job: str, *, in_place: bool, **more: Any) -> Record:
-        """Its attempt failed, and another one follows."""
+        """Add the retry of a failed attempt."""
         body = {"error": ERROR, "delay_ms": 0, "duration_us": 1, "in_place": in_place}
         return self.add(LIFE, "JobRetried", body, job=job, **more)
 
     def release(self, job: str, release: int, attempt: int) -> Record:
-        """The coordinator releases it again, as it was asked to."""
+        """Add the request for a release and the coordinator's release."""
         requested = {"spec": SPEC, "delay_ms": 0, "due_at": None}
         asked = self.add(COORD, "ReleaseRequested", requested, job=job, release=release, attempt=attempt)
         due = {"spec": SPEC, "due_at": asked.at * 1000}
         return self.add(WORK, "JobDue", due, job=job, release=release, attempt=attempt, key="k")
 
     def run(self, job: str, **more: Any) -> None:
-        """It is started and succeeds."""
+        """Add a start and a success."""
         self.start(job, **more)
         self.succeed(job, **more)
 
     def found(self, **scope: Any) -> dict[str, list[list[str]]]:
-        """Positions of every fault, by its kind."""
+        """Judge the log; return the positions of the faults of each kind."""
         return {f.kind: [each.positions for each in f.first] for f in faults_of(self.judge(**scope).found)}
 
 
 @pytest.fixture
 def log(tmp_path: Path) -> Keyed:
-    """Two jobs of one key are submitted: ``x``, then ``y``."""
+    """A log in which two jobs of one key are submitted: ``x``, then ``y``."""
     made = Keyed(tmp_path / "scratch")
     made.submit("x")
     made.submit("y")
     return made
 
 
-def test_a_job_that_is_started_before_the_one_before_is_closed_is_a_fault(log: Keyed) -> None:
-    """The fault names the start and the closing fact behind it, and in words both jobs."""
+def test_a_start_before_the_previous_job_of_the_key_is_closed_is_a_fault(log: Keyed) -> None:
+    """The fault has the positions of the start and of the later closing fact, and its text names both jobs."""
     log.start("x")
     early = log.start("y")
     closed = log.succeed("x")
@@ -69,12 +70,13 @@ def test_a_job_that_is_started_before_the_one_before_is_closed_is_a_fault(log: K
     assert (fault.kind, fault.count, fault.first[0].job_id) == ("key-order", 1, "y")
     assert fault.first[0].positions == [early.position, closed.position]
     assert fault.first[0].detail == (
-        "of key 'k', started before job x, which was submitted earlier, was closed by its JobSucceeded"
+        "started while job x, an earlier job of the same key 'k', was not closed; that job was closed later, by JobSucceeded"
     )
 
 
-def test_a_job_that_is_started_while_the_one_before_is_open_is_a_fault(log: Keyed) -> None:
-    """Nothing closes the earlier one: its work record is named. Also while workers run."""
+def test_a_start_while_the_previous_job_of_the_key_is_open_is_a_fault(log: Keyed) -> None:
+    """The earlier job has no closing fact, so the fault names its work record. The rule also holds while workers
+    run."""
     first = log.records[log.last("JobSubmitted", "x")]
     log.start("x")
     early = log.start("y")
@@ -83,8 +85,8 @@ def test_a_job_that_is_started_while_the_one_before_is_open_is_a_fault(log: Keye
     assert log.found(finished=False, committed={}) == wanted
 
 
-def test_each_job_of_a_key_in_its_turn_is_no_fault(log: Keyed) -> None:
-    """Whether the one before succeeds, fails, or is cancelled or expires without a start."""
+def test_jobs_of_a_key_in_their_order_are_no_fault(log: Keyed) -> None:
+    """The previous job may succeed, fail, or be cancelled or expire without a start."""
     log.submit("z")
     log.submit("w")
     log.run("x")
@@ -98,16 +100,16 @@ def test_each_job_of_a_key_in_its_turn_is_no_fault(log: Keyed) -> None:
     assert log.found() == {}
 
 
-def test_a_job_that_is_cancelled_keeps_its_turn_until_that_is_in_the_log(log: Keyed) -> None:
-    """It is never started, and the next one waits for its closing fact all the same."""
+def test_a_cancelled_job_holds_its_key_until_its_outcome_is_in_the_log(log: Keyed) -> None:
+    """The cancelled job is never started. The next job of the key must still wait for its closing fact."""
     early = log.start("y")
     closed = log.add(LIFE, "JobCancelled", {"by": "ann", "reason": None}, job="x")
     log.succeed("y")
     assert log.found() == {"key-order": [[early.position, closed.position]]}
 
 
-def test_a_job_that_is_tried_again_in_place_keeps_its_turn(log: Keyed) -> None:
-    """A retry in place closes nothing."""
+def test_a_job_with_attempts_in_place_holds_its_key(log: Keyed) -> None:
+    """A retry in place does not close the release."""
     log.start("x")
     log.retry("x", in_place=True)
     log.start("x", attempt=2)
@@ -125,8 +127,8 @@ def test_a_job_that_is_tried_again_in_place_keeps_its_turn(log: Keyed) -> None:
     assert log.found() == {"key-order": [[early.position, closed.position]]}
 
 
-def test_a_retry_by_the_coordinator_gives_up_its_turn_and_takes_another_one(log: Keyed) -> None:
-    """Delayed jobs and retries that are no longer in place are in the order of their releases."""
+def test_a_retry_by_the_coordinator_gives_the_job_a_new_place_in_the_order(log: Keyed) -> None:
+    """Delayed jobs and retries that are not in place run in the order of their releases."""
     log.start("x")
     log.retry("x", in_place=False)
     log.release("x", 2, 2)
@@ -140,7 +142,7 @@ def test_a_retry_by_the_coordinator_gives_up_its_turn_and_takes_another_one(log:
 
 
 def test_a_job_that_runs_again_after_a_kill_is_no_fault(log: Keyed) -> None:
-    """Its closing fact may stand twice: the first one counts."""
+    """If the closing fact is in the log twice, the first one counts."""
     log.start("x")
     log.start("x")
     log.succeed("x")
@@ -150,8 +152,9 @@ def test_a_job_that_runs_again_after_a_kill_is_no_fault(log: Keyed) -> None:
     assert log.found() == {}
 
 
-def test_what_a_paused_worker_sends_late_is_no_fault_of_the_key(log: Keyed) -> None:
-    """Its start stands behind the next jobs of the key: that is a start after an outcome, and nothing else."""
+def test_a_late_start_of_a_paused_worker_is_no_fault_of_the_key(log: Keyed) -> None:
+    """The start comes after the facts of the next jobs of the key. It is a start after an outcome, and no other
+    fault."""
     log.run("x")
     log.run("y")
     log.submit("z")
@@ -165,7 +168,7 @@ def test_what_a_paused_worker_sends_late_is_no_fault_of_the_key(log: Keyed) -> N
     "other", [{"key": "other"}, {"key": None}, {"partition": 1}, {"topic": f"{NS}.jobs.sms"}, {"topic": f"{WORK}.high"}]
 )
 def test_jobs_of_other_keys_queues_and_partitions_do_not_wait(log: Keyed, other: dict[str, Any]) -> None:
-    """Order is kept for each key of each queue; adding partitions moves keys."""
+    """The order holds within a key of a queue. After partitions were added, a key may be on another partition."""
     log.start("x")
     where = {"topic": WORK, "key": "k", "partition": 0, **other}
     log.add(where["topic"], "JobSubmitted", {"spec": SPEC, "delay_ms": None, "due_at": None}, job="z",
@@ -176,16 +179,17 @@ def test_jobs_of_other_keys_queues_and_partitions_do_not_wait(log: Keyed, other:
     assert log.found() == {}
 
 
-def test_a_work_record_that_stands_twice_has_its_turn_where_it_stands_first(log: Keyed) -> None:
-    """The second one is dropped."""
+def test_the_first_work_record_of_a_job_decides_its_place_in_the_order(log: Keyed) -> None:
+    """The worker drops the second work record."""
     log.submit("x")
     log.run("x")
     log.run("y")
     assert log.found() == {}
 
 
-def test_a_job_in_two_partitions_has_no_turn(log: Keyed) -> None:
-    """Sent again after partitions were added, it is run in both, and which start is whose is not known."""
+def test_a_job_in_two_partitions_has_no_place_in_the_order(log: Keyed) -> None:
+    """A job that is sent again after partitions were added runs in both partitions. The audit cannot know which start
+    belongs to which work record."""
     log.run("x")
     log.submit("y", partition=1)
     log.submit("z")
@@ -197,8 +201,9 @@ def test_a_job_in_two_partitions_has_no_turn(log: Keyed) -> None:
     assert "key-order" not in log.found()
 
 
-def test_a_leased_job_holds_nobody_up(log: Keyed) -> None:
-    """Its outcome goes by the coordinator. A long task cannot have a key; a submission from another language may have one."""
+def test_a_leased_job_does_not_hold_its_key(log: Keyed) -> None:
+    """The coordinator writes the outcome of a leased job. A long task cannot have a key, but a submission from another
+    language may have one."""
     log.add(LIFE, "JobLeased", {"worker": "w", "lease_ms": 5000}, job="x")
     log.add(COORD, "Leased", {"spec": SPEC, "worker": "w", "lease_ms": 5000, "crashes": 0}, job="x")
     log.start("x")
@@ -208,7 +213,7 @@ def test_a_leased_job_holds_nobody_up(log: Keyed) -> None:
 
 
 def test_a_release_that_is_closed_in_another_partition_is_one_fault(log: Keyed) -> None:
-    """`closed-elsewhere`, and not that those behind it were started."""
+    """The fault is `closed-elsewhere`. The next jobs of the key are not reported."""
     log.start("x")
     log.succeed("x", partition=1)
     log.run("y")
@@ -216,7 +221,8 @@ def test_a_release_that_is_closed_in_another_partition_is_one_fault(log: Keyed) 
 
 
 def test_of_a_trimmed_log_only_the_complete_part_is_judged(log: Keyed) -> None:
-    """The closing fact of an older job may be gone; so may the first of two work records, whose start stands before the second."""
+    """The closing fact of an older job may be trimmed. The first of two work records may be trimmed, too; then the
+    start of the job comes before the second one."""
     last = log.records[log.last("JobSubmitted", "y")]
     log.run("y")
     assert "key-order" not in log.found(horizon=last.at)
@@ -226,11 +232,11 @@ def test_of_a_trimmed_log_only_the_complete_part_is_judged(log: Keyed) -> None:
     log.submit("z")
     log.succeed("z")
     log.run("v")
-    found = log.found(horizon=last.at)
-    assert "key-order" not in found
+    faults = log.found(horizon=last.at)
+    assert "key-order" not in faults
 
 
-# -- against what anybody would write ---------------------------------------------------------------------------------------
+# -- against a simple implementation ------------------------------------------------------------------------------------
 
 
 def fact(offset: int | None) -> Record | None:
@@ -242,10 +248,10 @@ TURN = st.tuples(st.sampled_from("kl"), OFFSET, OFFSET, st.booleans())
 
 
 @given(st.lists(TURN, max_size=12))
-def test_one_pass_finds_what_a_look_at_all_pairs_finds(
+def test_one_pass_finds_the_same_faults_as_a_comparison_of_all_pairs(
     given_turns: list[tuple[str, int | None, int | None, bool]],
 ) -> None:
-    """A job is out of its turn if any earlier one of its key that holds it up is closed later than it is started, or never."""
+    """A job starts too early if an earlier job that holds the key is closed after that start, or never."""
     lines: dict[str, list[Turn]] = defaultdict(list)
     for number, (key, started, closed, holds) in enumerate(given_turns):
         work = Record(WORK, 0, number, number, head={"job_id": f"{number}"})
@@ -259,16 +265,16 @@ def test_one_pass_finds_what_a_look_at_all_pairs_finds(
             each.holds and (each.closed is None or each.closed.offset > turn.started.offset) for each in line[:number]
         )
     }
-    found = Findings()
-    in_turn((turn for key in sorted(lines) for turn in lines[key]), found)
-    assert {each.job_id for each in found.faults["key-order"]} == wanted
-    assert found.counts["key-order"] == len(wanted)
+    findings = Findings()
+    in_turn((turn for key in sorted(lines) for turn in lines[key]), findings)
+    assert {each.job_id for each in findings.faults["key-order"]} == wanted
+    assert findings.counts["key-order"] == len(wanted)
 
 
 @given(st.data())
-def test_what_an_honest_worker_writes_has_no_fault(data: st.DataObject) -> None:
-    """Some keys, each job in its turn, attempts in place, and kills: what was started and not closed is started again, and what
-    was closed without an acknowledgement may be closed again."""
+def test_the_log_of_a_correct_worker_has_no_fault(data: st.DataObject) -> None:
+    """The log has some keys with jobs in their order, attempts in place, and kills: a job that was started and not
+    closed is started again, and a closing fact without an acknowledgement may be written again."""
     log = Writer()
     keys = {key: [f"{key}{n}" for n in range(data.draw(st.integers(0, 4)))] for key in "kl"}
     for key, jobs in keys.items():

@@ -1,4 +1,5 @@
-"""The status table's fold and the audit's own rule say the same of the same facts, although they share no code."""
+"""The status table's fold and the audit's own rule give the same row for the same facts, although they share no
+code."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ WORK, LIFE, COORD = "shop.jobs.mail", "shop.lifecycle", "shop.coordination"
 SPEC = ev.JobSpec(b"{}")
 ERROR = ev.ErrorInfo("ValueError", "no")
 SCHEMAS = Schemas()
-#: What a leased job may result in. None: its worker died.
+#: The possible outcomes of a leased job. None: its worker died.
 OUTCOMES: Sequence[ev.Fact | None] = (
     None,
     ev.JobSucceeded(b"7", 1),
@@ -32,19 +33,19 @@ OUTCOMES: Sequence[ev.Fact | None] = (
 
 
 class Log:
-    """Facts of one job, each where it belongs."""
+    """The facts of one job, each on its topic."""
 
     def __init__(self) -> None:
         self.messages: list[Message] = []
 
     def add(self, topic: str, fact: ev.Fact, release: int = 1, attempt: int = 1) -> None:
-        """One more fact, 10 ms after the one before."""
+        """Add a fact, 10 ms after the previous one."""
         event = JobEvent("e", "job", 1, attempt, release, 0, "render", "mail", None, None, "test", None, fact)
         offset = len(self.messages)
         self.messages.append(Message(topic, 0, offset, codec.encode(event), 1_000 + 10 * offset))
 
     def audited(self) -> Final | None:
-        """What the audit expects of the row."""
+        """Return the row that the audit expects."""
         records = []
         for each in self.messages:
             head, fact, body = SCHEMAS.decode(each.value())
@@ -52,13 +53,13 @@ class Log:
         return final(records)
 
     def folded(self, chance: random.Random | None = None) -> Final | None:
-        """What the table shows; in any order of the records if ``chance`` is given."""
+        """Return the row of the status table. With ``chance``, the records come in a random order."""
         messages, table = list(self.messages), Table()
         if chance is not None:
             chance.shuffle(messages)
         projector = RowFolder(table, codec.Decoder())
         for first in range(0, len(messages), 3):
-            folded = projector.fold(messages[first : first + 3])  # type: ignore[arg-type]  # as far as it looks
+            folded = projector.fold(messages[first : first + 3])  # type: ignore[arg-type]  # has the methods that are called
             table.write(folded.changes)
             projector.committed(folded)
         (row,) = table.rows.values()
@@ -68,8 +69,8 @@ class Log:
 
 @st.composite
 def leased(draw: st.DrawFn) -> Log:
-    """A long job: each release is leased and started, and its worker tells the coordinator an outcome. The coordinator passes
-    an outcome on if the lease still stands, and releases the job again if it does not."""
+    """A long job: each release is leased and started, and its worker reports an outcome to the coordinator. The
+    coordinator writes the outcome if the lease is still valid, and otherwise releases the job again."""
     log, attempt, late = Log(), 1, []
     log.add(WORK, ev.JobSubmitted(SPEC))
     for release in range(1, draw(st.integers(1, 4)) + 1):
@@ -88,20 +89,20 @@ def leased(draw: st.DrawFn) -> Log:
         if isinstance(outcome, ev.TERMINAL):
             break
         attempt += isinstance(outcome, ev.JobRetried)
-    for outcome, release, attempt in late:  # told after the lease
+    for outcome, release, attempt in late:  # reported after the end of the lease
         log.add(COORD, outcome, release, attempt)
     return log
 
 
 @given(leased(), st.randoms(use_true_random=False))
 def test_the_row_of_a_leased_job_is_what_the_audit_expects_in_any_order(log: Log, chance: random.Random) -> None:
-    """STATUS_CONVERGES for long jobs: what a worker tells the coordinator after its lease changes nothing, in the row and in
-    the audit alike."""
+    """STATUS_CONVERGES for long jobs: a report after the end of the lease changes neither the row nor the row that the
+    audit expects."""
     assert differences("job", log.audited(), log.folded(chance)) == []
 
 
-def test_a_success_that_is_told_after_the_lease_changes_nothing() -> None:
-    """Release 1 lost its lease and succeeded later; release 2 failed. The job has failed."""
+def test_a_success_that_is_reported_after_the_lease_changes_nothing() -> None:
+    """Release 1 lost its lease and succeeded later, and release 2 failed. The job has failed."""
     log = Log()
     log.add(WORK, ev.JobSubmitted(SPEC))
     log.add(LIFE, ev.JobLeased("host:1", 5_000))
@@ -120,7 +121,7 @@ def test_a_success_that_is_told_after_the_lease_changes_nothing() -> None:
 
 @st.composite
 def keyed(draw: st.DrawFn) -> Log:
-    """A keyed job: attempts that are made again in place, some of them started twice because a worker died."""
+    """A keyed job with attempts in place. Some attempts are started twice, because a worker died."""
     log, release, attempt = Log(), 1, 1
     log.add(WORK, ev.JobSubmitted(SPEC))
     for _ in range(draw(st.integers(1, 8))):

@@ -1,9 +1,8 @@
-"""The autoscaling recipes, over what a real worker told Prometheus (tests/recorded): up
-when a burst comes, down after it.
+"""The autoscaling recipes, over recorded metrics of a real worker (tests/recorded): more workers in a burst, one worker
+after it.
 
-The queries are taken from the recipes themselves and run by Prometheus' own promtool; what an HPA makes
-of them is its documented rule (ceil of value / target, bounds, the highest of all metrics, the
-stabilisation window), written out here.
+Prometheus' own promtool runs the queries of the recipes. The documented rule of an HPA is written out here: ceil of
+value / target, bounds, the highest of all metrics, the stabilisation window.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ RECIPES = ROOT / "examples/kubernetes"
 
 RECORDED: dict[str, Any] = json.loads((ROOT / "tests/recorded/autoscaling.json").read_text("utf-8"))
 STEP = RECORDED["interval_s"]
-#: Seconds for which an idle worker goes on telling what it told last, so that all may be taken down that was put up.
+#: Seconds for which the last recorded values are repeated, so that the number of workers can fall to one again.
 IDLE_S = 700
 SERIES: promtool.Series = {
     name: [*values, *[values[-1]] * (IDLE_S // STEP)] for name, values in RECORDED["series"].items()
@@ -34,32 +33,32 @@ END = STEP * (max(map(len, SERIES.values())) - 1)
 
 
 def recipe(name: str) -> list[dict[str, Any]]:
-    """The documents of a recipe."""
-    found: list[dict[str, Any]] = list(yaml.safe_load_all((RECIPES / name).read_text("utf-8")))
-    return found
+    """Return the documents of a recipe."""
+    documents: list[dict[str, Any]] = list(yaml.safe_load_all((RECIPES / name).read_text("utf-8")))
+    return documents
 
 
 def adapter_queries() -> dict[str, str]:
-    """prometheus-adapter's queries by metric."""
+    """Return prometheus-adapter's queries by metric."""
     rules = yaml.safe_load(recipe("hpa.yaml")[1]["data"]["config.yaml"])["externalRules"]
     return {rule["name"]["as"]: rule["metricsQuery"] for rule in rules}
 
 
 def keda_triggers() -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """KEDA's triggers: what wakes, the lag, the wait."""
+    """Return KEDA's triggers: the one that starts the first worker, the lag, the wait."""
     kafka, lag, wait = recipe("keda.yaml")[0]["spec"]["triggers"]
     assert [each["type"] for each in (kafka, lag, wait)] == ["kafka", "prometheus", "prometheus"]
     return kafka, lag, wait
 
 
 def keda_queries() -> dict[str, str]:
-    """KEDA's queries, by the names that prometheus-adapter's have."""
+    """Return KEDA's queries, under the names of prometheus-adapter's queries."""
     _, lag, wait = keda_triggers()
     return {"jobledger_mail_lag": lag["metadata"]["query"], "jobledger_mail_wait_p95": wait["metadata"]["query"]}
 
 
 def evaluated(tmp_path: Path, query: str, series: promtool.Series) -> list[float]:
-    """What the query gives at each scrape of the series."""
+    """Return the result of the query at each scrape of the series."""
     at = range(0, END + 1, STEP)
     test = {
         "rule_files": [],
@@ -68,26 +67,26 @@ def evaluated(tmp_path: Path, query: str, series: promtool.Series) -> list[float
             {
                 "interval": f"{STEP}s",
                 "input_series": promtool.told(series),
-                # Nothing is expected: promtool tells what it got instead.
+                # No sample is expected, so promtool prints the samples that it got.
                 "promql_expr_test": [{"expr": query, "eval_time": f"{t}s", "exp_samples": []} for t in at],
             }
         ],
     }
-    _, said = promtool.run(tmp_path, test)
+    _, output = promtool.run(tmp_path, test)
     got: dict[int, float] = {}
     time_s = -1
-    for line in said.splitlines():
+    for line in output.splitlines():
         if "time:" in line and "expr:" in line:
             time_s = _seconds(line.rsplit("time:", 1)[1].strip(" ,"))
         elif line.strip().startswith("got:"):
             text = line.split("got:", 1)[1].strip()
             got[time_s] = float(text.rsplit(" ", 1)[1].strip('"')) if text != "nil" else math.nan
-    assert got, said[-3000:]
-    return [got.get(t, math.nan) for t in at]  # where the query gives nothing, promtool has nothing to tell
+    assert got, output[-3000:]
+    return [got.get(t, math.nan) for t in at]  # promtool prints nothing where the query has no result
 
 
 def _seconds(text: str) -> int:
-    """Prometheus' way of writing durations, as far as it is met here."""
+    """Parse a duration as Prometheus writes it, as far as needed here."""
     total, digits = 0, ""
     for char in text:
         if char.isdigit():
@@ -99,24 +98,25 @@ def _seconds(text: str) -> int:
 
 
 def replicas(wanted: Callable[[int, int], int], spec: dict[str, Any]) -> list[int]:
-    """What an HPA sets, scrape by scrape: down only to the highest that was wanted within the window, and up and down
-    by no more than its policies allow since their period began. ``spec``: the HPA's."""
+    """Return the number of workers that an HPA sets after each scrape. It goes down only to the highest number that was
+    wanted within the window, and goes up and down by no more than its policies allow in their period. ``spec``: the
+    HPA's."""
     up, down = spec["behavior"]["scaleUp"], spec["behavior"]["scaleDown"]
     (doubling,), (leaving,) = up["policies"], down["policies"]
     assert (up["stabilizationWindowSeconds"], doubling["type"], leaving["type"]) == (0, "Percent", "Pods")
-    window, said, history = down["stabilizationWindowSeconds"] // STEP, [spec["minReplicas"]], []
+    window, counts, history = down["stabilizationWindowSeconds"] // STEP, [spec["minReplicas"]], []
     for number in range(END // STEP + 1):
-        now = said[-1]
+        now = counts[-1]
         history.append(min(spec["maxReplicas"], max(spec["minReplicas"], wanted(number, now))))
         want = history[-1] if history[-1] > now else min(now, max(history[-window - 1 :]))
-        most = said[max(0, number - doubling["periodSeconds"] // STEP)] * (100 + doubling["value"]) // 100
-        least = said[max(0, number - leaving["periodSeconds"] // STEP)] - leaving["value"]
-        said.append(max(min(want, max(now, most)), min(now, least)))
-    return said[1:]
+        most = counts[max(0, number - doubling["periodSeconds"] // STEP)] * (100 + doubling["value"]) // 100
+        least = counts[max(0, number - leaving["periodSeconds"] // STEP)] - leaving["value"]
+        counts.append(max(min(want, max(now, most)), min(now, least)))
+    return counts[1:]
 
 
-def test_both_recipes_ask_the_same() -> None:
-    """Both queries, and the bounds and targets, are the same in KEDA's recipe and in the HPA's."""
+def test_both_recipes_have_the_same_queries_bounds_and_targets() -> None:
+    """KEDA's recipe and the HPA's recipe scale alike."""
     assert keda_queries() == adapter_queries()
     keda, hpa = recipe("keda.yaml")[0]["spec"], recipe("hpa.yaml")[0]["spec"]
     assert (keda["minReplicaCount"], keda["maxReplicaCount"]) == (hpa["minReplicas"], hpa["maxReplicas"])
@@ -128,9 +128,9 @@ def test_both_recipes_ask_the_same() -> None:
     assert hpa["metrics"][1]["external"]["target"] == {"type": "Value", "value": "10"}
 
 
-def test_up_with_the_burst_and_down_after_it(tmp_path: Path, say: Callable[[str], None]) -> None:
-    """Recorded: one worker, 3,000 jobs at once. Both figures ask for more workers within two scrapes of what they
-    measure, never for more than there are partitions, and for one again when the backlog is gone."""
+def test_a_burst_raises_the_number_of_workers_and_its_end_lowers_it(tmp_path: Path, say: Callable[[str], None]) -> None:
+    """The recording has one worker and 3,000 jobs at once. The lag and the wait ask for more workers; the HPA sets at
+    most six, and one again after the backlog is gone."""
     queries = adapter_queries()
     lag = evaluated(tmp_path, queries["jobledger_mail_lag"], SERIES)
     assert math.isnan(lag[0]), "the worker had no partition yet: unknown is not 0"
@@ -154,27 +154,27 @@ def test_up_with_the_burst_and_down_after_it(tmp_path: Path, say: Callable[[str]
         return max(by_lag[number], math.ceil(now * wait[number] / 10))
 
     spec = recipe("hpa.yaml")[0]["spec"]
-    said = replicas(wanted, spec)
-    assert set(said[:burst]) == {1}
-    assert max(said) == spec["maxReplicas"] == 6
-    full = said.index(6)
+    workers = replicas(wanted, spec)
+    assert set(workers[:burst]) == {1}
+    assert max(workers) == spec["maxReplicas"] == 6
+    full = workers.index(6)
     assert (full - burst) * STEP <= 90, "1, 2, 4, 6: half a minute between each"
-    last_wish = max(n for n in range(len(said)) if wanted(n, 6) > 1)
-    down = next(n for n in range(full, len(said)) if said[n] < 6)
+    last_wish = max(n for n in range(len(workers)) if wanted(n, 6) > 1)
+    down = next(n for n in range(full, len(workers)) if workers[n] < 6)
     assert (down - last_wish) * STEP >= spec["behavior"]["scaleDown"]["stabilizationWindowSeconds"] == 300
-    assert said[-1] == 1, "for one again"
-    one = said.index(1, full)
+    assert workers[-1] == 1, "for one again"
+    one = workers.index(1, full)
     assert (one - down) * STEP >= 4 * 60, "one a minute"
     say(
-        f"autoscaling, recorded: lag {max(lag):.0f}, wait p95 {max(wait):.0f} s; workers {said[0]} → {max(said)} "
-        f"→ {said[-1]}, the wait asks for more {(first - burst) * STEP} s after the burst; {(full - burst) * STEP} s to "
+        f"autoscaling, recorded: lag {max(lag):.0f}, wait p95 {max(wait):.0f} s; workers {workers[0]} → {max(workers)} "
+        f"→ {workers[-1]}, the wait asks for more {(first - burst) * STEP} s after the burst; {(full - burst) * STEP} s to "
         f"six, {(one - last_wish) * STEP} s from the last wish to one"
     )
 
 
 def test_a_paused_queue_asks_for_no_worker(tmp_path: Path) -> None:
-    """Nothing runs while it is paused, however many workers there are: no query of either recipe asks for any. The
-    broker, whom KEDA asks as well, knows of no pause; it is asked for the first worker alone."""
+    """More workers would not help a paused queue, so no query of either recipe asks for a worker. KEDA also asks the
+    broker, which does not know of the pause; that trigger asks for one worker at most."""
     paused = {
         name: [1.0 if 'kind="queue"' in name and "paused" in name else v for v in values]
         for name, values in SERIES.items()
@@ -185,8 +185,8 @@ def test_a_paused_queue_asks_for_no_worker(tmp_path: Path) -> None:
     assert math.ceil(1_000_000_000 / int(kafka["metadata"]["lagThreshold"])) == 1
 
 
-def test_nothing_at_all_is_nothing(tmp_path: Path) -> None:
-    """Before the first worker has been scraped the query says 0, not nothing: KEDA would take that for an error."""
+def test_the_wait_is_0_before_the_first_worker_is_scraped(tmp_path: Path) -> None:
+    """KEDA would treat an empty result as an error."""
     assert set(evaluated(tmp_path, keda_queries()["jobledger_mail_wait_p95"], {"up": [1.0] * (END // STEP + 1)})) == {
         0.0
     }

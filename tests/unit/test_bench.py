@@ -1,4 +1,4 @@
-"""What the benchmarks count, without a broker."""
+"""The figures that the benchmarks measure, without a broker."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ child.wait()
 """
 
 
-def test_a_parts_memory_is_that_of_its_children_too() -> None:
-    """A worker's jobs may run in processes of their own."""
+def test_the_memory_of_a_process_includes_its_child_processes() -> None:
+    """A worker's jobs may run in child processes."""
     process = subprocess.Popen([sys.executable, "-c", PARENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdin is not None
     assert process.stdout is not None
@@ -29,11 +29,11 @@ def test_a_parts_memory_is_that_of_its_children_too() -> None:
         process.stdin.write("\n")
 
 
-def test_the_broker_is_who_listens_at_its_address() -> None:
-    """Not any Kafka of this machine; one elsewhere is not measured."""
+def test_the_broker_is_the_process_that_listens_at_its_address() -> None:
+    """Another Kafka on this machine is not measured, and neither is a broker on another machine."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        found = scaling._listening(f"127.0.0.1:{port},127.0.0.1:1")
-        assert found == psutil.Process()
+        broker = scaling._listening(f"127.0.0.1:{port},127.0.0.1:1")
+        assert broker == psutil.Process()
         assert scaling._listening(f"kafka-1:{port}") is None
     assert scaling._listening(f"127.0.0.1:{port}") is None

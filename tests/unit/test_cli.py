@@ -52,7 +52,8 @@ def add(a: int, b: int = 1, label: str = "") -> int:
 
 @pytest.fixture(autouse=True)
 def _project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A working directory with an app, a home without a broker, a wide terminal that is none."""
+    """Use a working directory with an app, a home folder without a broker, and an output 200 columns wide without a
+    terminal."""
     for name in list(os.environ):
         if name.startswith("JOBLEDGER_") or name in ("FORCE_COLOR", "NO_COLOR"):
             monkeypatch.delenv(name)
@@ -68,34 +69,34 @@ def _project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def bare(text: str) -> str:
-    """Without colours: pipelines that show them ask typer to write them."""
+    """Remove colours: typer writes them in a CI pipeline that asks for colours."""
     return re.sub(r"\x1b\[[0-9;]*m", "", text)
 
 
 def commands() -> list[list[str]]:
-    """Every command and group, as words."""
-    found: list[list[str]] = [[]]
+    """Return every command and group, each as a list of words."""
+    all_of_them: list[list[str]] = [[]]
 
     def walk(command: Any, words: list[str]) -> None:
         for name, below in getattr(command, "commands", {}).items():
-            found.append([*words, name])
+            all_of_them.append([*words, name])
             walk(below, [*words, name])
 
     walk(typer.main.get_command(cli), [])
-    return found
+    return all_of_them
 
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
-def test_every_command_explains_itself(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """``--help`` of every command ends with 0 and says more than its name."""
+def test_every_command_has_a_help_text(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """``--help`` of every command ends with 0 and prints more than the command's name."""
     assert main([*words, "--help"]) == Exit.OK
     shown = bare(capsys.readouterr().out)
     assert "Usage: jobledger " + " ".join(words) in shown
     assert len(shown.splitlines()) > 6
 
 
-def test_the_commands_that_texts_name_are_there() -> None:
-    """The commands of the README exist under their names."""
+def test_the_commands_of_the_readme_exist() -> None:
+    """Each command that the README names is a command of the program."""
     names = {" ".join(words) for words in commands()}
     assert names >= {
         *("dev", "worker", "streams", "coordinator", "materializer", "submit", "audit", "verify", "rebuild"),
@@ -120,7 +121,7 @@ def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "expected"),
     [
         (["submit", "cli_shop:app", "add", "a=1"], "set JOBLEDGER_BOOTSTRAP=host:port (or --bootstrap)"),
         (["submit", "cli_shp:app", "add"], "did you mean 'cli_shop'?"),
@@ -130,14 +131,15 @@ def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         (["jobs", "cancel", UUID, "--namespace", "shop"], "set JOBLEDGER_BOOTSTRAP=host:port (or --bootstrap)"),
     ],
 )
-def test_an_error_is_one_line_that_names_the_value_and_the_way_out(
-    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+def test_an_error_is_one_line_with_the_value_and_the_remedy(
+    words: list[str], expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What is wrong is said on standard error alone, in one line, with exit code 1; with --json as an object."""
+    """The error is one line on standard error with exit code 1, and standard output is empty. With --json the error is
+    an object."""
     assert main(words) == Exit.ERROR
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert said in shown.err
+    assert expected in shown.err
     assert shown.err.startswith("error: ")
     assert shown.err.count("\n") == 1
     if words[0] != "streams":
@@ -145,12 +147,12 @@ def test_an_error_is_one_line_that_names_the_value_and_the_way_out(
         shown = capsys.readouterr()
         assert shown.out == ""
         error = json.loads(shown.err)["error"]
-        assert said in error["message"]
+        assert expected in error["message"]
         assert issubclass(getattr(errors, error["type"]), JobledgerError)
 
 
-def test_a_status_table_that_is_not_there_is_not_found(capsys: pytest.CaptureFixture[str]) -> None:
-    """Asking where there is no status table yet ends with 3 and says what makes one."""
+def test_a_missing_status_table_ends_a_command_with_not_found(capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a status table the exit code is 3, and the error names the command that makes a table."""
     assert main(["jobs", "show", "x", "--namespace", "shop"]) == Exit.NOT_FOUND
     assert "jobledger streams" in capsys.readouterr().err
 
@@ -160,7 +162,7 @@ SHOP = ["--namespace", "shop"]
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "expected"),
     [
         (["nope"], "No such command 'nope'"),
         (["jobs", "list", "--limit", "x"], "Invalid value for '--limit'"),
@@ -168,7 +170,7 @@ SHOP = ["--namespace", "shop"]
         (["submit"], "Missing argument 'MODULE:APP'"),
         (["worker", "--grace", "1"], "Missing argument 'MODULE:APP'"),
         # names and values that the app does not have or take
-        (["submit", "cli_shop:app", "ad", "a=1"], "task 'ad' is not registered with app 'shop': it has ['add']"),
+        (["submit", "cli_shop:app", "ad", "a=1"], "task 'ad' is not registered with app 'shop': the app has ['add']"),
         ([*SUBMIT, "a=x"], "Expected `int`, got `str`"),
         ([*SUBMIT, "nonsense"], "argument 'nonsense' is not of the form NAME=VALUE"),
         ([*SUBMIT, "--args", "[1]"], "--args '[1]' is not a JSON object"),
@@ -176,16 +178,16 @@ SHOP = ["--namespace", "shop"]
         ([*SUBMIT, "a=1", "--queue", "nope"], "queue 'nope' is not declared"),
         ([*SUBMIT, "a=1", "--priority", "urgent"], "is not 'high', 'normal' or 'low'"),
         (["worker", "cli_shop:app", "--queues", "default,nope"], "--queues: queue 'nope' is not declared by app 'shop'"),
-        (["emit", "cli_shop:app", "Nope"], "app 'shop' has no event 'Nope'; there are none"),
+        (["emit", "cli_shop:app", "Nope"], "app 'shop' has no event 'Nope'; its events: none"),
         (["backfill", "cli_shop:app", "nope"], "no handler is called 'nope'"),
-        (["projections", "verify", "cli_shop:app", "nope"], "app 'shop' has no projection 'nope'; there are none"),
-        (["queues", "pause", "cli_shop:app", "nope"], "app 'shop' has no queue 'nope'; there are default"),
-        (["tasks", "pause", "cli_shop:app", "nope"], "app 'shop' has no task 'nope'; there are add"),
+        (["projections", "verify", "cli_shop:app", "nope"], "app 'shop' has no projection 'nope'; its projections: none"),
+        (["queues", "pause", "cli_shop:app", "nope"], "app 'shop' has no queue 'nope'; its queues: default"),
+        (["tasks", "pause", "cli_shop:app", "nope"], "app 'shop' has no task 'nope'; its tasks: add"),
         (["tasks", "limit", "cli_shop:app", "add", "--rate", "often"], "'often' is not a rate"),
         (["queues", "limit", "cli_shop:app", "default", "--concurrency", "1"], "is less than the 6 partitions"),
-        (["topics", "acls", "cli_shop:app", "--principal", "cook=User:x"], "'cook' is not a role; there are"),
-        (["jobs", "list", *SHOP, "--state", "lost"], "--state 'lost' is not a state; there are scheduled, queued, running,"),
-        (["jobs", "list", *SHOP, "--show", "colour"], "--show 'colour' is not a column; there are tags, args"),
+        (["topics", "acls", "cli_shop:app", "--principal", "cook=User:x"], "'cook' is not a role; the roles are"),
+        (["jobs", "list", *SHOP, "--state", "lost"], "--state 'lost' is not a state; the states are scheduled, queued, running,"),
+        (["jobs", "list", *SHOP, "--show", "colour"], "--show 'colour' is not a column; the columns are tags, args"),
         (["events", "tail", *SHOP, "--topic", "orders"], "'lifecycle', 'work', 'coordination', 'dead-letter', 'all'"),
         # numbers and times
         *(([*SUBMIT, "a=1", "--delay", each], f"'{each}' is not a number of seconds from 0 to 31622400 (366 days)")
@@ -203,10 +205,10 @@ SHOP = ["--namespace", "shop"]
         (["jobs", "list", "--app", "cli_shop", "--namespace", "x"], "give only one of them"),
         (["jobs", "list", "cli_shop:app", "--namespace", "x"], "the app is named twice"),
         (["jobs", "list", "--namespace", "no spaces"], "namespace 'no spaces' is not usable"),
-        (["jobs", "list", "a:app", "b"], "'b' is too much: the command takes no argument"),
+        (["jobs", "list", "a:app", "b"], "unexpected 'b': the command takes no argument"),
         (["jobs", "show", *SHOP], "ID is missing"),
         (["jobs", "show", "cli_shop:app"], "ID is missing after cli_shop:app"),
-        (["jobs", "show", UUID, UUID, *SHOP], "is too much: the command takes 1 ID"),
+        (["jobs", "show", UUID, UUID, *SHOP], "the command takes 1 ID"),
         (["queues", "pause", *SHOP], "NAME is missing"),
         (["jobs", "cancel", *SHOP], "which jobs? Give their ids, or --where NAME=VALUE"),
         (["jobs", "cancel", UUID, "--where", "task=add", *SHOP], "give ids or --where, not both"),
@@ -223,34 +225,36 @@ SHOP = ["--namespace", "shop"]
         (["jobs", "list", *SHOP, "--namespace", "other"], "--namespace is given 2 times"),
         (["queues", "list", "--bootstrap", "a:1", "--bootstrap", "b:1"], "--bootstrap is given 2 times"),
         # no text
-        (["jobs", "show", "\udcff", *SHOP], "is not written in UTF-8"),
+        (["jobs", "show", "\udcff", *SHOP], "is not UTF-8 text"),
     ],
     ids=lambda value: " ".join(value).replace("\udcff", "…") if isinstance(value, list) else "",
 )  # fmt: skip
-def test_a_wrong_command_line_is_a_usage_error(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """What is wrong with the words is said in one line, with what could be there, and ends with 2; with --json it is an
-    object."""
+def test_a_wrong_command_line_is_a_usage_error(
+    words: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The error is one line with the wrong word and the possible values, and the exit code is 2. With --json the error
+    is an object."""
     assert main(words) == Exit.USAGE
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert said in shown.err
+    assert expected in shown.err
     assert shown.err.startswith("error: ")
     assert shown.err.count("\n") == 1
     assert main([*words, "--json"]) == Exit.USAGE
     error = json.loads(capsys.readouterr().err)["error"]
     assert error["type"] == "UsageError"
-    if words[0] != "worker":  # which has no --json
-        assert said in error["message"]
+    if words[0] != "worker":  # the worker has no --json
+        assert expected in error["message"]
 
 
 def test_a_group_without_its_command_shows_its_help(capsys: pytest.CaptureFixture[str]) -> None:
-    """``jobledger jobs`` says what there is, and ends with 2."""
+    """``jobledger jobs`` prints the commands of the group, and ends with 2."""
     assert main(["jobs"]) == Exit.USAGE
     assert "cancel" in "".join(capsys.readouterr())
 
 
 def _completed(words: str, folder: Path) -> list[str]:
-    """What a shell offers for the last of ``words``: asked as bash does, which takes words apart at ``:`` and ``=``."""
+    """Return what a shell offers for the last of ``words``. As bash does, split the words at ``:`` and ``=``."""
     parts = ["jobledger"]
     for word in words.split(" "):
         parts += [part for part in re.split("([:=])", word) if part] or [""]
@@ -290,8 +294,8 @@ def _completed(words: str, folder: Path) -> list[str]:
     ],
 )  # fmt: skip
 def test_a_shell_completes_names(words: str, offered: list[str], tmp_path: Path) -> None:
-    """States, queues, tasks, namespaces and jobs are offered, of the app that is named or of the status table; whatever
-    goes wrong, nothing is said."""
+    """A shell offers states, queues, tasks, namespaces and jobs, from the named app or from the status table. If that
+    fails, nothing is offered and nothing is printed."""
     (tmp_path / "cli_shop.py").write_text(APP + "print('loaded')\n")
     with SqliteStore(f"sqlite:///{tmp_path}/home/status/shop.db", "shop") as store:
         assert store.acquire()
@@ -306,7 +310,7 @@ def test_a_shell_completes_names(words: str, offered: list[str], tmp_path: Path)
 
 
 def test_a_traceback_is_shown_when_it_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
-    """Without ``--traceback`` nobody sees one."""
+    """Without ``--traceback`` an error has no traceback."""
     words = ["submit", "cli_shop:app", "nope"]
     main(words)
     assert "Traceback" not in capsys.readouterr().err
@@ -317,7 +321,7 @@ def test_a_traceback_is_shown_when_it_is_asked_for(capsys: pytest.CaptureFixture
 def test_a_folder_that_cannot_be_used_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What the operating system refuses ends with one line that has the path and the reason."""
+    """An error of the operating system becomes one line with the path and the reason."""
     monkeypatch.setenv("JOBLEDGER_HOME", os.devnull)
     assert main(["jobs", "list", "--namespace", "shop"]) == Exit.ERROR
     assert capsys.readouterr().err == f"error: {os.devnull}/status: Not a directory\n"
@@ -326,14 +330,14 @@ def test_a_folder_that_cannot_be_used_is_named(
 def test_a_setting_that_does_not_exist_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A misspelled environment variable is an error that lists those there are."""
+    """A misspelled environment variable is an error that names the variable."""
     monkeypatch.setenv("JOBLEDGER_BOOTSRAP", "x:1")
     assert main(["jobs", "list", "--namespace", "shop"]) == Exit.ERROR
     assert "JOBLEDGER_BOOTSRAP is not a setting" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "expected"),
     [
         (["worker", "nowhere:app"], "module 'nowhere' does not exist"),
         (["router", "cli_shop:app"], "has no handlers"),
@@ -341,20 +345,21 @@ def test_a_setting_that_does_not_exist_is_refused(
         (["dev", "cli_shop:nope"], "nope"),
     ],
 )
-def test_the_format_of_logs_is_a_setting_like_others(
-    words: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_log_format_is_passed_on_in_the_environment(
+    words: list[str], expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """``--log-format`` reaches the processes that a command starts by the environment, where the settings know it."""
-    monkeypatch.setenv("JOBLEDGER_LOG_FORMAT", "")  # given back as it was: the option sets it
+    """``--log-format`` sets a variable of the environment for the processes that a command starts. The settings know
+    this variable."""
+    monkeypatch.setenv("JOBLEDGER_LOG_FORMAT", "")  # restored after the test, because the option sets it
     assert main([*words, "--log-format", "json"]) == Exit.ERROR
     assert os.environ["JOBLEDGER_LOG_FORMAT"] == "json"
     shown = capsys.readouterr().err
     assert "is not a setting of Jobledger" not in shown
-    assert said in shown
+    assert expected in shown
 
 
 def test_every_error_of_ours_has_an_exit_code() -> None:
-    """Errors that scripts must tell apart have codes of their own; all others are 1."""
+    """Errors that scripts must distinguish have their own codes. All other errors of Jobledger have the exit code 1."""
     codes = {name: exit_code(kind.__new__(kind)) for name, kind in vars(errors).items() if _is_error(kind)}
     assert {name: code for name, code in codes.items() if code != Exit.ERROR} == {
         "JobNotFound": Exit.NOT_FOUND,
@@ -375,35 +380,35 @@ def _is_error(kind: object) -> bool:
 
 
 def _shell(line: str, folder: Path, **environ: str) -> subprocess.CompletedProcess[str]:
-    """A line of a shell in which ``jobledger`` is this one."""
+    """Run a line in a shell, with the tested ``jobledger``."""
     line = line.replace("jobledger", f"{sys.executable} -m jobledger")
     return subprocess.run(
         ["bash", "-c", line], cwd=folder, env={**os.environ, **environ}, capture_output=True, text=True, check=False
     )
 
 
-#: A command that writes by each of the ways there are: typer's help, plain print, a table, JSON, fields.
+#: A command for each way to write output: typer's help, plain print, a table, JSON, fields.
 WRITERS = ("--help", "--version", "topics acls cli_shop:app", "topics acls cli_shop:app --json", "kafka status")
 
 
 @pytest.mark.parametrize("words", WRITERS)
 def test_output_that_cannot_be_written_is_an_error_of_one_line(words: str, tmp_path: Path) -> None:
-    """Standard output that is closed or full ends a command with 1 and its reason, also where the interpreter's end is
-    the first to notice; with --json as an object."""
+    """If standard output is closed or full, a command ends with 1 and the reason. That is also so if only the end of
+    the interpreter notices it. With --json the error is an object."""
     for where, why in ((">&-", "Bad file descriptor"), (">/dev/full", "No space left on device")):
         done = _shell(f"jobledger {words} {where}", tmp_path)
         assert done.returncode == Exit.ERROR, done.stderr
-        said = f"standard output cannot be written: {why}"
+        message = f"standard output cannot be written: {why}"
         if "--json" in words:
-            assert json.loads(done.stderr) == {"error": {"type": "OutputLost", "message": said}}
+            assert json.loads(done.stderr) == {"error": {"type": "OutputLost", "message": message}}
         else:
-            assert done.stderr == f"error: {said}\n"
+            assert done.stderr == f"error: {message}\n"
 
 
 @pytest.mark.parametrize("words", WRITERS)
-def test_a_reader_that_has_enough_is_no_error(words: str, tmp_path: Path) -> None:
-    """Output that nobody reads any more ends a command without a word, with the code that programs killed by SIGPIPE
-    have in a shell."""
+def test_a_closed_pipe_ends_a_command_without_an_error_message(words: str, tmp_path: Path) -> None:
+    """If the reader of the output has closed the pipe, a command prints nothing and ends with the exit code that a
+    shell shows for a program killed by SIGPIPE."""
     read, write = os.pipe()
     os.close(read)
     try:
@@ -418,8 +423,8 @@ def test_a_reader_that_has_enough_is_no_error(words: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     "environ", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}]
 )
-def test_an_output_of_few_characters_is_enough(words: str, environ: dict[str, str], tmp_path: Path) -> None:
-    """Where the encoding lacks a character, its number is written; JSON stays JSON."""
+def test_output_in_an_ascii_terminal_is_readable(words: str, environ: dict[str, str], tmp_path: Path) -> None:
+    """If the encoding lacks a character, the character's number is written. JSON output is still JSON."""
     done = _shell(f"jobledger {words}", tmp_path, **environ)
     assert done.returncode in (Exit.OK, Exit.NOT_FOUND)
     assert "Traceback" not in done.stderr
@@ -428,9 +433,9 @@ def test_an_output_of_few_characters_is_enough(words: str, environ: dict[str, st
         json.loads(done.stdout)
 
 
-def test_without_standard_streams_errors_have_their_codes(tmp_path: Path) -> None:
-    """A command whose three streams were closed before its start ends as it would with them, and writes its words into
-    no file that it opens."""
+def test_exit_codes_are_the_same_without_standard_streams(tmp_path: Path) -> None:
+    """A command that starts with three closed streams ends with the same exit code, and does not write its output into
+    a file that it opens."""
     assert _shell("jobledger jobs show x --namespace shop <&- >&- 2>&-", tmp_path).returncode == Exit.NOT_FOUND
     assert _shell("jobledger jobs show x --namespace shop 2>/dev/full", tmp_path).returncode == Exit.NOT_FOUND
     assert _shell("jobledger queues list --namespace shop <&- >&- 2>&-", tmp_path).returncode == Exit.ERROR
@@ -447,9 +452,9 @@ raise E(1, 2)
 
 
 @pytest.mark.parametrize(("words", "code"), [("worker", 0), ("worker --processes=2", 1), ("streams", 1)])
-def test_only_what_writes_output_fails_for_it(words: str, code: int, tmp_path: Path) -> None:
-    """Jobs may print in a worker whose standard output is full or closed; a supervisor, whose output are its parts'
-    lines, ends with an error."""
+def test_only_a_supervisor_fails_if_its_output_cannot_be_written(words: str, code: int, tmp_path: Path) -> None:
+    """Jobs may print in a worker whose standard output is full or closed. A supervisor writes the lines of its child
+    processes, so it ends with an error."""
     (tmp_path / "prints.py").write_text(
         "import sys\n"
         "from jobledger.cli import main\n"
@@ -465,10 +470,10 @@ def test_only_what_writes_output_fails_for_it(words: str, code: int, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("source", "said"),
+    ("source", "expected"),
     [
-        ("class E(Exception):\n    def __str__(self): raise RuntimeError('no')\nraise E", "its str() raised RuntimeError"),
-        ("class E(Exception):\n    def __str__(self): return 5\nraise E", "its str() raised TypeError"),
+        ("class E(Exception):\n    def __str__(self): raise RuntimeError('no')\nraise E", "str() of this exception raised RuntimeError"),
+        ("class E(Exception):\n    def __str__(self): return 5\nraise E", "str() of this exception raised TypeError"),
         ("raise BaseException('all of it')", "BaseException: all of it"),
         ("raise GeneratorExit", "importing it failed"),
         (OWN_ERROR, "1 and 2"),
@@ -480,22 +485,24 @@ def test_only_what_writes_output_fails_for_it(words: str, code: int, tmp_path: P
         ("import sys\nsys.exit(0)", "SystemExit: 0"),
     ],
 )  # fmt: skip
-def test_whatever_a_module_raises_is_one_line(
-    source: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_any_exception_of_an_apps_module_becomes_one_line(
+    source: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An app's module may raise anything and hold anything: the command ends with 1 and one line."""
+    """An app's module may raise any exception and contain any object. The command ends with 1 and prints one line."""
     (tmp_path / "cli_shop.py").write_text(source)
     for words in (["worker", "cli_shop:app"], ["topics", "acls", "cli_shop:app"]):
         sys.modules.pop("cli_shop", None)
         assert main(words) == Exit.ERROR
         shown = capsys.readouterr().err
-        assert said in shown
-        assert "lazy" in said or shown.count("\n") == 1  # a worker's unforeseen error shows where it broke
+        assert expected in shown
+        assert "lazy" in expected or shown.count("\n") == 1  # an unexpected error of a worker has a traceback
 
 
 @pytest.mark.parametrize("text", ["[" * 20_000, '{"a": ' + "[" * 20_000 + "]" * 20_000 + "}", "9" * 6_000])
-def test_values_that_no_json_reader_takes_are_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Arguments nested without end, or longer than a number may be, end with one line."""
+def test_json_with_too_deep_nesting_or_too_long_numbers_is_refused(
+    text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such an argument ends the command with one line."""
     for words in ([f"label={text}", "a=x"], ["--args", text]):
         assert main(["submit", "cli_shop:app", "add", *words]) == Exit.USAGE
         shown = capsys.readouterr().err
@@ -503,8 +510,8 @@ def test_values_that_no_json_reader_takes_are_refused(text: str, capsys: pytest.
         assert "unexpected" not in shown
 
 
-def test_help_is_quick() -> None:
-    """`jobledger --version` loads neither the database nor Faust."""
+def test_the_command_line_loads_no_heavy_package() -> None:
+    """The import of the command line loads neither SQLAlchemy nor Faust, so help is fast."""
     probe = (
         "import sys, jobledger.cli.main; print([m for m in ('faust', 'sqlalchemy', 'watchfiles') if m in sys.modules])"
     )
@@ -534,14 +541,14 @@ def test_help_is_quick() -> None:
         ("", str, ""),
     ],
 )
-def test_an_argument_is_read_as_its_parameter_takes_it(text: str, hint: Any, value: Any) -> None:
-    """JSON where it is JSON, text where the parameter takes text or nothing else fits."""
+def test_an_argument_is_read_by_the_type_of_its_parameter(text: str, hint: Any, value: Any) -> None:
+    """The argument is read as JSON if it is JSON, and as text if the parameter takes text or if nothing else fits."""
     assert read_value(text, hint) == value
 
 
 @given(st.text())
-def test_text_for_a_text_parameter_survives(text: str) -> None:
-    """Whatever is typed for a ``str`` parameter arrives, unless it is a JSON string, which arrives unquoted."""
+def test_text_for_a_str_parameter_arrives_unchanged(text: str) -> None:
+    """Only a JSON string is changed: it arrives without its quotes."""
     try:
         quoted = isinstance(json.loads(text), str)
     except ValueError:
@@ -564,27 +571,27 @@ def test_text_for_a_text_parameter_survives(text: str) -> None:
         (4 * 86400 + 3 * 3600, "4 d 3 h"),
     ],
 )
-def test_spans_are_told_as_people_tell_them(seconds: float, text: str) -> None:
-    """Two units at most, no false precision."""
+def test_a_duration_is_shown_with_at_most_two_units(seconds: float, text: str) -> None:
+    """A duration has at most two units, and no false precision."""
     assert duration(seconds) == text
 
 
 @given(st.floats(0, 1e9))
-def test_every_span_has_a_text(seconds: float) -> None:
-    """No span is shown as 1000 ms, 60 s or 60 min."""
+def test_a_duration_is_shown_in_the_largest_fitting_unit(seconds: float) -> None:
+    """No duration is shown as 1000 ms, 60 s or 60 min."""
     assert not re.match(r"(1000 ms|60(\.0)? s|60 min)", duration(seconds))
 
 
-def test_moments_are_relative() -> None:
-    """The past is ago, the future is in, nothing is a dash."""
+def test_times_are_shown_relative_to_now() -> None:
+    """A past time has "ago", a future time has "in", and a missing time is a dash."""
     assert relative(1_000_000, 13_000_000) == "12.0 s ago"
     assert relative(13_000_000, 1_000_000) == "in 12.0 s"
     assert relative(5, 5) == "now"
     assert relative(None) == "-"
 
 
-def test_times_of_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``--from``, ``--to`` and ``--since`` take an age or ISO 8601, as UTC unless it says."""
+def test_times_on_the_command_line_are_ages_or_iso_8601(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``--from``, ``--to`` and ``--since`` take an age or a time in ISO 8601. A time without an offset is UTC."""
     assert moment_ms("10m", "--from", now=1_000_000.0) == 999_400_000
     assert moment_ms("1.5 h", "--from", now=1_000_000.0) == 994_600_000
     assert moment_ms("2026-01-31T14:05:00+00:00", "--from") == 1_769_868_300_000
@@ -603,11 +610,13 @@ def test_times_of_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
 @given(
     st.lists(st.tuples(st.integers(0, 50), st.integers(0, 3), st.integers(0, 10**6)), unique=True), st.integers(1, 9)
 )
-def test_the_newest_events_are_the_last_of_all_in_order(found: list[tuple[int, int, int]], count: int) -> None:
-    """``-n`` shows the end of what is shown without it."""
-    lines = [Line(ev.Position("t", partition, offset), ms, None) for ms, partition, offset in found]
+def test_the_newest_events_are_the_last_lines_of_the_whole_output(
+    appended: list[tuple[int, int, int]], count: int
+) -> None:
+    """``-n`` shows the last lines of the output without ``-n``."""
+    lines = [Line(ev.Position("t", partition, offset), ms, None) for ms, partition, offset in appended]
     whole = list(newest(iter(lines), None))
-    assert [line.appended_ms for line in whole] == sorted(ms for ms, _, _ in found)
+    assert [line.appended_ms for line in whole] == sorted(ms for ms, _, _ in appended)
     assert list(newest(iter(lines), count)) == whole[-count:]
 
 
@@ -637,25 +646,25 @@ FACTS: list[tuple[ev.Fact, str]] = [
     (ev.CancelRequested("ann", "wrong list"), "by ann: wrong list"),
     (ev.QueuePaused("ann", "they are down"), "by ann: they are down"),
     (ev.QueueResumed("ann"), "by ann"),
-    (ev.QueueLimited(5.0, 3, "ann"), "5/s and 3 at once by ann"),
+    (ev.QueueLimited(5.0, 3, "ann"), "5 starts/s and 3 jobs at once, by ann"),
 ]
 
 
 def test_every_fact_is_shown() -> None:
-    """No kind of fact is left without words."""
+    """The list above has every type of fact."""
     assert {type(fact) for fact, _ in FACTS} == set(ev.Fact.__args__)
 
 
 @pytest.mark.parametrize(("fact", "text"), FACTS, ids=lambda value: type(value).__name__)
 def test_a_fact_is_one_line_and_one_json_object(fact: ev.Fact, text: str) -> None:
-    """A fact is shown on one line that begins with what matters; as JSON it carries its type, and bytes as text."""
-    # 1969 or 1970, by the time zone of whoever runs this
+    """A fact is shown on one line that begins with its main content. As JSON it has its type, and its bytes as text."""
+    # a due time of 0 is in 1969 or 1970, by the time zone of this machine
     assert facts.describe(fact).startswith(text)
     assert "\n" not in facts.describe(fact)
     assert json.loads(json.dumps(facts.fact_json(fact)))["type"] == type(fact).__name__
 
 
-#: Values that a well-formed record may carry, and that no reader expects.
+#: Unusual values that a well-formed record may have.
 ODD: dict[str, list[Any]] = {
     "int": [-(2**63), -1, 0, 2**31 - 1, 253_402_300_799_999_999, 253_402_300_800_000_000, time.time_ns(), 2**63 - 1],
     "float": [float("nan"), float("inf"), -1e300],
@@ -666,8 +675,8 @@ ODD: dict[str, list[Any]] = {
 
 
 def odd(value: Any) -> list[Any]:
-    """``value``, and it with each of its fields replaced by odd ones, one at a time."""
-    found: list[Any] = [value]
+    """Return ``value`` and its variants: in each variant one field has an unusual value."""
+    variants: list[Any] = [value]
     for name in value.__struct_fields__:
         there = getattr(value, name)
         if isinstance(there, ev.JobSpec | ev.ErrorInfo | ev.Fact):
@@ -677,8 +686,8 @@ def odd(value: Any) -> list[Any]:
         else:
             hint = typing.get_type_hints(type(value))[name]
             news = [each for kind in typing.get_args(hint) or (hint,) for each in ODD.get(kind.__name__, [])]
-        found += [msgspec.structs.replace(value, **{name: new}) for new in news]
-    return found
+        variants += [msgspec.structs.replace(value, **{name: new}) for new in news]
+    return variants
 
 
 @pytest.mark.parametrize("fact", [fact for fact, _ in FACTS], ids=lambda fact: type(fact).__name__)
@@ -686,8 +695,8 @@ def odd(value: Any) -> list[Any]:
 def test_an_odd_record_is_shown_as_far_as_it_can_be(
     fact: ev.Fact, zone: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whatever stands in a record's fields, `events tail` prints one line for it that steers no terminal, and with
-    --json one object."""
+    """For any values in a record's fields, `events tail` prints one line without control characters, and with --json
+    one object."""
     monkeypatch.setenv("TZ", zone)
     time.tzset()
     event = _job(fact)
@@ -703,7 +712,7 @@ def test_an_odd_record_is_shown_as_far_as_it_can_be(
             _json_line(dataclasses.replace(line, recorded=recorded))
             text = capsys.readouterr().out
             assert len(text.splitlines()) == 1
-            text.encode()  # no halves of pairs
+            text.encode()  # no lone surrogates
             assert json.loads(text)["fact"]["type"] == type(fact).__name__
     finally:
         monkeypatch.undo()
@@ -712,12 +721,12 @@ def test_an_odd_record_is_shown_as_far_as_it_can_be(
 
 @pytest.mark.parametrize("fact", [fact for fact, _ in FACTS], ids=lambda fact: type(fact).__name__)
 def test_an_odd_job_is_shown_as_far_as_it_can_be(fact: ev.Fact, capsys: pytest.CaptureFixture[str]) -> None:
-    """`jobs list` and `jobs show` have a row and fields for a job whatever its records say, as text and as JSON."""
+    """For any values in a job's records, `jobs list` and `jobs show` print a row and fields, as text and as JSON."""
     event = _job(fact)
-    place = ev.Position("shop.lifecycle", 0, 1)
+    position = ev.Position("shop.lifecycle", 0, 1)
     base = fold.apply(None, ev.Recorded(_job(ev.JobSubmitted(SPEC)), ev.Position("t", 0, 0), 1_700_000_000_000))
     for each in odd(event):
-        life = fold.apply(base, ev.Recorded(each, place, 1_700_000_000_001))
+        life = fold.apply(base, ev.Recorded(each, position, 1_700_000_000_001))
         assert life is not None
         status = fold.status(UUID, life)
         output.print_table(("",) * 8, [row(status)])
@@ -732,8 +741,9 @@ def _job(fact: ev.Fact) -> ev.JobEvent:
     return ev.JobEvent("id", UUID, 1, 1, 1, 0, "add", "default", None, None, "test", None, fact)
 
 
-def test_what_cannot_be_shown_is_marked() -> None:
-    """A time of no calendar is its number, nesting without end is cut, control characters are their pictures."""
+def test_values_that_cannot_be_shown_are_replaced() -> None:
+    """A time outside the calendar is shown as a number, deep nesting is cut, and control characters are replaced by
+    visible ones."""
     assert output.clock(2**63 - 1) == "outside the calendar (9223372036854775807 µs)"
     assert output.iso(2**63 - 1) == 2**63 - 1
     assert output.iso(0) == "1970-01-01T00:00:00+00:00"
@@ -747,22 +757,23 @@ def test_what_cannot_be_shown_is_marked() -> None:
 
 
 def test_progress_is_complete_only_at_its_end() -> None:
-    """99.6 % is not 100."""
+    """99.6 % is shown as 99 %."""
     assert facts.progress(498, 500, None) == "498/500 (99 %)"
     assert facts.progress(500, 500, "row") == "500/500 (100 %) row"
     assert facts.progress(3, 0, None) == "3/0"
     assert facts.progress(0, None, None) == "0"
 
 
-def test_arguments_and_results_are_the_json_they_hold() -> None:
-    """In JSON output nothing is base64 and nothing is JSON within a string."""
+def test_arguments_and_results_are_part_of_the_json_output() -> None:
+    """JSON output has no base64 and no JSON within a string."""
     shown = facts.fact_json(ev.JobSubmitted(SPEC))
     assert shown["spec"]["args"] == {"to": "a@example.org"}
     assert facts.fact_json(ev.JobSucceeded(b"[1]"))["result"] == [1]
 
 
 def test_a_table_without_a_terminal_is_plain(capsys: pytest.CaptureFixture[str]) -> None:
-    """Columns of text under a heading: no frame, no colour, nothing cut off, one line a row."""
+    """The output has columns under a heading and one line for each row, without a frame, without colours and without
+    cuts."""
     output.print_table(("a", "b"), [["x" * 300, ("y\nz", "red")], ["1", "2"]])
     lines = capsys.readouterr().out.splitlines()
     assert lines == ["a" + " " * 301 + "b", "x" * 300 + "  y z", "1" + " " * 301 + "2"]
@@ -771,7 +782,7 @@ def test_a_table_without_a_terminal_is_plain(capsys: pytest.CaptureFixture[str])
 def test_a_table_for_a_terminal_shows_ids_whole(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The first column is never cut, however narrow the terminal is; states have colours."""
+    """The first column is not cut in a narrow terminal, and states have colours."""
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "60")
     job = "01a20559-6ae1-7578-bb70-f86db3b39485"
@@ -781,8 +792,11 @@ def test_a_table_for_a_terminal_shows_ids_whole(
     assert "\x1b[1;31m" in shown
 
 
-def test_only_status_tables_are_taken_for_namespaces(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`jobs list` finds the one namespace of this machine although its projections' file is beside its table."""
+def test_a_file_of_projections_is_not_counted_as_a_namespace(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`jobs list` finds the only namespace of this machine, although the file of its projections is beside its status
+    table."""
     folder = tmp_path / "home" / "status"
     SqliteStore(f"sqlite:///{folder / 'orders.db'}", "orders").close()
     projections = ProjectionStore(f"sqlite:///{folder / 'orders.db'}", "orders")
@@ -792,20 +806,20 @@ def test_only_status_tables_are_taken_for_namespaces(tmp_path: Path, capsys: pyt
     assert (main(["jobs", "list", "--json"]), capsys.readouterr()) == (0, ("[]\n", ""))
     SqliteStore(f"sqlite:///{folder / 'stock-projections.db'}", "stock-projections").close()
     assert main(["jobs", "list", "--json"]) == Exit.USAGE
-    assert "(on this machine: orders, stock-projections)" in capsys.readouterr().err
+    assert "(namespaces on this machine: orders, stock-projections)" in capsys.readouterr().err
 
 
-def test_a_first_start_says_what_it_fetches_where_no_terminal_is() -> None:
-    """What, how much, and that it continues; each step once, and the end of the download."""
-    said: list[str] = []
-    report = in_lines("4.4.0", said.append)
+def test_the_first_start_of_kafka_without_a_terminal_prints_its_steps() -> None:
+    """Each step is printed once, with the amount of the download and its end."""
+    lines: list[str] = []
+    report = in_lines("4.4.0", lines.append)
     report("resolve", 0, 0)
     for done in range(34):
         report("fetch", done, 33)
     report("format", 0, 0)
     report("boot", 0, 0)
     report("boot", 0, 0)
-    assert said == [
+    assert lines == [
         "looking up the files of Apache Kafka 4.4.0 (about 45 MB from a Maven repository, once per user and version) …",
         "fetching Apache Kafka 4.4.0: 33 files …",
         "fetched 33 of 33 files",

@@ -1,4 +1,4 @@
-"""Requests to a cluster that concern no topic."""
+"""Requests to a cluster that do not concern a topic."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.patience import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 
-#: In a process of its own, because librdkafka may abort it.
+#: Code of a child process, because librdkafka may abort the process.
 CHILD = """
 import sys
 from jobledger import Settings
@@ -44,16 +44,17 @@ except Exception as exc:
     [
         ("knock(settings, 60.0)", "None"),
         ("outage._answers(settings)", "True"),
-        # 1 if the server's first answer was to this request
+        # 1 if this request got the server's first answer
         (
             "default_replication(clients.admin(settings))",
             ("1", "BrokerUnavailable no broker answered at the cluster (could not"),
         ),
-        ("origin()", "TopicMissing asking for t"),
+        ("origin()", "TopicMissing asking for the id of t"),
     ],
 )
 def test_a_broker_that_lists_no_brokers_aborts_no_process(expression: str, expected: str | tuple[str, ...]) -> None:
-    """A broker that was frozen gives such an answer until it is back in its cluster; `describe_cluster` aborts at it."""
+    """A broker that was frozen gives such an answer until it is back in its cluster. `describe_cluster` would abort the
+    process."""
     with empty_cluster() as address:
         code = CHILD.replace("{expression}", expression)
         command, limit = [sys.executable, "-c", code, address], 100 * PATIENCE
@@ -63,14 +64,14 @@ def test_a_broker_that_lists_no_brokers_aborts_no_process(expression: str, expec
 
 
 def test_no_module_calls_describe_cluster() -> None:
-    """`jobledger.kafka.cluster` says why, and has what to call instead."""
+    """`jobledger.kafka.cluster` explains why, and has a replacement."""
     modules = [path for part in ("jobledger", "consumers", "streams") for path in (ROOT / part).rglob("*.py")]
     assert len(modules) > 50
     assert [str(path) for path in modules if "describe_cluster(" in path.read_text()] == []
 
 
 def test_a_broker_that_is_away_does_not_answer() -> None:
-    """After the time-out, and what is raised meanwhile ends the wait earlier."""
+    """The wait ends at the time limit, or earlier if the callback raises an exception."""
     client = AdminClient({"bootstrap.servers": f"127.0.0.1:{free_port()}", "log_level": 0})
     assert not cluster.answers(client, 0.3)
 

@@ -1,4 +1,5 @@
-"""The codec: every event survives the trip, other versions are read, and nonsense is named, never guessed."""
+"""The codec: an event is read as it was written, events of other versions are read, and unreadable values are
+refused."""
 
 from __future__ import annotations
 
@@ -42,20 +43,20 @@ EVENTS = st.builds(ev.JobEvent, TEXT, TEXT, INT, INT, INT, LONG, TEXT, TEXT, OPT
 
 
 def an_event(fact: ev.Fact | None = None) -> ev.JobEvent:
-    """A plain event to damage."""
+    """Return a plain event."""
     fact = fact or ev.JobSubmitted(ev.JobSpec(b'{"to":"a"}'))
     return ev.JobEvent("e", "j", 1, 1, 1, 7, "send", "mail", None, None, "client@here:1", None, fact)
 
 
 @given(EVENTS)
-def test_round_trip(event: ev.JobEvent) -> None:
-    """What was encoded is what is decoded, for every fact."""
+def test_an_encoded_event_decodes_to_the_same_event(event: ev.JobEvent) -> None:
+    """This holds for every type of fact."""
     assert codec.decode(codec.encode(event)) == event
 
 
 @given(EVENTS)
-def test_specialised_writers_write_the_published_schema(event: ev.JobEvent) -> None:
-    """The bytes are those that fastavro writes with the published schema itself: any Avro reader understands them."""
+def test_the_codec_writes_the_same_bytes_as_fastavro(event: ev.JobEvent) -> None:
+    """fastavro writes these bytes with the published schema, so any Avro reader can read them."""
     published = fastavro.parse_schema(json.loads(codec.SCHEMA_TEXT))
     raw = codec.encode(event)
     datum: Any = fastavro.schemaless_reader(
@@ -68,7 +69,7 @@ def test_specialised_writers_write_the_published_schema(event: ev.JobEvent) -> N
 
 
 def test_types_and_schema_agree() -> None:
-    """Every record of the schema has a frozen type with the same fields in the same order, and the other way round."""
+    """Each record of the schema has a type with the same fields in the same order, and each type has a record."""
     schema = json.loads(codec.SCHEMA_TEXT)
     assert [f["name"] for f in schema["fields"]] == list(ev.JobEvent.__struct_fields__)
     facts = schema["fields"][-1]["type"]
@@ -79,8 +80,8 @@ def test_types_and_schema_agree() -> None:
         assert all(f.get("doc") for f in record["fields"]), f"{record['name']}: a field is not explained"
 
 
-def test_the_released_schema_is_the_current_one_or_older_and_readable() -> None:
-    """Every released schema can still be read with today's types (BACKWARD_TRANSITIVE)."""
+def test_every_released_schema_can_be_read() -> None:
+    """The current types read events of every released schema (BACKWARD_TRANSITIVE)."""
     from importlib.resources import files
 
     released = sorted(
@@ -100,23 +101,23 @@ def test_the_released_schema_is_the_current_one_or_older_and_readable() -> None:
 
 
 @given(st.binary(max_size=200))
-def test_garbage_is_named(raw: bytes) -> None:
-    """Bytes that are no event raise a `SchemaError`, whatever they are."""
+def test_bytes_that_are_no_event_raise_a_schema_error(raw: bytes) -> None:
+    """Such bytes raise `SchemaError`, and no other exception."""
     with pytest.raises(SchemaError):
         codec.decode(raw)
 
 
 @given(EVENTS, st.data())
-def test_damage_is_never_a_crash(event: ev.JobEvent, data: st.DataObject) -> None:
-    """A truncated event raises `SchemaError`, nothing else."""
+def test_a_truncated_event_raises_a_schema_error(event: ev.JobEvent, data: st.DataObject) -> None:
+    """An event that is cut at any byte raises no other exception."""
     raw = codec.encode(event)
     cut = data.draw(st.integers(min_value=0, max_value=len(raw) - 1))
     with pytest.raises(SchemaError):
         codec.decode(raw[:cut])
 
 
-def test_no_value_and_unknown_schema_are_told_apart() -> None:
-    """A missing value is `NotAnEvent`; an unpublished fingerprint is `UnknownSchema` and names it."""
+def test_a_missing_value_and_an_unknown_schema_raise_different_errors() -> None:
+    """A missing value raises `NotAnEvent`. An unpublished fingerprint raises `UnknownSchema` with the fingerprint."""
     with pytest.raises(NotAnEvent, match="no value"):
         codec.decode(None)
     with pytest.raises(UnknownSchema, match="0102030405060708"):
@@ -124,7 +125,7 @@ def test_no_value_and_unknown_schema_are_told_apart() -> None:
 
 
 def future_schema() -> dict[str, Any]:
-    """A schema of a later version: a new header field, a new field in a fact, a new fact, one header field gone."""
+    """Return the schema of a later version: with a new header field, a new field in a fact, and a new fact."""
     schema: dict[str, Any] = json.loads(codec.SCHEMA_TEXT)
     schema["fields"].insert(3, {"name": "region", "type": "string"})
     facts = schema["fields"][-1]["type"]
@@ -134,7 +135,7 @@ def future_schema() -> dict[str, Any]:
 
 
 def in_future(fact: tuple[str, dict[str, Any]]) -> tuple[bytes, dict[bytes, str]]:
-    """An event of the later version, framed, and where its schema is published."""
+    """Return an event of the later version with its frame, and the published schemas."""
     schema = future_schema()
     text = json.dumps(schema)
     event = an_event()
@@ -153,8 +154,8 @@ def test_an_event_of_a_later_schema_is_read() -> None:
     assert event == an_event(ev.JobSubmitted(ev.JobSpec(b"{}", {"a": "b"}), 5))
 
 
-def test_an_unknown_fact_is_named() -> None:
-    """A fact of a later version raises `UnknownFact` with its name."""
+def test_an_unknown_fact_raises_an_error_with_its_name() -> None:
+    """A fact of a later version raises `UnknownFact`."""
     raw, published = in_future(("jobledger.JobTeleported", {"to": "Mars"}))
     with pytest.raises(UnknownFact, match="JobTeleported") as caught:
         codec.Decoder(published.get).decode(raw)
@@ -162,7 +163,7 @@ def test_an_unknown_fact_is_named() -> None:
 
 
 def domain_event(schema: dict[str, Any], datum: dict[str, Any]) -> tuple[bytes, dict[bytes, str]]:
-    """A datum of somebody's own schema, framed, and where that is published."""
+    """Return a datum of another schema with its frame, and the published schemas."""
     text = json.dumps(schema)
     out = io.BytesIO()
     fastavro.schemaless_writer(out, fastavro.parse_schema(json.loads(text)), datum)
@@ -187,7 +188,8 @@ def record(name: str, *fields: tuple[str, Any]) -> dict[str, Any]:
 def test_a_domain_event_is_no_fact_of_a_later_version(
     schema: dict[str, Any], datum: dict[str, Any], framed: bool
 ) -> None:
-    """Its schema is published, too, but is no event's: nobody is to upgrade anything for it, in either framing."""
+    """The schema of a domain event is published, too. The error is `NotAnEvent` in either frame, and does not ask for
+    an upgrade."""
     raw, published = domain_event(schema, datum)
     decoder = codec.Decoder(published.get, lambda number, likely: json.dumps(schema))
     if framed:
@@ -198,8 +200,8 @@ def test_a_domain_event_is_no_fact_of_a_later_version(
 
 
 @pytest.mark.parametrize("field", ["job_id", "release", "key"])
-def test_a_schema_of_our_names_and_other_types_is_read_as_far_as_it_fits(field: str) -> None:
-    """A field of a type that no version has makes no event that breaks whoever handles it."""
+def test_a_field_with_a_type_of_no_version_raises_a_schema_error(field: str) -> None:
+    """Otherwise the code that uses the event would fail at the wrong type."""
     schema = future_schema()
     next(f for f in schema["fields"] if f["name"] == field)["type"] = ["null", "double"]
     event = an_event()
@@ -211,7 +213,8 @@ def test_a_schema_of_our_names_and_other_types_is_read_as_far_as_it_fits(field: 
 
 
 def test_a_schema_published_later_is_found() -> None:
-    """A fingerprint that was unknown is asked for again: the schema may have been published since."""
+    """The decoder asks again for a fingerprint that was unknown, because the schema may have been published since
+    then."""
     raw, published = in_future(("jobledger.JobSubmitted", {"spec": {"args": b"{}", "tags": {}, "parent": None}}))
     shelf: dict[bytes, str] = {}
     decoder = codec.Decoder(shelf.get)
@@ -221,7 +224,7 @@ def test_a_schema_published_later_is_found() -> None:
     assert decoder.decode(raw).task == "send"
 
 
-def test_a_wrong_value_names_fact_and_job() -> None:
+def test_the_error_of_a_wrong_value_names_fact_and_job() -> None:
     """An event whose field does not fit the schema is refused before anything is sent."""
     wrong: Any = "not bytes"
     with pytest.raises(SchemaError, match="JobSubmitted of job j"):
@@ -231,13 +234,13 @@ def test_a_wrong_value_names_fact_and_job() -> None:
 
 
 @given(TEXT.filter(lambda t: "[" not in t), st.integers(0, 2**31), st.integers(0, 2**62))
-def test_positions_are_text_and_back(topic: str, partition: int, offset: int) -> None:
-    """A position survives being written down."""
+def test_a_position_can_be_written_as_text_and_read_back(topic: str, partition: int, offset: int) -> None:
+    """The position that is read is the one that was written."""
     position = ev.Position(topic, partition, offset)
     assert ev.Position.parse(str(position)) == position
 
 
-def test_a_bad_position_is_named() -> None:
-    """Text that is no position is named, with what one looks like."""
+def test_text_that_is_no_position_is_refused() -> None:
+    """The error has the text."""
     with pytest.raises(ValueError, match="'nonsense' is not a position"):
         ev.Position.parse("nonsense")

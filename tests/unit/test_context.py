@@ -1,4 +1,4 @@
-"""What a running job tells of itself, and the ids of the jobs that it submits."""
+"""Progress reports of a running job, and the ids of the jobs that it submits."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ JOB = "01890a5d-ac96-774b-bcce-b302099a8057"
 MOST = (1 << 63) - 1
 
 
-def context(told: list[JobProgressed] | None = None) -> JobContext:
-    """A job's, whose reports are kept in ``told``."""
-    kept: list[JobProgressed] = [] if told is None else told
-    return running_job(JOB, "t", lambda job, said: kept.append(said))
+def context(reports: list[JobProgressed] | None = None) -> JobContext:
+    """Return the context of a job; its progress reports are appended to ``reports``."""
+    kept: list[JobProgressed] = [] if reports is None else reports
+    return running_job(JOB, "t", lambda job, report: kept.append(report))
 
 
 @pytest.mark.parametrize(
-    ("report", "said"),
+    ("report", "named"),
     [
         ((1, 2, 3), "message=3"),
         ((1, 2, b"half"), "message=b'half'"),
@@ -40,12 +40,12 @@ def context(told: list[JobProgressed] | None = None) -> JobContext:
         ((1, "2"), "total='2'"),
     ],
 )
-def test_a_report_that_is_none_is_refused_by_name(report: tuple[Any, ...], said: str) -> None:
-    """Where it is made, in the job's own code."""
-    told: list[JobProgressed] = []
-    with pytest.raises(ConfigError, match=f"progress\\({said}\\)"):
-        context(told).progress(*report)
-    assert told == []
+def test_a_wrong_progress_report_is_refused_by_the_name_of_its_argument(report: tuple[Any, ...], named: str) -> None:
+    """The error is raised in the job's own code, at the call of `progress`."""
+    reports: list[JobProgressed] = []
+    with pytest.raises(ConfigError, match=f"progress\\({named}\\)"):
+        context(reports).progress(*report)
+    assert reports == []
 
 
 class Step(enum.IntEnum):
@@ -58,7 +58,7 @@ class Text(str):
 
 
 @pytest.mark.parametrize(
-    ("report", "said"),
+    ("report", "expected"),
     [
         ((0,), (0, None, None)),
         ((MOST, MOST, ""), (MOST, MOST, "")),
@@ -66,22 +66,25 @@ class Text(str):
         ((1, 2, "caf\udce9"), (1, 2, "caf?")),
     ],
 )
-def test_a_report_goes_wherever_reports_go(report: tuple[Any, ...], said: tuple[Any, ...]) -> None:
-    """From a child to its worker, and into the log: the largest numbers, subclasses, and text that is no UTF-8."""
-    told: list[JobProgressed] = []
-    context(told).progress(*report)
-    (fact,) = told
-    assert (fact.done, fact.total, fact.message) == said
+def test_a_progress_report_reaches_the_worker_and_the_log_unchanged(
+    report: tuple[Any, ...], expected: tuple[Any, ...]
+) -> None:
+    """The message to the worker and the event carry the largest numbers, values of subclasses, and text that is no
+    UTF-8."""
+    reports: list[JobProgressed] = []
+    context(reports).progress(*report)
+    (fact,) = reports
+    assert (fact.done, fact.total, fact.message) == expected
     (body,) = Splitter().feed(frame(ProgressMessage(fact.sequence, fact.done, fact.total, fact.message)))
-    heard = decode_said(body)
-    assert isinstance(heard, ProgressMessage)
-    assert (heard.done, heard.total, heard.message) == said
+    received = decode_said(body)
+    assert isinstance(received, ProgressMessage)
+    assert (received.done, received.total, received.message) == expected
     event = JobEvent(JOB, JOB, 1, 1, 1, 0, "t", "q", None, None, "w", None, fact)
     assert codec.decode(codec.encode(event)).fact == fact
 
 
-def test_children_that_are_submitted_at_once_have_different_ids() -> None:
-    """From several threads, all alike: as many ids as children, and the same as one after the other."""
+def test_children_that_threads_submit_at_the_same_time_have_different_ids() -> None:
+    """Threads submit many equal children. Their ids are the same set as when one thread submits all of them."""
     one_by_one = context()
     expected = {one_by_one.child_id("t", b"{}") for _ in range(4_000)}
     parent = context()
@@ -95,20 +98,21 @@ def test_children_that_are_submitted_at_once_have_different_ids() -> None:
     assert set(ids) == expected
 
 
-def test_the_context_of_an_attempt_that_has_ended_refuses() -> None:
-    """Code that a job left behind can report nothing and submit nothing in its name; the error says which job, and how."""
-    told: list[JobProgressed] = []
-    job = context(told)
+def test_the_context_of_an_ended_attempt_refuses_reports_and_children() -> None:
+    """Code that still runs after its job cannot report progress or submit children. The error names the job and a
+    remedy."""
+    reports: list[JobProgressed] = []
+    job = context(reports)
     job.progress(1)
     job.ended = True
     for refused in (lambda: job.progress(2), lambda: job.child_id("t", b"{}")):
         with pytest.raises(JobEnded, match=rf"attempt 1 of job {JOB} \(t\) has ended.*contextvars"):
             refused()
-    assert [said.done for said in told] == [1]
+    assert [report.done for report in reports] == [1]
 
 
-def test_hooks_that_are_told_of_an_outcome_report_no_progress() -> None:
-    """They may submit jobs in the job's name, but the attempt is over."""
+def test_a_hook_after_an_outcome_cannot_report_progress() -> None:
+    """The hook may submit children of the job, but the attempt has ended."""
     job = running_job(JOB, "t", None)
     assert job.child_id("t", b"{}")
     with pytest.raises(JobEnded):

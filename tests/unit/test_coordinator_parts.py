@@ -1,4 +1,4 @@
-"""The coordinator's parts that need no broker: security settings, folders, rows, ownership, noise."""
+"""The coordinator's parts that need no broker: settings, folders, rows, decoding, ownership, log filters."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from jobledger.streams.coordinator.rules.schedule_rows import Floor, Released, d
 
 
 def test_faust_reads_nothing_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Settings named as Faust's would, from somebody else's program, change nothing; the table's changelog is ours."""
+    """Faust's variables of another program have no effect, and the changelog of the table has our name."""
     monkeypatch.setenv("BROKER_URL", "kafka://elsewhere:1")
     monkeypatch.setenv("APP_ID_FORMAT", "x-{id}")
     names, settings = Names("shop"), Settings(bootstrap="h1:9092,h2:9093")
@@ -47,7 +47,8 @@ def test_faust_reads_nothing_from_the_environment(tmp_path: Path, monkeypatch: p
 
 
 def test_coordinators_on_one_machine_get_folders_of_their_own(tmp_path: Path) -> None:
-    """The first free one, with the same member id as whoever had it before; a restart takes the same again."""
+    """A coordinator takes the first free folder, with the member id of that folder. A restart takes the same folder
+    again."""
     one, two = take_place(tmp_path, "shop"), take_place(tmp_path, "shop")
     assert one.folder != two.folder
     assert one.instance != two.instance
@@ -58,24 +59,25 @@ def test_coordinators_on_one_machine_get_folders_of_their_own(tmp_path: Path) ->
     two.release()
 
 
-def test_a_folder_that_cannot_be_written_means_memory(tmp_path: Path) -> None:
-    """It works, and is not a static member: a restart begins anew."""
+def test_without_a_writable_folder_the_coordinator_keeps_its_rows_in_memory(tmp_path: Path) -> None:
+    """The coordinator works, but is no static member of its group, and a restart reads the whole changelog."""
     (tmp_path / "file").write_text("x")
-    place = take_place(tmp_path / "file", "shop")
-    assert (place.durable, place.instance) == (False, None)
+    folder = take_place(tmp_path / "file", "shop")
+    assert (folder.durable, folder.instance) == (False, None)
 
 
 def test_rows_of_another_log_are_thrown_away(tmp_path: Path) -> None:
-    """A recreated topic or another cluster: offsets mean nothing there. The same log keeps its rows."""
-    place = take_place(tmp_path, "shop")
-    rows = place.folder / "v1" / "tables"
-    place.keep_for("cluster/topic")
+    """The offsets in the rows have no meaning for a recreated topic or another cluster. For the same log the rows are
+    kept."""
+    instance_dir = take_place(tmp_path, "shop")
+    rows = instance_dir.folder / "v1" / "tables"
+    instance_dir.keep_for("cluster/topic")
     rows.mkdir(parents=True)
-    place.keep_for("cluster/topic")
+    instance_dir.keep_for("cluster/topic")
     assert rows.exists()
-    place.keep_for("cluster/other")
+    instance_dir.keep_for("cluster/other")
     assert not rows.exists()
-    place.release()
+    instance_dir.release()
 
 
 # -- rows ------------------------------------------------------------------------------------------------------------
@@ -85,8 +87,8 @@ def marker(offset: int) -> bytes:
     return encode_row(Released(0, offset, 1, 1, 0))
 
 
-def test_a_later_events_row_wins_whatever_was_written_last() -> None:
-    """A late write of an instance that was paused takes nothing back; what is no row at all is left out."""
+def test_the_row_of_the_later_event_wins_in_any_order_of_writes() -> None:
+    """The late write of a paused coordinator undoes nothing. A value that is no row is ignored."""
     assert merged(None, marker(3)) == marker(3)
     assert merged(marker(3), marker(4)) == marker(4)
     assert merged(marker(4), marker(3)) is None
@@ -95,28 +97,28 @@ def test_a_later_events_row_wins_whatever_was_written_last() -> None:
 
 
 def test_a_floor_of_a_later_log_wins() -> None:
-    """An instance that was paused while the log was made anew writes a floor of the old one late."""
+    """A coordinator that was paused while the topic was recreated writes the floor of the old log late."""
     new, late = encode_row(Floor(0, 50, 71)), encode_row(Floor(0, 90))
     assert merged(new, late) is None
     assert merged(late, new) == new
     assert decode_row(msgspec.msgpack.encode([2, 0, 50])) == Floor(0, 50)
 
 
-def test_a_row_of_a_kind_this_version_does_not_know_is_not_guessed_at() -> None:
-    """Well-formed and unknown: written by a later version."""
+def test_a_row_of_an_unknown_kind_asks_for_an_upgrade() -> None:
+    """The row is well-formed, so a later version wrote it."""
     with pytest.raises(SchemaError, match="upgrade"):
         merged(None, msgspec.msgpack.encode([9, 1, 2]))
 
 
 @pytest.fixture(params=["rocksdb", "memory"])
 def rows(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
-    """Both local copies, held to the same tests."""
+    """Each of the two local copies of the table: on disk and in memory."""
 
     async def make() -> Any:
-        place = InstanceDir(tmp_path, request.param == "rocksdb", None, None)
-        app, table = faust_app.build(Names("shop"), Settings(bootstrap="h:1"), Options(), 2, place)
+        instance_dir = InstanceDir(tmp_path, request.param == "rocksdb", None, None)
+        app, table = faust_app.build(Names("shop"), Settings(bootstrap="h:1"), Options(), 2, instance_dir)
         app._create_directories()
-        if place.durable:
+        if instance_dir.durable:
             for partition in range(2):
                 table.data._db_for_partition(partition)
         return table.data
@@ -127,13 +129,13 @@ def rows(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
 
 
 def restored(partition: int, offset: int, key: bytes, value: bytes | None) -> Any:
-    """A changelog record as Faust hands it over."""
+    """Return a changelog record in the form that Faust passes."""
     tp = SimpleNamespace(topic="shop.coordinator-schedules-changelog", partition=partition)
     return SimpleNamespace(message=SimpleNamespace(tp=tp, partition=partition, offset=offset, key=key, value=value))
 
 
 def test_rows_are_kept_by_partition_and_scanned_in_order(rows: Any) -> None:
-    """Written, read, deleted; a scan goes on above the last key it has seen."""
+    """Rows are written, read and deleted. A scan continues after the last key of the scan before."""
     rows.write(0, [(b"b", b"2"), (b"a", b"1"), (b"c", b"3")], 2)
     rows.write(1, [(b"a", b"other")], 0)
     assert (rows.get(0, b"a"), rows.get(1, b"a"), rows.get(1, b"b")) == (b"1", b"other", None)
@@ -148,8 +150,8 @@ def test_rows_are_kept_by_partition_and_scanned_in_order(rows: Any) -> None:
 
 
 @given(st.permutations(range(5)), st.integers(1, 5))
-def test_restoring_keeps_the_latest_row_and_names_what_was_covered(order: list[int], chunk: int) -> None:
-    """In whatever order versions of a row stand on the changelog, and however they are batched."""
+def test_restoring_keeps_the_latest_row_and_notes_late_writes(order: list[int], chunk: int) -> None:
+    """The versions of a row may be on the changelog in any order and in batches of any size."""
     _, table = faust_app.build(
         Names("shop"), Settings(bootstrap="h:1"), Options(), 1, InstanceDir(Path("unused"), False, None, None)
     )
@@ -162,8 +164,8 @@ def test_restoring_keeps_the_latest_row_and_names_what_was_covered(order: list[i
     assert rows.overtaken == (set() if order[-1] == 4 else {(0, b"k")})
 
 
-def test_restoring_deletes_and_remembers_how_far_it_came(rows: Any) -> None:
-    """A tombstone deletes; the persisted offset is where a restart goes on (never, in memory)."""
+def test_restoring_deletes_rows_and_stores_its_offset(rows: Any) -> None:
+    """A tombstone deletes a row. A restart continues at the stored offset; rows in memory have none."""
     rows.apply_changelog_batch(
         [
             restored(0, 7, b"k", marker(1)),
@@ -179,11 +181,12 @@ def test_restoring_deletes_and_remembers_how_far_it_came(rows: Any) -> None:
     assert rows.persisted_offset(tp) == (9 if isinstance(rows, RocksRows) else None)
 
 
-# -- intake ----------------------------------------------------------------------------------------------------------
+# -- decoding --------------------------------------------------------------------------------------------------------
 
 
 def test_a_record_with_its_writers_time_counts_as_appended_now() -> None:
-    """Only a time that the broker set is a time on the broker's clock: what another one delays would be early."""
+    """Only a time that the broker set is a time of the broker's clock. With another time, a delayed job could be
+    released early."""
     fact = JobSubmitted(JobSpec(b"{}"), 60_000)
     value = codec.encode(JobEvent("e", "j", 1, 1, 0, 0, "send", "mail", None, None, "test", None, fact))
     messages = [
@@ -197,7 +200,7 @@ def test_a_record_with_its_writers_time_counts_as_appended_now() -> None:
 
 
 def taken_in(value: bytes | None, key: bytes | None = None) -> tuple[list[Any], list[RecordRejected]]:
-    """What the intake makes of one record: events, and what goes to the dead letters."""
+    """Decode one record; return the events and the dead letters."""
     message = SimpleNamespace(
         topic="shop.coordination", partition=0, offset=3, timestamp=1, timestamp_type=1, key=key, value=value
     )
@@ -208,7 +211,7 @@ def taken_in(value: bytes | None, key: bytes | None = None) -> tuple[list[Any], 
 
 
 def test_a_rejected_record_fits_the_dead_letters_whatever_its_key() -> None:
-    """Key and value are kept as far as a record may carry them, and it says what was not."""
+    """The dead letter has key and value as far as they fit, and its error says what is missing."""
     key, value = b"k" * 900_000, b"v" * 90_000
     _, (fact,) = taken_in(value, key)
     assert (fact.raw_key, fact.raw_value) == (key[:KEY_BYTES], value)
@@ -222,15 +225,15 @@ def test_a_rejected_record_fits_the_dead_letters_whatever_its_key() -> None:
 @pytest.mark.parametrize(
     ("head", "why"),
     [
-        ({"job_id": ""}, "job_id is empty"),
+        ({"job_id": ""}, "job_id of this"),
         ({"job_id": "j" * 1_001}, "job_id has more than 1000 bytes"),
         ({"job_id": "€" * 334}, "job_id has more than 1000 bytes"),
         ({"home": "h" * 1_001}, "home has more than 1000 bytes"),
-        ({"release": (1 << 31) - 1}, "no next one"),
+        ({"release": (1 << 31) - 1}, "is above"),
     ],
 )
-def test_what_no_row_can_be_made_of_is_rejected(head: dict[str, Any], why: str) -> None:
-    """An event without a job, and ids or numbers that nothing made of them could carry."""
+def test_an_event_that_cannot_become_a_row_is_rejected(head: dict[str, Any], why: str) -> None:
+    """The event has no job, or an id or number that is too large for the records that derive from it."""
     event = JobEvent("e", "j", 1, 1, 0, 0, "t", "q", None, None, "s", None, JobSubmitted(JobSpec(b"{}"), 1))
     assert len(taken_in(codec.encode(msgspec.structs.replace(event, job_id="j" * 1_000)))[0]) == 1
     read, (fact,) = taken_in(codec.encode(msgspec.structs.replace(event, **head)))
@@ -242,7 +245,7 @@ def test_what_no_row_can_be_made_of_is_rejected(head: dict[str, Any], why: str) 
 
 
 class FakeGroup:
-    """The group's answers."""
+    """A consumer group with prepared answers."""
 
     def __init__(self) -> None:
         self.settled, self.generation, self.answer, self.asked = True, 1, True, 0
@@ -258,8 +261,8 @@ def owner(group: FakeGroup, times: list[float]) -> Ownership:
     return made
 
 
-def test_nothing_is_disputed_while_time_passes_evenly() -> None:
-    """The broker is not asked."""
+def test_ownership_is_certain_while_time_passes_without_a_gap() -> None:
+    """The coordinator does not ask the broker."""
     group, times = FakeGroup(), [0.0]
     own = owner(group, times)
     for _ in range(10):
@@ -269,8 +272,8 @@ def test_nothing_is_disputed_while_time_passes_evenly() -> None:
     assert group.asked == 0
 
 
-def test_after_a_gap_nothing_goes_on_until_the_broker_has_confirmed() -> None:
-    """The gap is found by whoever asks first, and one confirmation lifts the doubt."""
+def test_after_a_gap_the_coordinator_waits_until_the_broker_confirms_its_ownership() -> None:
+    """The first check after the gap asks the broker. One confirmation is enough."""
     group, times = FakeGroup(), [0.0]
     own = owner(group, times)
     times[0] += GAP + 0.1
@@ -284,8 +287,8 @@ def test_after_a_gap_nothing_goes_on_until_the_broker_has_confirmed() -> None:
     assert group.asked == 2
 
 
-def test_what_was_begun_before_the_partitions_moved_does_not_go_on() -> None:
-    """And nothing is begun while they move."""
+def test_work_that_began_before_a_rebalance_does_not_continue() -> None:
+    """No work begins during the rebalance, either."""
     group, times = FakeGroup(), [0.0]
     own = owner(group, times)
     epoch = own.epoch
@@ -300,11 +303,11 @@ def test_what_was_begun_before_the_partitions_moved_does_not_go_on() -> None:
     assert seen == [True, False, True]
 
 
-# -- noise -----------------------------------------------------------------------------------------------------------
+# -- log filters -----------------------------------------------------------------------------------------------------
 
 
-def test_one_of_each_message_passes_and_the_others_are_counted() -> None:
-    """Once in an interval for each template; the next one says how many were held back."""
+def test_a_repeated_log_message_passes_once_in_an_interval() -> None:
+    """The limit counts for each template. The next message that passes has the number of suppressed ones."""
     now = [0.0]
     limit = RateLimit(10.0, clock=lambda: now[0])
 
@@ -317,11 +320,12 @@ def test_one_of_each_message_passes_and_the_others_are_counted() -> None:
     now[0] = 10.0
     following = record("lost %s", 9)
     assert limit.filter(following)
-    assert following.getMessage() == "lost 9 [5 more like this were held back]"
+    assert following.getMessage() == "lost 9 [5 more messages like this were dropped]"
 
 
-def test_a_request_of_a_stopped_client_is_told_in_a_line() -> None:
-    """What asyncio says of a task of aiokafka's that nobody asked has no traceback; any other keeps its own."""
+def test_a_failed_request_of_a_stopped_client_is_logged_in_one_line() -> None:
+    """The log record of an aiokafka task whose error was never retrieved has no traceback. The records of other tasks
+    keep their tracebacks."""
 
     async def failing(error: Exception) -> None:
         raise error

@@ -1,4 +1,4 @@
-"""What ends a coordinator whose Faust is alive and does nothing."""
+"""The watch that ends a coordinator whose Faust lives but makes no progress."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ BOUND = 40
 
 
 class Offsets(dict[int, int]):
-    """How far the table is read: once a tick, ``at`` says it for the number of the tick."""
+    """Offsets of the table's restoring. The watch reads them once a tick; ``at`` gives the offset for the number of the
+    tick."""
 
     def __init__(self, at: Callable[[int], int]) -> None:
         super().__init__()
@@ -35,10 +36,11 @@ class Offsets(dict[int, int]):
 
 @pytest.fixture
 def ended(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str]]:
-    """Runs the watch on an app: after how many ticks it ended the coordinator, and with what words."""
+    """A function that runs the watch on an app, and returns the number of ticks until the end of the coordinator, and
+    the error."""
     monkeypatch.setattr(module, "PULSE", 0.001)
     monkeypatch.setattr(module, "START_TIMEOUT", BOUND * 0.001)
-    monkeypatch.setattr(module, "SEEN_LATELY", 3600.0)  # however long this process is paused between two lines
+    monkeypatch.setattr(module, "SEEN_LATELY", 3600.0)  # so that a pause of this process does not matter
 
     def run(
         at: Callable[[int], int] = lambda tick: 0,
@@ -61,9 +63,9 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str]]:
         made._app = SimpleNamespace(
             rebalancing=rebalancing, consumer=SimpleNamespace(), tables=SimpleNamespace(recovery=recovery)
         )
-        with pytest.raises(BrokerUnavailable) as found:
+        with pytest.raises(BrokerUnavailable) as caught:
             asyncio.run(asyncio.wait_for(made._watch_recovery(), 60))
-        return offsets.ticks, str(found.value)
+        return offsets.ticks, str(caught.value)
 
     return run
 
@@ -72,22 +74,22 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str]]:
 def test_a_rebalance_or_a_restoring_that_never_ends_ends_the_coordinator(
     ended: Callable[..., tuple[int, str]], flags: dict[str, bool]
 ) -> None:
-    """The error says what waited, and where to look."""
-    ticks, said = ended(**flags)
+    """The error says what the coordinator waited for, and what to check."""
+    ticks, error = ended(**flags)
     assert BOUND - 1 <= ticks <= BOUND + 1
-    assert "with a rebalance of its group" in said
-    assert f"rebalancing: {flags['rebalancing']}" in said
-    assert "127.0.0.1:1 answers" in said
+    assert "with a rebalance of its group" in error
+    assert f"rebalancing: {flags['rebalancing']}" in error
+    assert "127.0.0.1:1 answers" in error
 
 
-def test_each_bit_of_progress_gives_it_the_whole_time_again(ended: Callable[..., tuple[int, str]]) -> None:
-    """A large table may take long: only a time in which nothing is read is counted."""
+def test_progress_of_the_restoring_restarts_the_time_limit(ended: Callable[..., tuple[int, str]]) -> None:
+    """A large table may take long, so only time without progress counts."""
     ticks, _ = ended(lambda tick: min(tick // (BOUND // 2), 20))
     assert ticks >= 20 * (BOUND // 2) + BOUND
 
 
 def test_a_time_without_a_broker_is_not_counted(ended: Callable[..., tuple[int, str]]) -> None:
-    """How long the broker may be away is a matter of `Options.patience`."""
+    """`Options.patience` limits the time for which the broker may be unreachable."""
 
     def away(made: Coordinator, tick: int) -> None:
         if tick < 5 * BOUND:
@@ -97,8 +99,8 @@ def test_a_time_without_a_broker_is_not_counted(ended: Callable[..., tuple[int, 
     assert ticks >= 6 * BOUND - 1
 
 
-def test_a_coordinator_that_is_not_in_a_rebalance_may_be_idle_for_ever(ended: Callable[..., tuple[int, str]]) -> None:
-    """Nothing is counted while it may act."""
+def test_an_idle_coordinator_outside_a_rebalance_is_not_ended(ended: Callable[..., tuple[int, str]]) -> None:
+    """Time outside a rebalance does not count."""
 
     def begin(made: Coordinator, tick: int) -> None:
         made._app.rebalancing = tick >= 5 * BOUND
@@ -107,20 +109,20 @@ def test_a_coordinator_that_is_not_in_a_rebalance_may_be_idle_for_ever(ended: Ca
     assert ticks >= 6 * BOUND - 1
 
 
-def test_a_group_that_waits_long_for_silent_members_is_given_that_time(
+def test_a_long_session_timeout_raises_the_time_limit(
     ended: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a long session, a join of the group may last as long."""
+    """A group may wait for a silent member as long as the session timeout."""
     monkeypatch.setattr(module, "PULSE", 0.25)
     sleep = asyncio.sleep
     monkeypatch.setattr(asyncio, "sleep", lambda seconds: sleep(0))
-    ticks, said = ended(session_timeout=45.0)
+    ticks, error = ended(session_timeout=45.0)
     assert ticks * 0.25 >= 35
-    assert "for 35 s" in said
+    assert "for 35 s" in error
 
 
-def test_the_clients_tasks_that_ended_are_found_though_nothing_polls() -> None:
-    """aiokafka says so only to whoever asks for records, and nobody does while partitions are moving."""
+def test_an_ended_task_of_the_client_is_noticed_without_a_poll() -> None:
+    """aiokafka raises the error only in a call for records, and nothing calls for records during a rebalance."""
 
     async def lost() -> None:
         raise ConnectionError("gone")

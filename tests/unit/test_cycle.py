@@ -1,7 +1,7 @@
-"""The coordinator's cycle without a broker: rebalances in the middle of it, and a log that is not the one its rows are of.
+"""The coordinator's cycle without a broker: rebalances during a cycle, and a log that does not belong to the rows.
 
-The group, the writer and the ends are stand-ins that say what they are told; the table, the decisions and the local
-copy are the real ones.
+The group, the writer and the ends of topics are stand-ins. The table, the decisions and the local copy are the real
+ones.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ T0 = 1_700_000_000_000  # ms
 
 @pytest.fixture(autouse=True)
 def _never_paused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pause of this process is not the subject of these tests. Without this, a pause of two seconds makes the cycle
-    doubt its partitions, and log that."""
+    """These tests do not cover a pause of the process. Without this fixture, a pause of two seconds would make the
+    cycle doubt its partitions and write a log line."""
     monkeypatch.setattr(ownership, "GAP", 3600.0)
 
 
 class Group:
-    """The consumer group with one partition. ``offset``: what it has committed."""
+    """The consumer group, with one partition. ``offset``: the committed offset."""
 
     def __init__(self, rows: Any) -> None:
         self.rows, self.settled, self.generation, self.offset = rows, True, 1, 0
@@ -73,7 +73,7 @@ class Group:
 
 
 class Writer:
-    """Takes every record, once ``gate`` is open, and acknowledges it at the next offset of its topic."""
+    """A writer that takes each record when ``gate`` is open, and acknowledges it at the next offset of its topic."""
 
     def __init__(self) -> None:
         self.gate = asyncio.Event()
@@ -98,7 +98,7 @@ class Writer:
 
 
 class Ends:
-    """Where the topics end."""
+    """The end offsets of the topics."""
 
     def __init__(self, writer: Writer) -> None:
         self.source, self._writer = 2, writer
@@ -109,7 +109,7 @@ class Ends:
 
 
 class Lab:
-    """A cycle at work, and what it stands on."""
+    """A cycle with its stand-ins and its local rows."""
 
     def __init__(self) -> None:
         _, table = faust_app.build(
@@ -121,7 +121,7 @@ class Lab:
         self.start()
 
     def start(self) -> None:
-        """An instance that knows nothing yet."""
+        """Make a new cycle, as after a restart."""
         self.cycle = Pipeline(
             NAMES,
             Settings(bootstrap="h:1"),
@@ -137,7 +137,7 @@ class Lab:
 
     @contextlib.asynccontextmanager
     async def working(self) -> AsyncIterator[None]:
-        """Both stages at work on restored rows."""
+        """Rebuild the state from the rows, and run both stages."""
         await self.cycle.rebuild()
         tasks = [asyncio.create_task(self.cycle.decide()), asyncio.create_task(self.cycle.settle())]
         yield
@@ -148,7 +148,7 @@ class Lab:
                 await task
 
     async def take(self, *records: tuple[int, bytes]) -> None:
-        """Records as they are fetched, (offset, value) each."""
+        """Pass fetched records to the cycle, each as (offset, value)."""
         await self.cycle.take(
             self.group.generation,
             [
@@ -160,22 +160,22 @@ class Lab:
         )
 
     async def settled(self) -> None:
-        """Wait until what was taken is dealt with."""
+        """Wait until all taken records are processed."""
         async with asyncio.timeout(60):
             while self.cycle._inbox or self.cycle._under_way:
                 await asyncio.sleep(0.001)
 
     def kept(self) -> dict[bytes, Row | Floor]:
-        """The rows of the local copy."""
+        """Return the rows of the local copy."""
         return {key: decode_row(data) for key, data in self.rows.scan(0, None, 100)}
 
     def verdicts(self) -> dict[str, float]:
-        """What was decided, how often."""
+        """Return the number of decisions of each kind."""
         samples = [s for metric in self.cycle._metrics._events.collect() for s in metric.samples]
         return {s.labels["verdict"]: s.value for s in samples if s.name.endswith("_total")}
 
     def changelog(self) -> list[tuple[bytes, bytes | None]]:
-        """What is on the changelog."""
+        """Return the records of the changelog."""
         return [(r.key, r.value) for r in self.writer.sent if r.topic == changelog(NAMES)]  # type: ignore[misc]
 
 
@@ -188,22 +188,22 @@ def submitted(job: str = JOBS[0]) -> bytes:
 
 
 def waiting(job: str, offset: int, due: int = T0 * 1000) -> bytes:
-    """The row of a job that waits for its first release."""
+    """Return the row of a job that waits for its first release."""
     return encode_row(
         Scheduled(0, offset, 1, 1, 1, due, job, "send", "mail", None, job, None, SPEC.args, SPEC.tags, None)
     )
 
 
 def test_a_rebalance_while_records_are_handed_over_loses_no_event() -> None:
-    """What was decided before it is dropped, also if it had to wait for the producer all the while: read again, its
-    events make their rows and timers."""
+    """Decisions from before the rebalance are dropped, also if they waited for the producer. When their events are read
+    again, they make rows and timers."""
 
     async def run() -> None:
         lab = Lab()
         async with lab.working():
             lab.writer.gate.clear()
             lab.writer.waiting.clear()
-            await lab.take((0, submitted()), (1, b"garbage"))  # a dead letter is to be handed over
+            await lab.take((0, submitted()), (1, b"garbage"))  # the dead letter waits for the writer
             await lab.writer.waiting.wait()
             lab.group.generation += 1
             await lab.cycle.revoked()
@@ -220,9 +220,9 @@ def test_a_rebalance_while_records_are_handed_over_loses_no_event() -> None:
     asyncio.run(run())
 
 
-def test_a_log_that_ends_below_the_rows_is_a_new_one(caplog: pytest.LogCaptureFixture) -> None:
-    """The topic was made anew, or lost its end, and the changelog did not: new events are dealt with, what waits is let
-    go, markers are swept; and so it is after the next restart, whatever the log has grown to by then."""
+def test_a_log_that_ends_below_the_offsets_of_the_rows_is_a_new_log(caplog: pytest.LogCaptureFixture) -> None:
+    """The topic was recreated or lost its end, and the changelog was not. New events are processed, waiting jobs are
+    released and markers are swept. After the next restart that is still so, also when the new log has grown."""
 
     async def run() -> None:
         lab = Lab()
@@ -246,7 +246,7 @@ def test_a_log_that_ends_below_the_rows_is_a_new_one(caplog: pytest.LogCaptureFi
         assert "the topic was recreated" in caplog.text
         caplog.clear()
 
-        # What the changelog says in the end, in the order of its records.
+        # A restart reads the changelog in the order of its records.
         restored = Lab()
         for offset, (key, value) in enumerate(lab.changelog()):
             message = SimpleNamespace(partition=0, offset=offset, key=key, value=value)
@@ -263,26 +263,26 @@ def test_a_log_that_ends_below_the_rows_is_a_new_one(caplog: pytest.LogCaptureFi
     asyncio.run(run())
 
 
-def test_an_offset_beyond_the_logs_end_raises_no_floor() -> None:
-    """What a group has committed in a log that has lost its end says nothing of what is dealt with."""
+def test_a_committed_offset_beyond_the_end_of_the_log_does_not_count() -> None:
+    """If the log has lost its end, the old committed offset does not prove that the events below it were processed."""
 
     async def run() -> None:
         lab = Lab()
         lab.group.offset = 9
         async with lab.working():
-            assert not lab.cycle._committed_is_dealt_with(0)
+            assert not lab.cycle._committed_is_processed(0)
             lab.group.offset = 2
-            assert lab.cycle._committed_is_dealt_with(0)
+            assert lab.cycle._committed_is_processed(0)
             await lab.take(*((n, submitted(JOBS[n % 4])) for n in range(5)))
             await lab.settled()
             lab.group.offset = 5
-            assert lab.cycle._committed_is_dealt_with(0)
+            assert lab.cycle._committed_is_processed(0)
 
     asyncio.run(run())
 
 
-def test_a_row_without_a_name_ends_no_search() -> None:
-    """An earlier version kept rows of events without a job id: alone in its partition one was found for ever."""
+def test_a_row_with_an_empty_key_is_swept() -> None:
+    """An earlier version kept rows of events without a job id. If such a row was the only one, a sweep did not end."""
 
     async def run() -> None:
         lab = Lab()

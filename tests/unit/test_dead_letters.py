@@ -1,4 +1,4 @@
-"""Records that cannot be read become dead letters that a topic takes, whatever their size."""
+"""Unreadable records of any size become dead letters that fit into a record."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SETTINGS = Settings(bootstrap="h:1")
 
 
 class Message:
-    """A consumed record, as far as a dead letter needs it."""
+    """A consumed record, with the methods that a dead letter needs."""
 
     def __init__(self, key: bytes | None, value: bytes | None) -> None:
         self._key, self._value = key, value
@@ -57,8 +57,11 @@ def of_materializer(key: bytes | None, value: bytes | None, why: str) -> Outgoin
 @pytest.mark.parametrize("key", [None, b"", b"k" * 4_096, b"k" * 4_097, b"k" * 900_000])
 @pytest.mark.parametrize("value", [None, b"v" * 100, b"v" * 100_000, b"v" * 990_000])
 @pytest.mark.parametrize("why", ["no event", "x" * 10_000])
-def test_a_dead_letter_fits(write: Any, key: bytes | None, value: bytes | None, why: str) -> None:
-    """The beginning of its key is kept, and of its value what there is room for; what is not all says so."""
+def test_a_dead_letter_of_a_record_of_any_size_fits_into_a_record(
+    write: Any, key: bytes | None, value: bytes | None, why: str
+) -> None:
+    """The dead letter has the beginning of the key, and the value if there is room. Its error says if the key is
+    cut."""
     letter = write(key, value, why)
     assert letter.topic == "shop.dead-letter"
     assert len(letter.value) + len(letter.key) <= LIMIT

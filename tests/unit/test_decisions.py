@@ -1,4 +1,5 @@
-"""The coordinator's rules: pure, checked against a log that is replayed, doubled and decided upon by zombies."""
+"""The coordinator's rules, as pure functions: also for a log that is replayed, has copies, and has decisions of a
+zombie, which is a coordinator that has lost its partition and does not know it yet."""
 
 from __future__ import annotations
 
@@ -66,8 +67,8 @@ def scheduled(offset: int = 5, run: int = 1, release: int = 1, due: int = T0 * 1
 # -- single decisions ------------------------------------------------------------------------------------------------
 
 
-def test_a_conditioned_submission_schedules_the_first_release_of_its_run() -> None:
-    """Delay counts from the append time, and release 0 asks for release 1."""
+def test_a_delayed_submission_schedules_the_first_release() -> None:
+    """The delay counts from the append time. An event with release 0 asks for release 1."""
     made = decide(None, NO_FLOOR, event(JobSubmitted(SPEC, 1500), release=0), 3, 7, T0)
     assert made.verdict == "scheduled"
     assert isinstance(made.row, Scheduled)
@@ -78,22 +79,23 @@ def test_a_conditioned_submission_schedules_the_first_release_of_its_run() -> No
 
 
 def test_an_absolute_due_time_wins_over_a_delay() -> None:
-    """due_at is taken as it is; the timer looks at the next whole millisecond, because append times have no less."""
+    """`due_at` is not changed. The timer fires at the next whole millisecond, because append times are in
+    milliseconds."""
     made = decide(None, NO_FLOOR, event(ReleaseRequested(SPEC, 60_000, T0 * 1000 + 1)), 0, 0, T0)
     assert isinstance(made.row, Scheduled)
     assert made.row.due == T0 * 1000 + 1
     assert made.wake_at == (T0 + 1) * 1000
 
 
-def test_a_decision_read_back_in_time_releases_and_leaves_a_marker() -> None:
-    """The marker carries the offset and append time of the decision."""
+def test_a_decision_appended_after_the_due_time_releases_the_job_and_leaves_a_marker() -> None:
+    """The marker has the offset and the append time of the decision."""
     row = scheduled()
     made = decide(row, NO_FLOOR, event(ReleaseDecided(row.due)), 0, 9, T0)
     assert made == type(made)("released", row=Released(0, 9, 1, 1, T0), release=row)
 
 
 def test_a_decision_appended_before_the_due_time_sets_the_timer_again() -> None:
-    """However the deciding clock ran: the append time alone counts (rule 7)."""
+    """Only the append time counts, and not the clock of the coordinator that decided (rule 7)."""
     row = scheduled(due=T0 * 1000 + 1)
     made = decide(row, NO_FLOOR, event(ReleaseDecided(row.due)), 0, 9, T0)
     assert (made.verdict, made.row, made.release, made.wake_at) == ("early", None, None, (T0 + 1) * 1000)
@@ -110,15 +112,15 @@ def test_a_decision_appended_before_the_due_time_sets_the_timer_again() -> None:
     ],
 )
 def test_a_decision_that_the_row_does_not_wait_for_does_nothing(row: Row | None, run: int, release: int) -> None:
-    """A zombie's, a duplicate, or one overtaken by a later release or run."""
+    """The decision is a zombie's, a copy, or one for an earlier release or run."""
     made = decide(row, NO_FLOOR, event(ReleaseDecided(0), run=run, release=release), 0, 9, T0)
     assert (made.verdict, made.row, made.release, made.wake_at) == ("stale-decision", None, None, None)
 
 
 @pytest.mark.parametrize("row", [scheduled(release=2), Released(0, 5, 1, 2, T0), scheduled(run=2, release=1)])
 @pytest.mark.parametrize("release", [1, 2])
-def test_a_request_for_a_release_that_was_asked_for_or_passed_is_ignored(row: Row, release: int) -> None:
-    """The first request of a release wins."""
+def test_a_second_or_late_request_for_a_release_is_ignored(row: Row, release: int) -> None:
+    """The first request for a release counts."""
     made = decide(row, NO_FLOOR, event(ReleaseRequested(SPEC, 0), release=release), 0, 9, T0)
     assert made.verdict == "passed"
     assert (made.row, made.release) == (None, None)
@@ -126,14 +128,14 @@ def test_a_request_for_a_release_that_was_asked_for_or_passed_is_ignored(row: Ro
 
 @pytest.mark.parametrize(("run", "release"), [(1, 3), (2, 1)])
 def test_a_later_release_or_run_replaces_the_row(run: int, release: int) -> None:
-    """(run, release) is ordered: a redrive begins again at release 1."""
+    """Rows are ordered by (run, release). A later run begins again at release 1."""
     made = decide(scheduled(release=2), NO_FLOOR, event(ReleaseRequested(SPEC, 0), run=run, release=release), 0, 9, T0)
     assert isinstance(made.row, Scheduled)
     assert (made.row.run, made.row.release, made.row.offset) == (run, release, 9)
 
 
-def test_overdue_re_sends_a_passed_release_under_the_same_id() -> None:
-    """The release it names, never a new one; workers drop the second copy."""
+def test_an_overdue_release_that_was_sent_is_sent_again_with_the_same_id() -> None:
+    """The coordinator sends the release of the event again, and no new one. Workers drop the second copy."""
     row = scheduled()
     first = job_due(row, 1, "a")
     made = decide(Released(0, 7, 1, 1, T0), NO_FLOOR, event(ReleaseOverdue(SPEC, row.due)), 0, 9, T0)
@@ -144,40 +146,40 @@ def test_overdue_re_sends_a_passed_release_under_the_same_id() -> None:
     assert second == first
 
 
-def test_overdue_makes_a_waiting_release_be_looked_at_again() -> None:
-    """Its timer may have been lost: it is set again."""
+def test_an_overdue_release_that_still_waits_gets_a_new_timer() -> None:
+    """The old timer may have been lost."""
     made = decide(scheduled(), NO_FLOOR, event(ReleaseOverdue(SPEC, 0)), 0, 9, T0)
     assert (made.verdict, made.row, made.release, made.wake_at) == ("looked-again", None, None, T0 * 1000)
 
 
 @pytest.mark.parametrize("row", [None, scheduled(release=2)])
-def test_overdue_recreates_a_row_whose_request_was_lost(row: Row | None) -> None:
-    """The event carries the whole job."""
+def test_an_overdue_release_without_a_row_gets_a_new_row(row: Row | None) -> None:
+    """The request was lost. `ReleaseOverdue` has all data of the job."""
     made = decide(row, NO_FLOOR, event(ReleaseOverdue(SPEC, T0 * 1000), release=3, attempt=2), 0, 9, T0 + 9)
     assert made.verdict == "recreated"
     assert isinstance(made.row, Scheduled)
     assert (made.row.release, made.row.attempt, made.row.due, made.row.args) == (3, 2, T0 * 1000, SPEC.args)
 
 
-def test_overdue_about_an_older_release_is_ignored() -> None:
-    """The watchdog's view was behind."""
+def test_an_overdue_release_before_that_of_the_row_is_ignored() -> None:
+    """The watchdog has read the status table before the table had the later release."""
     assert decide(scheduled(release=2), NO_FLOOR, event(ReleaseOverdue(SPEC, 0)), 0, 9, T0).verdict == "passed"
 
 
 @pytest.mark.parametrize("offset", [0, 4, 5])
-def test_an_event_at_or_below_the_row_is_skipped(offset: int) -> None:
-    """The table is ahead of the committed offset after a crash."""
+def test_an_event_at_or_below_the_offset_of_the_row_is_skipped(offset: int) -> None:
+    """After a crash the table may be ahead of the committed offset."""
     assert decide(scheduled(5), NO_FLOOR, event(ReleaseDecided(0)), 0, offset, T0).verdict == "seen"
 
 
 @pytest.mark.parametrize("offset", [0, 4, 5])
 def test_an_event_at_or_below_the_floor_is_skipped(offset: int) -> None:
-    """Lost group offsets release nothing again after markers were swept."""
+    """If the group's offsets are lost after markers were swept, nothing is released again."""
     assert decide(None, 5, event(JobSubmitted(SPEC, 0), release=0), 0, offset, T0).verdict == "seen"
 
 
-def test_a_fact_that_is_not_the_coordinators_business_changes_nothing() -> None:
-    """It is counted and passed."""
+def test_a_fact_that_does_not_concern_the_coordinator_changes_nothing() -> None:
+    """The fact is only counted."""
     made = decide(scheduled(), NO_FLOOR, event(JobStarted("w", "t", 1)), 0, 9, T0)
     assert (made.verdict, made.row, made.release, made.wake_at) == ("unexpected", None, None, None)
 
@@ -186,7 +188,7 @@ def test_a_fact_that_is_not_the_coordinators_business_changes_nothing() -> None:
 
 
 def test_job_due_carries_the_whole_job_and_a_deterministic_id() -> None:
-    """The id is v5 of (job, run, release): the same from every instance, another for every release."""
+    """The id is a UUID v5 of (job, run, release): the same from each coordinator, and another one for each release."""
     row = scheduled(release=2)
     due = job_due(row, 42, "coordinator@h:1")
     assert due.fact == JobDue(SPEC, row.due)
@@ -223,11 +225,11 @@ any_fact: st.SearchStrategy[Fact] = st.one_of(
 
 
 @given(st.lists(st.tuples(any_fact, st.integers(1, 3), any_int), max_size=6), st.integers(0, 2**42))
-def test_whatever_number_a_record_says_what_comes_of_it_can_be_written(
+def test_rows_and_derived_records_fit_for_any_number_in_an_event(
     steps: list[tuple[Fact, int, int]], appended_ms: int
 ) -> None:
-    """A delay, lease, time or count of any 64 bits: rows and records made of it fit theirs, so no event that is well formed
-    ends the coordinator at every start."""
+    """A delay, lease, time or count may be any 64-bit number, and the rows and records with the computed numbers can be
+    written. Otherwise a well-formed event would end the coordinator at each start."""
     rows: dict[tuple[int, bytes], Row] = {}
     batch = DecisionBatch(lambda p, k: rows.get((p, k)), lambda p: NO_FLOOR)
     for offset, (fact, release, attempt) in enumerate(steps):
@@ -241,8 +243,8 @@ def test_whatever_number_a_record_says_what_comes_of_it_can_be_written(
             codec.encode(release_decided(kept, T0, "c"))
 
 
-def test_a_time_that_no_clock_reaches_is_never() -> None:
-    """It stays a time: a delay of 10^18 ms is one that ends with the year 9999."""
+def test_a_time_beyond_the_year_9999_becomes_the_end_of_that_year() -> None:
+    """A delay of 10^18 ms ends with the year 9999, and so it is still a valid time."""
     made = decide(None, NO_FLOOR, event(JobSubmitted(JobSpec(b"{}", {}, None, 10**18), 10**18), release=0), 0, 7, T0)
     assert isinstance(made.row, Scheduled)
     assert made.row.due == made.row.expires_at == FAR_US
@@ -270,21 +272,21 @@ rows = st.one_of(
 
 @given(rows)
 def test_rows_survive_their_encoding(row: Row | Floor) -> None:
-    """decode(encode(row)) == row, and markers are told by their bytes alone."""
+    """A row is decoded as it was encoded. A marker is recognised by its bytes alone."""
     data = encode_row(row)
     assert decode_row(data) == row
     assert is_marker(data) == isinstance(row, Released)
 
 
-def test_keys_of_floors_and_rows_never_meet() -> None:
-    """A job id has no zero byte at its beginning."""
+def test_the_keys_of_floors_and_rows_are_different() -> None:
+    """A job id does not begin with a zero byte."""
     assert floor_key(3) != floor_key(4)
     assert floor_key(3)[:1] == b"\0" != row_key(JOBS[0])[:1]
 
 
 @given(rows, rows)
-def test_of_two_rows_the_later_events_wins(a: Row | Floor, b: Row | Floor) -> None:
-    """A zombie's late write of an older row does not win over a newer one."""
+def test_the_row_of_the_later_event_is_newer(a: Row | Floor, b: Row | Floor) -> None:
+    """So a zombie's late write of an older row does not replace the newer row."""
     assert newer(a, b) or newer(b, a)
     if a.offset > b.offset:
         assert newer(a, b)
@@ -296,7 +298,7 @@ def test_of_two_rows_the_later_events_wins(a: Row | Floor, b: Row | Floor) -> No
 
 @given(st.lists(st.tuples(st.integers(0, 50), st.binary(max_size=2))), st.integers(0, 50), st.integers(1, 5))
 def test_timers_pass_in_order_and_never_early(entries: list[tuple[int, bytes]], now: int, limit: int) -> None:
-    """pop_passed returns the earliest passed keys, at most ``limit``, and leaves the others."""
+    """`pop_passed` returns the keys of the earliest passed timers, at most ``limit``, and keeps the others."""
     timers = Timers(entries[: len(entries) // 2])
     for at, key in entries[len(entries) // 2 :]:
         timers.set(at, key)
@@ -309,15 +311,15 @@ def test_timers_pass_in_order_and_never_early(entries: list[tuple[int, bytes]], 
 
 
 @given(st.integers(0, 2**50))
-def test_waking_is_never_before_the_due_time_and_less_than_a_millisecond_after(due: int) -> None:
-    """Rounded up to what an append time can show."""
+def test_a_timer_fires_less_than_a_millisecond_after_the_due_time_and_never_before(due: int) -> None:
+    """The time is rounded up to a whole millisecond, as append times are."""
     assert 0 <= wake_at(due) - due < 1000
     assert wake_at(due) % 1000 == 0
 
 
 @given(st.integers(-(10**9), 10**9), st.lists(st.integers(0, 5_000_000), min_size=1, max_size=20))
 def test_the_brokers_clock_is_never_estimated_ahead_of_itself(ahead: int, latencies: list[int]) -> None:
-    """However far the clocks differ: the estimate errs towards late, by no more than the least latency and 1 ms."""
+    """For any difference between the clocks, the estimate is late by at most the least latency and 1 ms."""
     clock = BrokerClock()
     true = T0 * 1000
     for latency in latencies:
@@ -328,8 +330,8 @@ def test_the_brokers_clock_is_never_estimated_ahead_of_itself(ahead: int, latenc
     assert clock.now(true + ahead) >= true - min(latencies) - 1000
 
 
-def test_the_brokers_clock_follows_a_drift_and_forgets_when_told() -> None:
-    """Samples older than two windows do not count; after a reset nothing is assumed."""
+def test_the_estimate_of_the_brokers_clock_follows_a_drift_and_can_be_reset() -> None:
+    """Samples older than two windows do not count. After a reset the difference is 0."""
     clock = BrokerClock(window_us=1000)
     clock.observe(10_000, 5)
     assert clock.ahead_us == 5000
@@ -344,7 +346,7 @@ def test_the_brokers_clock_follows_a_drift_and_forgets_when_told() -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "committed", "now_ms", "goes"),
+    ("row", "committed", "now_ms", "swept"),
     [
         (Released(0, 5, 1, 1, T0), 6, T0 + 600, True),
         (Released(0, 5, 1, 1, T0), 5, T0 + 600, False),
@@ -354,15 +356,15 @@ def test_the_brokers_clock_follows_a_drift_and_forgets_when_told() -> None:
     ],
 )
 def test_only_markers_that_were_committed_and_kept_long_enough_are_swept(
-    row: Row | Floor, committed: int, now_ms: int, goes: bool
+    row: Row | Floor, committed: int, now_ms: int, swept: bool
 ) -> None:
-    """The committed offset is the next to be read, so it must be above the marker's."""
-    assert sweepable(row, committed, now_ms, 600) is goes
+    """The committed offset is the next one to read, so it must be above the marker's offset."""
+    assert sweepable(row, committed, now_ms, 600) is swept
 
 
 @given(st.integers(-1, 10), st.integers(0, 10))
 def test_a_floor_never_falls_and_stays_below_the_committed_offset(floor: int, committed: int) -> None:
-    """What is at or below it was dealt with."""
+    """All events at or below the floor were processed."""
     raised = raised_floor(floor, committed)
     assert raised >= floor
     assert raised <= max(floor, committed - 1)
@@ -373,9 +375,10 @@ def test_a_floor_never_falls_and_stays_below_the_committed_offset(floor: int, co
 
 @dataclass
 class Partition:
-    """One partition's log, table and work topic, and an instance that can die between any two steps.
+    """One partition's log, table and work topic, and a coordinator that can die between any two steps.
 
-    Steps of a batch: decide, send releases, write rows one by one, process further, commit. ``clock`` is the broker's.
+    The steps of a batch: decide, send releases, write rows one by one, continue with the next events, commit.
+    ``clock``: the broker's clock.
     """
 
     clock: int = T0
@@ -399,7 +402,8 @@ class Partition:
         return NO_FLOOR if data is None else decode_row(data).offset
 
     def cycle(self, most: int, die_after: int | None = None) -> None:
-        """Process up to ``most`` events; with ``die_after`` the instance dies after so many steps of the cycle."""
+        """Process up to ``most`` events. With ``die_after``, the coordinator dies after that number of steps of the
+        cycle."""
         batch = DecisionBatch(self.row, self.floor)
         end = min(self.position + most, len(self.log))
         for offset in range(self.position, end):
@@ -423,7 +427,7 @@ class Partition:
         self.position = self.committed
 
     def fire(self) -> None:
-        """Every timer that has passed writes its decision; rows are all it goes by."""
+        """For each row that is due, write a decision."""
         for data in list(self.table.values()):
             row = decode_row(data)
             if isinstance(row, Scheduled) and wake_at(row.due) <= self.clock * 1000:
@@ -466,11 +470,11 @@ actions = st.one_of(
     ]
 )
 @given(st.lists(actions, min_size=25, max_size=80))
-def test_every_release_asked_for_is_let_go_once_effectively_and_never_early(script: list[tuple[object, ...]]) -> None:
-    """Under crashes between any steps, replays from any committed offset, duplicated and zombie decisions, watchdog
-    nudges, sweeps and lost group offsets: for each (job, run, release) asked for there is at least one JobDue, all its
-    copies carry one id, none is appended before the due time, and none stands for a release nobody asked for. Only a
-    crash, the watchdog or a request that is read after its marker was swept makes a copy."""
+def test_each_requested_release_is_sent_under_one_id_and_never_early(script: list[tuple[object, ...]]) -> None:
+    """The faults are crashes between any steps, replays from any committed offset, copies, decisions of zombies, events
+    of the watchdog, sweeps and lost group offsets. For each requested (job, run, release) there is at least one JobDue,
+    and all its copies have one id. No JobDue is appended before the due time or without a request. Only a crash, the
+    watchdog or a request that is read after its marker was swept makes a copy."""
     p = Partition()
     dues: dict[tuple[str, int, int], int] = {}
     last: dict[str, int] = {}
@@ -489,11 +493,11 @@ def test_every_release_asked_for_is_let_go_once_effectively_and_never_early(scri
             case ("submit", str(job), int(delay)) if job not in last:
                 ask(job, 1, delay)
             case ("retry", str(job), int(delay)) if job in last:
-                # A worker asks for the next release only after it has seen the last one.
+                # A worker asks for the next release only after it has read the last one.
                 if any((w.job_id, w.release) == (job, last[job]) for w, _ in p.work):
                     ask(job, last[job] + 1, delay)
             case ("again", int(which)) if p.log:
-                # What a worker derives may be sent again, while its marker is kept.
+                # A worker may send a derived record again while its marker is kept.
                 what, _ = p.log[which % len(p.log)]
                 if floor_key(0) not in p.table:
                     p.append(
@@ -526,7 +530,7 @@ def test_every_release_asked_for_is_let_go_once_effectively_and_never_early(scri
             case ("sweep", int(keep)):
                 kept = set(p.table)
                 p.sweep(keep)
-                # With its marker a job is forgotten: a request sent again before that, and not read yet, is a new one.
+                # Without its marker a job is unknown: a copy of its request that is read later is a new request.
                 forgotten = kept - p.table.keys()
                 copies.update(
                     what.job_id
@@ -538,14 +542,14 @@ def test_every_release_asked_for_is_let_go_once_effectively_and_never_early(scri
             case _:
                 pass
 
-    # At the end the instance lives long enough: everything read, everything due.
+    # At the end the coordinator lives long enough to read all events, and all releases are due.
     for _ in range(3):
         p.clock += 100
         p.cycle(10_000)
         p.fire()
         p.cycle(10_000)
 
-    # Everything is swept, and the group loses its offsets: nothing is let go again.
+    # All markers are swept, and the group loses its offsets: nothing is released again.
     p.committed = p.position
     p.sweep(0)
     assert p.table.keys() == {floor_key(0)}
@@ -555,7 +559,7 @@ def test_every_release_asked_for_is_let_go_once_effectively_and_never_early(scri
     p.fire()
     assert (len(p.work), p.position) == (sent, len(p.log))
 
-    # The watchdog's event may be read more than once: whatever it re-sends changes no row.
+    # The watchdog's event may be read more than once, because sending a release again changes no row.
     rereads = 1 + sum(step[0] in ("die", "rewind", "lose-offsets") for step in script)
     released: dict[tuple[str, int, int], list[str]] = {}
     for what, appended in p.work:
@@ -572,7 +576,7 @@ def test_every_release_asked_for_is_let_go_once_effectively_and_never_early(scri
 @settings(deadline=None)
 @given(st.lists(actions, min_size=15, max_size=60), st.integers(0, 40))
 def test_a_replay_with_the_table_ahead_changes_no_row(script: list[tuple[object, ...]], start: int) -> None:
-    """Processing any stretch of the log a second time leaves the table as it is."""
+    """The table is ahead of the offset. Processing the end of the log a second time does not change the table."""
     p = Partition()
     for step in script:
         match step:
@@ -596,7 +600,7 @@ def test_a_replay_with_the_table_ahead_changes_no_row(script: list[tuple[object,
 
 
 def test_a_release_to_a_closed_queue_is_held_back_and_stays_scheduled() -> None:
-    """No marker without an acknowledged JobDue: the timer looks again, and the queue is reported."""
+    """There is no marker without an acknowledged JobDue. The timer is set again, and the queue is reported."""
     row = scheduled()
     batch = DecisionBatch(lambda partition, key: row, lambda partition: NO_FLOOR, lambda queue: False)
     batch.add(event(ReleaseDecided(row.due)), 0, 9, T0)

@@ -1,7 +1,7 @@
-"""What is deployed as it stands in the repository: command lines that the command knows, time enough to end, alerts
-that fire when a part is gone.
+"""The files of the repository that are deployed: their command lines are valid, their grace times are long enough, and
+their alerts fire when a part is gone.
 
-The alerts are run by Prometheus' own promtool; without it those tests are skipped.
+Prometheus' own promtool runs the alerts; without promtool these tests are skipped.
 """
 
 from __future__ import annotations
@@ -28,42 +28,42 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def entrypoint() -> list[str]:
-    """The words that the image puts before those it is given."""
-    found = re.search(r"^ENTRYPOINT (\[.*\])$", (ROOT / "Dockerfile").read_text("utf-8"), re.MULTILINE)
-    assert found is not None
-    words: list[str] = yaml.safe_load(found.group(1))
+    """Return the words that the image puts before its arguments."""
+    line = re.search(r"^ENTRYPOINT (\[.*\])$", (ROOT / "Dockerfile").read_text("utf-8"), re.MULTILINE)
+    assert line is not None
+    words: list[str] = yaml.safe_load(line.group(1))
     return words
 
 
 def compose() -> dict[str, Any]:
-    """docker-compose.yml."""
-    found: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text("utf-8"))
-    return found
+    """Return the content of docker-compose.yml."""
+    content: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text("utf-8"))
+    return content
 
 
 def worker() -> dict[str, Any]:
-    """The pod of the Deployment in examples/kubernetes."""
-    found: dict[str, Any] = yaml.safe_load((ROOT / "examples/kubernetes/worker.yaml").read_text("utf-8"))
-    pod: dict[str, Any] = found["spec"]["template"]["spec"]
+    """Return the pod of the Deployment in examples/kubernetes."""
+    deployment: dict[str, Any] = yaml.safe_load((ROOT / "examples/kubernetes/worker.yaml").read_text("utf-8"))
+    pod: dict[str, Any] = deployment["spec"]["template"]["spec"]
     return pod
 
 
 def command_lines() -> list[list[str]]:
-    """Each ``jobledger …`` that a container of ours begins with."""
+    """Return each ``jobledger …`` with which one of our containers starts."""
     (container,) = worker()["containers"]
-    found = [[*container.get("command", entrypoint()), *container["args"]]]
+    lines = [[*container.get("command", entrypoint()), *container["args"]]]
     for service in compose()["services"].values():
         words = service.get("entrypoint", [])
         if words[:2] == ["sh", "-c"]:
             for line in words[2].replace("$$APP", "examples.shop:app").split("&&"):
-                found.append(shlex.split(line.strip().removeprefix("exec ")))
-    return found
+                lines.append(shlex.split(line.strip().removeprefix("exec ")))
+    return lines
 
 
 @pytest.mark.parametrize("words", command_lines(), ids=" ".join)
-def test_containers_begin_with_commands_that_there_are(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Command and options of every container are read by the command line's own parser."""
-    monkeypatch.setenv("JOBLEDGER_LOG_FORMAT", "")  # given back as it was: the option sets it
+def test_containers_start_with_valid_command_lines(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parser of the command line accepts the command and the options of each container."""
+    monkeypatch.setenv("JOBLEDGER_LOG_FORMAT", "")  # restored after the test, because the option sets it
     assert words[0] == "jobledger"
     command: Any = typer.main.get_command(cli)
     rest, context = words[1:], None
@@ -71,19 +71,19 @@ def test_containers_begin_with_commands_that_there_are(words: list[str], monkeyp
         context = command.make_context(command.name, rest[:1], parent=context)
         assert rest[0] in command.commands, words
         command, rest = command.commands[rest[0]], rest[1:]
-    command.make_context(command.name, rest, parent=context)  # raises what is wrong with them
+    command.make_context(command.name, rest, parent=context)  # raises an error if an option is wrong
 
 
 def test_every_part_is_among_the_containers() -> None:
-    """So the test before this one has looked at something."""
+    """So the previous test has checked the command line of each part."""
     assert {line[1] for line in command_lines()} >= {
         *("worker", "topics", "router", "coordinator", "materializer", "projections")
     }
 
 
-def test_nobody_kills_a_worker_that_is_still_committing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A supervisor, Compose and Kubernetes wait for longer than a worker may take: its grace time, and what it needs to
-    cancel, flush, commit, leave and exit."""
+def test_a_worker_is_not_killed_while_it_still_commits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A supervisor, Compose and Kubernetes wait longer than a worker may need: its grace time, and the time to cancel,
+    flush, commit, leave its groups and exit."""
     (tmp_path / "graceful_shop.py").write_text("from jobledger import App\napp = App('shop')\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -101,13 +101,13 @@ def test_nobody_kills_a_worker_that_is_still_committing(tmp_path: Path, monkeypa
     default = WorkerOptions().grace
     assert float(compose()["x-jobledger"]["stop_grace_period"].removesuffix("s")) > default + longest
     args = worker()["containers"][0]["args"]
-    # There may be a supervisor in between, which must come first.
+    # If a supervisor runs in the container, its time limit must end first.
     asked = float(args[args.index("--grace") + 1]) + LEAVING_S + running.KILL_MARGIN_S
     assert worker()["terminationGracePeriodSeconds"] > asked
 
 
 def test_the_pipeline_makes_no_folder_that_anybody_may_write_to() -> None:
-    """What it runs as root could be changed there by others of the machine."""
+    """Other users of the machine could change programs in the folder that the pipeline runs as root."""
     assert not re.search(r"chmod\b.*(777|[ao]\+\S*w)", (ROOT / ".ci/run").read_text("utf-8"))
 
 
@@ -119,7 +119,7 @@ PARTS = ("worker", "router", "coordinator", "materializer", "projections")
 
 
 def healthy() -> promtool.Series:
-    """What Prometheus hears for ten minutes where all is well."""
+    """Return ten minutes of metrics of a deployment in which all parts run."""
     instances: promtool.Series = {f'up{{job="{job}",instance="{job}-1:9100"}}': [1.0] * SCRAPES for job in PARTS}
     return {
         **instances,
@@ -130,7 +130,7 @@ def healthy() -> promtool.Series:
 
 
 def gone(series: promtool.Series, *instances: str, after: int = SCRAPES // 2) -> promtool.Series:
-    """The same, where these instances are no targets any more: nothing is told of them, not even that they are down."""
+    """Return the series without these instances: they are no targets any more, so they have not even an `up` of 0."""
     return {
         name: values if not any(each in name for each in instances) else [*values[:after], math.nan]
         for name, values in series.items()
@@ -138,10 +138,10 @@ def gone(series: promtool.Series, *instances: str, after: int = SCRAPES // 2) ->
 
 
 def firing(folder: Path, series: promtool.Series) -> set[str]:
-    """The alerts that fire at the end."""
+    """Return the alerts that fire at the end."""
     rules = ROOT / "docker/alerts.yml"
     names = [rule["alert"] for rule in yaml.safe_load(rules.read_text("utf-8"))["groups"][0]["rules"]]
-    found = set()
+    alerts = set()
     for name in names:
         quiet = {
             "rule_files": [str(rules)],
@@ -154,15 +154,15 @@ def firing(folder: Path, series: promtool.Series) -> set[str]:
                 }
             ],
         }
-        content, said = promtool.run(folder, quiet)
-        assert content or f"alertname: {name}" in said, said  # else it is not an alert that it complains of
+        content, output = promtool.run(folder, quiet)
+        assert content or f"alertname: {name}" in output, output  # otherwise promtool complains of something else
         if not content:
-            found.add(name)
-    return found
+            alerts.add(name)
+    return alerts
 
 
-def test_alerts_are_silent_where_all_is_well(tmp_path: Path) -> None:
-    """Also where a part has fewer instances than before: somebody has scaled it down."""
+def test_no_alert_fires_while_every_part_runs(tmp_path: Path) -> None:
+    """A part may have fewer instances than before, because it was scaled down."""
     assert firing(tmp_path, healthy()) == set()
     assert firing(tmp_path, gone(healthy(), "worker-2")) == set()
 
@@ -176,13 +176,16 @@ def test_alerts_are_silent_where_all_is_well(tmp_path: Path) -> None:
         ("materializer-1", {"JobledgerPartGone", "JobledgerNoMaterializer"}),
     ],
 )
-def test_a_part_of_which_nothing_is_left_is_told(tmp_path: Path, instance: str, alerts: set[str]) -> None:
-    """Where parts are found by DNS the last one takes its series with it, and nothing is neither 0 nor 1."""
+def test_an_alert_fires_when_the_last_instance_of_a_part_is_gone(
+    tmp_path: Path, instance: str, alerts: set[str]
+) -> None:
+    """If Prometheus finds the parts by DNS, the series of the last instance ends. A missing value is neither 0 nor
+    1."""
     assert firing(tmp_path, gone(healthy(), instance)) == alerts
 
 
-def test_a_coordinator_and_a_materializer_that_never_were_are_told(tmp_path: Path) -> None:
-    """Nothing works without them, whether anybody has seen them or not."""
+def test_an_alert_fires_if_the_coordinator_or_the_materializer_never_ran(tmp_path: Path) -> None:
+    """No job with a delay and no status table works without them, so the alerts do not need an earlier value."""
     assert firing(tmp_path, gone(healthy(), "coordinator-1", "materializer-1", after=0)) == {
         *("JobledgerCoordinatorNotReady", "JobledgerNoMaterializer")
     }

@@ -1,7 +1,6 @@
-"""The worker's loop in moments that no broker brings about on demand: real dispatcher, lines, executor, settler and
-offsets; what would go to Kafka is kept in a list. The same parts run against a real broker in tests/integration and
-tests/acceptance.
-"""
+"""The worker's loop in situations that a test cannot produce with a real broker. Dispatcher, wait queues, executor,
+settler and offsets are the real ones; records for Kafka are kept in a list. The same parts run against a real broker in
+tests/integration and tests/acceptance."""
 
 from __future__ import annotations
 
@@ -63,8 +62,8 @@ LIMIT = 1_000_000
 
 
 class Kept:
-    """What was sent, in order. It is acknowledged by the next poll; if it ``lingers``, when it is asked for; and not as long
-    as the broker is ``frozen``."""
+    """A producer that keeps the sent records in order. The next poll acknowledges them; with ``lingers``, only
+    `deliver` does. While ``frozen`` is true, a poll acknowledges nothing."""
 
     def __init__(self) -> None:
         self.sent: list[bytes] = []
@@ -106,14 +105,14 @@ class Kept:
         return [codec.decode(value).fact for value in self.sent]
 
     def ended(self) -> list[str]:
-        """Jobs of which an end that closes their record is acknowledged."""
+        """Return the jobs whose closing fact is acknowledged."""
         left = {offset for offset, _ in self._waiting}
         read = [codec.decode(value) for n, value in enumerate(self.sent) if n not in left]
         return [event.job_id for event in read if settles(event.fact)]
 
 
 class Record:
-    """A message as the client gives it."""
+    """A message as Kafka's client returns it."""
 
     def __init__(self, offset: int, value: bytes) -> None:
         self._offset, self._value, self._at = offset, value, int(time.time() * 1000)
@@ -132,7 +131,7 @@ class Record:
 
 
 class Bench:
-    """A worker's loop over partitions that are filled by hand."""
+    """A worker's loop over partitions that a test fills."""
 
     def __init__(self, app: App, *, decoder: codec.Decoder | None = None, **options: Any) -> None:
         self.kept, self.failed = Kept(), list[JobledgerError]()
@@ -218,7 +217,7 @@ class Bench:
         self.dispatcher.call(self.settler.drain)
 
     def partition(self, number: int = 0, queue: str = "default") -> Partition:
-        """A partition that this worker owns."""
+        """Make a partition that this worker owns."""
         lease = OwnershipLease(3600.0)
         lease.confirm(time.monotonic())
         made = Partition(self.app.names.jobs(queue), number, lease, 0, None)
@@ -227,8 +226,8 @@ class Bench:
         return made
 
     def reported(self, fact: object) -> bool:
-        """Take the delivery reports that have arrived, as the settler's thread does. Returns whether ``fact``, computed
-        before that, is true."""
+        """Process the delivery reports that have arrived, as the settler's thread does. Return whether ``fact``, which
+        was computed before, is true."""
         self.settler.serve()
         return bool(fact)
 
@@ -239,21 +238,21 @@ class Bench:
 def job(
     task: str, *, key: str | None = None, queue: str = "default", expires_at: int | None = None, **args: Any
 ) -> bytes:
-    """A submission's record."""
+    """Return the record of a submission."""
     job_id = str(uuid_utils.uuid7())
     spec = JobSpec(json.dumps(args).encode(), expires_at=expires_at)
     return codec.encode(JobEvent(job_id, job_id, 1, 1, 1, 0, task, queue, key, None, "c", None, JobSubmitted(spec)))
 
 
 def put(partition: Partition, values: list[bytes]) -> None:
-    """Records that were fetched."""
+    """Add fetched records to the partition."""
     first = len(partition.raw) + (partition.offsets.end if partition.offsets else 0)
     partition.raw.extend(cast(Message, Record(first + n, value)) for n, value in enumerate(values))
 
 
 async def until(check: Callable[[], object], seconds: float = 20.0) -> None:
-    """Wait for a fact, for so many seconds of this loop's own time, times `PATIENCE`: time in which this process was paused
-    does not count."""
+    """Wait until ``check`` is true, for at most ``seconds`` times `PATIENCE`. Time in which this process is paused does
+    not count."""
     began, pause = time.monotonic(), 0.005
     for _ in range(int(PATIENCE * seconds / pause)):
         if check():
@@ -265,12 +264,12 @@ async def until(check: Callable[[], object], seconds: float = 20.0) -> None:
 
 
 async def for_ever() -> None:
-    """Until the job is ended, or its test is over."""
+    """Wait until the job is cancelled or the test ends."""
     await asyncio.Event().wait()
 
 
 def run(test: Callable[[], Awaitable[None]]) -> None:
-    """The test on a loop of its own."""
+    """Run the test in a new event loop."""
 
     async def whole() -> None:
         await test()
@@ -278,8 +277,9 @@ def run(test: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(whole())
 
 
-def test_a_gate_s_turn_is_not_lost_to_a_partition_that_is_gone() -> None:
-    """Jobs of two partitions wait for a limit that only an end opens; one partition goes, and the other's go on."""
+def test_a_lost_partition_does_not_block_the_jobs_that_wait_for_a_limit() -> None:
+    """Jobs of two partitions wait for a limit that opens when a job ends. One partition is lost, and the jobs of the
+    other one continue."""
     app = App("shop", queues=[Queue("default", partitions=2)])
     ran: list[str] = []
 
@@ -304,8 +304,9 @@ def test_a_gate_s_turn_is_not_lost_to_a_partition_that_is_gone() -> None:
     run(test)
 
 
-def test_a_room_s_turn_goes_on_to_who_can_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lines of a paused task stand before those of another for the same threads: their turn is passed on."""
+def test_a_free_thread_goes_to_a_task_that_is_not_paused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wait queues of a paused task come before those of another task for the same thread. The turn passes to the
+    other task."""
     app = App("shop", queues=[Queue("default", partitions=2, fair_by="tenant")])
     ran: list[str] = []
 
@@ -321,7 +322,7 @@ def test_a_room_s_turn_goes_on_to_who_can_use_it(monkeypatch: pytest.MonkeyPatch
         bench = Bench(app, threads=1)
         partition = bench.partition()
         busy: list[Any] = []
-        monkeypatch.setattr(bench.dispatcher.executor, "submit", busy.append)  # its thread takes long
+        monkeypatch.setattr(bench.dispatcher.executor, "submit", busy.append)  # the job's thread does not end
         put(partition, [job("free", n=0), *(job(name, n=n) for n in range(1, 4) for name in ("paused", "free"))])
         bench.dispatcher.wake()
         await until(lambda: busy and partition.waiting == 6)
@@ -339,7 +340,7 @@ def test_a_room_s_turn_goes_on_to_who_can_use_it(monkeypatch: pytest.MonkeyPatch
 
 
 def test_room_is_made_although_the_longest_wait_queue_ends_with_a_suspect() -> None:
-    """Suspects stay; the newest jobs of another paused task are given back to the coordinator."""
+    """Suspects are kept. The newest jobs of another paused task are given back to the coordinator."""
     app = App("shop")
 
     @app.task
@@ -369,7 +370,7 @@ def test_room_is_made_although_the_longest_wait_queue_ends_with_a_suspect() -> N
 
 
 def test_a_record_that_breaks_the_schema_resolver_ends_the_worker() -> None:
-    """Its thread would be gone, and its partition would wait for ever."""
+    """Otherwise the resolver's thread would end, and the partition would wait forever."""
 
     class Breaks(codec.Decoder):
         def asks(self, value: bytes | None) -> bool:
@@ -392,8 +393,9 @@ def test_a_record_that_breaks_the_schema_resolver_ends_the_worker() -> None:
     run(test)
 
 
-def test_a_cancel_before_a_coroutine_s_first_step_is_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An order that comes between the decision to start and the first step: the job ends as cancelled, its slot is free."""
+def test_a_cancel_before_the_first_step_of_a_coroutine_ends_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cancel arrives between the decision to start and the first step. The job ends as cancelled, and its slot is
+    free."""
     app = App("shop")
 
     @app.task
@@ -424,7 +426,8 @@ def test_a_cancel_before_a_coroutine_s_first_step_is_an_end(monkeypatch: pytest.
 
 @pytest.mark.parametrize("tuned", [False, True], ids=["asyncio", "uvloop"])
 def test_context_variables_do_not_pass_from_job_to_job(tuned: bool) -> None:
-    """What a job sets in its context is gone with it, though the next one is begun at its end."""
+    """A context variable that a job sets is not visible in the next job, although the end of the first job starts the
+    next one."""
     import uvloop
 
     tenant: contextvars.ContextVar[str | None] = contextvars.ContextVar("tenant", default=None)
@@ -448,7 +451,8 @@ def test_context_variables_do_not_pass_from_job_to_job(tuned: bool) -> None:
 
 
 def test_a_key_keeps_its_order_while_a_schema_is_looked_up() -> None:
-    """The first record of a registry's id is looked up elsewhere; those behind it of the same key wait for it."""
+    """Another thread looks up the schema of the first record. The later records of the same key wait for this
+    record."""
     app, order = App("shop"), list[int]()
 
     @app.task(key="k", timeout=30)
@@ -472,7 +476,7 @@ def test_a_key_keeps_its_order_while_a_schema_is_looked_up() -> None:
 
 
 def test_limits_hold_for_records_of_another_schema() -> None:
-    """Whatever version wrote them, no more jobs run at once than may, and in the order of the log."""
+    """Jobs whose records another version wrote run in the order of the log, and not more than the limit at once."""
     app, most, running = App("shop"), 0, 0
     order: list[int] = []
 
@@ -502,8 +506,9 @@ def test_limits_hold_for_records_of_another_schema() -> None:
     assert order == sorted(order)
 
 
-def test_an_attempt_in_place_is_handed_over_before_its_word_is_acknowledged() -> None:
-    """A key is given up the moment its job has failed and is to go on: the next owner is told to look for that."""
+def test_an_attempt_in_place_is_passed_to_the_next_owner_before_its_retry_is_acknowledged() -> None:
+    """The partition is handed over while the `JobRetried` of a keyed job is not acknowledged. The commit says "not
+    clean", so the next owner reads the lifecycle partition."""
     app = App("shop")
 
     @app.task(key="k", timeout=30, retry=Retry(max_attempts=3, initial=10.0))
@@ -537,7 +542,8 @@ def test_an_attempt_in_place_is_handed_over_before_its_word_is_acknowledged() ->
 
 
 def test_a_commit_that_the_client_has_lost_ends_the_worker() -> None:
-    """A commit that does not return ends the worker, unless the cluster is away: its queue would make no progress."""
+    """A commit that does not return ends the worker, because its queue would make no progress. An outage of the cluster
+    is an exception."""
     asked, returns = threading.Event(), threading.Event()
     failed: list[JobledgerError] = []
 
@@ -570,7 +576,7 @@ def test_a_commit_that_the_client_has_lost_ends_the_worker() -> None:
 
 
 def test_a_refused_commit_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    """Refusals of the same kind are one line for all partitions of a queue, until a commit is accepted."""
+    """Refusals of the same kind are logged in one line for all partitions of a queue, until a commit is accepted."""
     refusals: list[Exception] = []
 
     def commit(offsets: list[Any], asynchronous: bool) -> list[Any]:
@@ -593,8 +599,9 @@ def test_a_refused_commit_is_logged_once(caplog: pytest.LogCaptureFixture) -> No
     assert committer.errors == 9
 
 
-def test_an_exception_that_cannot_be_judged_fails_its_job_alone() -> None:
-    """A `Snooze` of a user's own that forgot its base class: the job has failed, and the worker goes on."""
+def test_an_incomplete_exception_of_a_user_fails_only_its_job() -> None:
+    """A user's subclass of `Snooze` does not call the `__init__` of `Snooze`. The job fails, and the worker
+    continues."""
 
     class Busy(Snooze):
         def __init__(self) -> None:
@@ -618,8 +625,8 @@ def test_an_exception_that_cannot_be_judged_fails_its_job_alone() -> None:
     run(test)
 
 
-def test_what_breaks_in_the_loop_ends_the_worker() -> None:
-    """An error that nobody expected, in whatever is called on the loop, is not left to a log line."""
+def test_an_unexpected_error_in_the_loop_ends_the_worker() -> None:
+    """An error in a callback of the event loop is not only logged."""
 
     async def test() -> None:
         bench = Bench(App("shop"))
@@ -632,7 +639,8 @@ def test_what_breaks_in_the_loop_ends_the_worker() -> None:
 
 
 class FreeChildren:
-    """The pool of a bench's child processes: a child is free when a test says so, and what it is given is kept."""
+    """A pool without real child processes. A test says when a child is free, and the jobs for it are kept in
+    ``given``."""
 
     def __init__(self, bench: Bench) -> None:
         places = bench.dispatcher.places
@@ -645,22 +653,22 @@ class FreeChildren:
             ended=places.ended,
             unusable=bench.failed.append,
         )
-        self.pool._nursery._process = cast(Any, object())  # started, and forks no child
+        self.pool._nursery._process = cast(Any, object())  # counts as started, and forks no child
         self.pool._give = lambda child, work: self.given.append(work)  # type: ignore[method-assign]  # no process
         places.children = self.pool
 
     def free(self) -> None:
-        """One more child is free."""
+        """Make one more child free."""
         self.pool._use(ChildHandle(self.pool))
 
 
 def starts(bench: Bench) -> int:
-    """How many starts of jobs were sent."""
+    """Return the number of `JobStarted` facts that were sent."""
     return sum(isinstance(fact, JobStarted) for fact in bench.kept.facts())
 
 
 async def waits_for_a_child() -> tuple[Bench, FreeChildren, Partition]:
-    """A worker with one isolated job, whose start is sent and which waits for a child process."""
+    """Return a worker with one isolated job. The job's start is sent, and the job waits for a child process."""
     app = App("shop")
 
     @app.task(isolation="process")
@@ -676,12 +684,12 @@ async def waits_for_a_child() -> tuple[Bench, FreeChildren, Partition]:
 
 
 def wake_late(partition: Partition) -> None:
-    """The worker was paused for longer than its lease."""
+    """Let the ownership lease end, as after a pause of the worker."""
     partition.lease.until = time.monotonic() - 1.0
 
 
 def lose(bench: Bench, partition: Partition) -> None:
-    """Another worker has the partition."""
+    """Give the partition to another worker."""
     partition.gone = True
     partition.give_up()
     bench.dispatcher.ended([partition])
@@ -689,8 +697,8 @@ def lose(bench: Bench, partition: Partition) -> None:
 
 @pytest.mark.parametrize("lost", [False, True])
 def test_a_job_that_waits_for_a_child_is_not_run_before_the_lease_is_confirmed(lost: bool) -> None:
-    """A worker that was paused while an isolated job waited for a child gives it to none on waking: the group is asked
-    first, and what another worker has by then is not run."""
+    """A worker is paused while an isolated job waits for a child process. After the pause the worker first asks the
+    group, and does not run the job if another worker has the partition."""
 
     async def test() -> None:
         bench, children, partition = await waits_for_a_child()
@@ -699,7 +707,7 @@ def test_a_job_that_waits_for_a_child_is_not_run_before_the_lease_is_confirmed(l
         assert (children.given, partition.lease.wanted) == ([], True)
         if lost:
             lose(bench, partition)
-        partition.lease.confirm(time.monotonic())  # for what is assigned now
+        partition.lease.confirm(time.monotonic())  # for the partitions that are assigned now
         if lost:
             await until(lambda: not bench.dispatcher.running)
             assert partition.live, "not done: the next owner's"
@@ -714,8 +722,8 @@ def test_a_job_that_waits_for_a_child_is_not_run_before_the_lease_is_confirmed(l
 
 @pytest.mark.parametrize("lost", [False, True])
 def test_a_job_whose_child_died_is_not_started_again_before_the_lease_is_confirmed(lost: bool) -> None:
-    """A child died while its worker was paused: on waking the worker says no second start before the group has confirmed
-    the partition, and none of a partition that another worker has."""
+    """A child died while its worker was paused. After the pause the worker sends no second `JobStarted` before the
+    group has confirmed the partition, and none if another worker has the partition."""
 
     async def test() -> None:
         bench, children, partition = await waits_for_a_child()
@@ -743,8 +751,8 @@ def test_a_job_whose_child_died_is_not_started_again_before_the_lease_is_confirm
 
 @pytest.mark.parametrize("paused", [False, True])
 def test_a_second_start_that_cannot_be_sent_ends_the_worker(monkeypatch: pytest.MonkeyPatch, paused: bool) -> None:
-    """A child died, and the broker takes no more records when the job is to be started again: the worker ends. The loop would
-    only log the error, and the job would keep its slot and never run."""
+    """A child died, and the producer takes no more records for the second start of the job. The worker must end: the
+    event loop would only log the error, and the job would keep its slot and never run."""
     app = App("shop")
 
     @app.task(isolation="process")
@@ -781,7 +789,7 @@ def test_a_second_start_that_cannot_be_sent_ends_the_worker(monkeypatch: pytest.
 def test_a_job_that_waits_for_a_thread_is_not_run_before_the_lease_is_confirmed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A worker that was paused while a job waited for a thread begins it when the group has confirmed the partition."""
+    """A worker is paused while a job waits for a thread. The job begins when the group has confirmed the partition."""
     app = App("shop")
 
     @app.task
@@ -808,12 +816,12 @@ def test_a_job_that_waits_for_a_thread_is_not_run_before_the_lease_is_confirmed(
     run(test)
 
 
-#: The lease of a job whose time limit makes it a long one.
+#: The job lease of a task whose time limit makes it a long task.
 JOB_LEASE_MS = 60_000
 
 
 def noting(ran: list[int], *, timeout: float = 30, breaker: Breaker | None = None) -> App:
-    """An app whose coroutine and whose function, each with a time limit, note in ``ran`` that they ran."""
+    """Return an app with a coroutine and a function that note in ``ran`` that they ran. Both have a time limit."""
     app = App("shop")
 
     @app.task(timeout=timeout, breaker=breaker, lease=JOB_LEASE_MS / 1000)
@@ -829,9 +837,10 @@ def noting(ran: list[int], *, timeout: float = 30, breaker: Breaker | None = Non
 
 @pytest.mark.parametrize("lost", [False, True])
 @pytest.mark.parametrize("task", ["coroutine", "function"])
-def test_code_that_was_about_to_begin_at_a_pause_waits_for_the_lease(task: str, lost: bool) -> None:
-    """A worker is paused after it has sent the starts of jobs and before their code begins: on waking none begins before
-    the group has confirmed the partition, also with a time limit that is over by then, and none that another worker has."""
+def test_code_that_did_not_begin_before_a_pause_waits_for_the_ownership_lease(task: str, lost: bool) -> None:
+    """A worker is paused after it has sent the starts of jobs and before their code begins. After the pause no code
+    begins before the group has confirmed the partition, also if the time limit is over by then. No code begins if
+    another worker has the partition."""
     ran: list[int] = []
     app = noting(ran)
 
@@ -878,10 +887,10 @@ def test_code_that_was_about_to_begin_at_a_pause_waits_for_the_lease(task: str, 
 
 
 @pytest.mark.parametrize("task", ["coroutine", "function"])
-def test_code_that_was_about_to_begin_on_a_lost_partition_does_not(task: str) -> None:
-    """The partition is lost after the starts of jobs are sent and before their code begins, while the group confirms the
-    lane's other partitions: their common lease is valid, and yet no job of the lost one begins. None of them counts as an
-    answer of the service behind a circuit breaker."""
+def test_code_that_did_not_begin_before_its_partition_was_lost_does_not_run(task: str) -> None:
+    """The partition is lost after the starts of jobs are sent and before their code begins. The group confirms the
+    lane's other partitions, so the common lease is valid, but no job of the lost partition begins. These jobs do not
+    count as answers of the service behind a circuit breaker."""
     ran: list[int] = []
     app = noting(ran, breaker=Breaker(failures=5))
 
@@ -917,11 +926,14 @@ def test_code_that_was_about_to_begin_on_a_lost_partition_does_not(task: str) ->
 @pytest.mark.parametrize("paused", [False, True])
 @pytest.mark.parametrize("lease", ["held", "over", "lost, and then renewed"])
 @pytest.mark.parametrize("task", ["coroutine", "function"])
-def test_a_long_job_that_was_about_to_begin_asks_its_own_lease(task: str, lease: str, paused: bool) -> None:
-    """A worker's process is paused before the code of a long job begins. On waking the code begins if the worker still holds
-    the job's lease, whether the group has confirmed the partition or not. If the coordinator may have given the job to
-    another worker, the code does not begin, and the worker gives the lease back. Otherwise a renewal that was under way
-    could keep the lease until the worker exits. A lease that was lost stays lost when that renewal is acknowledged."""
+def test_a_long_job_that_did_not_begin_before_a_pause_depends_on_its_job_lease(
+    task: str, lease: str, paused: bool
+) -> None:
+    """A worker's process is paused before the code of a long job begins. After the pause the code begins if the worker
+    still holds the job's lease, whether the group has confirmed the partition or not. If the coordinator may have given
+    the job to another worker, the code does not begin, and the worker gives the lease back. Otherwise a renewal that
+    was under way could keep the lease until the worker exits. A lease that was lost stays lost when that renewal is
+    acknowledged."""
     ran: list[int] = []
     held = lease == "held"
     app = noting(ran, timeout=600)
@@ -965,8 +977,9 @@ def test_a_long_job_that_was_about_to_begin_asks_its_own_lease(task: str, lease:
     run(test)
 
 
-def test_the_time_of_a_suspect_that_was_about_to_begin_does_not_count_the_pause() -> None:
-    """A worker is paused after it has created the coroutine of a suspect: its time counts from the moment it begins."""
+def test_the_duration_of_a_suspect_does_not_include_a_pause_before_its_code() -> None:
+    """A worker is paused after it has created the coroutine of a suspect. The duration counts from the first step of
+    the coroutine."""
     ran: list[int] = []
     paused: list[JobRun] = []
     app = noting(ran)
@@ -999,12 +1012,13 @@ def test_the_time_of_a_suspect_that_was_about_to_begin_does_not_count_the_pause(
     run(test)
 
 
-def test_a_commit_that_took_long_wakes_who_waits_for_it() -> None:
-    """Whoever asks while a commit is under way is told by that one, or if it is too old by then by the next."""
+def test_a_commit_wakes_jobs_that_wait_for_the_lease_only_if_it_is_recent() -> None:
+    """An accepted commit confirms the lease from the time of its request. If this time is too long ago, the next commit
+    wakes the waiting jobs."""
     woken = Counter[str]()
     lease = OwnershipLease(3600.0, lambda: woken.update(["woken"]))
     lease.wanted = True
-    lease.confirm(time.monotonic() - 7200.0)  # it took two hours
+    lease.confirm(time.monotonic() - 7200.0)  # this commit took two hours
     assert lease.wanted
     assert not woken
     lease.confirm(time.monotonic())
@@ -1012,11 +1026,11 @@ def test_a_commit_that_took_long_wakes_who_waits_for_it() -> None:
     assert [lease.wanted] == [False]
 
 
-def test_ten_thousand_jobs_of_a_hot_key_are_read_past() -> None:
-    """What waits far back in its line ends for a while not, so the completion map has room for what is behind it."""
+def test_jobs_behind_thousands_of_jobs_of_one_key_run() -> None:
+    """Most of these jobs wait as parked records, so the worker continues to read and runs the jobs behind them."""
     app, ran = App("shop"), list[str]()
 
-    @app.task(key="k", timeout=60)  # the most that a key may have: all the others are read past in that time
+    @app.task(key="k", timeout=60)  # the longest time limit of a keyed task: the other jobs must run in that time
     async def book(k: str) -> None:
         ran.append(k)
         if k == "hot":
@@ -1040,14 +1054,14 @@ def test_ten_thousand_jobs_of_a_hot_key_are_read_past() -> None:
 
 
 def keyed_app(ran: list[Any]) -> App:
-    """An app whose keyed tasks end in every way."""
+    """Return an app with keyed tasks for every outcome."""
     app = App("shop")
 
     @app.task(key="k", timeout=30)
     async def book(k: str, n: int = 0) -> None:
         ran.append((k, n, time.monotonic()))
 
-    @app.task(key="k", timeout=60)  # the most that a key may have
+    @app.task(key="k", timeout=60)  # the longest time limit of a keyed task
     async def holds(k: str) -> None:
         await for_ever()
 
@@ -1080,9 +1094,11 @@ WAYS: dict[str, tuple[bytes, type]] = {
 
 @pytest.mark.parametrize("deferred", [False, True], ids=["job", "bare record"])
 @pytest.mark.parametrize("how", WAYS)
-def test_a_key_s_next_job_waits_until_the_end_of_the_one_before_is_in_the_log(how: str, deferred: bool) -> None:
-    """However a keyed job ends, the next one of its key begins when that end is acknowledged, not when it is sent; jobs of
-    other keys do not wait."""
+def test_the_next_job_of_a_key_begins_when_the_outcome_of_the_previous_job_is_in_the_log(
+    how: str, deferred: bool
+) -> None:
+    """The next job of a key begins when any outcome of the previous job is acknowledged, and not when it is sent. Jobs
+    of other keys do not wait."""
     ran: list[Any] = []
     app = keyed_app(ran)
     value, end = WAYS[how]
@@ -1117,8 +1133,8 @@ def test_a_key_s_next_job_waits_until_the_end_of_the_one_before_is_in_the_log(ho
 
 @pytest.mark.parametrize("tuned", [False, True], ids=["asyncio", "uvloop"])
 def test_a_delay_in_place_counts_from_the_acknowledgement(tuned: bool) -> None:
-    """The log shows no attempt before its time: the delay begins when what asked for it is in the log, and ends no
-    fraction of a millisecond early. Jobs that follow under the key wait for all attempts."""
+    """The delay begins when the `JobRetried` is in the log, and does not end a fraction of a millisecond early. So the
+    log shows no attempt before its time. Later jobs of the key wait for all attempts."""
     import uvloop
 
     ran: list[Any] = []
@@ -1147,9 +1163,9 @@ def test_a_delay_in_place_counts_from_the_acknowledgement(tuned: bool) -> None:
         runner.run(test())
 
 
-def test_a_worker_with_nothing_else_to_do_waits_for_no_company_for_a_key_s_facts() -> None:
-    """One hot key: what ends a job is sent at once, because nothing else can be begun before it is acknowledged. While
-    another job runs, its facts wait for those of others."""
+def test_an_otherwise_idle_worker_sends_the_facts_of_a_keyed_job_at_once() -> None:
+    """All jobs have one key, so no other job can begin before the outcome is acknowledged, and the outcome is not held
+    back for a batch. While another job runs, facts of keyed jobs are sent in batches."""
     ran: list[Any] = []
     app = keyed_app(ran)
 
@@ -1175,8 +1191,8 @@ def test_a_worker_with_nothing_else_to_do_waits_for_no_company_for_a_key_s_facts
     run(test)
 
 
-def test_an_end_that_is_acknowledged_before_the_job_has_left_is_waited_for() -> None:
-    """Whichever comes first, the acknowledgement or the free slot: the next job of the key waits for both."""
+def test_the_next_job_of_a_key_waits_for_the_acknowledgement_and_the_end_of_the_code() -> None:
+    """The acknowledgement of the outcome may come before the slot is free. The next job of the key waits for both."""
     ran: list[Any] = []
     app = keyed_app(ran)
 
@@ -1204,10 +1220,10 @@ def test_an_end_that_is_acknowledged_before_the_job_has_left_is_waited_for() -> 
     st.data(),
 )
 @settings(max_examples=40)
-def test_no_job_of_a_key_begins_before_the_ends_of_all_before_it_are_acknowledged(
+def test_no_job_of_a_key_begins_before_all_earlier_outcomes_are_acknowledged(
     jobs: list[tuple[str, str]], data: st.DataObject
 ) -> None:
-    """Whatever ends how, and whenever acknowledgements come."""
+    """The jobs have any outcomes, and the acknowledgements come at any time."""
     ran: list[Any] = []
     app = keyed_app(ran)
     values = [job("book", key=key, nobody=1) if task == "nobody" else job(task, key=key, k=key) for task, key in jobs]

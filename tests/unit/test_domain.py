@@ -1,4 +1,4 @@
-"""Domain events without a broker: the schemas of classes, values there and back, evolution, handlers and their jobs."""
+"""Domain events without a broker: schemas of classes, encoding and decoding, evolution, handlers and their jobs."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ orders = st.builds(
 
 
 @given(orders)
-def test_what_a_handler_gets_is_what_was_emitted(order: OrderPlaced) -> None:
-    """From the class over Avro and the job's JSON arguments back to the class: nothing is lost or changed."""
+def test_an_event_reaches_the_handler_unchanged(order: OrderPlaced) -> None:
+    """The event is encoded as Avro, then as the job's arguments in JSON, and is then equal to the emitted object."""
     kind = kind_of(OrderPlaced, key="order_id")
     value, key = kind.encode(order)
     assert key == str(order.order_id)
@@ -92,8 +92,8 @@ def test_what_a_handler_gets_is_what_was_emitted(order: OrderPlaced) -> None:
     assert msgspec.json.decode(raw, type=dict[str, OrderPlaced])["event"] == order
 
 
-def test_the_schema_says_what_the_class_says() -> None:
-    """Names, types, defaults and documentation; a reader that knows Avro and nothing of us understands it."""
+def test_the_schema_has_the_names_types_defaults_and_docs_of_the_class() -> None:
+    """The schema is plain Avro, so other programs can read it."""
     schema = json.loads(derive(OrderPlaced, "OrderPlaced", "shop.events"))
     assert (schema["name"], schema["namespace"], schema["doc"]) == (
         "OrderPlaced", "shop.events", "A customer has ordered.",
@@ -116,9 +116,8 @@ def test_the_schema_says_what_the_class_says() -> None:
     assert kind_of(OrderPlaced).fullname == "shop_eu.events.OrderPlaced"
 
 
-def test_a_plain_class_becomes_a_frozen_dataclass_and_others_stay() -> None:
-    """`@app.event` on a class with annotations is enough; Structs are taken as they are;
-    the same name twice is refused."""
+def test_a_plain_class_becomes_a_frozen_dataclass_and_a_struct_is_not_changed() -> None:
+    """`@app.event` turns a class with annotations into a dataclass. A second event with the same name is refused."""
     app = App("shop", settings=Settings())
 
     @app.event
@@ -176,7 +175,8 @@ class Packed(msgspec.Struct, frozen=True):
     ids=lambda event: type(event).__name__,
 )
 def test_a_handler_gets_the_event_whatever_kind_of_class_it_is(event: Any) -> None:
-    """From the bytes on the topic over the job's arguments into the function: dataclass, Struct, pydantic model."""
+    """The event may be a dataclass, a Struct or a pydantic model. It is decoded from the topic, encoded as the job's
+    arguments, and decoded again for the function."""
     app = App("shop", settings=Settings())
     app.event(type(event))
 
@@ -213,13 +213,14 @@ class Both(msgspec.Struct):
     ("cls", "where"), [(Direct, "Direct.raw"), (Around, "Around.parts.data"), (Both, "Both.bad.parts.data")]
 )
 def test_bytes_in_a_pydantic_model_are_refused(cls: type[Any], where: str) -> None:
-    """They would come out as others: also inside, and where the class inside has been seen already."""
+    """Otherwise the bytes would change. The rule also holds for nested classes, and for a class that is nested
+    twice."""
     with pytest.raises(ConfigError, match=f"{where}: bytes in a pydantic model"):
         kind_of(cls)
 
 
 def test_an_alias_is_the_name_on_the_wire() -> None:
-    """It is the field of the schema, and the name under which the model reads itself again."""
+    """The alias of a field is its name in the schema, and the name under which the model reads the field."""
     kind = kind_of(Registered, key="userName")
     assert [f["name"] for f in json.loads(kind.schema)["fields"]][:2] == ["userName", "inner"]
     value, key = kind.encode(Registered(userName="a", inner=Inner(n=2), at=MOMENT))
@@ -245,10 +246,10 @@ def test_an_alias_is_the_name_on_the_wire() -> None:
         ({"alias": "a"}, {"validate_by_alias": False, "validate_by_name": True}),
     ],
 )
-def test_a_field_that_is_read_by_another_name_than_written_is_refused(
+def test_a_field_with_different_names_for_reading_and_writing_is_refused(
     options: dict[str, Any], config: dict[str, Any]
 ) -> None:
-    """An event of such a model could never be read again."""
+    """An event of such a model could not be read."""
     made = pydantic.create_model("Torn", __config__=config, x=(str, pydantic.Field(**options)))  # type: ignore[call-overload]
     with pytest.raises(ConfigError, match=r"Torn\.x: it is written as"):
         kind_of(made)
@@ -274,24 +275,24 @@ class Arrayed(msgspec.Struct, array_like=True):
 
 
 @pytest.mark.parametrize("cls", [Twofold, Loose, Mapped, Arrayed, int])
-def test_what_avro_cannot_say_is_refused_with_its_name(cls: type[Any]) -> None:
-    """When the class is declared, not when the first event is emitted."""
+def test_a_class_without_an_avro_schema_is_refused_by_name(cls: type[Any]) -> None:
+    """The error is raised when the class is declared, and not when the first event is emitted."""
     with pytest.raises(ConfigError, match=cls.__name__):
         kind_of(cls)
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "expected"),
     [({"key": "nope"}, "not a field"), ({"format": "json"}, "topic="), ({"format": "xml", "topic": "t"}, "not one of"),
      ({"name": "a.b"}, "not usable"), ({"retention_days": 0}, "above 0"), ({"retention_days": math.inf}, "above 0"),
      ({"start": "now"}, "neither 'earliest'")],
 )  # fmt: skip
-def test_options_that_cannot_hold_are_refused(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_wrong_options_of_an_event_are_refused(options: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
         kind_of(Shipped, **options)
 
 
-@pytest.mark.parametrize("bad", [Shipped(5), Shipped("a", "heavy"), Line("a"), object()])  # type: ignore[arg-type]  # the point
+@pytest.mark.parametrize("bad", [Shipped(5), Shipped("a", "heavy"), Line("a"), object()])  # type: ignore[arg-type]  # wrong on purpose
 def test_values_that_do_not_fit_are_refused_before_anything_is_sent(bad: Any) -> None:
     with pytest.raises(BadEvent, match="Shipped"):
         kind_of(Shipped).encode(bad)
@@ -330,7 +331,7 @@ class WithoutDefault:
 
 
 def test_a_later_class_reads_what_an_earlier_one_wrote_and_the_other_way_round() -> None:
-    """New fields take their defaults, dropped ones are passed over."""
+    """A new field takes its default, and a dropped field is ignored."""
     earlier, later = kind_of(Shipped), renamed(WithMore)
     texts_by = {earlier.fingerprint: earlier.schema, later.fingerprint: later.schema}
     value, _ = earlier.encode(Shipped("a", 2.5))
@@ -341,14 +342,14 @@ def test_a_later_class_reads_what_an_earlier_one_wrote_and_the_other_way_round()
         kind_of(Shipped).decode(value, lambda mark: None)
 
 
-def test_what_a_later_form_wrote_and_this_one_cannot_read_is_no_garbage() -> None:
-    """It appears while an earlier form is being read; it must stop the reader, not be passed over."""
+def test_an_event_of_an_incompatible_later_class_stops_the_reader() -> None:
+    """The error is `IncompatibleEvent`, so the reader stops and does not reject the event."""
     later = renamed(WithAnother)
     value, _ = later.encode(WithAnother(5))
     for _ in range(2):
         with pytest.raises(IncompatibleEvent, match=later.fingerprint.hex()):
             EARLIER.decode(value, {later.fingerprint: later.schema}.get)
-    with pytest.raises(IncompatibleEvent, match="order_id"):  # another's as well
+    with pytest.raises(IncompatibleEvent, match="order_id"):  # also on a foreign topic
         kind_of(Shipped, topic="warehouse.shipped").decode(value, {later.fingerprint: later.schema}.get)
 
 
@@ -356,22 +357,23 @@ def test_what_a_later_form_wrote_and_this_one_cannot_read_is_no_garbage() -> Non
     ("cls", "fits"), [(WithMore, True), (WithLess, True), (WithAnother, False), (WithoutDefault, False)]
 )
 def test_evolution_is_judged_against_every_earlier_schema(cls: type[Any], fits: bool) -> None:
-    """A field may come with a default and may go; its type may not change. Other events' schemas are not looked at."""
+    """A field may be added with a default, and may be removed, but its type may not change. Schemas of other events do
+    not matter."""
     earlier, later = kind_of(Shipped), renamed(cls)
     other = kind_of(OrderPlaced)
     known = {k.fingerprint: k.schema for k in (earlier, later, other)}
-    found = earlier_of(later, known)
-    assert list(found) == [earlier.fingerprint.hex()]
+    known_earlier = earlier_of(later, known)
+    assert list(known_earlier) == [earlier.fingerprint.hex()]
     if fits:
-        check_evolution(later.name, later.schema, found)
+        check_evolution(later.name, later.schema, known_earlier)
     else:
         with pytest.raises(IncompatibleEvent, match=earlier.fingerprint.hex()):
-            check_evolution(later.name, later.schema, found)
+            check_evolution(later.name, later.schema, known_earlier)
 
 
 @dataclass(frozen=True)
 class Weighed:
-    """One with defaults of its own."""
+    """A class with its own defaults, nested in `Grown`."""
 
     grams: int = 5
     unit: str | None = "g"
@@ -382,7 +384,7 @@ SEVEN = uuid.UUID(int=7)
 
 @dataclass
 class Grown:
-    """`Shipped`, with a field of every kind that has a default."""
+    """`Shipped` with new fields of every type that can have a default."""
 
     order_id: str
     weight: float = 1
@@ -410,24 +412,25 @@ class Grown:
 
 
 def test_a_new_field_may_have_any_default() -> None:
-    """It is Avro's form of it, of the first type of a union: the checker, Apache Avro's reader and fastavro's say so."""
+    """The default is written in Avro's form, and the type of the default is the first type of a union. The check of the
+    evolution, Apache Avro's reader and fastavro's reader accept all of them."""
     earlier, later = kind_of(Shipped), renamed(Grown)
     check_evolution(later.name, later.schema, {"old": earlier.schema})
     value, _ = earlier.encode(Shipped("a", 2.5))
     assert later.of(later.decode(value, {earlier.fingerprint: earlier.schema}.get)) == Grown("a", 2.5)
-    # By others, which know nothing of us.
+    # Other Avro libraries read the same values.
     reader = avro.schema.parse(later.schema)
-    told: Any = avro.io.DatumReader(avro.schema.parse(earlier.schema), reader).read(
+    by_apache: Any = avro.io.DatumReader(avro.schema.parse(earlier.schema), reader).read(
         avro.io.BinaryDecoder(io.BytesIO(value[10:]))
     )
     fields = {f["name"]: f for f in json.loads(later.schema)["fields"]}
     assert {name for name, f in fields.items() if "default" not in f} == {"order_id"}
     for name in ("day", "at", "last", "seen", "number", "measured", "days", "scale", "tare", "names"):
-        assert told[name] == fields[name]["default"], name
+        assert by_apache[name] == fields[name]["default"], name
     parsed = fastavro.parse_schema(json.loads(later.schema))
     old = fastavro.parse_schema(json.loads(earlier.schema))
-    seen: Any = fastavro.schemaless_reader(io.BytesIO(value[10:]), old, parsed)
-    assert {n: v for n, v in seen.items() if n not in ("order_id", "weight")} == {
+    by_fastavro: Any = fastavro.schemaless_reader(io.BytesIO(value[10:]), old, parsed)
+    assert {n: v for n, v in by_fastavro.items() if n not in ("order_id", "weight")} == {
         n: f["default"] for n, f in fields.items() if n not in ("order_id", "weight")
     }
     assert (fields["day"]["default"], fields["last"]["default"], fields["seen"]["default"]) == (
@@ -439,13 +442,13 @@ def test_a_new_field_may_have_any_default() -> None:
     assert fields["never"]["type"] == ["null", {"type": "int", "logicalType": "date"}]
     assert fields["number"]["type"] == ["string", "long", "null"]
     assert fields["measured"]["type"] == ["double", "long"]
-    assert fields["chosen"]["default"] == ["x", "y", "z"]  # in one order, whatever Python's is
+    assert fields["chosen"]["default"] == ["x", "y", "z"]  # sorted, as the order of a set varies
     assert fields["scale"]["default"] == {"grams": 7, "unit": "g"}
     value, _ = later.encode(Grown("b"))
     assert later.of(later.decode(value, lambda mark: None)) == Grown("b")
 
 
-NAIVE = datetime.datetime(2026, 1, 1)  # the point
+NAIVE = datetime.datetime(2026, 1, 1)  # without a time zone on purpose
 
 
 @pytest.mark.parametrize(
@@ -463,8 +466,8 @@ NAIVE = datetime.datetime(2026, 1, 1)  # the point
         (str, object(), "has no Avro form"),
     ],
 )
-def test_a_default_that_avro_cannot_say_is_refused(kind: Any, default: Any, why: str) -> None:
-    """With the field, the value and the way out: a factory, of which the schema says nothing."""
+def test_a_default_without_an_avro_form_is_refused(kind: Any, default: Any, why: str) -> None:
+    """The error has the field, the value and the remedy: a default factory, which is not part of the schema."""
     made = msgspec.defstruct("Bad", [("x", kind, default)], frozen=True)
     with pytest.raises(ConfigError, match=rf"Bad\.x: its default .*{why}.*default_factory"):
         kind_of(made)
@@ -473,45 +476,45 @@ def test_a_default_that_avro_cannot_say_is_refused(kind: Any, default: Any, why:
 
 
 @pytest.mark.parametrize("value", [None, b"", b"\xc3\x01short", b"garbage" * 5, b"\x00\x00\x00\x00\x01abc"])
-def test_bytes_that_are_no_event_are_said_to_be_none(value: bytes | None) -> None:
+def test_bytes_that_are_no_event_raise_an_error(value: bytes | None) -> None:
     with pytest.raises((NotAnEvent, UnknownSchema)):
         kind_of(Shipped).decode(value, lambda mark: None)
 
 
-def test_half_an_event_is_none() -> None:
+def test_a_truncated_event_is_no_event() -> None:
     kind = kind_of(Shipped)
     value, _ = kind.encode(Shipped("a-long-order-id", 2.0))
     with pytest.raises(NotAnEvent):
         kind.decode(value[:-12], lambda mark: None)
 
 
-def test_json_of_others_is_read_by_the_same_class() -> None:
-    """An object is taken; what else is JSON is none."""
+def test_json_objects_on_a_foreign_topic_are_events() -> None:
+    """Any other JSON value is no event."""
     kind = kind_of(Shipped, topic="warehouse.shipped", format="json")
     assert kind.decode(b'{"order_id": "a", "weight": 1.0}', lambda mark: None) == {"order_id": "a", "weight": 1.0}
     for nested in (b"[" * 100_000, b'{"a":' * 100_000):
-        with pytest.raises(NotAnEvent, match="no JSON"):
+        with pytest.raises(NotAnEvent, match="the value is not JSON"):
             kind.decode(nested, lambda mark: None)
     for value in (b"[1]", b"{", b"7"):
         with pytest.raises(NotAnEvent):
             kind.decode(value, lambda mark: None)
 
 
-def test_json_of_others_may_begin_with_a_byte_order_mark() -> None:
+def test_json_on_a_foreign_topic_may_begin_with_a_byte_order_mark() -> None:
     kind = kind_of(Shipped, topic="warehouse.shipped", format="json")
     assert kind.decode(b'\xef\xbb\xbf{"order_id": "a"}', lambda mark: None) == {"order_id": "a"}
 
 
-def test_a_tombstone_of_others_says_nothing_and_one_of_ours_is_no_event() -> None:
+def test_a_tombstone_is_ignored_only_on_a_foreign_topic() -> None:
     theirs = kind_of(Shipped, topic="warehouse.shipped", format="json")
     assert (theirs.passes(None), theirs.passes(b"{}"), kind_of(Shipped).passes(None)) == (True, False, False)
 
 
-# -- Avro of others --------------------------------------------------------------------------------------------------
+# -- Avro on foreign topics ------------------------------------------------------------------------------------------
 
 
 def record(name: str, **fields: Any) -> dict[str, Any]:
-    """An Avro record as another program declares it."""
+    """Return the schema of a record of another program."""
     return {"type": "record", "name": name, "fields": [{"name": n, "type": kind} for n, kind in fields.items()]}
 
 
@@ -593,10 +596,11 @@ class Status(enum.Enum):
         (Chain, RECURSIVE, {"label": "NEW", "next": {"label": "PAID", "next": None}}, Chain("NEW", Chain("PAID"))),
     ],
 )
-def test_avro_of_others_is_read_by_the_schema_it_was_written_with(
+def test_avro_on_a_foreign_topic_is_read_with_the_writers_schema(
     kind: Any, theirs: Any, written: Any, read: Any
 ) -> None:
-    """Whatever their records, enums and fixed types are called, a handler and a projection get what was written."""
+    """The writer's names of records, enums and fixed types do not matter. A handler and a projection get the written
+    values."""
     ours = kind_of(msgspec.defstruct("Order", [("value", kind), ("more", int, 3)]), topic="theirs", format="avro")
     schema = record("com.acme.OrderPlacedV2", ignored="double", value=theirs)
     value = framed(schema, {"ignored": 0.5, "value": written})
@@ -606,7 +610,7 @@ def test_avro_of_others_is_read_by_the_schema_it_was_written_with(
 
 
 @pytest.mark.parametrize(
-    ("kind", "theirs", "said"),
+    ("kind", "theirs", "expected"),
     [
         (int, "string", r"Order.value: the topic's records have string there, but its class takes long"),
         (datetime.datetime, "long", r"Order.value: .* long there, but its class takes long \(timestamp-micros\)"),
@@ -618,17 +622,18 @@ def test_avro_of_others_is_read_by_the_schema_it_was_written_with(
         (decimal.Decimal, "double", r"Order.value: .* have double"),
     ],
 )
-def test_avro_of_others_that_does_not_fit_is_refused_with_its_field(kind: Any, theirs: Any, said: str) -> None:
-    """A class that cannot read what is on the topic is an error that stops the reader and names the field: records that are
-    events do not go to the dead letters one by one."""
+def test_a_foreign_avro_schema_that_does_not_fit_the_class_stops_the_reader(
+    kind: Any, theirs: Any, expected: str
+) -> None:
+    """The error names the field. Otherwise all events of the topic would become dead letters, one by one."""
     ours = kind_of(msgspec.defstruct("Order", [("value", kind)]), topic="theirs", format="avro")
     schema = json.dumps(record("OrderPlaced", value=theirs))
-    with pytest.raises(IncompatibleEvent, match=said):
+    with pytest.raises(IncompatibleEvent, match=expected):
         ours.decode(b"\0\0\0\0\5x", lambda mark: None, lambda schema_id, likely: schema)
 
 
-def test_a_null_that_the_class_does_not_take_is_one_bad_record() -> None:
-    """A schema may allow null where none is ever written: only a record that has one is no event."""
+def test_a_null_that_the_class_does_not_allow_makes_one_record_unreadable() -> None:
+    """A schema may allow null although no record has it. Only a record with null is no event."""
     ours = kind_of(msgspec.defstruct("Order", [("value", str)]), topic="theirs", format="avro")
     schema = record("OrderPlaced", value=["null", "string"])
 
@@ -641,7 +646,8 @@ def test_a_null_that_the_class_does_not_take_is_one_bad_record() -> None:
 
 
 def test_records_of_another_kind_on_a_topic_are_no_event() -> None:
-    """Where one kind of a topic's records fits the class, another kind stops nobody; a later form of the first does."""
+    """If one type of the topic's records fits the class, a record of another type does not stop the reader. A later
+    form of the fitting type that does not fit any more stops the reader."""
     ours = kind_of(msgspec.defstruct("Order", [("value", str)]), topic="theirs", format="avro")
     schemas = {1: record("Placed", value="string"), 2: record("Left", who="string"), 3: record("Placed", value="long")}
 
@@ -660,22 +666,22 @@ def test_records_of_another_kind_on_a_topic_are_no_event() -> None:
 @pytest.mark.parametrize(
     "text", ['"string"', "[]", '{"type": "record", "name": "R", "fields": [{"name": "value", "type": "Other"}]}']
 )
-def test_schemas_of_others_that_cannot_be_used_stop_the_reader(text: str) -> None:
+def test_a_foreign_schema_that_cannot_be_used_stops_the_reader(text: str) -> None:
     ours = kind_of(msgspec.defstruct("Order", [("value", str)]), topic="theirs", format="avro")
     with pytest.raises(IncompatibleEvent, match="theirs"):
         ours.decode(b"\0\0\0\0\5x", lambda mark: None, lambda schema_id, likely: text)
 
 
 def framed(schema: dict[str, Any], values: dict[str, Any], schema_id: int = 5) -> bytes:
-    """A record as another program writes it, in a Schema Registry's frame."""
+    """Return a record of another program, in the frame of a Schema Registry."""
     out = io.BytesIO()
     fastavro.schemaless_writer(out, fastavro.parse_schema(json.loads(json.dumps(schema))), values)
     return b"\0" + schema_id.to_bytes(4, "big") + out.getvalue()
 
 
 @given(st.uuids())
-def test_a_job_of_an_event_and_a_handler_has_one_id_for_ever(event_id: uuid.UUID) -> None:
-    """The ids are a contract: a replay next year must find the same jobs."""
+def test_the_job_id_is_computed_from_the_event_id_and_the_handler(event_id: uuid.UUID) -> None:
+    """The computation may never change: a replay next year must give the same ids."""
     app = App("shop", settings=Settings())
     app.event(Shipped)
 
@@ -689,8 +695,8 @@ def test_a_job_of_an_event_and_a_handler_has_one_id_for_ever(event_id: uuid.UUID
     assert ids == [str(uuid.uuid5(event_id, "bill")), str(uuid.uuid5(event_id, "mail"))]
 
 
-def test_a_handler_takes_the_event_and_nothing_else_that_is_needed() -> None:
-    """Judged when it is registered, and then it is no task, either."""
+def test_a_handler_takes_the_event_and_no_other_required_argument() -> None:
+    """The handler is checked when it is registered. If it is refused, it is no task, either."""
     app = App("shop", settings=Settings())
     app.event(Shipped)
 
@@ -707,16 +713,16 @@ def test_a_handler_takes_the_event_and_nothing_else_that_is_needed() -> None:
         app.registry.handler("bill")
 
 
-def test_an_event_without_our_header_is_known_by_its_place() -> None:
-    """Two readers of one record agree; two records never do."""
+def test_an_event_without_an_id_header_gets_its_id_from_its_position() -> None:
+    """Two readers compute the same id for one record, and two records have different ids."""
     known = str(uuid.uuid4())
     assert event_id_of({"jl-event": known.encode()}, "t", 0, 1) == known
     assert event_id_of({"jl-event": b"nonsense"}, "t", 0, 1) == event_id_of({}, "t", 0, 1)
-    assert len({event_id_of({}, *where) for where in (("t", 0, 1), ("t", 0, 2), ("t", 1, 1), ("u", 0, 1))}) == 4
+    assert len({event_id_of({}, *position) for position in (("t", 0, 1), ("t", 0, 2), ("t", 1, 1), ("u", 0, 1))}) == 4
 
 
-def test_where_the_router_begins_is_told_by_whose_topic_it_is() -> None:
-    """Our own events from the oldest on, those of others from now on; or as the class says."""
+def test_the_router_begins_at_the_end_of_a_foreign_topic() -> None:
+    """The router begins at the oldest event of our own topics. The class may set another start."""
     theirs = {"topic": "warehouse.shipped", "format": "json"}
     assert [kind_of(Shipped, **options).start for options in ({}, theirs)] == ["earliest", "latest"]
     assert kind_of(Shipped, start="latest").start == "latest"
@@ -733,40 +739,40 @@ def test_where_the_router_begins_is_told_by_whose_topic_it_is() -> None:
         ([None, "", "nonsense", "[1]", '{"began_with": "x"}'], 0),
     ],
 )
-def test_commits_say_with_how_many_partitions_a_topic_was_first_read(
-    notes: list[str | None], count: int | None
-) -> None:
-    """Where none says, it was read from its beginning, and so is what is added."""
+def test_commits_tell_how_many_partitions_a_topic_first_had(notes: list[str | None], count: int | None) -> None:
+    """If no commit has the number, the topic was read from its beginning, and so are added partitions."""
     assert began_with(notes) == count
 
 
 @pytest.mark.parametrize(
-    ("tags", "said"),
+    ("tags", "expected"),
     [
         ({"n": 1}, "'n'=1"),
         ("tenant", "tags='tenant' is not a mapping"),
         ({"event": "mine"}, "handler 'sync': tag 'event' is the event's id"),
     ],
 )
-def test_tags_of_a_handler_are_judged_when_declared_or_for_the_event(tags: Any, said: str) -> None:
-    """Fixed ones at once; what a function gives, by the same rule, as `BadTags` that names the handler."""
+def test_tags_of_a_handler_are_checked(tags: Any, expected: str) -> None:
+    """Fixed tags are checked when the handler is declared. The tags that a function returns are checked for each event,
+    by the same rule; the error is `BadTags` with the handler's name."""
     app = App("handlers", settings=Settings(bootstrap="127.0.0.1:1"))
     app.event(Shipped)
 
     def sync(event: Shipped) -> None: ...
 
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=expected):
         app.on(Shipped, tags=tags)(sync)
     assert "sync" not in app.tasks
     app.on(Shipped, tags=lambda event: tags)(sync)
     handler = app.registry.handler("sync")
     args = handler.args({"order_id": "o-1", "weight": 1.5})
-    with pytest.raises(BadTags, match=f"handler 'sync': its tags= failed for this event: ConfigError: .*{said}"):
+    with pytest.raises(BadTags, match=f"handler 'sync': its tags= failed for this event: ConfigError: .*{expected}"):
         handler.tags(args)
 
 
 def test_a_handler_takes_a_tasks_options() -> None:
-    """Priority, isolation, leases, limits, expiry; but no key, which would promise an order that there is none of."""
+    """The options are priority, isolation, leases, limits and expiry. `key=` is refused, because jobs of events have no
+    order."""
     app = App("handlers", settings=Settings(bootstrap="127.0.0.1:1"), queues=[Queue("crm", priorities=True)])
 
     app.event(Shipped)
@@ -777,6 +783,6 @@ def test_a_handler_takes_a_tasks_options() -> None:
     policy = app.tasks["sync"].policy
     assert (policy.priority, policy.isolation, policy.long, policy.expires_in) == ("high", "process", True, 5.0)
     with pytest.raises(ConfigError, match=r"App.on\(Shipped\) takes no key=: the jobs of events are not ordered"):
-        app.on(Shipped, key="n")  # type: ignore[call-arg]  # the point of the test
+        app.on(Shipped, key="n")  # type: ignore[call-arg]  # wrong on purpose
     with pytest.raises(TypeError, match="nonsense"):
-        app.on(Shipped, nonsense=1)  # type: ignore[call-arg]  # likewise
+        app.on(Shipped, nonsense=1)  # type: ignore[call-arg]  # wrong on purpose

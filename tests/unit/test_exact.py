@@ -1,4 +1,4 @@
-"""What is sent is what arrives: a value that JSON would change is refused where it is given, by its path."""
+"""A value arrives as it was sent. A value that JSON would change is refused at the call, with its path."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from jobledger.schemas import exact
 
 NAN = math.nan
 BERLIN = zoneinfo.ZoneInfo("Europe/Berlin")
-#: The hour that clocks go through twice, its second time.
+#: A time in the repeated hour at the end of summer time, in its second pass.
 TWICE = dt.datetime(2026, 10, 25, 2, 30, tzinfo=BERLIN, fold=1)
 #: Local mean time: an offset of 53 minutes and 28 seconds.
 OLD = dt.datetime(1880, 1, 1, tzinfo=BERLIN)
@@ -44,11 +44,11 @@ class Plan(enum.StrEnum):
 
 
 class Seconds(float):
-    """A float of somebody's own, as numpy has them."""
+    """A user's subclass of float, like numpy's."""
 
 
 class Name(str):
-    """Text of somebody's own."""
+    """A user's subclass of str."""
 
     __slots__ = ()
 
@@ -57,7 +57,7 @@ class Name(str):
 
 
 class Count(int):
-    """A whole number of somebody's own."""
+    """A user's subclass of int."""
 
 
 class Pair(NamedTuple):
@@ -108,7 +108,7 @@ class Hidden(pydantic.BaseModel):
 
 
 def task(annotation: Any) -> Task[Any, Any]:
-    """A task of one parameter ``x``; without an annotation if that is None."""
+    """Return a task with one parameter ``x``. If ``annotation`` is None, the parameter has none."""
 
     def take(x): ...  # type: ignore[no-untyped-def]  # annotated next
 
@@ -147,29 +147,30 @@ ARRIVES = [
     (Line, {"type": "line", "itemCode": "a"}, Line("a")),
     (Extra, {"item": {"sku": "a"}}, {"item": Item("a")}),
     (Model, Model(x=1, sizes=(1, 2)), Model(x=1, sizes=(1, 2))),
-    (Model, {"x": 1, "yy": 2}, Model(x=1)),  # as it is configured
-    (Open, Open(x=1, y=2), Open(x=1, y=2)),  # type: ignore[call-arg]  # what it does not know it keeps
+    (Model, {"x": 1, "yy": 2}, Model(x=1)),  # this model ignores unknown fields
+    (Open, Open(x=1, y=2), Open(x=1, y=2)),  # type: ignore[call-arg]  # this model keeps unknown fields
 ]
 
 
 @pytest.mark.parametrize(("annotation", "value", "arrives"), ARRIVES, ids=lambda v: str(v)[:40])
-def test_what_comes_back_equal_is_sent(annotation: Any, value: Any, arrives: Any) -> None:
-    """Tuples come as lists, subclasses of plain types as these, and what the annotation asks for as that."""
+def test_a_value_that_arrives_equal_is_sent(annotation: Any, value: Any, arrives: Any) -> None:
+    """A tuple arrives as a list, an object of a subclass as the plain type, and an annotated argument as its annotation
+    says."""
     made = task(annotation)
-    found = made.decode_args(made.encode_args((value,), {}))["x"]
-    assert found == arrives
-    assert type(found) is type(arrives)
+    received = made.decode_args(made.encode_args((value,), {}))["x"]
+    assert received == arrives
+    assert type(received) is type(arrives)
 
 
-def test_a_time_in_an_hour_that_comes_twice_is_sent() -> None:
-    """Python calls it unequal to any other zone's time; it is the same moment."""
+def test_a_time_in_a_repeated_hour_is_sent() -> None:
+    """Python treats this time as unequal to every time of another zone, but the received time is the same moment."""
     made = task(dt.datetime)
-    found = made.decode_args(made.encode_args((TWICE,), {}))["x"]
-    assert found.astimezone(dt.UTC) == TWICE.astimezone(dt.UTC)
+    received = made.decode_args(made.encode_args((TWICE,), {}))["x"]
+    assert received.astimezone(dt.UTC) == TWICE.astimezone(dt.UTC)
 
 
-def test_what_a_model_keeps_for_itself_is_its_own_business() -> None:
-    """Private attributes are no values of a model."""
+def test_private_attributes_of_a_model_are_ignored() -> None:
+    """A private attribute is no field, so a lost one does not count as a changed value."""
     made, model = task(Hidden), Hidden(x=1)
     model._cache.append(1)
     assert made.decode_args(made.encode_args((model,), {}))["x"].x == 1
@@ -210,16 +211,16 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("annotation", "value", "said"), REFUSED, ids=lambda v: str(v)[:40])
-def test_what_would_arrive_as_something_else_is_refused_by_its_path(annotation: Any, value: Any, said: str) -> None:
-    """The error names task, path and value, and says what to do."""
-    with pytest.raises(BadArguments, match=said) as found:
+@pytest.mark.parametrize(("annotation", "value", "expected"), REFUSED, ids=lambda v: str(v)[:40])
+def test_a_value_that_would_arrive_changed_is_refused_with_its_path(annotation: Any, value: Any, expected: str) -> None:
+    """The error names the task, the path, the value and a remedy."""
+    with pytest.raises(BadArguments, match=expected) as caught:
         task(annotation).encode_args((value,), {})
-    assert "take()" in str(found.value)
+    assert "take()" in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("annotation", "value", "said"),
+    ("annotation", "value", "expected"),
     [
         (Item, {"sku": "a", "pricce": 2}, r"x: 'pricce' is not a field of Item, which has sku, price, tags"),
         (list[Item], [{"sku": "a", "pricce": 2}], r"x\[0\]: 'pricce'"),
@@ -234,14 +235,14 @@ def test_what_would_arrive_as_something_else_is_refused_by_its_path(annotation: 
         (Extra, {"item": {"sku": "a", "pricce": 2}}, r"x\['item'\]: 'pricce'"),
     ],
 )
-def test_a_typo_inside_an_argument_is_refused(annotation: Any, value: Any, said: str) -> None:
-    """What no field of the annotated class is called would be dropped, wherever it stands."""
-    with pytest.raises(BadArguments, match=said):
+def test_a_typo_inside_an_argument_is_refused(annotation: Any, value: Any, expected: str) -> None:
+    """Otherwise a misspelled field of the annotated class, at any depth, would be dropped."""
+    with pytest.raises(BadArguments, match=expected):
         task(annotation).encode_args((value,), {})
 
 
-def test_a_default_that_json_has_no_number_for_stays_the_workers() -> None:
-    """A default does not travel, so it is what the function says."""
+def test_a_default_of_nan_is_allowed() -> None:
+    """A default is not sent: the worker takes it from the function."""
     made = App("shop", settings=Settings()).task(lambda x, limit=NAN: (x, limit))
     assert made.decode_args(made.encode_args((1,), {})) == {"x": 1}
 
@@ -259,7 +260,7 @@ PLAIN = st.recursive(
 
 
 def same(given: Any, back: Any) -> bool:
-    """Whether two values are equal but for lists in place of tuples."""
+    """Return whether two values are equal, if a list counts as equal to a tuple."""
     if isinstance(given, list | tuple):
         return isinstance(back, list) and len(given) == len(back) and all(map(same, given, back))
     if isinstance(given, dict):
@@ -273,7 +274,7 @@ def same(given: Any, back: Any) -> bool:
 
 @given(PLAIN)
 def test_an_argument_is_refused_or_arrives_as_it_was(value: Any) -> None:
-    """There is no third way."""
+    """For any value, no argument arrives changed, and no argument that would arrive unchanged is refused."""
     made = ANY
     try:
         raw = made.encode_args((value,), {})
@@ -287,21 +288,21 @@ ANY = task(None)
 
 
 @pytest.mark.parametrize(
-    ("value", "said"),
+    ("value", "expected"),
     [
-        (NAN, "it is nan"),
-        ({"a": [math.inf]}, r"it\['a'\]\[0\] is inf"),
-        (Item("a", NAN), r"it\.price is nan"),
-        (Model(x=NAN), r"it\.x is nan"),
-        ({1: "a", "1": "b"}, "keys that are the same"),
-        ([OLD], r"it\[0\] is datetime"),
+        (NAN, "the result is nan"),
+        ({"a": [math.inf]}, r"the result\['a'\]\[0\] is inf"),
+        (Item("a", NAN), r"the result\.price is nan"),
+        (Model(x=NAN), r"the result\.x is nan"),
+        ({1: "a", "1": "b"}, "keys that become equal"),
+        ([OLD], r"the result\[0\] is datetime"),
         (dt.time(1, tzinfo=BERLIN), "time"),
     ],
     ids=lambda v: str(v)[:40],
 )
-def test_a_result_that_json_does_not_say_is_bad(value: Any, said: str) -> None:
-    """The job fails as bad-result, with the path; a null would be another result."""
-    with pytest.raises(ValueError, match=said):
+def test_a_result_that_json_cannot_hold_is_refused_with_its_path(value: Any, expected: str) -> None:
+    """The job fails as bad-result. A null in place of the value would be another result."""
+    with pytest.raises(ValueError, match=expected):
         ANY.encode_result(value)
 
 
@@ -311,8 +312,8 @@ def test_a_result_that_json_does_not_say_is_bad(value: Any, said: str) -> None:
      Pair(1, 2), Seconds(1.5), [Name("a")], 2**70, Line("a")],
     ids=lambda v: str(v)[:40],
 )  # fmt: skip
-def test_a_result_that_json_says_is_fine(value: Any) -> None:
-    """A reader who wants the dataclass or the set says so in the return annotation."""
+def test_a_result_that_json_can_hold_is_accepted(value: Any) -> None:
+    """A reader gets a dataclass or a set back if the return annotation says so."""
     raw = ANY.encode_result(value)
     assert raw is None or json.loads(raw) is not None
 
@@ -333,8 +334,8 @@ def test_a_result_that_json_says_is_fine(value: Any) -> None:
     ],
     ids=lambda v: str(v)[:40],
 )
-def test_what_is_surely_writable_is_written_as_it_is(value: Any, sure: bool) -> None:
-    """Most results need no second look, in which paths are made; whatever JSON does not say gets one."""
+def test_most_results_are_written_without_a_second_check(value: Any, sure: bool) -> None:
+    """Only a result that JSON may not hold needs the second check, which builds the path for the error."""
     assert exact.surely_writable(value) is sure
     assert not sure or exact.unwritable(value, "it") is None
 
@@ -347,7 +348,7 @@ class Measured:
 
 
 def measuring() -> tuple[App, Handler]:
-    """An app with an event that has times and numbers, and its handler."""
+    """Return an app with an event that has times and numbers, and the event's handler."""
     app = App("shop", settings=Settings())
     app.event(Measured)
 
@@ -358,7 +359,7 @@ def measuring() -> tuple[App, Handler]:
 
 
 @pytest.mark.parametrize(
-    ("event", "said"),
+    ("event", "expected"),
     [
         (Measured(dt.datetime(2026, 7, 1, 12)), r"Measured\.at is 2026-07-01T12:00:00, without a time zone.*\+00:00"),
         (Measured(value=NAN), r"Measured\.value is nan"),
@@ -366,34 +367,35 @@ def measuring() -> tuple[App, Handler]:
     ],
     ids=lambda v: str(v)[:40],
 )
-def test_an_event_that_not_everybody_reads_alike_is_refused(event: Measured, said: str) -> None:
-    """A time without a zone is another moment on another machine, and no handler gets a NaN."""
+def test_an_event_with_a_time_without_a_zone_or_with_nan_is_refused(event: Measured, expected: str) -> None:
+    """A time without a zone is another moment on another machine. NaN cannot be passed to a handler."""
     app, _ = measuring()
-    with pytest.raises(BadEvent, match=said):
+    with pytest.raises(BadEvent, match=expected):
         app.events["Measured"].encode(event)
 
 
-def test_the_same_holds_for_events_from_the_command_line() -> None:
-    """Their values come as JSON, and are judged when they are emitted."""
+def test_times_in_events_from_the_command_line_need_a_zone() -> None:
+    """Their values are JSON, and are checked when the event is emitted."""
     kind = measuring()[0].events["Measured"]
     with pytest.raises(BadEvent, match="time zone"):
         kind.encode(kind.of({"at": "2026-07-01T12:00:00"}))
     raw, _ = kind.encode(kind.of({"at": "2026-07-01T12:00:00+02:00", "value": -0.0}))
-    found = kind.decode(raw, lambda mark: None)
-    assert found["at"] == dt.datetime(2026, 7, 1, 10, tzinfo=dt.UTC)
-    assert math.copysign(1, found["value"]) == -1
+    decoded = kind.decode(raw, lambda mark: None)
+    assert decoded["at"] == dt.datetime(2026, 7, 1, 10, tzinfo=dt.UTC)
+    assert math.copysign(1, decoded["value"]) == -1
 
 
-def test_a_default_that_not_everybody_reads_alike_is_refused_when_the_event_is_declared() -> None:
-    """It would stand in the schema."""
+def test_a_default_of_nan_or_of_a_time_without_a_zone_is_refused_at_the_declaration() -> None:
+    """Otherwise the schema of the event would contain the default."""
     for default in (NAN, dt.datetime(2026, 7, 1)):
         made = dataclasses.make_dataclass("Made", [("x", type(default), default)])
         with pytest.raises(ConfigError, match=r"Made\.x: its default"):
             App("shop", settings=Settings()).event(made)
 
 
-def test_a_number_of_others_that_json_does_not_have_is_no_handlers_null() -> None:
-    """Others may write it in Avro: such an event is rejected by the router, with the path."""
+def test_a_foreign_event_with_nan_is_rejected() -> None:
+    """Another program may write NaN in Avro. The router rejects the event with the path, and passes no null to the
+    handler."""
     app, handler = measuring()
     kind = app.events["Measured"]
     out = io.BytesIO()

@@ -1,4 +1,4 @@
-"""The app that docker-compose.yml runs: it loads, and its parts fit each other."""
+"""The app that docker-compose.yml runs can be loaded, and its parts fit together."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_shop_loads_and_its_functions_run_as_functions() -> None:
-    """Queues, handlers and the projection are registered; a handler and a fold are plain functions."""
+    """Queues, handlers and the projection are registered. A handler and a fold can be called as plain functions."""
     shop.app.check()
     assert sorted(shop.app.queues) == ["crm", "mail"]
     assert [h.task.name for h in shop.app.registry.handlers["UserRegistered"]] == ["sync_crm", "welcome"]
@@ -25,8 +25,8 @@ def test_the_shop_loads_and_its_functions_run_as_functions() -> None:
         asyncio.run(shop.send_mail("nonsense"))
 
 
-def test_what_the_compose_file_and_the_image_name_is_there() -> None:
-    """The app, the packages that are copied, and the demo's pinned data are those of this checkout."""
+def test_the_compose_file_and_the_image_name_existing_files_and_versions() -> None:
+    """The app, the copied packages and the pinned versions of the demo's data are those of this checkout."""
     compose, image = (ROOT / "docker-compose.yml").read_text("utf-8"), (ROOT / "Dockerfile").read_text("utf-8")
     assert "${APP:-examples.shop:app}" in compose
     copied = re.findall(r"^COPY (?:\S+ )*(\S+) \S+$", image, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""A fold into a table, whatever batches its records come in."""
+"""A fold into a table, for batches of any size."""
 
 from __future__ import annotations
 
@@ -50,20 +50,20 @@ def items(events: list[Said]) -> list[Any]:
 
 
 def folded(fold: Callable[..., Any], into: Table, events: list[Said], cuts: list[int]) -> list[dict[str, Any]]:
-    """The table's rows after batches that end at ``cuts``."""
+    """Fold the events in batches that end at ``cuts``; return the table's rows."""
     folding, engine, all_items = Fold(projection(fold, into), into), engine_with(into), items(events)
     ends = sorted({*(min(cut, len(events)) for cut in cuts), len(events)})
     for first, last in zip([0, *ends], ends, strict=False):
         with engine.begin() as db:
             folding.apply(db, all_items[first:last])
     with engine.begin() as db:
-        found = [dict(row._mapping) for row in db.execute(select(into).order_by(into.c.who))]
+        rows = [dict(row._mapping) for row in db.execute(select(into).order_by(into.c.who))]
     engine.dispose()
-    return found
+    return rows
 
 
 def in_place(row: Any, event: Said) -> Any:
-    """Changes the row that it is given, and what stands in it."""
+    """A fold that changes the given row and the objects in it."""
     if event.what == 0:
         return None
     row = row or {"total": 0, "seen": []}
@@ -73,7 +73,7 @@ def in_place(row: Any, event: Said) -> Any:
 
 
 def in_part(row: Any, event: Said) -> Any:
-    """Names only what it changes; reads what it has not named."""
+    """A fold that returns only the changed columns, and reads the other ones."""
     if event.what == 0:
         return None
     if event.what % 2:
@@ -90,22 +90,23 @@ def columns() -> list[Column[Any]]:
 
 @pytest.mark.parametrize("fold", [in_place, in_part])
 @given(data=st.data())
-def test_batches_change_nothing(fold: Callable[..., Any], data: st.DataObject) -> None:
-    """Rows changed in place, columns left out, rows deleted and made again: the same table, cut anywhere."""
-    said = st.builds(Said, st.sampled_from("ab"), st.integers(0, 4))
-    events = data.draw(st.lists(said, max_size=20))
+def test_the_table_does_not_depend_on_the_batches(fold: Callable[..., Any], data: st.DataObject) -> None:
+    """The table is the same for any cuts, also if rows are changed in place, columns are left out, and rows are deleted
+    and made again."""
+    some_event = st.builds(Said, st.sampled_from("ab"), st.integers(0, 4))
+    events = data.draw(st.lists(some_event, max_size=20))
     cuts = data.draw(st.lists(st.integers(0, 20), max_size=6))
     one_by_one = folded(fold, table(*columns()), events, list(range(len(events))))
     assert folded(fold, table(*columns()), events, cuts) == one_by_one
-    if fold is in_place:  # said by another way
+    if fold is in_place:  # compare with a second computation
         for row in one_by_one:
             mine = [e.what for e in events if e.who == row["who"]]
             since = mine[len(mine) - mine[::-1].index(0) :] if 0 in mine else mine
             assert (row["seen"], row["total"], row["odd"], row["last"]) == (since, sum(since), 0, 7)
 
 
-def test_a_key_that_the_database_keeps_as_another_is_refused() -> None:
-    """Its row would not be found again, so every event would be the first."""
+def test_a_key_that_the_database_stores_as_another_value_is_refused() -> None:
+    """The fold would not find the row of the key again, so each event would look like the first one."""
     into = table(Column("total", Integer), key=Column("who", Integer, primary_key=True))
     fold = Fold(projection(lambda row, event: {"total": 1 + (row or {"total": 0})["total"]}, into), into)
     engine = engine_with(into)
@@ -119,7 +120,7 @@ def test_a_key_that_the_database_keeps_as_another_is_refused() -> None:
 @pytest.mark.parametrize(
     "options", [{"server_default": "0"}, {"default": lambda: 1}, {"default": func.now()}, {"onupdate": 1}]
 )
-def test_a_value_that_is_made_elsewhere_is_refused(options: dict[str, Any]) -> None:
-    """A fold of the same log would come to another table."""
+def test_a_column_with_a_value_from_outside_the_fold_is_refused(options: dict[str, Any]) -> None:
+    """Otherwise a second fold of the same log could give another table."""
     with pytest.raises(ConfigError, match=r"said.total .*outside the fold"):
         projection(in_place, table(Column("total", Integer, **options)))

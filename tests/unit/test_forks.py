@@ -1,4 +1,5 @@
-"""What belongs to one process: locks that refuse their own thread and are free in a fork, clients that are inert there."""
+"""Objects of one process: locks that refuse a second use by their own thread and are free in a fork, and clients that
+do nothing in a fork."""
 
 from __future__ import annotations
 
@@ -20,22 +21,22 @@ NOWHERE = {"bootstrap.servers": "127.0.0.1:1", "log_level": 0}
 
 
 def in_a_fork(act: Callable[[], None]) -> int:
-    """The exit code of a forked child that does this."""
+    """Call ``act`` in a forked child process; return its exit code."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # from Python 3.12 on: pytest has threads
         pid = os.fork()
     if pid == 0:
         try:
             act()
-        except BaseException as exc:  # noqa: BLE001  # nothing may leave a fork of pytest's
+        except BaseException as exc:  # noqa: BLE001  # no exception may reach pytest's code in the fork
             os.write(2, f"{exc!r}\n".encode())
             os._exit(1)
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def test_a_thread_that_holds_a_lock_is_refused_by_name() -> None:
-    """As a signal handler would be; another use after it works."""
+def test_a_thread_that_holds_a_lock_cannot_take_it_again() -> None:
+    """A signal handler could try that. The error has the reason, and the lock can be used afterwards."""
     lock = forks.Lock()
     refused = pytest.raises(ConnectionUnusable, match="while it was opening the connection")
     with lock("opening the connection"), refused, lock("opening the connection"):
@@ -45,7 +46,7 @@ def test_a_thread_that_holds_a_lock_is_refused_by_name() -> None:
 
 
 def test_a_lock_that_another_thread_holds_is_free_in_a_fork() -> None:
-    """And that of the thread which forks stays its own."""
+    """The lock of the thread that forks is not changed."""
     mine, others = forks.Lock(), forks.Lock()
     held, done = threading.Event(), threading.Event()
 
@@ -69,8 +70,8 @@ def test_a_lock_that_another_thread_holds_is_free_in_a_fork() -> None:
 
 
 def test_a_fork_finds_a_moment_without_a_query() -> None:
-    """Eight threads query without a pause, so that some query always runs: new ones wait until the fork is done, and
-    then all go on."""
+    """Eight threads query without a pause, so that always a query runs. New queries wait until the fork is done, and
+    then all threads continue."""
     stop, ended = threading.Event(), [0] * 8
 
     def query(number: int) -> None:
@@ -101,15 +102,15 @@ def test_a_fork_finds_a_moment_without_a_query() -> None:
     assert not forks._forking
 
 
-def test_a_query_that_does_not_end_delays_a_fork_and_a_fork_a_query_for_a_bounded_time(
+def test_a_long_query_and_a_fork_delay_each_other_for_a_bounded_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A thread may also query while it holds the result of another query, and a fork may come from inside a query."""
+    """A thread may also query while it uses the result of another query, and a fork may happen inside a query."""
     monkeypatch.setattr(forks, "QUIET_S", 0.05)
     long = forks.begin_query()
     forks._before()  # returns although a query runs
     try:
-        forks.end_query(forks.begin_query())  # of the thread that forks
+        forks.end_query(forks.begin_query())  # a query of the thread that forks
         other = threading.Thread(target=lambda: forks.end_query(forks.begin_query()))
         other.start()
         other.join(60)
@@ -121,8 +122,9 @@ def test_a_query_that_does_not_end_delays_a_fork_and_a_fork_a_query_for_a_bounde
     forks.end_query(long)
 
 
-def test_a_client_is_inert_in_a_fork() -> None:
-    """Closing does nothing, using raises, and freeing does not end; in the parent it is what it was."""
+def test_a_client_does_nothing_in_a_fork() -> None:
+    """In a fork, `close` does nothing, other uses raise, and freeing the client does not hang. In the parent the client
+    still works."""
     held = [
         forks.client(Producer, NOWHERE),
         forks.client(Consumer, {**NOWHERE, "group.id": "g"}),
@@ -148,24 +150,24 @@ def test_a_client_is_inert_in_a_fork() -> None:
     held[1].close()
 
 
-def test_identical_children_are_numbered_whoever_submits_them() -> None:
-    """Ids of a job's children differ, from many threads too, and are the same in each run."""
-    job = running_job("01890a5d-ac96-774b-bcce-b302099a8057", "t", lambda job, said: None)
-    again = running_job("01890a5d-ac96-774b-bcce-b302099a8057", "t", lambda job, said: None)
-    found: list[str] = []
+def test_identical_children_of_a_job_get_different_ids_from_any_thread() -> None:
+    """The ids are the same in each run."""
+    job = running_job("01890a5d-ac96-774b-bcce-b302099a8057", "t", lambda job, report: None)
+    again = running_job("01890a5d-ac96-774b-bcce-b302099a8057", "t", lambda job, report: None)
+    ids: list[str] = []
     threads = [
-        threading.Thread(target=lambda: found.extend(job.child_id("t", b"{}") for _ in range(200))) for _ in range(4)
+        threading.Thread(target=lambda: ids.extend(job.child_id("t", b"{}") for _ in range(200))) for _ in range(4)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(set(found)) == 800
-    assert set(found) == {again.child_id("t", b"{}") for _ in range(800)}
+    assert len(set(ids)) == 800
+    assert set(ids) == {again.child_id("t", b"{}") for _ in range(800)}
 
 
-def test_a_thread_knows_that_it_is_inside_of_something() -> None:
-    """What blocks is then called here, and not in a thread that would wait for this one."""
+def test_a_thread_knows_whether_it_holds_a_lock() -> None:
+    """In that case a blocking call is made in this thread, because another thread could wait for this one."""
     lock = forks.Lock()
     assert not forks.inside()
     with lock("opening the connection"):

@@ -1,5 +1,5 @@
-"""The Confluent frame: both ways of framing carry the same event, and what merely looks
-like a frame is never guessed."""
+"""The Confluent frame: an event is the same in both frames, and bytes that only look like a frame are not taken for an
+event."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ IDS = st.integers(min_value=0, max_value=2**32 - 1)
 
 
 def framed(value: bytes, schema_id: int) -> bytes:
-    """A value in single-object form, framed."""
+    """Put a value that is in the single-object form into the Confluent frame."""
     return confluent_frame.head(schema_id) + value[HEAD:]
 
 
 def asked(schemas: dict[int, str]) -> codec.Decoder:
-    """A decoder with a registry of these schemas."""
+    """Return a decoder with a registry of these schemas."""
     return codec.Decoder(None, lambda schema_id, likely: schemas.get(schema_id))
 
 
 def without_a_registry(schema_id: int, likely: bool) -> str | None:
-    """Nobody knows the id."""
+    """A lookup without a registry."""
     raise RegistryNeeded("no registry")
 
 
 @given(EVENTS, IDS)
 def test_both_framings_carry_the_same_event(event: ev.JobEvent, schema_id: int) -> None:
-    """A framed event is the event, whatever its id; once the id is known nobody is asked, and the single-object form of
-    before is had back byte by byte."""
+    """This holds for any schema id. If the id is known, the decoder does not ask the registry, and `own_form` returns
+    exactly the bytes of the single-object form."""
     single = codec.encode(event)
     value = framed(single, schema_id)
     decoder = asked({schema_id: codec.SCHEMA_TEXT})
@@ -55,8 +55,8 @@ def test_both_framings_carry_the_same_event(event: ev.JobEvent, schema_id: int) 
     assert decoder.own_form(single) is None
 
 
-def test_a_glance_serves_both_framings() -> None:
-    """What is read at a glance in one framing is so in the other."""
+def test_the_fast_path_reads_both_frames() -> None:
+    """An event that `glance` reads in one frame is also read in the other."""
     event = ev.JobEvent(
         "0" * 36, "1" * 36, 1, 1, 1, 1_700_000_000_000_000, "send", "mail", None, None, "t", None,
         ev.JobSubmitted(ev.JobSpec(b"{}")),
@@ -71,7 +71,7 @@ def test_a_glance_serves_both_framings() -> None:
 
 
 def test_a_frame_is_what_a_plain_avro_library_writes() -> None:
-    """Zero, the id in big endian, and the datum as fastavro writes it with the published schema."""
+    """The frame is a zero byte, the id in big endian, and the datum as fastavro writes it with the published schema."""
     event = an_event()
     datum: Any = fastavro.schemaless_reader(
         io.BytesIO(codec.encode(event)[HEAD:]), fastavro.parse_schema(json.loads(codec.SCHEMA_TEXT)), None, True
@@ -85,7 +85,7 @@ def test_a_frame_is_what_a_plain_avro_library_writes() -> None:
 
 
 def test_an_event_of_a_later_schema_is_read_by_its_id() -> None:
-    """The writer's schema resolves, in a frame as in the other form."""
+    """The event is read with the writer's schema, as in the single-object form."""
     spec = {"args": b"{}", "tags": {"a": "b"}, "parent": None}
     raw, published = in_future(("jobledger.JobSubmitted", {"spec": spec, "delay_ms": 5, "weight": 3}))
     decoder = asked({7: next(iter(published.values()))})
@@ -96,7 +96,7 @@ def test_an_event_of_a_later_schema_is_read_by_its_id() -> None:
 
 @pytest.mark.parametrize("union", [True, False])
 def test_a_schema_that_knows_one_fact_only_is_read(union: bool) -> None:
-    """A writer that only submits may leave all other facts out of its schema, and the union with them."""
+    """A writer that only submits jobs may leave out all other facts of the schema, and the union."""
     schema = json.loads(codec.SCHEMA_TEXT)
     submitted = schema["fields"][-1]["type"][0]
     schema["fields"][-1]["type"] = [submitted] if union else submitted
@@ -105,8 +105,8 @@ def test_a_schema_that_knows_one_fact_only_is_read(union: bool) -> None:
     datum["fact"] = {"spec": {"args": b"{}", "tags": {}, "parent": None}, "delay_ms": 3, "due_at": None}
     out = io.BytesIO()
     fastavro.schemaless_writer(out, fastavro.parse_schema(schema), datum)
-    found = asked({8: json.dumps(schema)}).decode(confluent_frame.head(8) + out.getvalue())
-    assert found == msgspec.structs.replace(event, fact=ev.JobSubmitted(ev.JobSpec(b"{}"), 3))
+    decoded = asked({8: json.dumps(schema)}).decode(confluent_frame.head(8) + out.getvalue())
+    assert decoded == msgspec.structs.replace(event, fact=ev.JobSubmitted(ev.JobSpec(b"{}"), 3))
 
 
 @pytest.mark.parametrize(
@@ -114,13 +114,13 @@ def test_a_schema_that_knows_one_fact_only_is_read(union: bool) -> None:
     ['{"type": "record", "name": "Order", "fields": [{"name": "id", "type": "string"}]}', '"string"', '["int"]'],
 )
 def test_another_teams_record_is_no_event(schema: str) -> None:
-    """A registry serves others, too: what they wrote is rejected, and stops nothing."""
+    """Other programs use the same registry. Their records are rejected, and do not stop the reader."""
     with pytest.raises(NotAnEvent, match="schema id 7"):
         asked({7: schema}).decode(b"\0\0\0\0\7" + b"\2x")
 
 
-def test_an_id_that_the_registry_does_not_know_is_named() -> None:
-    """An unknown id raises `UnknownSchema`, and is asked for again at the next record."""
+def test_an_id_that_the_registry_does_not_know_raises_an_error() -> None:
+    """The error is `UnknownSchema` with the id. The decoder asks for the id again at the next record."""
     schemas: dict[int, str] = {}
     decoder = asked(schemas)
     value = framed(codec.encode(an_event()), 9)
@@ -131,10 +131,11 @@ def test_an_id_that_the_registry_does_not_know_is_named() -> None:
 
 
 @given(EVENTS, PRINTABLE, st.just("") | PRINTABLE, IDS)
-def test_an_event_is_never_rejected_for_want_of_a_registry(
+def test_an_event_is_not_rejected_if_no_registry_is_set(
     event: ev.JobEvent, event_id: str, job_id: str, schema_id: int
 ) -> None:
-    """A framed event whose id nobody knows raises `RegistryNeeded`, which no reader takes for garbage."""
+    """A framed event with an unknown id raises `RegistryNeeded`. This is no `SchemaError`, so a reader does not reject
+    the event."""
     decoder = codec.Decoder(None, without_a_registry)
     event = msgspec.structs.replace(event, event_id=event_id, job_id=job_id)
     value = framed(codec.encode(event), schema_id)
@@ -145,9 +146,8 @@ def test_an_event_is_never_rejected_for_want_of_a_registry(
 
 
 @given(st.binary(max_size=60))
-def test_garbage_behind_a_zero_byte_is_contained(rest: bytes) -> None:
-    """Whatever follows a zero byte: without a registry it is garbage, or it begins as an
-    event does and waits for one."""
+def test_garbage_after_a_zero_byte_raises_no_unexpected_error(rest: bytes) -> None:
+    """Without a registry, any bytes after a zero byte are no event, or begin like an event and need a registry."""
     value = b"\0" + rest
     with pytest.raises((NotAnEvent, RegistryNeeded)) as caught:
         codec.Decoder(None, without_a_registry).decode(value)
@@ -161,15 +161,15 @@ def test_garbage_behind_a_zero_byte_is_contained(rest: bytes) -> None:
     [b"\0", b"\0\0\0\0\1", bytes(100), "zwölf".encode("utf-16-be") * 9, (12345).to_bytes(8, "big"), b"\0\0\0\1{}" * 20],
 )
 def test_everyday_garbage_does_not_look_like_an_event(value: bytes) -> None:
-    """Empty heads, zeros, UTF-16 text, a Java long: rejected at once, registry or not."""
+    """Empty heads, zeros, UTF-16 text and a Java long are rejected at once, with or without a registry."""
     assert not (confluent_frame.is_framed(value) and confluent_frame.looks_like_an_event(value))
     with pytest.raises(NotAnEvent):
         codec.Decoder(None, without_a_registry).decode(value)
 
 
 @given(EVENTS, st.data())
-def test_a_damaged_frame_is_refused_by_name(event: ev.JobEvent, data: st.DataObject) -> None:
-    """A frame that ends too early is a `SchemaError`, nothing else."""
+def test_a_truncated_frame_raises_a_schema_error(event: ev.JobEvent, data: st.DataObject) -> None:
+    """A frame that is cut at any byte raises no other exception."""
     value = framed(codec.encode(event), 3)
     cut = data.draw(st.integers(0, len(value) - 1))
     with pytest.raises(SchemaError):
@@ -178,6 +178,6 @@ def test_a_damaged_frame_is_refused_by_name(event: ev.JobEvent, data: st.DataObj
 
 @pytest.mark.parametrize("schema_id", [-1, 2**32])
 def test_an_id_of_more_than_four_bytes_is_refused(schema_id: int) -> None:
-    """A frame has room for four bytes."""
+    """The frame has four bytes for the id."""
     with pytest.raises(ValueError, match="not a schema id"):
         confluent_frame.head(schema_id)

@@ -1,4 +1,4 @@
-"""Which functions may be tasks, hooks and folds; and spans of time as people give them."""
+"""The functions that may be tasks, hooks and folds; and the forms of a time span."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from tests.running_job import running_job
 
 
 def shop() -> App:
-    """An app that connects to nothing."""
+    """Return an app that does not connect."""
     return App("shop", settings=Settings())
 
 
 def plain(x: int) -> int:
-    """A function."""
+    """A plain function."""
     return x
 
 
 def generates(x: int) -> Iterator[int]:
-    """Its body runs when somebody iterates over it."""
+    """A generator: its code runs only in an iteration."""
     yield x
 
 
 async def generates_async(x: int) -> AsyncIterator[int]:
-    """The same, async."""
+    """An async generator."""
     yield x
 
 
@@ -49,23 +49,23 @@ async def coroutine(x: int) -> int:
 
 
 class Service:
-    """Has all kinds of methods, and can be called."""
+    """A class with all kinds of methods, and with objects that can be called."""
 
     def __call__(self, x: int) -> int:
         return x
 
     def method(self, x: int) -> int:
-        """Of an object."""
+        """A method of an object."""
         return x
 
     @classmethod
     def of_class(cls, x: int) -> int:
-        """Of the class."""
+        """A class method."""
         return x
 
     @staticmethod
     def of_nobody(x: int) -> int:
-        """A function."""
+        """A static method, which is a plain function."""
         return x
 
 
@@ -77,7 +77,7 @@ REFUSED: list[tuple[Any, str]] = [
     (Service.of_class, r"Service\.of_class is a method"),
     (Service().of_class, r"Service\.of_class is a method"),
     (staticmethod(plain), "plain is a staticmethod"),
-    (classmethod(coroutine), "coroutine is a classmethod"),  # type: ignore[arg-type]  # what is refused
+    (classmethod(coroutine), "coroutine is a classmethod"),  # type: ignore[arg-type]  # wrong on purpose
     (Service(), "is a callable object"),
     (Service, "Service is a class"),
     (functools.partial(plain, 1), r"partial\(plain, …\) is a partial.*write a function"),
@@ -88,24 +88,28 @@ REFUSED: list[tuple[Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("given", "said"), REFUSED, ids=lambda v: getattr(v, "__qualname__", None) or type(v).__name__)
+@pytest.mark.parametrize(
+    ("given", "expected"), REFUSED, ids=lambda v: getattr(v, "__qualname__", None) or type(v).__name__
+)
 @pytest.mark.parametrize("name", [None, "named"])
-def test_what_a_worker_could_not_run_is_refused_when_it_is_declared(given: Any, said: str, name: str | None) -> None:
-    """Generators, whose code nobody would run; methods, partials, classes and objects: each with what to do."""
-    with pytest.raises(ConfigError, match=said):
+def test_a_task_that_a_worker_could_not_run_is_refused_when_it_is_declared(
+    given: Any, expected: str, name: str | None
+) -> None:
+    """Generators, methods, partials, classes and objects are refused. Each error has a remedy."""
+    with pytest.raises(ConfigError, match=expected):
         shop().task(name=name)(given)
 
 
-def test_a_task_is_no_function_to_be_declared_again() -> None:
-    """Its function is."""
+def test_a_task_cannot_be_declared_as_a_task_again() -> None:
+    """The task's function can be declared again."""
     task = shop().task(plain)
     with pytest.raises(ConfigError, match=r"is a task already.*task\.fn"):
         shop().task(task)
     assert shop().task(task.fn)(3) == 3
 
 
-def test_functions_of_every_kind_are_taken() -> None:
-    """Static methods as functions, decorated ones, cached ones, lambdas."""
+def test_static_decorated_cached_and_lambda_functions_can_be_tasks() -> None:
+    """Plain functions and coroutines can be tasks, too."""
     app = shop()
     for given in (plain, coroutine, Service.of_nobody, functools.cache(plain), lambda x: x):
         app.task(name=f"t{len(app.tasks)}")(given)
@@ -113,7 +117,7 @@ def test_functions_of_every_kind_are_taken() -> None:
 
 
 def unawaited(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """A decorator that is not async."""
+    """A decorator whose wrapper is no coroutine function."""
 
     @functools.wraps(fn)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -122,34 +126,35 @@ def unawaited(fn: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def test_a_plain_function_around_a_coroutine_keeps_its_hooks_around_it() -> None:
-    """The coroutine is awaited before what comes after the task's code; here on a loop of its own, in a worker on the
-    worker's."""
+def test_hooks_of_a_plain_function_that_returns_a_coroutine_run_after_its_end() -> None:
+    """The coroutine is awaited before the hooks that run after the task's code: here in a new event loop, in a worker
+    in the worker's loop."""
     app = shop()
-    said: list[Any] = []
+    reported: list[Any] = []
 
     @app.middleware
     class Says:
         def after(self, job: Any, result: Any) -> None:
-            said.append((job.job_id, result))
+            reported.append((job.job_id, result))
 
     task = app.task(name="task")(unawaited(coroutine))
     assert not task.is_async
     enter(running_job("00000000-0000-7000-8000-000000000001"))
     try:
         assert runner(task, app.registry.hooks)(x=1) == 2
-        assert said == [(current_job().job_id, 2)]
+        assert reported == [(current_job().job_id, 2)]
     finally:
         enter(None)
 
 
-def test_a_function_that_is_asked_for_a_value_is_a_plain_one() -> None:
-    """Keys, folds, and what says which tasks a hook is for: a coroutine would be truth, or a key."""
+def test_an_async_function_or_generator_is_refused_where_a_value_is_needed() -> None:
+    """This holds for keys, folds, hooks and the function that chooses the tasks of a hook. A coroutine object would be
+    a true value or a key."""
     app = shop()
     with pytest.raises(ConfigError, match=r"key=….*coroutine is async"):
         app.task(key=coroutine, timeout=5)(coroutine)
     with pytest.raises(ConfigError, match=r"tasks=….*coroutine is async"):
-        app.registry.hooks.add_around(generates, coroutine)  # type: ignore[arg-type]  # what is refused
+        app.registry.hooks.add_around(generates, coroutine)  # type: ignore[arg-type]  # wrong on purpose
     with pytest.raises(ConfigError, match=r"before is a generator"):
 
         @app.middleware
@@ -176,15 +181,15 @@ class Many(enum.Enum):
 
 
 class Float(float):
-    """As numpy's."""
+    """A subclass of float, like numpy's."""
 
 
 SPANS = [dt.timedelta(minutes=1), Float(60.0), fractions.Fraction(60), 60, 60.0]
 
 
 @pytest.mark.parametrize("span", SPANS, ids=lambda v: type(v).__name__)
-def test_a_span_is_any_number_of_seconds_or_a_timedelta(span: Any) -> None:
-    """Wherever seconds are taken: delays, expiries, timeouts, leases, retries, snoozes, breakers."""
+def test_a_time_span_is_a_number_of_seconds_or_a_timedelta(span: Any) -> None:
+    """This holds for delays, expiries, time limits, leases, retries, snoozes and breakers."""
     app = shop()
     task = app.task(timeout=span, lease=span, key_hold_max=span, expires_in=span, breaker=Breaker(reset=span))(plain)
     assert task.timeout == task.policy.lease == task.policy.key_hold_max == task.policy.expires_in == 60.0
@@ -200,8 +205,8 @@ def test_a_span_is_any_number_of_seconds_or_a_timedelta(span: Any) -> None:
 
 
 @pytest.mark.parametrize("span", ["1", True, Many.MINUTE, dt.timedelta(-1), float("nan"), 1j], ids=str)
-def test_what_is_no_span_is_refused_by_name(span: Any) -> None:
-    """As the value that was given."""
+def test_a_wrong_time_span_is_refused_with_its_value(span: Any) -> None:
+    """The error shows the given value."""
     app = shop()
     task = app.task(plain)
     gives: tuple[Callable[[], Any], ...] = (
@@ -216,28 +221,28 @@ def test_what_is_no_span_is_refused_by_name(span: Any) -> None:
         lambda: app.event(retention_days=span)(type("E", (), {"__annotations__": {"x": int}})),
     )
     for give in gives:
-        with pytest.raises(ConfigError) as found:
+        with pytest.raises(ConfigError) as caught:
             give()
-        assert repr(span) in str(found.value)
+        assert repr(span) in str(caught.value)
 
 
-def test_days_are_a_number_or_a_timedelta() -> None:
-    """An event is kept for as long."""
+def test_retention_days_are_a_number_or_a_timedelta() -> None:
+    """`retention_days` is the time for which an event is kept."""
     app = shop()
     app.event(retention_days=dt.timedelta(days=7))(dataclasses.make_dataclass("Sent", [("n", int)]))
     assert app.events["Sent"].retention_days == 7.0
 
 
 def test_names_may_be_members_of_an_enum() -> None:
-    """What stands in topics' names is their text, however they are formatted."""
+    """The names of topics contain the text of the member, and not its formatted name."""
 
-    class Names(str, enum.Enum):  # noqa: UP042  # one that is formatted as its member's name
+    class Names(str, enum.Enum):  # noqa: UP042  # an enum that is formatted as the member's name
         SHOP = "shop"
         MAIL = "mail"
         HIGH = "high"
 
     app = App(Names.SHOP, settings=Settings(), queues=[Queue(Names.MAIL, priorities=True)])
-    task = app.task(queue=Names.MAIL, priority=Names.HIGH)(plain)  # type: ignore[call-overload]  # text of another type
+    task = app.task(queue=Names.MAIL, priority=Names.HIGH)(plain)  # type: ignore[call-overload]  # a member of an enum for a str
     request = task.using(queue=Names.MAIL).job(1)
     _, record = app.client._outgoing(request, None)
     assert record.topic == "shop.jobs.mail.high"

@@ -1,4 +1,4 @@
-"""Limits, pauses, adaptive concurrency and circuit breakers, as pure rules on a clock of the test's."""
+"""Limits, pauses, adaptive concurrency and circuit breakers, as pure rules with a clock of the test."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from jobledger.definitions.policy import Adaptive, Breaker, Limits
 
 
 @given(st.integers(1, 60), st.integers(0, 500), st.integers(1, 9), st.randoms(use_true_random=False))
-def test_the_shares_of_all_workers_are_the_limit(total: int, above: int, workers: int, random: object) -> None:
-    """However partitions are dealt out, shares add up to the limit, and who owns one has at least one."""
+def test_the_sum_of_all_workers_shares_is_the_limit(total: int, above: int, workers: int, random: object) -> None:
+    """For any distribution of the partitions, the sum of the shares is the limit, and a worker with a partition has at
+    least 1."""
     limit = total + above
     owned: list[list[int]] = [[] for _ in range(workers)]
     for number in range(total):
@@ -23,7 +24,8 @@ def test_the_shares_of_all_workers_are_the_limit(total: int, above: int, workers
 
 
 def test_a_partition_that_was_added_later_carries_no_share() -> None:
-    """Numbers beyond those that were counted neither add to the limit nor stand still."""
+    """A partition with a number beyond the counted ones does not raise the limit. A limit below the number of
+    partitions does not stop a worker."""
     assert share_of(6, [6, 7], 6) == 0
     assert share_of(6, [0, 7], 6) == 1
     assert share_of(2, [4, 5], 6) == 1, "a limit below the partitions, met all the same, does not stop the worker"
@@ -34,7 +36,7 @@ def test_a_partition_that_was_added_later_carries_no_share() -> None:
     st.lists(st.tuples(st.floats(0, 0.5), st.integers(0, 50)), min_size=1, max_size=60),
 )
 def test_no_window_has_more_starts_than_the_rate_and_a_burst(rate: float, steps: list[tuple[float, int]]) -> None:
-    """Whatever asks whenever: starts in any span of time are at most the rate times the span, and the burst."""
+    """For any requests, the starts in a time span are at most the rate times the span, plus the burst."""
     scope = Limiter("queue q", Limits(rate))
     scope.own([0, 1], 2)
     now = 0.0
@@ -51,8 +53,8 @@ def test_no_window_has_more_starts_than_the_rate_and_a_burst(rate: float, steps:
 
 
 @given(st.floats(0.2, 100))
-def test_a_rate_opens_when_it_says(rate: float) -> None:
-    """After `wait` seconds one may begin; a little before, none."""
+def test_a_rate_allows_the_next_start_after_its_wait(rate: float) -> None:
+    """A job may begin after `wait` seconds, and not shortly before."""
     scope = Limiter("task t", Limits(rate))
     scope.own([0], 1)
     now = 1000.0
@@ -65,7 +67,7 @@ def test_a_rate_opens_when_it_says(rate: float) -> None:
 
 
 def test_half_the_partitions_have_half_the_limits() -> None:
-    """A worker has the shares of what it owns, in starts a second and at once; with none it starts nothing."""
+    """The share holds for starts a second and for jobs at once. A worker without partitions starts no job."""
     scope = Limiter("queue q", Limits(10.0, 7))
     scope.own([0, 2], 4)
     assert (scope.rate, scope.slots) == (5.0, 4)
@@ -75,7 +77,7 @@ def test_half_the_partitions_have_half_the_limits() -> None:
 
 
 def test_concurrency_counts_what_runs() -> None:
-    """One begins, one place less; it ends, one more."""
+    """A job that begins takes a slot, and a job that ends frees it."""
     scope = Limiter("queue q", Limits(None, 2))
     scope.own([0], 1)
     scope.begin(0)
@@ -85,8 +87,8 @@ def test_concurrency_counts_what_runs() -> None:
     assert scope.free(1) == 1
 
 
-def test_an_order_takes_the_place_of_what_the_code_says() -> None:
-    """Until it is called back; a pause closes whatever the limits are."""
+def test_a_control_command_replaces_the_limit_of_the_code() -> None:
+    """The command is in force until it is withdrawn. A pause allows no start for any limits."""
     scope = Limiter("queue q", Limits(None, 2))
     scope.own([0], 1)
     scope.order(Limits(None, 5))
@@ -102,8 +104,8 @@ def test_an_order_takes_the_place_of_what_the_code_says() -> None:
 
 
 def run(gate: AdaptiveGate, seconds: float, latency: float, good: bool = True) -> None:
-    """Keep the gate's concurrency used up for so long."""
-    now = run.now  # type: ignore[attr-defined]  # goes on where the last call ended
+    """Use up the gate's concurrency for so many seconds."""
+    now = run.now  # type: ignore[attr-defined]  # continues at the end of the last call
     end = now + seconds
     while now < end:
         begun = 0
@@ -113,25 +115,26 @@ def run(gate: AdaptiveGate, seconds: float, latency: float, good: bool = True) -
         now += latency
         for _ in range(begun):
             gate.end(now, latency, good)
-    run.now = now  # type: ignore[attr-defined]  # as above
+    run.now = now  # type: ignore[attr-defined]  # an attribute of the function
 
 
 @pytest.mark.parametrize("how", ["errors", "latency"])
-def test_adaptive_concurrency_grows_while_it_is_well_and_shrinks_when_it_is_not(how: str) -> None:
-    """Additive increase, multiplicative decrease, within the bounds; and back when it is well again."""
-    run.now = 0.0  # type: ignore[attr-defined]  # each test its own time
+def test_adaptive_concurrency_grows_without_trouble_and_shrinks_with_errors_or_latency(how: str) -> None:
+    """The increase is additive and the decrease multiplicative, within the bounds. The limit grows again after the
+    trouble."""
+    run.now = 0.0  # type: ignore[attr-defined]  # each test has its own time
     gate = AdaptiveGate("task t", Adaptive(least=2, most=30))
     run(gate, 60, 0.05)
     assert gate.limit == 30
     run(gate, 20, 0.05 if how == "errors" else 0.5, good=how != "errors")
     assert gate.limit == 2
-    assert gate.free(run.now) <= 2  # type: ignore[attr-defined]  # as above
+    assert gate.free(run.now) <= 2  # type: ignore[attr-defined]  # an attribute of the function
     run(gate, 60, 0.05)
     assert gate.limit > 10
 
 
 def test_adaptive_concurrency_does_not_grow_while_it_is_not_used() -> None:
-    """Few jobs say nothing about how many there could be."""
+    """A few jobs do not show that more jobs would run without trouble."""
     gate = AdaptiveGate("task t", Adaptive(most=100))
     before = gate.limit
     for n in range(200):
@@ -141,7 +144,8 @@ def test_adaptive_concurrency_does_not_grow_while_it_is_not_used() -> None:
 
 
 def test_a_breaker_opens_after_failures_in_a_row_and_lets_one_try() -> None:
-    """Three in a row open it; after `reset` seconds one may try; its failure opens it again, its success closes it."""
+    """Three failures in a row open the breaker. After `reset` seconds one job may try: its failure opens the breaker
+    again, and its success closes the breaker."""
     gate = BreakerGate("task t", Breaker(failures=3, reset=10))
     for good in (False, False, True, False, False):
         gate.begin(0)
@@ -167,7 +171,7 @@ def test_a_breaker_opens_after_failures_in_a_row_and_lets_one_try() -> None:
 
 
 def test_the_first_closed_gate_is_named() -> None:
-    """Of several conditions the first that is not met; None if all are."""
+    """`closed_gate` returns the first gate that allows no start, or None."""
     adaptive = AdaptiveGate("task t", Adaptive(least=1, most=1))
     breaker = BreakerGate("task t", Breaker())
     assert closed_gate((adaptive, breaker), 0) is None

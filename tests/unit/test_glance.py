@@ -1,4 +1,4 @@
-"""The quick look reads what the full decoder reads, and never answers for what that one refuses."""
+"""The fast path reads the same values as the full decoder, and reads no bytes that the full decoder refuses."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ PLAIN = st.builds(
 )
 
 
-def seen(event: ev.JobEvent) -> tuple[object, ...]:
-    """An event as a glance shows it."""
+def expected_glance(event: ev.JobEvent) -> tuple[object, ...]:
+    """Return the values of an event that `glance` returns."""
     fact = event.fact
     match fact:
         case ev.JobSubmitted(spec=spec):
@@ -62,15 +62,15 @@ def seen(event: ev.JobEvent) -> tuple[object, ...]:
 
 
 @given(EVENTS | PLAIN)
-def test_a_glance_sees_what_the_decoder_sees(event: ev.JobEvent) -> None:
-    """A glance answers with the very values the decoder gives, or not at all."""
-    found = glance(codec.encode(event))
-    assert found is None or found == seen(event)
+def test_the_fast_path_returns_the_values_of_the_decoder_or_none(event: ev.JobEvent) -> None:
+    """`glance` may return None for any event, but never other values."""
+    read = glance(codec.encode(event))
+    assert read is None or read == expected_glance(event)
 
 
 @given(PLAIN, st.data())
-def test_a_glance_refuses_what_the_decoder_refuses(event: ev.JobEvent, data: st.DataObject) -> None:
-    """Bytes that were cut, lengthened or changed get no answer, or the one the full decoder gives."""
+def test_the_fast_path_does_not_read_bytes_that_the_decoder_refuses(event: ev.JobEvent, data: st.DataObject) -> None:
+    """For bytes that were cut, lengthened or changed, `glance` returns None or the decoder's values."""
     value = bytearray(codec.encode(event))
     for _ in range(data.draw(st.integers(1, 3))):
         where = data.draw(st.integers(0, len(value) - 1))
@@ -83,27 +83,27 @@ def test_a_glance_refuses_what_the_decoder_refuses(event: ev.JobEvent, data: st.
                 value[where:where] = data.draw(st.binary(max_size=4))
             case "drop" if len(value) > 1:
                 del value[where]
-    found = glance(bytes(value))
-    if found is not None:
-        assert found == seen(codec.decode(bytes(value)))
+    read = glance(bytes(value))
+    if read is not None:
+        assert read == expected_glance(codec.decode(bytes(value)))
 
 
 @given(st.binary(max_size=300))
 @example(b"")
-def test_a_glance_at_garbage_is_none(raw: bytes) -> None:
-    """Bytes without our framing get no answer, and raise nothing."""
+def test_the_fast_path_returns_none_for_garbage(raw: bytes) -> None:
+    """Bytes without the frame of an event raise no error."""
     for value in (raw, codec.MAGIC + codec.FINGERPRINT + b"H" + raw):
-        found = glance(value)
+        read = glance(value)
         try:
             event = codec.decode(value)
         except SchemaError:
-            assert found is None
+            assert read is None
         else:
-            assert found is None or found == seen(event)
+            assert read is None or read == expected_glance(event)
 
 
-def test_the_plain_life_is_answered() -> None:
-    """The three facts of a plain job's life need no full decoding."""
+def test_the_fast_path_reads_the_facts_of_a_plain_job() -> None:
+    """The three facts of a plain job do not need the full decoder."""
     for fact in (
         ev.JobSubmitted(ev.JobSpec(b"x" * 5_000)),
         ev.JobSubmitted(ev.JobSpec(b"x" * 5_000, {"tenant": "a", "plan": "b"}, str(uuid.uuid4()))),
@@ -115,10 +115,10 @@ def test_the_plain_life_is_answered() -> None:
             event = ev.JobEvent(
                 one, two, 1, 1, 1, 1_700_000_000_000_000, "send", "mail", key, None, "worker@h:1", trace, fact
             )
-            assert glance(codec.encode(event)) == seen(event)
+            assert glance(codec.encode(event)) == expected_glance(event)
 
 
-def test_facts_stand_in_the_schemas_order() -> None:
-    """The branch that is read by its number is the one the schema means."""
+def test_the_types_of_facts_are_in_the_order_of_the_schema() -> None:
+    """The fast path reads the type of a fact by its number in the schema's union."""
     union = json.loads(codec.SCHEMA_TEXT)["fields"][-1]["type"]
     assert [record["name"] for record in union] == [kind.__name__ for kind in ev.Fact.__args__]

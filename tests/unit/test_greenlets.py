@@ -1,4 +1,4 @@
-"""Calls of Kafka's clients under gevent's monkey patches, in a process of their own; no broker is needed."""
+"""Calls of Kafka's clients under gevent's monkey patches. They run in a child process, without a broker."""
 
 from __future__ import annotations
 
@@ -61,18 +61,18 @@ except KafkaException as error:
 
 
 def run(code: str) -> list[str]:
-    """The lines that a process prints which runs ``code``, and ends well."""
+    """Run ``code`` in a process that must succeed; return the lines that it prints."""
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120 * PATIENCE, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout.splitlines()
 
 
-def test_an_exception_of_a_client_reaches_its_caller_and_nothing_else() -> None:
-    """What a client's call raises in gevent's pool of threads is raised to its caller, and not printed as well."""
+def test_an_exception_of_a_client_is_raised_to_its_caller_and_not_printed() -> None:
+    """The call of the client runs in gevent's pool of threads."""
     assert run(CALLS) == ["raised _TRANSPORT"] * 3
 
 
-def test_what_a_native_thread_answers_reaches_a_greenlet() -> None:
-    """Also if the thread is interrupted while it answers, and the process has nothing else to do."""
+def test_an_answer_of_a_native_thread_reaches_a_greenlet() -> None:
+    """The answer also arrives if the thread is interrupted while it answers, and the process has nothing else to do."""
     assert run(ANSWERS) == ["all answered", "refused", "late"]

@@ -1,4 +1,4 @@
-"""What surrounds a task's code, and resources, without a broker."""
+"""The hooks around a task's code, and resources, without a broker."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from jobledger.definitions.middleware import runner
 
 
 def app_of() -> App:
-    """An app of its own."""
+    """Return a new app."""
     return App("hooks", settings=Settings(bootstrap="nowhere:1"))
 
 
 def job(task: str = "t", **more: Any) -> JobContext:
-    """An attempt, as a worker makes it."""
+    """Return the context of an attempt, as a worker makes it."""
     given: dict[str, Any] = {
         "job_id": "j",
         "task": task,
@@ -38,7 +38,7 @@ def job(task: str = "t", **more: Any) -> JobContext:
 
 
 def ran(task: Any, **kwargs: Any) -> Any:
-    """What a worker's call of the task gives."""
+    """Call the task as a worker does; return the result."""
 
     def call() -> Any:
         enter(job(task.name))
@@ -48,9 +48,9 @@ def ran(task: Any, **kwargs: Any) -> Any:
     return contextvars.copy_context().run(call)
 
 
-def test_nothing_around_a_task_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without hooks, resources and spans the worker calls the task's own function."""
-    # Another test of this process may have set a provider of spans, which is for good.
+def test_without_hooks_the_worker_calls_the_tasks_function_directly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The task has no hooks, no resources and no spans."""
+    # Another test of this process may have set a provider of spans, which cannot be unset.
     monkeypatch.setattr(trace, "get_tracer_provider", trace.ProxyTracerProvider)
     app = app_of()
 
@@ -62,37 +62,38 @@ def test_nothing_around_a_task_costs_nothing(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("kind", ["async", "thread"])
 def test_hooks_nest_in_the_order_they_are_registered(kind: str) -> None:
-    """The first is the outermost; `before` in order, `after` from the inside out, with the result."""
-    app, said = app_of(), []
+    """The first hook is the outermost. `before` runs in the order of registration, and `after` in the reverse order,
+    with the result."""
+    app, calls = app_of(), []
 
     @app.around
     def outer(job: JobContext) -> Iterator[None]:
-        said.append(f"outer {job.task}")
+        calls.append(f"outer {job.task}")
         yield
-        said.append("outer ends")
+        calls.append("outer ends")
 
     @app.middleware
     class Counts:
         def before(self, job: JobContext) -> None:
-            said.append("before")
+            calls.append("before")
 
         def after(self, job: JobContext, result: Any) -> None:
-            said.append(f"after {result}")
+            calls.append(f"after {result}")
 
     if kind == "async":
 
         @app.around
         async def inner(job: JobContext) -> AsyncIterator[None]:
-            said.append("inner")
+            calls.append("inner")
             yield
-            said.append("inner ends")
+            calls.append("inner ends")
 
         @app.task
         async def work(n: int) -> int:
             return n + 1
 
         assert ran(work, n=1) == 2
-        assert said == ["outer work", "before", "inner", "inner ends", "after 2", "outer ends"]
+        assert calls == ["outer work", "before", "inner", "inner ends", "after 2", "outer ends"]
     else:
 
         @app.task(name="work")
@@ -100,12 +101,12 @@ def test_hooks_nest_in_the_order_they_are_registered(kind: str) -> None:
             return n + 1
 
         assert ran(work_here, n=1) == 2
-        assert said == ["outer work", "before", "after 2", "outer ends"]
+        assert calls == ["outer work", "before", "after 2", "outer ends"]
 
 
 @pytest.mark.parametrize("kind", ["async", "thread"])
 def test_an_error_swallowed_by_around_is_raised_again(kind: str) -> None:
-    """A hook sees what the task raised, may raise something else instead, and cannot make a failure a success."""
+    """A hook gets the task's exception and may raise another one, but cannot turn a failure into a success."""
     app, seen = app_of(), []
 
     @app.around
@@ -146,8 +147,8 @@ def test_an_error_swallowed_by_around_is_raised_again(kind: str) -> None:
     assert len(seen) == 1
 
 
-def test_before_fails_the_attempt_and_after_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    """What `before` raises is the attempt's error; what `after` raises is logged."""
+def test_an_error_in_before_fails_the_attempt_and_an_error_in_after_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """After an error in `after` the result of the attempt is the same."""
     app, calls = app_of(), []
 
     class Bad:
@@ -177,8 +178,8 @@ def test_before_fails_the_attempt_and_after_changes_nothing(caplog: pytest.LogCa
     assert len(calls) == 1
 
 
-def test_an_async_hook_around_a_plain_task_is_refused_unless_kept_from_it() -> None:
-    """It could not run there; `tasks=` says which tasks a hook is for."""
+def test_an_async_hook_for_a_plain_function_is_refused() -> None:
+    """The hook could not run there. With `tasks=` the hook is only for the chosen tasks."""
     app = app_of()
 
     async def session(job: JobContext) -> AsyncIterator[None]:
@@ -197,31 +198,32 @@ def test_an_async_hook_around_a_plain_task_is_refused_unless_kept_from_it() -> N
     other.check()
 
 
-def test_hooks_that_are_none_are_refused() -> None:
-    """A class without hooks, a function that is no generator."""
+def test_a_middleware_without_hooks_and_an_around_hook_without_yield_are_refused() -> None:
+    """The errors are raised at the registration."""
     app = app_of()
-    with pytest.raises(ConfigError, match="has none of before"):
+    with pytest.raises(ConfigError, match="has none of the methods before"):
         app.middleware(object())
     with pytest.raises(ConfigError, match="is not a generator"):
-        app.around(lambda job: None)  # type: ignore[arg-type]  # as tried
+        app.around(lambda job: None)  # type: ignore[arg-type]  # wrong on purpose
 
 
 @pytest.mark.parametrize("kind", ["async", "thread"])
 def test_a_resource_is_opened_once_and_closed_in_reverse(kind: str) -> None:
-    """It is no argument of the job; one may need another; both kinds of function have one open value."""
-    app, said = app_of(), []
+    """A resource is no argument of the job, and may need another resource. Coroutines and plain functions get the same
+    open value."""
+    app, steps = app_of(), []
 
     @app.resource
     def engine() -> Iterator[str]:
-        said.append("open engine")
+        steps.append("open engine")
         yield "engine"
-        said.append("close engine")
+        steps.append("close engine")
 
     @app.resource
     def pool(engine: str = Depends(engine)) -> Iterator[list[str]]:
-        said.append("open pool")
+        steps.append("open pool")
         yield [engine]
-        said.append("close pool")
+        steps.append("close pool")
 
     if kind == "async":
 
@@ -248,19 +250,20 @@ def test_a_resource_is_opened_once_and_closed_in_reverse(kind: str) -> None:
     assert (ran(task, n=1), ran(task, n=1)) == (2, 3)
     assert app.use(engine) == "engine"
     asyncio.run(app.registry.resources.close())
-    assert said == ["open engine", "open pool", "close pool", "close engine"]
+    assert steps == ["open engine", "open pool", "close pool", "close engine"]
 
 
 def test_async_resources_open_on_the_loop() -> None:
-    """An async generator and a coroutine function; many jobs that need them at once open them once."""
-    app, said = app_of(), []
+    """The resources are an async generator and a coroutine function. Many jobs need them at the same time, and they are
+    opened once."""
+    app, steps = app_of(), []
 
     @app.resource
     async def client() -> AsyncIterator[str]:
-        said.append("open")
+        steps.append("open")
         await asyncio.sleep(0.01)
         yield "client"
-        said.append("close")
+        steps.append("close")
 
     @app.resource
     async def token(client: str = Depends(client)) -> str:
@@ -272,18 +275,18 @@ def test_async_resources_open_on_the_loop() -> None:
 
     async def all_of_it() -> list[str]:
         enter(job())
-        found = await asyncio.gather(*[runner(work, app.registry.hooks)() for _ in range(5)])
+        results = await asyncio.gather(*[runner(work, app.registry.hooks)() for _ in range(5)])
         await app.registry.resources.close()
-        return found
+        return results
 
     with pytest.raises(ConfigError, match="is async and not open"):
         app.use(client)
     assert set(asyncio.run(all_of_it())) == {"token of client"}
-    assert said == ["open", "close"]
+    assert steps == ["open", "close"]
 
 
-def test_a_resource_that_cannot_be_opened_is_named() -> None:
-    """The error names it and says why; the next job tries again."""
+def test_the_error_of_a_resource_that_cannot_be_opened_names_it() -> None:
+    """The error has the reason, too. The next job tries to open the resource again."""
     app = app_of()
 
     @app.resource
@@ -298,8 +301,9 @@ def test_a_resource_that_cannot_be_opened_is_named() -> None:
             ran(work)
 
 
-def test_resources_that_cannot_be_had_are_refused_at_once() -> None:
-    """An async one for a plain task; a parameter that others follow; a parameter nobody fills; something else."""
+def test_wrong_uses_of_resources_are_refused_at_the_declaration() -> None:
+    """The wrong uses are an async resource for a plain function, a resource before other parameters, a parameter
+    without a value, and a function that is no resource."""
     app = app_of()
 
     @app.resource
@@ -322,7 +326,7 @@ def test_resources_that_cannot_be_had_are_refused_at_once() -> None:
         ("put resources last", lambda: app.task(misplaced)),
         ("has no default", lambda: app.resource(asks)),
         ("which it needs, is async", lambda: app.resource(wants)),
-        ("that is not a resource", lambda: Depends(asks)),  # type: ignore[arg-type]  # as tried
+        ("that is not a resource", lambda: Depends(asks)),  # type: ignore[arg-type]  # wrong on purpose
     ]
     for message, attempt in refused:
         with pytest.raises(ConfigError, match=message):
@@ -330,16 +334,16 @@ def test_resources_that_cannot_be_had_are_refused_at_once() -> None:
 
 
 @pytest.mark.parametrize("kind", [asyncio.CancelledError, SystemExit, ValueError])
-def test_whatever_a_resource_raises_at_its_end_the_others_are_closed(
+def test_an_error_of_a_resource_at_its_end_does_not_keep_other_resources_open(
     caplog: pytest.LogCaptureFixture, kind: type[BaseException]
 ) -> None:
-    """It is logged with the resource's name, and whoever closes them goes on."""
-    app, said = app_of(), []
+    """The error is logged with the resource's name, and the other resources are closed."""
+    app, closed = app_of(), []
 
     @app.resource
     def first() -> Iterator[str]:
         yield "first"
-        said.append("first")
+        closed.append("first")
 
     @app.resource
     def plain() -> Iterator[str]:
@@ -357,13 +361,13 @@ def test_whatever_a_resource_raises_at_its_end_the_others_are_closed(
         await resources.close()
 
     asyncio.run(all_of_it())
-    assert said == ["first"]
+    assert closed == ["first"]
     for name in ("plain", "coroutine"):
         assert f"resource {name} could not be closed" in caplog.text
 
 
-def test_the_end_of_resources_is_bounded_by_who_waits_for_it() -> None:
-    """A cancellation of the waiting itself is passed on, also while a resource takes its time."""
+def test_a_time_limit_interrupts_the_closing_of_resources() -> None:
+    """A cancellation of the wait is passed on, also while the end of a resource blocks."""
     app, stuck = app_of(), threading.Event()
 
     @app.resource
@@ -381,14 +385,14 @@ def test_the_end_of_resources_is_bounded_by_who_waits_for_it() -> None:
     asyncio.run(all_of_it())
 
 
-def test_a_resource_is_closed_where_jobs_hold_all_threads() -> None:
-    """Its end needs none of the loop's."""
-    app, said, held = app_of(), [], threading.Event()
+def test_a_resource_is_closed_while_jobs_occupy_all_threads_of_the_loop() -> None:
+    """The end of a resource needs no thread of the loop's executor."""
+    app, closed, held = app_of(), [], threading.Event()
 
     @app.resource
     def pool() -> Iterator[str]:
         yield "pool"
-        said.append("closed")
+        closed.append("closed")
 
     async def all_of_it() -> None:
         loop = asyncio.get_running_loop()
@@ -405,4 +409,4 @@ def test_a_resource_is_closed_where_jobs_hold_all_threads() -> None:
             threads.shutdown()
 
     asyncio.run(all_of_it())
-    assert said == ["closed"]
+    assert closed == ["closed"]

@@ -1,4 +1,4 @@
-"""What the fault tests add to the audit must be able to fail, too: each check is shown a log in which one thing is wrong."""
+"""The checks that the fault tests add to the audit: each of them gets a log with one fault, and must report it."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ from tests.handmade import COORD, ERROR, LIFE, NS, SPEC, WORK, Writer, good_log
 
 @pytest.fixture
 def good() -> Writer:
-    """A log in which all is well."""
+    """A log without a fault."""
     return good_log()
 
 
 def judge(writer: Writer, *args: Any, **kwargs: Any) -> Audit:
-    """The findings in a log whose work records are all committed."""
+    """Return the findings in a log whose work records are all committed."""
     log = Log(NS, writer.records)
     log.ends[WORK, 0] = log.committed[WORK, 0] = writer.next.get(WORK, 0)
     return audit(log, *args, **kwargs)
 
 
-def test_a_log_in_which_all_is_well_breaks_nothing(good: Writer) -> None:
-    """A log in which all is well breaks nothing, and its fold is the jobs' ends."""
-    found = judge(good, accepted=["a", "b", "c"])
-    assert found.good, str(found)
-    assert not found.product
+def test_a_correct_log_breaks_no_promise(good: Writer) -> None:
+    """The fold of the log has the outcomes of the jobs."""
+    findings = judge(good, accepted=["a", "b", "c"])
+    assert findings.good, str(findings)
+    assert not findings.product
     assert fold(good.records) == {
         "a": Final("succeeded", "t", "mail", 1, 1, 1, "7"),
         "b": Final("succeeded", "t", "mail", 1, 1, 1, "7"),
@@ -50,29 +50,29 @@ def test_a_log_in_which_all_is_well_breaks_nothing(good: Writer) -> None:
 
 
 def test_every_fault_breaks_a_named_promise() -> None:
-    """Whatever the audit finds, and what only the tests can find, names the promise that is broken."""
+    """Each fault that the audit or only the tests can find is assigned to the promise that it breaks."""
     assert BROKEN_BY.keys() == {*FAULTS, *ONLY_HERE}
     assert all(isinstance(promise, Promise) for promise in BROKEN_BY.values())
 
 
-def test_a_job_that_was_acknowledged_and_is_not_in_the_log_is_found(good: Writer) -> None:
-    """What the submitter was told is held against the log."""
+def test_an_acknowledged_job_that_is_not_in_the_log_is_a_fault(good: Writer) -> None:
+    """The log is compared with the submissions that were acknowledged."""
     good.records[:] = [r for r in good.records if r.head.get("job_id") != "a"]
     assert set(judge(good, accepted=["a", "b", "c"]).counts) == {"accepted-lost"}
 
 
-def test_a_start_after_an_end_is_excused_only_if_a_paused_worker_wrote_that_end(good: Writer) -> None:
-    """A worker's pause excuses a rerun of what it had begun before and ended afterwards, and nothing else; the product's
-    finding stays."""
+def test_a_start_after_an_outcome_is_excused_only_if_a_paused_worker_wrote_that_outcome(good: Writer) -> None:
+    """A worker's pause excuses only a rerun of a job that this worker began before the pause and ended after it. The
+    product's own audit still reports the fault."""
     records = good.records
     began = next(r for r in records if r.fact == "JobStarted")
     closed = next(r for r in records if r.fact == "JobSucceeded")
     records[records.index(began)] = began._replace(head={**began.head, "occurred_at": (closed.at - 9_000) * 1000})
     good.start("a", source="worker@there:8", after=60_000)
     pause = Window("worker", closed.at - 8_000, closed.at - 1, 7)
-    found = judge(good, frozen=[pause])
-    assert found.good
-    assert found.product == {"started-after-end": 1}
+    findings = judge(good, frozen=[pause])
+    assert findings.good
+    assert findings.product == {"started-after-end": 1}
     assert not judge(good, frozen=[pause._replace(role="coordinator")]).good
     assert not judge(good, frozen=[pause._replace(pid=8)]).good
     assert not judge(good, frozen=[pause._replace(begin=closed.at - 100)]).good, "shorter than a session"
@@ -84,8 +84,9 @@ def test_a_start_after_an_end_is_excused_only_if_a_paused_worker_wrote_that_end(
     assert not judge(good, frozen=[pause]).good, "somebody else had ended it, too"
 
 
-def test_a_start_that_a_paused_worker_sends_on_waking_is_none_that_it_makes_then(good: Writer) -> None:
-    """What lay in its Kafka client was begun before; what it begins after the pause is a fault."""
+def test_a_late_start_of_a_paused_worker_is_excused_only_if_it_was_made_before_the_pause(good: Writer) -> None:
+    """The worker's Kafka client may send an old start after the pause. A start that the worker makes after the pause is
+    a fault."""
     again = good.start("a", source="worker@there:8", after=60_000)
     sent_on_waking = again._replace(head={**again.head, "occurred_at": (again.at - 30_000) * 1000})
     pause = Window("worker", again.at - 20_000, again.at - 5, 8)
@@ -95,21 +96,22 @@ def test_a_start_that_a_paused_worker_sends_on_waking_is_none_that_it_makes_then
     assert not judge(good, frozen=[pause._replace(pid=7)]).good
 
 
-def test_a_start_after_the_end_of_what_was_not_run_is_noted(good: Writer) -> None:
-    """A suspect's start is said before its code runs, and its worker may lose it in between; the side log tells."""
+def test_a_start_after_an_outcome_is_only_noted_if_the_code_did_not_run(good: Writer) -> None:
+    """The start of a suspect is written before its code runs, and its worker may lose the partition between the two.
+    The side log shows whether the code ran."""
     ends = {r.release: r.at for r in good.records if r.fact in ("JobSucceeded", "JobFailed", "JobRetried")}
     runs = [Execution(*release, 1, at - 5, at - 1) for release, at in ends.items()]
-    said = good.start("a")
+    start = good.start("a")
     assert set(judge(good).counts) == {"started-after-end"}
-    found = judge(good, executions=runs)
-    assert found.good
-    assert found.noted["said to start after its end, and not run"] == 1
-    again = Execution("a", 1, 1, 1, said.at + 1, None)
+    findings = judge(good, executions=runs)
+    assert findings.good
+    assert findings.noted["said to start after its end, and not run"] == 1
+    again = Execution("a", 1, 1, 1, start.at + 1, None)
     assert set(judge(good, executions=[*runs, again]).counts) == {"started-after-end", "run-after-end"}
 
 
-def test_a_release_that_a_paused_worker_asks_for_after_the_end_is_a_fault(good: Writer) -> None:
-    """On waking a worker asks for nothing before it knows that the job is still its own."""
+def test_a_release_that_a_paused_worker_requests_after_an_outcome_is_a_fault(good: Writer) -> None:
+    """After a pause a worker must not request a release before it knows that the job is still its own."""
     began = good.start("a", source="worker@there:8")
     good.records[good.records.index(began)] = began._replace(head={**began.head, "occurred_at": 0})
     body = {"error": ERROR, "delay_ms": 0, "duration_us": 1}
@@ -123,8 +125,8 @@ def test_a_release_that_a_paused_worker_asks_for_after_the_end_is_a_fault(good: 
     assert set(judge(good, frozen=[pause]).counts) == {"started-after-end"}
 
 
-def test_ends_that_contradict_each_other_are_excused_only_while_something_stood_still(good: Writer) -> None:
-    """A paused process, or a broker that was away, excuses two outcomes that were both written in that time."""
+def test_contradicting_outcomes_are_excused_only_during_a_pause_or_an_outage(good: Writer) -> None:
+    """A paused process or an unreachable broker excuses two outcomes that were both written in that time."""
     one = next(r for r in good.records if r.fact == "JobSucceeded")
     other = good.fail("a")
     good.letter("a")
@@ -133,8 +135,8 @@ def test_ends_that_contradict_each_other_are_excused_only_while_something_stood_
     assert not judge(good, frozen=[Window("broker", one.at + 1, other.at)]).good
 
 
-def test_a_run_that_the_log_does_not_know_of_is_found_by_the_side_log(good: Writer) -> None:
-    """Code that ran after its end was in the log is found even if nothing says that it was started."""
+def test_the_side_log_shows_a_run_that_is_not_in_the_log(good: Writer) -> None:
+    """Code that ran after the outcome was in the log is a fault, also if the log has no start of it."""
     ends = {r.release: r.at for r in good.records if r.fact in ("JobSucceeded", "JobFailed", "JobRetried")}
     runs = [Execution(*release, 1, at - 5, at - 1) for release, at in ends.items()]
     assert judge(good, executions=runs).good
@@ -147,15 +149,15 @@ def test_a_run_that_the_log_does_not_know_of_is_found_by_the_side_log(good: Writ
     assert set(judge(good, executions=runs[1:]).counts) == {"success-without-run"}
 
 
-def test_the_fold_does_not_care_about_order(good: Writer) -> None:
-    """The records backwards fold to the same."""
+def test_the_fold_does_not_depend_on_the_order_of_records(good: Writer) -> None:
+    """The fold of the reversed records is the same."""
     good.add(LIFE, "JobStarted", {"worker": "w"}, job="a", run=2)
     assert fold(good.records[::-1]) == fold(good.records)
     assert fold(good.records)["a"] == Final("running", "t", "mail", 2, 1, 1)
 
 
-def test_a_difference_between_fold_and_table_is_named_by_job_and_field(good: Writer) -> None:
-    """A row that is missing, one too many and one with another value are three differences."""
+def test_a_difference_between_fold_and_table_has_the_job_and_the_field(good: Writer) -> None:
+    """A missing row, an extra row and a row with another value are three differences."""
     folded = fold(good.records)
     kept = dict(folded)
     assert compare(folded, kept) == []
@@ -164,15 +166,15 @@ def test_a_difference_between_fold_and_table_is_named_by_job_and_field(good: Wri
     assert [(d.job_id, d.field) for d in compare(folded, kept)] == [("a", "job"), ("c", "attempt"), ("z", "job")]
 
 
-def test_the_side_log_tells_cut_off_runs(tmp_path: Path) -> None:
-    """A run whose end is missing was cut off."""
+def test_a_run_without_an_end_in_the_side_log_was_cut_off(tmp_path: Path) -> None:
+    """The execution has no end time."""
     path = tmp_path / "x.log"
     path.write_text("B a 1 1 1 100 7\nB b 1 2 1 110 7\nE a 1 1 1 120 7\n")
     assert read_executions(path) == [Execution("a", 1, 1, 1, 100, 120, 7), Execution("b", 1, 2, 1, 110, None, 7)]
 
 
-def test_a_promise_that_is_broken_names_itself() -> None:
-    """The message of a broken promise is the promise and the evidence."""
+def test_the_error_of_a_broken_promise_has_the_promise_and_the_evidence() -> None:
+    """A promise that holds raises nothing."""
     Promise.NEVER_EARLY.hold(True)
     with pytest.raises(PromiseBroken, match=r"NEVER_EARLY: No job is let go.*\n.*3 ms"):
         Promise.NEVER_EARLY.hold(False, "3 ms")

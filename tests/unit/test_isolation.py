@@ -1,4 +1,5 @@
-"""The parts of child processes that need none: messages, interrupts, who is blamed, how the app is named."""
+"""The parts of isolation that need no child process: messages, interrupts, the limits of crashes, the name of the
+app."""
 
 from __future__ import annotations
 
@@ -55,40 +56,40 @@ module_app = App("unit-isolation", settings=Settings(bootstrap="127.0.0.1:1"))
 
 @module_app.task(isolation="process")
 def task_of_module(n: int) -> int:
-    """Found with its app, by the module's name."""
+    """A task of this module, for `find_target`."""
     return n
 
 
 @given(outcomes)
-def test_an_outcome_travels_unchanged(outcome: Outcome) -> None:
-    """What a child says is what the worker hears."""
+def test_an_outcome_reaches_the_worker_unchanged(outcome: Outcome) -> None:
+    """A child sends an outcome as a message, and the worker decodes the same outcome."""
     (body,) = Splitter().feed(frame(ended(outcome)))
-    said = decode_said(body)
-    assert not hasattr(said, "sequence")
-    assert outcome_of(cast(Any, said)) == outcome
+    message = decode_said(body)
+    assert not hasattr(message, "sequence")
+    assert outcome_of(cast(Any, message)) == outcome
 
 
 @given(st.lists(st.binary(max_size=200), max_size=10), st.lists(st.integers(1, 50), max_size=60))
-def test_messages_are_found_however_the_bytes_come(bodies: list[bytes], cuts: list[int]) -> None:
-    """Any cut of the stream gives the same messages, in order."""
+def test_messages_are_split_correctly_for_any_chunks_of_bytes(bodies: list[bytes], cuts: list[int]) -> None:
+    """The messages are the same, in order, for any cuts of the stream."""
     runs = [RunMessage("t", body, "id", "q", 1, 1, 1, {"a": "b"}, None, None) for body in bodies]
     stream = b"".join(map(frame, runs))
-    splitter, found, at = Splitter(), [], 0
+    splitter, received, at = Splitter(), [], 0
     for cut in [*cuts, len(stream)]:
-        found += [decode_run(body).args for body in splitter.feed(stream[at : at + cut])]
+        received += [decode_run(body).args for body in splitter.feed(stream[at : at + cut])]
         at += cut
-    assert found == bodies
+    assert received == bodies
 
 
 def work_of(function: Any) -> JobRun:
-    """As much of a `JobRun` as `Interrupts` looks at."""
-    found = JobRun(cast(Any, None), 0, None, cast(Any, None))
-    found.plan, found.kwargs = cast(Any, SimpleNamespace(fn=function)), {}
-    return found
+    """Return a `JobRun` with the fields that `Interrupts` needs."""
+    work = JobRun(cast(Any, None), 0, None, cast(Any, None))
+    work.plan, work.kwargs = cast(Any, SimpleNamespace(fn=function)), {}
+    return work
 
 
 def test_a_time_limit_that_is_over_before_the_code_starts_is_raised_when_it_starts() -> None:
-    """On a busy machine a thread may take a job up after its time limit: the job's timer does not fire again."""
+    """On a busy machine a thread may take a job after the job's time limit. The job's timer does not fire again."""
     interrupts, ran = Interrupts(), []
     work = work_of(lambda: ran.append(1))
     assert not interrupts.interrupt(work, TaskTimedOut)
@@ -96,11 +97,12 @@ def test_a_time_limit_that_is_over_before_the_code_starts_is_raised_when_it_star
         interrupts.call(work)
     assert ran == []
     assert not interrupts.interrupt(work, TaskTimedOut)
-    time.sleep(0.01)  # where one that is still pending would be raised
+    time.sleep(0.01)  # a pending interrupt would be raised here
 
 
-def test_an_interrupt_is_raised_inside_or_not_at_all() -> None:
-    """Told at any moment around its end, a function either raises it or returns; nothing leaks into what follows."""
+def test_an_interrupt_is_raised_in_the_jobs_function_or_not_at_all() -> None:
+    """The interrupt comes at any moment around the end of the function. The function raises the interrupt or returns,
+    and the code after it is never interrupted."""
     interrupts = Interrupts()
     raised = returned = 0
     for n in range(300):
@@ -114,38 +116,38 @@ def test_an_interrupt_is_raised_inside_or_not_at_all() -> None:
 
         work = work_of(function)
 
-        def tell(work: JobRun = work, inside: threading.Event = inside, n: int = n) -> None:
+        def interrupt(work: JobRun = work, inside: threading.Event = inside, n: int = n) -> None:
             inside.wait(5)
             time.sleep((n % 30) * 1e-6)
             interrupts.interrupt(work, TaskTimedOut)
 
-        teller = threading.Thread(target=tell)
-        teller.start()
+        interrupter = threading.Thread(target=interrupt)
+        interrupter.start()
         try:
             assert interrupts.call(work) == "done"
             returned += 1
         except TaskTimedOut:
             raised += 1
-        # If one were still pending in this thread, it would come here.
-        teller.join()
+        # A pending interrupt of this thread would be raised here.
+        interrupter.join()
         sum(range(1000))
     assert raised + returned == 300
     assert not interrupts.interrupt(work_of(lambda: None), TaskTimedOut), "nobody runs it"
 
 
-def test_a_start_is_read_from_the_end() -> None:
-    """The offset and topic of a `JobStarted` that a glance answers for, at every size of number."""
+def test_a_takeover_reads_offset_and_topic_from_the_end_of_a_start() -> None:
+    """The offset and the topic of a plain `JobStarted` are read from its last bytes, for every size of the number."""
     for offset in (0, 1, 63, 64, 8191, 8192, 1 << 20, (1 << 40) + 7):
         fact = JobStarted("host:1", "ns.jobs.mail.high", offset, 3)
         job = "0192f3a4-0000-7000-8000-000000000001"
         raw = encode(JobEvent(job, job, 1, 1, 1, 1_790_000_000_000_000, "t", "mail", None, None, "w", None, fact))
         assert glance(raw) is not None
-        name, found = _started_at(raw)
-        assert (found, name.endswith(b"ns.jobs.mail.high"), raw[-1] >> 1) == (offset, True, 3)
+        name, read_offset = _started_at(raw)
+        assert (read_offset, name.endswith(b"ns.jobs.mail.high"), raw[-1] >> 1) == (offset, True, 3)
 
 
 def places(children: object | None) -> Placement:
-    """Places with or without children to be witnesses."""
+    """Return a placement, with or without child processes."""
     nothing = cast(Any, None)
     return Placement(
         nothing,
@@ -160,21 +162,22 @@ def places(children: object | None) -> Placement:
     )
 
 
-def test_who_is_blamed() -> None:
-    """Three starts without an end, or ten where each end may have been the worker's own."""
+def test_a_job_fails_after_3_crashes_or_after_10_if_child_processes_are_available() -> None:
+    """Without child processes a job fails after three starts without an outcome. If child processes are available, a
+    job fails after ten starts whose end no worker saw: the workers themselves died, perhaps of another cause."""
     alone, witnessed = places(None), places(SimpleNamespace(broken=None))
     assert alone.crashed(CRASHES - 1) is None
-    found = alone.crashed(CRASHES)
-    assert found is not None
-    assert (found.reason, "started 3 times" in found.error.message) == ("crashed", True)
+    failed = alone.crashed(CRASHES)
+    assert failed is not None
+    assert (failed.reason, "started 3 times" in failed.error.message) == ("crashed", True)
     assert witnessed.crashed(UNSEEN_CRASHES - 1) is None
     assert witnessed.crashed(UNSEEN_CRASHES) is not None
     assert places(SimpleNamespace(broken=ConfigError("x"))).crashed(CRASHES) is not None, "broken ones see nothing"
 
 
-def test_a_child_that_is_there_twice_gets_one_job() -> None:
-    """Its pid and its connection may come in either order, and the second of them be told again: one job at a time, or
-    the result of one would be taken for the other's."""
+def test_a_child_that_is_announced_twice_gets_one_job() -> None:
+    """The pid and the connection of a child may come in either order, and the second of them may be reported twice. A
+    child gets one job at a time; otherwise the result of one job could be taken for another's."""
     given: list[tuple[ChildHandle, JobRun]] = []
     nothing = cast(Any, None)
     pool = ChildPool(
@@ -191,7 +194,7 @@ def test_a_child_that_is_there_twice_gets_one_job() -> None:
     child = ChildHandle(pool)
     pool._all.add(child)
     nursery._born.append(child)
-    child.transport = cast(Any, object())  # connected, and not told of yet
+    child.transport = cast(Any, object())  # connected, but not reported yet
     nursery._is_born(os.getpid())
     nursery._arrived(child)
     works = [JobRun(cast(Any, None), offset, None, deque()) for offset in range(2)]
@@ -201,8 +204,8 @@ def test_a_child_that_is_there_twice_gets_one_job() -> None:
     assert given == [(child, works[0])]
 
 
-def test_last_words_name_the_signal_and_the_last_line() -> None:
-    """Exit codes, signals, and processes that left no status."""
+def test_the_error_of_a_dead_child_has_the_signal_and_the_last_line_of_output() -> None:
+    """The cases are signals, exit codes, and a process without an exit status."""
     killed = last_words(9, b"first\nlast \xff line\n")
     assert (
         killed.message == "the process that ran it ended by itself: signal 9 (SIGKILL); it said last: last \ufffd line"
@@ -212,15 +215,15 @@ def test_last_words_name_the_signal_and_the_last_line() -> None:
     assert last_words(None, b"").message.endswith("it left no exit status")
 
 
-def test_an_app_is_named_by_its_module() -> None:
-    """The module of its tasks, or any other that holds it; else the error says what to do."""
+def test_the_target_of_an_app_is_found_by_its_module() -> None:
+    """The target is the module of the app's tasks or another module with the app. Otherwise the error has a remedy."""
     assert find_target(module_app.registry) == f"{__name__}:module_app"
     with pytest.raises(ConfigError, match="put it and its tasks at the top level"):
         find_target(App("nowhere", settings=Settings(bootstrap="127.0.0.1:1")).registry)
 
 
-def test_reading_a_childs_words_closes_nothing_else() -> None:
-    """While pipes come and go on the loop, files that a thread opens stay its own."""
+def test_reading_the_output_of_children_closes_no_other_file() -> None:
+    """While the loop opens and closes pipes, a thread opens files, and none of these files is closed by the loop."""
     stolen: list[OSError] = []
     stop = threading.Event()
 
@@ -234,59 +237,60 @@ def test_reading_a_childs_words_closes_nothing_else() -> None:
 
     async def children() -> list[bytes]:
         loop = asyncio.get_running_loop()
-        said = []
+        outputs = []
         for _ in range(300):
             read, write = os.pipe()
-            words = LastOutput()
-            words.listen(loop, read)
+            output = LastOutput()
+            output.listen(loop, read)
             os.write(write, b"last")
             os.close(write)
             await asyncio.sleep(0.001)
-            words.close()
-            said.append(words.kept)
-        return said
+            output.close()
+            outputs.append(output.kept)
+        return outputs
 
     thread = threading.Thread(target=job, daemon=True)
     thread.start()
     try:
-        said = uvloop.run(children())
+        outputs = uvloop.run(children())
     finally:
         stop.set()
         thread.join()
-    assert said == [b"last"] * 300
+    assert outputs == [b"last"] * 300
     assert stolen == []
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the end for writing does not tell")
-def test_a_child_knows_whether_its_worker_has_read_what_it_wrote() -> None:
-    """Only if something is unread does the worker read before it gives the child its next job. What cannot be asked counts as
-    unread."""
+def test_a_child_knows_whether_its_worker_has_read_all_output() -> None:
+    """The worker reads before it gives the child the next job only if output is unread. If the pipe cannot be asked,
+    output counts as unread."""
     read, write = os.pipe()
-    said = [has_unread(write)]
+    unread = [has_unread(write)]
     os.write(write, b"of the first")
-    said.append(has_unread(write))
+    unread.append(has_unread(write))
     os.read(read, 100)
-    said.append(has_unread(write))
+    unread.append(has_unread(write))
     os.close(read)
     os.close(write)
-    assert said == [False, True, False]
+    assert unread == [False, True, False]
     assert has_unread(write)
 
 
-def test_last_words_are_those_of_the_job_at_hand(capsys: pytest.CaptureFixture[str]) -> None:
-    """What former jobs of a child wrote to standard error is passed on, and not kept as the last words of the next."""
+def test_the_last_output_of_a_job_has_no_output_of_earlier_jobs(capsys: pytest.CaptureFixture[str]) -> None:
+    """The output of a child's earlier jobs on standard error is passed on, and does not count as the last output of the
+    next job."""
 
     async def two_jobs() -> bytes:
         read, write = os.pipe()
-        words = LastOutput()
-        words.listen(asyncio.get_running_loop(), read)
+        output = LastOutput()
+        output.listen(asyncio.get_running_loop(), read)
         os.write(write, b"of the first\n")
-        words.forget(unread=True)  # the loop has not even looked
+        output.forget(unread=True)  # the loop has not read yet
         os.write(write, b"of the second\n")
         os.close(write)
-        while b"second" not in words.kept:
+        while b"second" not in output.kept:
             await asyncio.sleep(0.001)
-        return words.kept
+        return output.kept
 
     assert uvloop.run(two_jobs()) == b"of the second\n"
     assert capsys.readouterr().err == "of the first\nof the second\n"

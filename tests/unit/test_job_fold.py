@@ -1,4 +1,4 @@
-"""The fold of a job's facts is a join-semilattice, and shows what the transition table says."""
+"""The fold of a job's facts is a join-semilattice, and gives the states of the transition table."""
 
 from __future__ import annotations
 
@@ -45,15 +45,15 @@ FACT_OF: dict[type[Any], st.SearchStrategy[Any]] = {
 FACTS: st.SearchStrategy[ev.Fact] = st.one_of(*FACT_OF.values())
 
 
-def recorded(fact: ev.Fact, run: int, release: int, attempt: int, place: Position, ms: int) -> Recorded:
+def recorded(fact: ev.Fact, run: int, release: int, attempt: int, position: Position, ms: int) -> Recorded:
     event = JobEvent("e", "j", run, attempt, release, 0, "send_mail", "mail", None, None, "test", None, fact)
-    return Recorded(event, place, ms)
+    return Recorded(event, position, ms)
 
 
 PLACES = st.builds(
     Position, st.sampled_from(["shop.jobs.mail", "shop.lifecycle", "shop.coordination"]), st.integers(0, 2), SMALL
 )
-#: Anything at all: a position names one record, but nothing else is in order.
+#: Arbitrary facts: only the positions of the records are unique.
 ADVERSARIAL = st.lists(
     st.builds(recorded, FACTS, st.integers(1, 2), SMALL, SMALL, PLACES, st.integers(0, 5)),
     unique_by=lambda r: r.position,
@@ -63,11 +63,11 @@ ADVERSARIAL = st.lists(
 
 @st.composite
 def walks(draw: st.DrawFn) -> list[tuple[Recorded, State]]:
-    """Facts in order, each with the state that the table says follows it."""
+    """Facts in order, each with the next state of the transition table."""
     state: State | None = None
     in_place = False
     release, attempt, sequence, ms = 1, 1, 0, 1_000
-    found: list[tuple[Recorded, State]] = []
+    steps_done: list[tuple[Recorded, State]] = []
     for offset in range(draw(st.integers(1, 14))):
         steps = [step for step in job.TRANSITIONS if step.before is state]
         if state in (State.SCHEDULED, State.RETRYING):  # in place the same release is started again, else another one
@@ -94,14 +94,14 @@ def walks(draw: st.DrawFn) -> list[tuple[Recorded, State]]:
                 fact = ev.JobProgressed(sequence, 1)
         ms += draw(SMALL)
         in_place = getattr(fact, "in_place", False)
-        found.append((recorded(fact, 1, release, attempt, Position(topic, 0, offset), ms), step.after))
+        steps_done.append((recorded(fact, 1, release, attempt, Position(topic, 0, offset), ms), step.after))
         state = step.after
-    return found
+    return steps_done
 
 
 @st.composite
 def lives(draw: st.DrawFn) -> list[Recorded]:
-    """A life as it happens: every step is one of the table's."""
+    """The facts of a possible life: each step is in the transition table."""
     return [each for each, _ in draw(walks())]
 
 
@@ -116,18 +116,18 @@ def fold(facts: list[Recorded]) -> Life | None:
 
 
 @given(ANY, st.randoms(use_true_random=False), st.data())
-def test_any_order_and_any_duplicates_fold_alike(
+def test_facts_in_any_order_and_with_copies_fold_to_the_same_life(
     facts: list[Recorded], chance: random.Random, data: st.DataObject
 ) -> None:
-    """Whatever the order in which a job's facts are read, and however often each is, the life is the same."""
+    """The facts of a job may be read in any order, and each of them several times."""
     again = facts + data.draw(st.lists(st.sampled_from(facts), max_size=6) if facts else st.just([]))
     chance.shuffle(again)
     assert fold(again) == fold(facts)
 
 
 @given(ANY, st.data())
-def test_any_split_folds_alike(facts: list[Recorded], data: st.DataObject) -> None:
-    """Parts of a life folded apart, overlapping or not, join to the life folded whole."""
+def test_lives_of_any_parts_join_to_the_whole_life(facts: list[Recorded], data: st.DataObject) -> None:
+    """The parts of a life are folded separately, and may overlap."""
     parts = data.draw(
         st.lists(st.sets(st.sampled_from([0, 1, 2]), min_size=1), min_size=len(facts), max_size=len(facts))
     )
@@ -137,7 +137,7 @@ def test_any_split_folds_alike(facts: list[Recorded], data: st.DataObject) -> No
 
 @given(ANY, ANY, ANY)
 def test_join_is_a_semilattice(a: list[Recorded], b: list[Recorded], c: list[Recorded]) -> None:
-    """Join is idempotent, commutative and associative, and nothing is its neutral element."""
+    """Join is idempotent, commutative and associative, and None is its neutral element."""
     taken: dict[Position, Recorded] = {}
     x, y, z = (fold([taken.setdefault(f.position, f) for f in facts]) for facts in (a, b, c))
     assert job.join(x, x) == x
@@ -147,8 +147,10 @@ def test_join_is_a_semilattice(a: list[Recorded], b: list[Recorded], c: list[Rec
 
 
 @given(st.lists(st.integers(0, 2_000), min_size=FIRST + LAST, max_size=600), st.randoms(use_true_random=False))
-def test_positions_are_bounded_and_still_converge(times: list[int], chance: random.Random) -> None:
-    """Of very many facts the first and the last positions are kept, the same ones in any order of reading."""
+def test_a_bounded_number_of_positions_is_kept_independent_of_the_order(
+    times: list[int], chance: random.Random
+) -> None:
+    """Of very many facts the first and the last positions are kept. They are the same in any order of reading."""
     started = ev.JobStarted("host:1", "shop.jobs.mail", 0)
     facts = [recorded(started, 1, n, n, Position("shop.lifecycle", 0, n), ms) for n, ms in enumerate(times)]
     shuffled = facts.copy()
@@ -161,8 +163,8 @@ def test_positions_are_bounded_and_still_converge(times: list[int], chance: rand
 
 
 @given(walks())
-def test_facts_in_order_show_what_the_table_says(walk: list[tuple[Recorded, State]]) -> None:
-    """Each fact of a life that is read in order moves the visible state along the transition table."""
+def test_facts_in_order_give_the_states_of_the_transition_table(walk: list[tuple[Recorded, State]]) -> None:
+    """Each fact of a life that is read in order changes the visible state as the transition table says."""
     life: Life | None = None
     for each, state in walk:
         life = job.apply(life, each)
@@ -176,7 +178,7 @@ def test_facts_in_order_show_what_the_table_says(walk: list[tuple[Recorded, Stat
 
 @given(ANY)
 def test_every_life_has_a_status(facts: list[Recorded]) -> None:
-    """Whatever part of a life is known, it has a status, with the positions of its facts in order of append times."""
+    """Any part of a life has a status, with the positions of its facts in the order of append times."""
     life = fold(facts)
     if life is None:
         assert all(type(f.event.fact) not in {t.fact for t in job.TRANSITIONS} for f in facts)
@@ -205,8 +207,8 @@ STARTED = recorded(ev.JobStarted("host:1", "shop.jobs.mail", 0), 1, 1, 1, at(1),
 BAD = ev.ErrorInfo("ValueError", "no", "trace")
 
 
-def test_a_job_known_by_later_facts_only_has_a_status() -> None:
-    """A job whose submission was not seen is shown as what it is, without what only the submission tells."""
+def test_a_job_without_its_submission_has_a_status() -> None:
+    """The status lacks only the values that come from the submission."""
     seen = job.status("j", fact_list(STARTED))
     assert (seen.state, seen.task, seen.queue, seen.submitted_at, seen.partial) == (
         State.RUNNING,
@@ -218,8 +220,9 @@ def test_a_job_known_by_later_facts_only_has_a_status() -> None:
     assert job.status("j", fact_list(STARTED, SUBMITTED)).tags == {"tenant": "acme"}
 
 
-def test_success_wins_over_every_other_end() -> None:
-    """Of several ends of one run success is shown, then failure, then cancellation; of equals the first in the log."""
+def test_success_wins_over_every_other_outcome() -> None:
+    """If a run has several outcomes, a success is shown first, then a failure, then a cancellation. Of equal outcomes
+    the first in the log is shown."""
     ends = [
         recorded(ev.JobExpired(1), 1, 1, 1, at(2), 3_000),
         recorded(ev.JobCancelled("ann"), 1, 1, 1, at(3), 3_000),
@@ -233,8 +236,8 @@ def test_success_wins_over_every_other_end() -> None:
     assert (shown[3].result, shown[4].result, shown[4].error) == ("late", "first", None)
 
 
-def test_a_fact_of_a_passed_attempt_changes_nothing_visible() -> None:
-    """A start that comes late, after its attempt was closed, does not show the job as running again."""
+def test_a_late_fact_of_a_closed_attempt_changes_nothing_visible() -> None:
+    """A start that is read after its attempt was closed does not show the job as running."""
     retried = recorded(ev.JobRetried(BAD, 500, 1_000_000), 1, 1, 1, at(2), 4_000)
     seen = job.status("j", fact_list(SUBMITTED, retried, STARTED))
     assert (seen.state, seen.attempt, seen.error, seen.duration) == (State.RETRYING, 1, BAD, 1.0)
@@ -245,8 +248,8 @@ def test_a_fact_of_a_passed_attempt_changes_nothing_visible() -> None:
 
 
 def test_a_job_that_was_snoozed_in_place_runs_again_with_its_next_start() -> None:
-    """Under one key the same release and attempt is started again: the last of its starts and snoozes is shown, until
-    a snooze ends the release."""
+    """The same attempt of a keyed job is started again in the same release. The last of its starts and snoozes is
+    shown, until a snooze ends the release."""
     facts = [SUBMITTED, STARTED]
     shown = []
     for n in range(2):
@@ -267,19 +270,19 @@ def test_a_job_that_was_snoozed_in_place_runs_again_with_its_next_start() -> Non
     [ev.JobCancelled("ann"), ev.JobExpired(1), ev.JobFailed("crashed", BAD), ev.JobSucceeded(None), ev.JobSnoozed(1)],
     ids=lambda fact: type(fact).__name__,
 )
-def test_an_attempt_that_says_nothing_of_its_time_took_from_start_to_close(closing: ev.Fact) -> None:
-    """A fact that tells no duration closes an attempt that took until then, or one that was never started."""
+def test_without_a_duration_an_attempt_took_from_its_start_to_its_closing_fact(closing: ev.Fact) -> None:
+    """An attempt that was never started has no duration."""
     closed = recorded(closing, 1, 1, 1, at(2), 3_600)
     assert job.status("j", fact_list(SUBMITTED, STARTED, closed)).duration == 1.6
     assert job.status("j", fact_list(SUBMITTED, closed)).duration is None
     early = recorded(closing, 1, 1, 1, at(2), 2_000)
     assert job.status("j", fact_list(SUBMITTED, STARTED, early)).duration == 0.0
-    later = recorded(closing, 1, 2, 2, at(2), 3_600)  # while it waited for its second attempt
+    later = recorded(closing, 1, 2, 2, at(2), 3_600)  # while the job waited for its second attempt
     assert job.status("j", fact_list(SUBMITTED, STARTED, later)).duration is None
 
 
-def test_a_greater_run_takes_over() -> None:
-    """A redrive starts over: nothing of the run before is shown, and its positions stay for the timeline."""
+def test_a_later_run_replaces_an_earlier_one() -> None:
+    """The status shows no value of the earlier run, but the positions of its facts are kept for the timeline."""
     failed = recorded(ev.JobFailed("exhausted", BAD), 1, 1, 1, at(2), 3_000)
     again = recorded(ev.JobSubmitted(ev.JobSpec(b"{}")), 2, 1, 1, at(9, "shop.jobs.mail"), 9_000)
     seen = job.status("j", fact_list(again, SUBMITTED, STARTED, failed))
@@ -288,7 +291,7 @@ def test_a_greater_run_takes_over() -> None:
 
 
 def test_the_last_progress_report_is_kept() -> None:
-    """Of any number of progress reports the one with the greatest sequence is shown, and only its position is kept."""
+    """The status shows the progress report with the highest sequence, and only the position of this report is kept."""
     reports = [recorded(ev.JobProgressed(n, n, 10, "m"), 1, 1, 1, at(10 + n), 2_000 + n) for n in range(5)]
     seen = job.status("j", fact_list(SUBMITTED, STARTED, *reversed(reports)))
     assert seen.progress == job.Progress(4, 10, "m")
@@ -303,6 +306,7 @@ def test_the_last_progress_report_is_kept() -> None:
         ([recorded(ev.JobSnoozed(5), 1, 3, 2, at(0), 1)], (4, 2)),
     ],
 )
-def test_what_a_waiting_job_waits_for(facts: list[Recorded], waits_for: tuple[int, int]) -> None:
-    """A delayed job waits for its first release, a retried one for the next attempt, a snoozed one for the same."""
+def test_the_awaited_release_and_attempt_of_a_waiting_job(facts: list[Recorded], waits_for: tuple[int, int]) -> None:
+    """A delayed job waits for its first release, a retried job for the next attempt, and a snoozed job for the same
+    attempt."""
     assert job.awaited(job.project(fact_list(*facts))) == waits_for

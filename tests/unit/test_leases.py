@@ -1,5 +1,5 @@
-"""Leases of long jobs, cancels and expiries, as the coordinator judges them: pure, against
-any order of what may happen."""
+"""The coordinator's rules for leases of long jobs, cancels and expiries, as pure functions and for any order of
+facts."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def event(fact: Fact, release: int = 1, run: int = 1, attempt: int = 1) -> JobEv
 
 
 def on(row: Row | None, fact: Fact, release: int = 1, offset: int = 9, at: int = T0, run: int = 1) -> Decision:
-    """What a fact appended at ``at`` comes to."""
+    """Return the decision for a fact that was appended at ``at``."""
     return decide(row, NO_FLOOR, event(fact, release, run), 0, offset, at)
 
 
@@ -71,8 +71,8 @@ def held(release: int = 1, crashes: int = 0, at: int = T0) -> Held:
     return row
 
 
-def test_a_lease_is_kept_whole_until_it_ends() -> None:
-    """Its end is counted from its append; a renewal moves it, and sets no timer of its own."""
+def test_a_job_lease_keeps_the_whole_job_and_a_renewal_moves_its_end() -> None:
+    """The lease counts from the append time of its record. A renewal sets no timer."""
     made = on(None, Leased(SPEC, "w1", LEASE_MS), offset=5)
     row = made.row
     assert isinstance(row, Held)
@@ -94,8 +94,9 @@ def test_a_lease_is_kept_whole_until_it_ends() -> None:
     assert not of_unknown_kind(encode_row(row))
 
 
-def test_a_lease_that_ends_lets_the_job_go_again() -> None:
-    """As the next release with the same attempt, and a tag that counts; the old lease is stale then."""
+def test_a_job_is_released_again_when_its_lease_ends() -> None:
+    """The next release has the same attempt, and a tag that counts the lost leases. Facts of the old lease are then
+    stale."""
     row = held()
     made = on(row, ReleaseDecided(row.due), at=T0 + LEASE_MS)
     assert made.verdict == "lease-lost"
@@ -111,8 +112,8 @@ def test_a_lease_that_ends_lets_the_job_go_again() -> None:
     assert again.row.crashes == 1
 
 
-def test_what_is_given_back_is_nobodys_fault() -> None:
-    """Let go at once, counted as no crash."""
+def test_a_job_lease_that_is_given_back_counts_as_no_crash() -> None:
+    """The job is released again at once."""
     made = on(held(), LeaseRenewed("w1", 0))
     assert made.verdict == "given-back"
     assert made.release is not None
@@ -120,12 +121,12 @@ def test_what_is_given_back_is_nobodys_fault() -> None:
 
 
 def test_too_many_lost_leases_fail_the_job() -> None:
-    """Whole, into the dead letters; and nothing lets it go again."""
+    """The dead letter has the whole job, and no later fact releases the job again."""
     row = held(crashes=LEASES_LOST - 1)
     made = on(row, ReleaseDecided(row.due), at=T0 + LEASE_MS)
     assert made.verdict == "crashed"
     assert made.release is None
-    failed, letter = (said.fact for said in made.facts)
+    failed, letter = (fact_event.fact for fact_event in made.facts)
     assert isinstance(failed, JobFailed)
     assert (failed.reason, f"started {LEASES_LOST} times" in failed.error.message) == ("crashed", True)
     assert isinstance(letter, DeadLettered)
@@ -138,18 +139,18 @@ def test_too_many_lost_leases_fail_the_job() -> None:
 
 
 @pytest.mark.parametrize("fact", [JobSucceeded(b"1"), JobCancelled("ann"), JobFailed("exhausted", ERROR)])
-def test_an_end_is_passed_on_as_it_is(fact: Any) -> None:
-    """The very event; of a failure the dead letter, too."""
-    said = event(fact)
-    made = decide(held(), NO_FLOOR, said, 0, 9, T0 + 1)
-    assert made.facts[0] is said
+def test_the_outcome_of_a_leased_job_is_written_unchanged(fact: Any) -> None:
+    """The coordinator writes the event of the report itself, and for a failure also the dead letter."""
+    report = event(fact)
+    made = decide(held(), NO_FLOOR, report, 0, 9, T0 + 1)
+    assert made.facts[0] is report
     assert [type(f.fact) for f in made.facts[1:]] == ([DeadLettered] if isinstance(fact, JobFailed) else [])
     assert made.row == Released(0, 9, 1, 1, T0 + 1, True)
 
 
 @pytest.mark.parametrize(("fact", "attempt"), [(JobRetried(ERROR, 5_000), 2), (JobSnoozed(5_000, "later"), 1)])
-def test_an_attempt_that_is_made_again_is_scheduled_by_its_end(fact: Any, attempt: int) -> None:
-    """Nobody else asks for it."""
+def test_a_reported_retry_or_snooze_schedules_the_next_release(fact: Any, attempt: int) -> None:
+    """No other event requests this release."""
     made = on(held(), fact, at=T0 + 7)
     assert isinstance(made.row, Scheduled)
     assert (made.row.release, made.row.attempt, made.row.due) == (2, attempt, (T0 + 5_007) * 1000)
@@ -157,8 +158,9 @@ def test_an_attempt_that_is_made_again_is_scheduled_by_its_end(fact: Any, attemp
     assert [f.fact for f in made.facts] == [fact]
 
 
-def test_a_cancel_ends_what_waits_and_leaves_what_does_not() -> None:
-    """Delayed and retried jobs end at once, under the canceller's name; those at the workers are theirs."""
+def test_a_cancel_ends_a_waiting_job_and_no_job_at_the_workers() -> None:
+    """Delayed and retried jobs end at once, with the name of the person who cancelled. Workers cancel the other
+    jobs."""
     row = on(None, JobSubmitted(SPEC, 60_000), release=0, offset=4).row
     assert isinstance(row, Scheduled)
     made = on(row, CancelRequested("ann", "no need"), release=0)
@@ -171,8 +173,8 @@ def test_a_cancel_ends_what_waits_and_leaves_what_does_not() -> None:
     assert on(row, CancelRequested("ann"), release=0, run=2).facts == (), "of another run"
 
 
-def test_what_expires_while_it_waits_ends_then() -> None:
-    """At its expiry, not at its due time; and one that is due before expires at the workers, if at all."""
+def test_a_job_that_expires_while_it_waits_ends_at_its_expiry() -> None:
+    """The expiry is before the due time. If the due time is first, only a worker can close the job as expired."""
     row = on(None, JobSubmitted(JobSpec(b"{}", {}, None, 1_000), 60_000), release=0, offset=4).row
     assert isinstance(row, Scheduled)
     assert row.acts_at == (T0 + 1_000) * 1000
@@ -197,10 +199,9 @@ FACTS = st.one_of(
 
 @given(st.lists(st.tuples(FACTS, st.integers(1, 4), st.integers(0, 40_000)), max_size=60), st.booleans())
 @settings(max_examples=300, deadline=None)
-def test_of_a_run_there_is_one_end(steps: list[tuple[Fact, int, int]], crash: bool) -> None:
-    """Whatever workers, timers and people write, in whatever order and however often: at most one end
-    of the run is passed on, each release is let go once, and nothing follows the end. Decided again
-    after a crash, it comes to the same."""
+def test_a_run_has_at_most_one_outcome(steps: list[tuple[Fact, int, int]], crash: bool) -> None:
+    """Workers, timers and people write any facts in any order and number. The coordinator writes at most one outcome of
+    the run and each release once, and no release after the outcome. After a crash the same decisions are made again."""
     row: Row | None = None
     at = T0
     ends: Counter[str] = Counter()
@@ -211,8 +212,8 @@ def test_of_a_run_there_is_one_end(steps: list[tuple[Fact, int, int]], crash: bo
         if crash:
             assert decide(row, NO_FLOOR, event(fact, release), 0, offset, at) == made, "a function of what stands there"
         terminal = [f for f in made.facts if isinstance(f.fact, JobSucceeded | JobFailed | JobCancelled | JobExpired)]
-        for said in terminal:
-            ends[said.event_id if said.event_id != "id" else f"{offset}"] += 1
+        for outcome in terminal:
+            ends[outcome.event_id if outcome.event_id != "id" else f"{offset}"] += 1
         if made.release is not None and made.verdict != "sent-again":
             released[made.release.release] += 1
             assert sum(ends.values()) == 0, "let go after its end"

@@ -1,4 +1,4 @@
-"""The worker's side of leases, where something breaks: beside `test_dispatching`, with its bench."""
+"""The worker's side of job leases when an error occurs, with the `Bench` of `test_dispatching`."""
 
 from __future__ import annotations
 
@@ -26,29 +26,29 @@ def full(*args: object) -> None:
 
 
 def grant(leases: JobLeases, work: JobRun) -> None:
-    """Both records of the lease are acknowledged."""
+    """Acknowledge both records of the lease."""
     assert work.lease is not None
     work.lease.settled(work)
 
 
 def let_go(leases: JobLeases, work: JobRun) -> None:
-    """It was not renewed in time: the next look finds that out."""
+    """Let the lease end without a renewal; the next check notices that."""
     assert work.lease is not None
     work.lease.granted, work.lease.until = True, 0.0
 
 
 def close_again(leases: JobLeases, work: JobRun) -> None:
-    """The end of its job was not delivered, and is sent again."""
+    """Report that the outcome was not delivered, so that it is sent again."""
     leases._closed(work, b"", KafkaError(KafkaError._MSG_TIMED_OUT), cast(Any, None))
 
 
 def close_after(leases: JobLeases, work: JobRun) -> None:
-    """What goes before its end is acknowledged."""
+    """Send the outcome, as after the acknowledgement of the records before it."""
     leases.call(leases._send_close, work, b"")
 
 
 @pytest.mark.parametrize(
-    ("how", "begin", "give_up", "send", "said"),
+    ("how", "begin", "give_up", "send", "expected"),
     [
         (grant, breaks, None, None, "the dispatcher failed: ZeroDivisionError('here')"),
         (let_go, None, breaks, None, "the dispatcher failed: ZeroDivisionError('here')"),
@@ -56,15 +56,15 @@ def close_after(leases: JobLeases, work: JobRun) -> None:
         (close_after, None, None, full, "the send queue stayed full"),
     ],
 )
-def test_what_breaks_a_leased_job_ends_the_worker(
+def test_an_error_that_would_lose_a_leased_job_ends_the_worker(
     monkeypatch: pytest.MonkeyPatch,
     how: Callable[[JobLeases, JobRun], None],
     begin: Callable[..., None] | None,
     give_up: Callable[..., None] | None,
     send: Callable[..., None] | None,
-    said: str,
+    expected: str,
 ) -> None:
-    """The loop would log it, and the job be leased for ever, running nowhere."""
+    """Otherwise the event loop would only log the error, and the job would be leased forever without running."""
     app = App("shop")
 
     @app.task(long=True)
@@ -97,7 +97,7 @@ def test_what_breaks_a_leased_job_ends_the_worker(
             monkeypatch.setattr(bench.kept, "send", send)
         how(leases, work)
         await until(lambda: bench.failed, TICK_S + 5)
-        assert [str(error) for error in bench.failed] == [said]
+        assert [str(error) for error in bench.failed] == [expected]
         leases.close_all()
         bench.close()
 

@@ -1,4 +1,4 @@
-"""Finding the app that a command line names, and what is said when it is not there."""
+"""Finding the app that a command line names, and the errors if the app is not found."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ GOOD = "from jobledger import App\napp = App('shop')\n"
 
 @pytest.fixture
 def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Write]:
-    """Writes modules into an empty working directory; they are forgotten afterwards."""
+    """A function that writes modules into an empty working directory. The modules are removed from `sys.modules`
+    afterwards."""
     monkeypatch.chdir(tmp_path)
     before, path = set(sys.modules), list(sys.path)
 
@@ -42,13 +43,13 @@ def refused(target: str) -> str:
 
 @pytest.mark.parametrize("target", ["lone_shop:app", "lone_shop", "lone_shop.py:app", "./lone_shop.py"])
 def test_an_app_is_found_by_module_and_by_file(write: Write, target: str) -> None:
-    """``module:app``, ``module`` (its ``app``), and a path to the file all mean the same app."""
+    """``module:app``, ``module`` and a path to the file all name the same app."""
     write("lone_shop.py", GOOD)
     assert load_app(target).names.namespace == "shop"
 
 
-def test_a_file_in_a_package_is_the_module_its_package_imports(write: Write) -> None:
-    """A path into a package imports the package's module, so relative imports work and there is one copy of it."""
+def test_a_path_into_a_package_loads_the_packages_module(write: Write) -> None:
+    """So relative imports work, and the module is imported only once."""
     write("boxed/__init__.py", "")
     write("boxed/deep/__init__.py", "")
     write("boxed/other.py", "NAME = 'boxed'\n")
@@ -57,14 +58,14 @@ def test_a_file_in_a_package_is_the_module_its_package_imports(write: Write) -> 
 
 
 def test_the_command_line_wins_over_the_apps_settings(write: Write) -> None:
-    """``--bootstrap`` and ``--status-url`` replace what the app was made with."""
+    """``--bootstrap`` and ``--status-url`` replace the settings with which the app was made."""
     write("set_shop.py", GOOD)
     app = load_app("set_shop:app", bootstrap="there:1", status_url="sqlite:///x.db")
     assert (app.settings.bootstrap, app.settings.status_url) == ("there:1", "sqlite:///x.db")
 
 
-def test_a_module_that_is_not_there_is_told_from_an_error_inside_one(write: Write) -> None:
-    """A missing module says where it was looked for and what is nearly called so; a missing import inside says that."""
+def test_a_missing_module_and_an_error_inside_a_module_have_different_errors(write: Write) -> None:
+    """The error of a missing module suggests a similar name. A failed import inside a module is reported as that."""
     write("shopping.py", "import no_such_thing_at_all\n")
     missing = refused("shoping:app")
     assert "'shoping' does not exist" in missing
@@ -75,46 +76,46 @@ def test_a_module_that_is_not_there_is_told_from_an_error_inside_one(write: Writ
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected"),
     [
         ("x = 1\ndef broken(:\n", "broken_shop.py:2: SyntaxError"),
         ("def f():\n    raise OSError('disk on fire')\nf()\n", "broken_shop.py:2: OSError: disk on fire"),
         ("import sys\nsys.exit(4)\n", "broken_shop.py:2: SystemExit: 4"),
     ],
 )
-def test_an_error_inside_the_module_names_file_and_line(write: Write, text: str, said: str) -> None:
-    """Whatever the import raises is one line with the place in the user's own code."""
+def test_an_error_inside_the_module_names_file_and_line(write: Write, text: str, expected: str) -> None:
+    """Any exception of the import becomes one line with the position in the user's own code."""
     write("broken_shop.py", text)
     message = refused("broken_shop:app")
-    assert said in message
+    assert expected in message
     assert "\n" not in message
 
 
 def test_a_wrong_option_of_a_task_names_the_line_that_has_it(write: Write) -> None:
-    """The app's own complaints keep their kind and gain the place."""
+    """An error of the app keeps its type, and its message gets the position."""
     write("wrong_shop.py", GOOD + "@app.task(queue='no spaces please')\ndef f(): ...\n")
     assert refused("wrong_shop:app").startswith("wrong_shop.py:3: queue 'no spaces please'")
 
 
-def test_what_can_only_be_judged_at_the_end_is_judged(write: Write) -> None:
-    """Loading an app checks it whole: a fallback that nobody registers is refused."""
+def test_loading_an_app_checks_the_whole_app(write: Write) -> None:
+    """A fallback task that is not registered is refused."""
     write("half_shop.py", GOOD + "@app.task(fallback='later')\ndef f(): ...\n")
     with pytest.raises(UnknownTask, match="later"):
         load_app("half_shop:app")
 
 
-def test_an_attribute_that_is_no_app_names_those_that_are(write: Write) -> None:
-    """A wrong attribute name leads to the right one."""
+def test_the_error_of_a_wrong_attribute_names_the_apps_of_the_module(write: Write) -> None:
+    """A misspelled attribute, an attribute that is no app, and a module without an app have different errors."""
     write("two_shops.py", GOOD + "application = App('other')\nlabel = 'x'\n")
     assert "did you mean two_shops:application?" in refused("two_shops:aplication")
-    assert "is a str, not a jobledger.App; its apps are 'app', 'application'" in refused("two_shops:label")
+    assert "is a str, not a jobledger.App; the module's apps are 'app', 'application'" in refused("two_shops:label")
     write("no_shop.py", "x = 1\n")
-    assert "it has no App at all" in refused("no_shop")
+    assert "the module has no App" in refused("no_shop")
     write("hidden_shop.py", GOOD.replace("app =", "jobs ="))
     assert "write hidden_shop:jobs" in refused("hidden_shop")
 
 
 @pytest.mark.parametrize("target", ["", ":app", "shop:", "absent/file.py:app"])
-def test_a_target_that_names_nothing_says_how_one_looks(write: Write, target: str) -> None:
-    """Malformed targets and missing files are refused with the form that is wanted."""
+def test_the_error_of_a_malformed_target_shows_the_right_form(write: Write, target: str) -> None:
+    """Malformed targets and missing files are refused."""
     assert "MODULE:APP" in refused(target)

@@ -1,4 +1,4 @@
-"""Talking to Kafka: what has an answer, an error, or neither."""
+"""Requests to Kafka: with an answer, with an error, or without both."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from confluent_kafka import KafkaError, KafkaException
 from jobledger.kafka import clients
 
 
-def test_an_admin_client_that_answers_nothing_has_timed_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a busy machine even a client's own timeout may come late: that is a timeout of Kafka's all the same, and what an
-    answer or an error of the client says is passed on."""
+def test_a_request_without_an_answer_raises_kafkas_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine the client's own timeout may come late, so `answer_of` raises the same error. An answer is
+    returned, and an error of the client is raised."""
     monkeypatch.setattr(clients, "ANSWER_MARGIN_S", 0.0)
     silent: Future[int] = Future()
     with pytest.raises(KafkaException) as caught:

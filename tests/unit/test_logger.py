@@ -19,7 +19,7 @@ from jobledger.process.logger import get_logger, loop_error
 
 
 class Raises(logging.Handler):
-    """Raises, with what it is told to write."""
+    """A handler that raises an exception for each record."""
 
     def __init__(self, raised: type[BaseException]) -> None:
         super().__init__()
@@ -31,30 +31,32 @@ class Raises(logging.Handler):
 
 @pytest.fixture
 def logger() -> Iterator[logging.Logger]:
-    """A logger of ours that nobody else has."""
+    """A new logger of Jobledger."""
     made = get_logger(f"jobledger.test.{uuid.uuid4().hex}")
     yield made
     made.handlers.clear()
 
 
 @pytest.mark.parametrize("raised", [RuntimeError, SystemExit, GeneratorExit])
-def test_a_handler_that_raises_ends_nothing(
+def test_an_error_of_a_log_handler_does_not_reach_the_code_that_logs(
     logger: logging.Logger, raised: type[BaseException], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The line is on standard error, with what broke."""
+    """The line is written to standard error, with the error."""
     logger.addHandler(Raises(raised))
     logger.warning("job %s failed", "j1", extra={"job_id": "j1"})
     try:
         raise ValueError("the job's")
     except ValueError:
         logger.exception("it broke")
-    said = capsys.readouterr().err
-    assert f"WARNING {logger.name}: job j1 failed [logging broke: {raised.__name__}: no room]" in said
-    assert "it broke" in said
+    written = capsys.readouterr().err
+    assert f"WARNING {logger.name}: job j1 failed [logging failed: {raised.__name__}: no room]" in written
+    assert "it broke" in written
 
 
-def test_a_filter_that_raises_ends_nothing(logger: logging.Logger, capsys: pytest.CaptureFixture[str]) -> None:
-    """As a handler."""
+def test_an_error_of_a_log_filter_does_not_reach_the_code_that_logs(
+    logger: logging.Logger, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The line is written to standard error."""
 
     def refuses(record: logging.LogRecord) -> bool:
         raise RuntimeError("no")
@@ -65,18 +67,20 @@ def test_a_filter_that_raises_ends_nothing(logger: logging.Logger, capsys: pytes
 
 
 @pytest.mark.parametrize("raised", [KeyboardInterrupt, TaskTimedOut])
-def test_what_is_raised_from_outside_is_not_swallowed(logger: logging.Logger, raised: type[BaseException]) -> None:
-    """Ctrl-C and a task's time limit are for the code that logs."""
+def test_ctrl_c_and_a_time_limit_during_logging_are_raised(logger: logging.Logger, raised: type[BaseException]) -> None:
+    """These two exceptions are not errors of a handler."""
     logger.addHandler(Raises(raised))
     with pytest.raises(raised):
         logger.warning("x")
 
 
-def test_a_line_says_where_it_was_written(logger: logging.Logger, caplog: pytest.LogCaptureFixture) -> None:
-    """The guard is not taken for the place."""
+def test_a_log_record_has_the_position_of_the_code_that_logs(
+    logger: logging.Logger, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The record does not have the position of the guard around the handlers."""
     logger.warning("here")
     assert caplog.records[-1].filename == Path(__file__).name
-    assert caplog.records[-1].funcName == "test_a_line_says_where_it_was_written"
+    assert caplog.records[-1].funcName == "test_a_log_record_has_the_position_of_the_code_that_logs"
 
 
 CONFIGURES = """
@@ -90,14 +94,14 @@ other.warning("disabled")
 """
 
 
-def test_a_configuration_that_does_not_name_them_disables_none() -> None:
-    """`dictConfig` disables every other logger that exists, by default."""
+def test_a_logging_configuration_does_not_disable_our_loggers() -> None:
+    """By default, `dictConfig` disables every existing logger that the configuration does not name."""
     done = subprocess.run([sys.executable, "-c", CONFIGURES], capture_output=True, text=True, check=True)
     assert done.stderr == "still here\n"
 
 
 def test_every_logger_of_ours_is_guarded() -> None:
-    """No module asks `logging` itself for a logger of Jobledger's to write to."""
+    """No module makes a logger of Jobledger with `logging.getLogger`."""
     folder = Path(jobledger.__file__).parent
     files = [
         path for part in (".", "consumers", "streams", "schemas") for path in (folder / part).resolve().rglob("*.py")
@@ -108,7 +112,7 @@ def test_every_logger_of_ours_is_guarded() -> None:
 
 
 def test_a_broken_log_does_not_stop_an_event_loop() -> None:
-    """A callback fails, and the handler of its line raises: the loop runs on."""
+    """A callback fails, and the log handler for its error raises. The loop continues."""
     handler = Raises(RuntimeError)
     asyncio_log = logging.getLogger("asyncio")
     asyncio_log.addHandler(handler)

@@ -1,4 +1,4 @@
-"""Log lines tell which job they are about."""
+"""Log lines have the job during which they were written."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ except ZeroDivisionError:
 
 
 def written(kind: str) -> list[str]:
-    """What a process that logs writes on standard error."""
+    """Return the lines that a process with logging writes to standard error."""
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM % kind], capture_output=True, text=True, check=True, encoding="utf-8"
     )
@@ -44,7 +44,8 @@ def written(kind: str) -> list[str]:
 
 
 def test_json_lines_carry_the_job() -> None:
-    """Of logging and of structlog, with what was given to each; outside a job nothing is added."""
+    """This holds for lines of logging and of structlog, which keep their own fields. Outside a job no field is
+    added."""
     before, paid, sent, broke = [json.loads(line) for line in written("json")]
     about = {"job_id": "j", "task": "charge", "queue": "default", "run": 1, "attempt": 2}
     assert (before["event"], before["level"], before["logger"]) == ("before 1", "warning", "shop")
@@ -56,7 +57,7 @@ def test_json_lines_carry_the_job() -> None:
 
 
 def test_text_lines_carry_the_job() -> None:
-    """Behind the message."""
+    """The fields of the job are after the message."""
     lines = written("text")
     assert lines[0].endswith("WARNING shop: before 1")
     assert any(
@@ -64,20 +65,20 @@ def test_text_lines_carry_the_job() -> None:
     )
 
 
-def test_a_format_that_is_none_is_refused() -> None:
-    """Naming those there are."""
-    with pytest.raises(ConfigError, match="there are text, json"):
+def test_an_unknown_log_format_is_refused() -> None:
+    """The error lists the formats."""
+    with pytest.raises(ConfigError, match="the formats are text, json"):
         logs.set_up({"JOBLEDGER_LOG_FORMAT": "xml"})
 
 
-def test_for_loggers_that_somebody_else_set_up() -> None:
-    """The filter and the processor can be used by themselves; what the line says wins."""
+def test_the_filter_and_the_processor_work_in_other_log_configurations() -> None:
+    """A field of the line itself is not replaced by the field of the job."""
 
     def inside() -> None:
         enter(job("charge"))
         record = logging.makeLogRecord({"task": "mine"})
         assert JobFilter().filter(record)
-        assert (record.task, record.job_id) == ("mine", "j")  # type: ignore[attr-defined]  # put there
+        assert (record.task, record.job_id) == ("mine", "j")  # type: ignore[attr-defined]  # set by the filter
         event: dict[str, Any] = {"event": "x", "attempt": "mine"}
         assert add_job(None, "info", event)["attempt"] == "mine"
         assert event["job_id"] == "j"
@@ -127,20 +128,20 @@ DICT = """logging.config.dictConfig({"version": 1, "handlers": {"h": {"class": "
         ("", {"JOBLEDGER_LOG_LEVEL": "CRITICAL"}, []),
     ],
 )
-def test_the_app_s_logging_is_left_alone_and_hides_no_failure(
+def test_the_apps_log_configuration_is_kept_and_hides_no_failed_job(
     theirs: str, env: dict[str, str], lines: list[str]
 ) -> None:
-    """Jobledger's lines go where the app's go; that a job failed for good is written whatever the app has configured,
-    unless it gives Jobledger's loggers a level."""
+    """Jobledger's lines use the app's handlers. The failure of a job is written with any configuration, unless the
+    configuration sets a level for Jobledger's loggers."""
     program = SETS_UP.format(theirs=theirs, env=env)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, encoding="utf-8")
-    found = done.stderr.splitlines()
-    assert len(found) == len(lines), found
-    assert all(line.endswith(wanted) for line, wanted in zip(found, lines, strict=True)), found
+    written_lines = done.stderr.splitlines()
+    assert len(written_lines) == len(lines), written_lines
+    assert all(line.endswith(wanted) for line, wanted in zip(written_lines, lines, strict=True)), written_lines
 
 
 def test_an_attempt_s_traceback_is_shown_at_debug_level() -> None:
-    """Of a retry and of a failure."""
+    """This holds for a retry and for a failure."""
     program = SETS_UP.format(theirs="", env={"JOBLEDGER_LOG_LEVEL": "DEBUG"})
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, encoding="utf-8")
     assert done.stderr.count("Traceback (most recent call last):") == 2

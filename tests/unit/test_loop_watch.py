@@ -1,4 +1,4 @@
-"""When a worker collects garbage, and whose code it is that runs: pure rules."""
+"""Pure rules: when a worker collects garbage, and whether the running code is a job's."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from jobledger.definitions.functions import runs_inside
 MIB = 1 << 20
 
 
-def test_garbage_is_collected_by_the_memory_it_takes() -> None:
-    """A process that grew by 64 MiB since the last collection, or by an eighth if that is more, collects; an idle one does
-    so after 8 MiB."""
+def test_garbage_is_collected_after_a_growth_of_memory() -> None:
+    """The growth since the last collection must be 64 MiB, or an eighth if that is more. If the process is idle, 8 MiB
+    are enough."""
     assert not due(100 * MIB + GROWN - 1, 100 * MIB, idle=False)
     assert due(100 * MIB + GROWN, 100 * MIB, idle=False)
     assert not due(8_900 * MIB, 8_000 * MIB, idle=False)
@@ -27,27 +27,27 @@ def test_garbage_is_collected_by_the_memory_it_takes() -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 200), st.booleans()), max_size=60))
 def test_garbage_never_grows_beyond_its_bound(steps: list[tuple[int, bool]]) -> None:
-    """Whatever is allocated between two looks, after a look less than the bound is left since the last collection; memory
-    that is rightly in use causes no collection without growth."""
-    rightly = garbage = collected = 0
+    """For any allocations between two checks, the garbage after a check is below the bound. Memory that is really in
+    use causes no collection without growth."""
+    in_use = garbage = collected = 0
 
     def free() -> None:
         nonlocal garbage, collected
         garbage, collected = 0, collected + 1
 
-    watched = Garbage(lambda: (100 + rightly + garbage) * MIB, free, lambda: 0.0)
+    watched = Garbage(lambda: (100 + in_use + garbage) * MIB, free, lambda: 0.0)
     for size, is_garbage in steps:
-        rightly, garbage = rightly + size * (not is_garbage), garbage + size * is_garbage
+        in_use, garbage = in_use + size * (not is_garbage), garbage + size * is_garbage
         watched.look(idle=False)
-        assert garbage * MIB < max(GROWN, (100 + rightly) * MIB // 8)
+        assert garbage * MIB < max(GROWN, (100 + in_use) * MIB // 8)
         before = collected
         watched.look(idle=False)
         assert collected == before
 
 
 def test_collections_take_a_tenth_of_the_time_at_most() -> None:
-    """Jobs that take and free much memory in turn, beside a large heap of which each collection takes a quarter of a second:
-    the event loop is not held up for more than a tenth of the time."""
+    """Jobs allocate and free much memory in turn, beside a large heap for which each collection takes a quarter of a
+    second. The collections block the event loop for at most a tenth of the time."""
     now = spent = 0.0
     looks = 0
 
@@ -63,9 +63,9 @@ def test_collections_take_a_tenth_of_the_time_at_most() -> None:
     assert watched.collections == spent / 0.25
 
 
-def test_growth_does_not_wait_for_the_next_collections_time() -> None:
-    """Collections that take a second each, on a busy machine, and jobs that leave 100 MiB in cycles between two looks: what is
-    in use stays bounded."""
+def test_a_large_growth_is_collected_at_once() -> None:
+    """On a busy machine each collection takes a second, and jobs leave 100 MiB of garbage between two checks. The
+    memory in use is bounded."""
     now, used, most = 0.0, 100, 0
 
     def collect() -> None:
@@ -80,8 +80,8 @@ def test_growth_does_not_wait_for_the_next_collections_time() -> None:
     assert most <= 100 + 256 + 100
 
 
-def test_the_memory_in_use_is_known() -> None:
-    """A Python process takes more than a MiB, and what it allocates counts."""
+def test_the_memory_of_the_process_is_measured() -> None:
+    """A Python process uses more than 1 MiB, and an allocation is added."""
     before = resident()
     held = b"x" * (64 * MIB)
     assert resident() - before > 32 * MIB
@@ -89,13 +89,14 @@ def test_the_memory_in_use_is_known() -> None:
     assert len(held) == 64 * MIB
 
 
-def test_code_of_a_job_is_told_from_the_code_around_it() -> None:
-    """A frame is the job's if it runs what the job's function runs, called by the executor; the executor's own code, what
-    that calls besides, and code elsewhere are not."""
-    found: dict[str, bool] = {}
+def test_code_of_a_job_is_distinguished_from_the_code_around_it() -> None:
+    """A frame belongs to the job if it runs the job's function or code that this function calls, and the executor
+    called the function. The executor's own code, its other calls, and a call of the function elsewhere do not belong to
+    the job."""
+    noted: dict[str, bool] = {}
 
-    def note(name: str) -> None:  # while the frame runs, as the handler of a signal does it
-        found[name] = runs_inside(sys._getframe(1), executor.__code__, job)
+    def note(name: str) -> None:  # looks at the running frame, as a signal handler does
+        noted[name] = runs_inside(sys._getframe(1), executor.__code__, job)
 
     async def deeper(name: str) -> None:
         await asyncio.sleep(0)
@@ -118,7 +119,7 @@ def test_code_of_a_job_is_told_from_the_code_around_it() -> None:
         await job("function elsewhere")
 
     asyncio.run(main())
-    assert found == {
+    assert noted == {
         "the executor": False,
         "what the executor calls besides": False,
         "job": True,

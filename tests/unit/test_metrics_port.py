@@ -1,4 +1,4 @@
-"""``--metrics-port``: what a process counts, and the figures of its health, over HTTP."""
+"""``--metrics-port``: the metrics of a process and the figures of its health, over HTTP."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ HEALTH = {
 
 
 def test_health_figures_are_gauges(caplog: pytest.LogCaptureFixture) -> None:
-    """Every number of a health report is a gauge, those of queues with a label; lists count; text is left out."""
+    """Each number is a gauge, and a queue's numbers have a label. The gauge of a list is its length. Text is left
+    out."""
     with caplog.at_level(logging.INFO, "jobledger.metrics"), serving(Listen(HOST, 0), "jl_test", lambda: HEALTH):
-        found = re.search(r"http://\S+", caplog.text)
-        assert found is not None
-        with urllib.request.urlopen(found.group(), timeout=10 * PATIENCE) as answer:
+        address = re.search(r"http://\S+", caplog.text)
+        assert address is not None
+        with urllib.request.urlopen(address.group(), timeout=10 * PATIENCE) as answer:
             text = answer.read().decode()
     lines = set(text.splitlines())
     assert {"jl_test_healthy 1.0", "jl_test_running 3.0"} <= lines
@@ -37,8 +38,8 @@ def test_health_figures_are_gauges(caplog: pytest.LogCaptureFixture) -> None:
     assert "h:1" not in text
 
 
-def test_a_taken_port_is_named() -> None:
-    """A port of somebody else's is said with the way out."""
+def test_the_error_of_a_port_in_use_names_the_port() -> None:
+    """The error has a remedy."""
     with socket.create_server((HOST, 0)) as other:
         port = other.getsockname()[1]
         with (
@@ -48,8 +49,8 @@ def test_a_taken_port_is_named() -> None:
             pass
 
 
-def test_no_port_serves_nothing() -> None:
-    """Without the option there is no server."""
+def test_without_a_port_no_metrics_are_served() -> None:
+    """Without the option no server is started."""
     with serving(None):
         pass
 
@@ -62,16 +63,16 @@ def test_no_port_serves_nothing() -> None:
         ("[::]:0", "::", 0, "[::]:0"),
     ],
 )
-def test_where_to_listen(text: str, host: str, port: int, shown: str) -> None:
-    """A port alone is on the loopback address."""
-    found = Listen.parse(text)
-    assert found == Listen(host, port)
-    assert str(found) == shown
-    assert found.following(2).port == (port + 2 if port else 0)
+def test_the_option_takes_a_port_or_a_host_with_a_port(text: str, host: str, port: int, shown: str) -> None:
+    """A port without a host is on the loopback address."""
+    listen = Listen.parse(text)
+    assert listen == Listen(host, port)
+    assert str(listen) == shown
+    assert listen.following(2).port == (port + 2 if port else 0)
 
 
 @pytest.mark.parametrize("text", ["", "nine", "70000", "localhost:", "-1"])
-def test_what_is_no_port_is_refused(text: str) -> None:
-    """With the value and what to write."""
+def test_a_wrong_port_is_refused(text: str) -> None:
+    """The error has the value and the right form."""
     with pytest.raises(typer.BadParameter, match="HOST:PORT"):
         Listen.parse(text)

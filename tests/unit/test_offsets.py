@@ -1,4 +1,4 @@
-"""The completion map of a work partition: nothing undone is ever called done, nothing done is ever lost."""
+"""The completion map of a work partition: it never has an open record as done, and loses no done record."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ steps = st.lists(
 
 @given(steps, st.lists(st.integers(0, 3), min_size=800, max_size=800), st.integers(0, 1 << 33))
 @settings(max_examples=100, deadline=None)
-def test_any_order_of_completions_and_restarts_keeps_exactly_what_is_done(
+def test_completions_and_restarts_in_any_order_keep_exactly_the_done_records(
     plan: list[tuple[str, int]], gaps: list[int], first: int
 ) -> None:
-    """Snapshot and restore at any moment give back exactly the done records: none undone, none lost."""
-    log = [first + n + sum(gaps[: n + 1]) for n in range(len(gaps))]  # some offsets never come
+    """A snapshot at any moment, and its restore, give exactly the done records."""
+    log = [first + n + sum(gaps[: n + 1]) for n in range(len(gaps))]  # some offsets have no record
     log_end = log[-1] + 1
     tracker = PartitionOffsets(Restored(first), 0)
     read = 0  # how many records of the log this owner has read
@@ -71,18 +71,18 @@ def test_any_order_of_completions_and_restarts_keeps_exactly_what_is_done(
 
 
 def test_offsets_without_a_record_are_counted() -> None:
-    """A gap counts with its length; records that were done before are received all the same, and are no gap."""
+    """A gap counts with its length. Records that were done before are received too, so they are no gap."""
     tracker = PartitionOffsets(Restored(10, ((12, 14),)), 0)
-    seen = [(tracker.receive(offset), tracker.missing) for offset in (10, 11, 12, 13, 14, 16, 20, 20)]
-    assert seen == [
+    counts = [(tracker.receive(offset), tracker.missing) for offset in (10, 11, 12, 13, 14, 16, 20, 20)]
+    assert counts == [
         (True, 0), (True, 0), (False, 0), (False, 0), (True, 0), (True, 1), (True, 4), (False, 4),
     ]  # fmt: skip
 
 
 @given(st.integers(0, 1 << 40), st.integers(0, 3000), st.data())
 @settings(max_examples=200, deadline=None)
-def test_the_text_reads_back_as_it_was_written(base: int, floor: int, data: st.DataObject) -> None:
-    """Every map that fits is read back unchanged, in runs as in bits."""
+def test_a_completion_map_is_decoded_as_it_was_encoded(base: int, floor: int, data: st.DataObject) -> None:
+    """Every map that fits is decoded unchanged, in the form of runs and in the form of bits."""
     lengths = data.draw(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), max_size=300))
     at = base
     ranges = []
@@ -99,10 +99,10 @@ def test_the_text_reads_back_as_it_was_written(base: int, floor: int, data: st.D
 
 @given(st.lists(st.tuples(st.integers(1, 3000), st.integers(0, 800)), min_size=1, max_size=30), st.integers(0, 1 << 32))
 @settings(max_examples=25, deadline=None)
-def test_below_the_brake_the_text_always_fits(bursts: list[tuple[int, int]], seed: int) -> None:
-    """Whoever stops intake at the brake never meets a map that is too long, whatever completes in whatever order."""
+def test_the_completion_map_fits_while_intake_is_not_braked(bursts: list[tuple[int, int]], seed: int) -> None:
+    """If the worker receives no more records at the brake, the map is never too long, for completions in any order."""
     tracker = PartitionOffsets(Restored(0), 0)
-    tracker.receive(0)  # never done: the watermark stands still
+    tracker.receive(0)  # never done: the watermark makes no progress
     pending: list[int] = []
     at = 1
     chance = random.Random(seed)
@@ -120,8 +120,8 @@ def test_below_the_brake_the_text_always_fits(bursts: list[tuple[int, int]], see
     assert tracker.snapshot() is not None
 
 
-def test_a_straggler_does_not_stop_intake_of_many_others() -> None:
-    """One record that stays open costs a few bytes: with few others open, intake never brakes."""
+def test_a_single_open_record_does_not_stop_the_intake_of_others() -> None:
+    """One record that stays open needs a few bytes. While only a few other records are open, intake is not braked."""
     tracker = PartitionOffsets(Restored(0), 0)
     tracker.receive(0)
     for offset in range(1, 200_000):
@@ -155,31 +155,31 @@ def test_a_straggler_does_not_stop_intake_of_many_others() -> None:
     ],
 )
 def test_an_unreadable_map_means_not_done(text: str | None) -> None:
-    """Text that is missing, damaged or of another version says nothing is done and the hand-over was not clean."""
+    """If the text is missing, damaged or of another version, no record is done, and the hand-over was not clean."""
     assert decode(7, text, LOG_END) == Restored(7)
 
 
 @given(st.text(max_size=80))
-def test_no_text_breaks_the_reader(text: str) -> None:
-    """Whatever stands in the metadata, reading it gives an answer, and the answer is "not done"."""
+def test_any_text_in_the_metadata_can_be_read(text: str) -> None:
+    """For any text in the metadata that is no map, no record is done."""
     assert decode(7, text, LOG_END) == Restored(7)
 
 
-def test_a_map_beside_another_base_is_refused() -> None:
-    """A map only holds beside the base it was taken with."""
+def test_a_map_with_another_committed_offset_is_refused() -> None:
+    """A map is valid only with the offset with which it was committed."""
     text = encode(100, [(101, 105)], 3, True)
     assert decode(100, text, 200).done == ((101, 105),)
     assert decode(99, text, 200) == Restored(99)
 
 
-def test_the_text_of_the_version_before_is_read() -> None:
-    """While workers are being replaced, both write; how far an old one had begun is not known."""
-    # Written by that version: base 100, done 101 to 104 and 110, floor 0x2a, clean.
+def test_a_map_of_the_previous_version_is_read() -> None:
+    """During an upgrade, workers of both versions write maps. The old map does not tell which records were begun."""
+    # Written by the previous version: base 100, done 101 to 104 and 110, floor 0x2a, clean.
     assert decode(100, "1c.2a.077dfe9d.rAQQFAQ==", 200) == Restored(100, ((101, 105), (110, 111)), 42, True, 100)
 
 
-def test_what_was_begun_is_told_to_the_next_owner() -> None:
-    """How far records were begun, done or not, in whatever order; it never goes back."""
+def test_the_next_owner_knows_which_records_were_begun() -> None:
+    """The map has the offset below which records may have been begun. This offset never becomes smaller."""
     tracker = PartitionOffsets(Restored(10), 0)
     for offset in range(10, 20):
         tracker.receive(offset)
@@ -199,14 +199,15 @@ def test_what_was_begun_is_told_to_the_next_owner() -> None:
 
 
 def test_a_map_beyond_the_logs_end_is_refused() -> None:
-    """A map that speaks of records the log does not have is of another log."""
+    """A map with records that the log does not have belongs to another log."""
     text = encode(100, [(101, 105)], 3, True)
     assert decode(100, text, 104) == Restored(100)
     assert decode(100, text, 105).floor == 3
 
 
-def test_the_floor_is_the_lowest_outcome_the_map_can_lack() -> None:
-    """The floor starts at the high watermark, follows acknowledged outcomes and waits for what derives from them."""
+def test_the_takeover_floor_is_the_lowest_outcome_that_the_map_may_lack() -> None:
+    """The floor starts at the high watermark and follows acknowledged outcomes. It waits for the records that derive
+    from them."""
     tracker = PartitionOffsets(Restored(0), 50)
     for offset in range(3):
         tracker.receive(offset)
@@ -226,8 +227,8 @@ def test_the_floor_is_the_lowest_outcome_the_map_can_lack() -> None:
     assert decode(taken.offset, taken.metadata, LOG_END).floor == 62
 
 
-def test_the_floor_waits_for_the_start_of_what_runs() -> None:
-    """A start that a takeover would count stays in what it reads, unless it lies further back than `SCAN_MOST`."""
+def test_the_takeover_floor_is_below_the_starts_of_running_jobs() -> None:
+    """A takeover must read the starts that it counts, unless they are further back than `SCAN_MOST`."""
     tracker = PartitionOffsets(Restored(0), start_floor=50)
     for offset in range(3):
         assert tracker.receive(offset)
@@ -236,7 +237,7 @@ def test_the_floor_waits_for_the_start_of_what_runs() -> None:
     tracker.acknowledged(79)
     tracker.begin(1)
     assert tracker.floor == 60, "record 0 was begun when the last known outcome stood at 59"
-    tracker.begin(0)  # once more, after its process died
+    tracker.begin(0)  # a second start, after the process died
     assert tracker.floor == 60
     tracker.unsettled(2, 55)
     assert tracker.floor == 55
@@ -252,12 +253,12 @@ def test_the_floor_waits_for_the_start_of_what_runs() -> None:
 
 
 @given(st.lists(st.tuples(st.sampled_from(["begin", "end", "other"]), st.integers(0, 30)), max_size=120))
-def test_every_start_that_runs_is_found(steps: list[tuple[str, int]]) -> None:
-    """Whatever begins and ends: each start of a record that has no end stands at or beyond the floor."""
+def test_a_takeover_reads_every_start_without_an_outcome(steps: list[tuple[str, int]]) -> None:
+    """For any starts and outcomes, the start of each record without an outcome is at or above the floor."""
     tracker = PartitionOffsets(Restored(0), start_floor=0)
     for offset in range(31):
         assert tracker.receive(offset)
-    at = 0  # the end of lifecycle, which this owner alone writes
+    at = 0  # the end of the lifecycle partition, to which only this owner writes
     starts: dict[int, int] = {}
     ended: set[int] = set()
     for what, offset in steps:
@@ -272,18 +273,18 @@ def test_every_start_that_runs_is_found(steps: list[tuple[str, int]]) -> None:
             del starts[offset]
             at += 1
         else:
-            at += 1  # another's fact
+            at += 1  # a fact of another job
         assert all(tracker.floor <= start for start in starts.values())
 
 
-def test_a_text_that_would_not_fit_is_not_made() -> None:
-    """Too long a map gives no snapshot instead of a wrong one."""
+def test_a_map_that_does_not_fit_is_not_encoded() -> None:
+    """The result is None, and not a wrong map."""
     scattered = [(n * 200 + 1, n * 200 + 2) for n in range(5000)]
     assert encode(0, scattered, 0, False) is None
 
 
-def test_the_budget_leaves_room() -> None:
-    """A bitset of the span that never brakes is below three quarters of the limit."""
+def test_the_budget_leaves_room_in_the_metadata() -> None:
+    """A bitset of the span within which intake is never braked takes less than three quarters of the limit."""
     every_second = [(n, n + 1) for n in range(1, offset_tracker.SPAN_BUDGET, 2)]
     text = encode(0, every_second, LOG_END, False)
     assert text is not None
@@ -291,8 +292,8 @@ def test_the_budget_leaves_room() -> None:
 
 
 def test_a_hand_over_is_not_clean_while_suspects_are_left() -> None:
-    """As long as a record is not done that a former owner may have begun; and the floor waits for outcomes of it, unless it
-    lies further back than `SUSPECT_MOST`."""
+    """A record that an earlier owner may have begun is a suspect until it is done. The floor waits for its outcome,
+    unless the outcome would be further back than `SUSPECT_MOST`."""
     tracker = PartitionOffsets(Restored(0), 50)
     tracker.suspect(3, 50)
     for record in range(5):
@@ -313,8 +314,8 @@ def test_a_hand_over_is_not_clean_while_suspects_are_left() -> None:
     assert tracker.settled
 
 
-def test_suspects_that_are_not_received_yet_count() -> None:
-    """Records of a queue that is held back are still suspects."""
+def test_suspects_that_are_not_received_yet_keep_the_floor() -> None:
+    """Records that the worker has not read yet, for example of a paused queue, are still suspects."""
     tracker = PartitionOffsets(Restored(0), 50)
     tracker.suspect(2, 50)
     tracker.receive(0)
@@ -326,8 +327,8 @@ def test_suspects_that_are_not_received_yet_count() -> None:
     assert (tracker.floor, tracker.settled) == (71, True)
 
 
-def test_what_is_about_to_be_said_stands_behind_what_is_known() -> None:
-    """An attempt that is made again in place: its fact comes after everything that was acknowledged before."""
+def test_the_fact_of_an_attempt_in_place_is_expected_after_the_acknowledged_facts() -> None:
+    """So the floor of the next attempt in place is after all facts that were acknowledged before."""
     offsets = PartitionOffsets(Restored(0), 50)
     for record in (0, 1):
         offsets.receive(record)
@@ -339,8 +340,8 @@ def test_what_is_about_to_be_said_stands_behind_what_is_known() -> None:
     assert offsets.floor == 61, "not as far back as what the other one had to keep"
 
 
-def test_of_several_notes_the_lowest_counts() -> None:
-    """Whatever order they come in: all that was said of a record must be found until it is done."""
+def test_the_lowest_note_of_a_record_counts_for_the_floor() -> None:
+    """The notes come in any order. Until the record is done, the takeover must be able to read all its facts."""
     offsets = PartitionOffsets(Restored(0), 500)
     assert offsets.receive(0)
     for noted, floor in ((400, 400), (450, 400), (120, 120), (400, 120)):

@@ -1,4 +1,4 @@
-"""Which function a name means: two that are in use cannot share one, and a module that is executed again keeps its own."""
+"""The names of tasks: two functions cannot share a name, and a module that is executed again keeps its names."""
 
 from __future__ import annotations
 
@@ -19,25 +19,26 @@ from jobledger.errors import ConfigError
 
 
 def shop(name: str = "shop") -> App:
-    """An app that connects to nothing."""
+    """Return an app that does not connect."""
     return App(name, settings=Settings())
 
 
-def test_two_lambdas_cannot_share_the_name_that_all_lambdas_have() -> None:
-    """The second one is refused, and the error names both places; with names of their own they are two tasks."""
+def test_a_second_lambda_without_a_name_is_refused() -> None:
+    """The error has both positions in the code. With different names the lambdas are two tasks."""
     app = shop()
     double = app.task(lambda x: x * 2)
-    with pytest.raises(ConfigError, match=r"<lambda>.*test_origins\.py:\d+.*test_origins\.py:\d+.*name=") as found:
+    with pytest.raises(ConfigError, match=r"<lambda>.*test_origins\.py:\d+.*test_origins\.py:\d+.*name=") as caught:
         app.task(lambda x: x * 3)
     line = double.fn.__code__.co_firstlineno
-    assert f"test_origins.py:{line})" in str(found.value)
-    assert f"test_origins.py:{line + 2})" in str(found.value)
+    assert f"test_origins.py:{line})" in str(caught.value)
+    assert f"test_origins.py:{line + 2})" in str(caught.value)
     assert app.task(name="triple")(lambda x: x * 3)(10) == 30
     assert app.tasks["<lambda>"](10) == 20
 
 
 def test_functions_of_one_factory_cannot_share_a_name() -> None:
-    """They have one piece of code, and other values in it; one with the same values does the same, and is the same."""
+    """The functions have the same code and different values in their closures. With the same values they count as one
+    task."""
     app = shop()
 
     def times(factor: int) -> Callable[[int], int]:
@@ -56,12 +57,12 @@ def test_functions_of_one_factory_cannot_share_a_name() -> None:
 
 
 def execute(text: str, file: str, space: dict[str, Any]) -> None:
-    """Execute a text as a module's body, as notebooks and reloads do."""
-    exec(compile(text, file, "exec"), space)  # noqa: S102  # what is tested is code that is executed again
+    """Execute a text as the body of a module, as notebooks and reloads do."""
+    exec(compile(text, file, "exec"), space)  # noqa: S102  # the tests are about code that is executed again
 
 
 def in_a_thread(call: Callable[[], Any]) -> None:
-    """Call it where no module's body is on the stack; raises what it raises."""
+    """Call the function in a thread, without the body of a module on the stack. Raise its exception."""
     raised: list[Exception] = []
 
     def run() -> None:
@@ -77,7 +78,7 @@ def in_a_thread(call: Callable[[], Any]) -> None:
         raise raised[0]
 
 
-#: A module of which every `again` is a second declaration.
+#: A module; each text of `AGAIN` is a second declaration of one of its names.
 MODULE = """
 from functools import wraps
 from jobledger import App
@@ -120,7 +121,8 @@ AGAIN = {
 
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., ModuleType]:
-    """Writes and imports a module ``origins_tasks``, whose app stands in a module of its own that stays as it is."""
+    """A function that writes and imports the module ``origins_tasks``. The app is in another module, which is not
+    imported again."""
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     keeper = ModuleType("origins_keeper")
@@ -142,23 +144,23 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Mod
 
 @pytest.mark.parametrize("anew", [False, True], ids=["reload", "import anew"])
 def test_a_module_that_is_executed_again_declares_its_tasks_again(module: Callable[..., Any], anew: bool) -> None:
-    """After a reload, or an import of a module that was forgotten, the new functions are the tasks, wherever they stand
-    in the file by now."""
+    """After a reload, or after an import of a module that was removed, the new functions are the tasks. Their lines in
+    the file may have changed."""
     module("first")
-    found = module("second time", anew=anew)
-    assert found.app.tasks["send"]("a") == found.app.tasks["ship"]("a") == "second time"
-    assert found.app.events["Sent"].cls is found.Sent
+    again = module("second time", anew=anew)
+    assert again.app.tasks["send"]("a") == again.app.tasks["ship"]("a") == "second time"
+    assert again.app.events["Sent"].cls is again.Sent
 
 
 @pytest.mark.parametrize("again", AGAIN.values(), ids=list(AGAIN))
 def test_a_module_cannot_declare_one_name_twice(module: Callable[..., Any], again: str) -> None:
-    """The second declaration is refused with both places: the first would be out of use without anybody having said so."""
+    """The error has both positions. Otherwise the second declaration would silently replace the first one."""
     with pytest.raises(ConfigError, match=r"origins_tasks\.py:\d+.*origins_tasks\.py:\d+"):
         module("first", again)
 
 
 def test_a_cell_of_a_notebook_that_is_run_again_declares_its_task_again() -> None:
-    """A cell is executed in the same namespace; an edited one counts from then on."""
+    """A cell is executed again in the same namespace, and the edited function becomes the task."""
     space: dict[str, Any] = {"app": shop(), "__name__": "__main__"}
     for word in ("first", "second"):
         cell = f"@app.task\ndef send(to):\n    return {word!r}\n\n@app.event\nclass Sent:\n    to: str\n"
@@ -169,11 +171,11 @@ def test_a_cell_of_a_notebook_that_is_run_again_declares_its_task_again() -> Non
         execute("triple = app.task(lambda x: x * 3)", "<cell 4>", space)
 
 
-def test_a_lambda_of_a_module_that_is_reloaded_takes_the_place_of_the_first(module: Callable[..., Any]) -> None:
-    """As its functions do; two lambdas of a module, or of a console, are two."""
+def test_a_lambda_of_a_reloaded_module_replaces_the_old_one(module: Callable[..., Any]) -> None:
+    """Two lambdas of one module, or of one console, cannot share their name."""
     module("first", "double = app.task(lambda x: 2 * x)")
-    found = module("second time", "double = app.task(lambda x: 20 * x)")
-    assert found.app.tasks["<lambda>"](1) == 20
+    reloaded = module("second time", "double = app.task(lambda x: 20 * x)")
+    assert reloaded.app.tasks["<lambda>"](1) == 20
     with pytest.raises(ConfigError, match="already registered"):
         module("third", "double = app.task(lambda x: 2 * x)\ntriple = app.task(lambda x: 3 * x)")
     space: dict[str, Any] = {"app": shop(), "__name__": "__main__"}
@@ -184,18 +186,18 @@ def test_a_lambda_of_a_module_that_is_reloaded_takes_the_place_of_the_first(modu
 
 @pytest.mark.usefixtures("module")
 def test_a_script_that_is_compiled_once_may_be_executed_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A new module of the same name declares the same things again, whatever its decorators hold."""
+    """A new module with the same name declares the same tasks and events again, also decorated ones."""
     script = compile(MODULE.format(app="origins_keeper", word="x"), "script.py", "exec")
     for _ in range(2):
         monkeypatch.setitem(sys.modules, "script", ModuleType("script"))
         space = sys.modules["script"].__dict__
-        exec(script, space)  # noqa: S102  # as above
+        exec(script, space)  # noqa: S102  # the tests are about code that is executed again
         assert space["app"].tasks["ship"] is space["ship"]
         assert space["app"].events["Sent"].cls is space["Sent"]
 
 
-def test_functions_of_one_name_from_two_modules_are_two() -> None:
-    """A script that is also imported by its name declares each task twice; both names are said."""
+def test_functions_of_two_modules_cannot_share_a_name() -> None:
+    """A script that is also imported by its name declares each task twice. The error has both names."""
     app = shop()
     text = "@app.task\ndef send(to): ...\n"
     execute(text, "jobs.py", {"app": app, "__name__": "__main__"})
@@ -203,8 +205,8 @@ def test_functions_of_one_name_from_two_modules_are_two() -> None:
         execute(text, "jobs.py", {"app": app, "__name__": "jobs"})
 
 
-def test_one_function_under_two_decorators_is_two() -> None:
-    """What a decorator that copies the name makes of a function is another function."""
+def test_a_decorated_function_and_the_plain_function_cannot_share_a_name() -> None:
+    """A decorator that copies the name returns another function. The same function may be declared twice."""
 
     def send(to: str) -> str:
         return to
@@ -223,8 +225,8 @@ def test_one_function_under_two_decorators_is_two() -> None:
         app.task(loud(send))
 
 
-def test_a_job_of_another_apps_task_is_refused_by_name() -> None:
-    """Both apps are named, before anything connects: the other app's workers would run their own task of that name."""
+def test_a_task_of_another_app_is_refused_with_the_names_of_both_apps() -> None:
+    """The error is raised before a client connects. Otherwise the workers would run their own task with that name."""
     one, two = shop("one"), shop("two")
 
     @one.task(name="send")

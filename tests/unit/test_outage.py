@@ -1,4 +1,4 @@
-"""What is logged of a cluster that cannot be reached."""
+"""The log lines about a cluster that cannot be reached."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jobledger.streams.coordinator.faust.log_filters import Connections
 
 
 class Client:
-    """Stands for a client that is open as long as this lives."""
+    """A client that is open as long as this object lives."""
 
 
 CLIENT = Client()
@@ -27,7 +27,8 @@ CLIENT = Client()
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """Questions follow each other at once, no outage is long, and no outage of another test is still being watched."""
+    """Check the connection again at once, let no outage be a long one, and wait until no outage of another test is
+    watched."""
     monkeypatch.setattr(outage, "ASK_EVERY_S", 0.01)
     monkeypatch.setattr(outage, "LONG_S", 600.0)
     monkeypatch.setattr(outage, "STOPPING_S", 600.0)
@@ -37,7 +38,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> 
 
 
 def until(check: Callable[[], bool]) -> None:
-    """Wait for a fact."""
+    """Wait until ``check`` is true."""
     deadline = time.monotonic() + 80
     while not check():
         assert time.monotonic() < deadline
@@ -45,14 +46,14 @@ def until(check: Callable[[], bool]) -> None:
 
 
 def over() -> bool:
-    """Whether nobody watches."""
+    """Return whether no thread watches an outage."""
     return not any(thread.name == "jobledger-outage" for thread in threading.enumerate())
 
 
-def test_an_outage_is_a_warning_then_an_error_and_its_end_is_said(
+def test_an_outage_is_logged_as_a_warning_then_as_an_error_and_its_end_as_info(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However many clients hear of it, and in the words that say the most."""
+    """Each of these lines is logged once for any number of reports, with the most detailed message."""
     monkeypatch.setattr(outage, "LONG_S", 0.2)
     up = threading.Event()
     seen = Outage("k:1", up.is_set)
@@ -69,8 +70,8 @@ def test_an_outage_is_a_warning_then_an_error_and_its_end_is_said(
     ]
 
 
-def test_a_connection_that_is_back_at_once_is_no_outage(caplog: pytest.LogCaptureFixture) -> None:
-    """Nothing is said of it; the next outage is."""
+def test_a_connection_that_is_back_at_once_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """It is not logged. The next outage is logged."""
     answers = [True]
     seen = Outage("k:1", lambda: answers[0])
     seen.heard("Disconnected", CLIENT)
@@ -84,23 +85,23 @@ def test_a_connection_that_is_back_at_once_is_no_outage(caplog: pytest.LogCaptur
     assert "Disconnected again" in caplog.records[0].getMessage()
 
 
-def test_a_question_that_breaks_is_no_answer(caplog: pytest.LogCaptureFixture) -> None:
-    """The outage is told, as is its end: whoever watches asks again."""
+def test_an_error_while_checking_the_connection_counts_as_no_answer(caplog: pytest.LogCaptureFixture) -> None:
+    """The watch checks again, so the outage and its end are logged."""
     answers: list[bool | Exception] = [RuntimeError("no thread for a client"), False, True]
 
     def ask() -> bool:
-        found = answers.pop(0)
-        if isinstance(found, Exception):
-            raise found
-        return found
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
     Outage("k:1", ask).heard("Disconnected", CLIENT)
     until(over)
     assert [record.levelno for record in caplog.records] == [logging.WARNING, logging.INFO]
 
 
-def test_a_process_that_stops_says_nothing_of_its_broker(caplog: pytest.LogCaptureFixture) -> None:
-    """Both may be told to stop at the same time."""
+def test_a_process_that_stops_logs_no_outage(caplog: pytest.LogCaptureFixture) -> None:
+    """The process and its broker may be stopped at the same time."""
     outage.stopping()
     seen = Outage("k:1", lambda: False)
     seen.heard("Connect to k:1 failed: Connection refused", CLIENT)
@@ -108,8 +109,8 @@ def test_a_process_that_stops_says_nothing_of_its_broker(caplog: pytest.LogCaptu
     assert caplog.records == []
 
 
-def test_an_outage_is_watched_as_long_as_a_client_that_told_of_it(caplog: pytest.LogCaptureFixture) -> None:
-    """Once the last one has gone, nothing more is asked and logged; another client's outage is told again."""
+def test_an_outage_is_watched_while_a_client_that_reported_it_is_open(caplog: pytest.LogCaptureFixture) -> None:
+    """After the last of these clients is gone, the watch ends. An outage of another client is logged again."""
     asked: list[bool] = []
 
     def ask() -> bool:
@@ -134,8 +135,8 @@ def test_an_outage_is_watched_as_long_as_a_client_that_told_of_it(caplog: pytest
     assert [record.levelno for record in caplog.records] == [logging.WARNING] * 2
 
 
-def test_a_closed_client_watches_no_outage(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A broker that never comes back is logged as long as a client wants it."""
+def test_the_watch_of_an_outage_ends_when_the_client_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The broker never comes back."""
     monkeypatch.setattr(outage, "ANSWER_S", 0.1)
     settings = Settings(bootstrap=f"127.0.0.1:{free_port()}")
     writer = LogWriter(settings, None)
@@ -145,14 +146,14 @@ def test_a_closed_client_watches_no_outage(monkeypatch: pytest.MonkeyPatch) -> N
     until(over)
 
 
-def test_what_was_missed_is_a_warning_until_the_outage_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    """Then each further one is for who looks for it."""
+def test_a_failed_request_is_a_warning_until_the_outage_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """Later failed requests are logged at a lower level."""
     settings = Settings(bootstrap="nowhere.invalid:1")
     outage.log_missed(outage.LOG, settings, "asking for %s", "topics")
     outage.outage_of(settings).said = True
     outage.log_missed(outage.LOG, settings, "asking again")
     assert [(record.levelno, record.getMessage(), record.funcName) for record in caplog.records] == [
-        (logging.WARNING, "asking for topics", "test_what_was_missed_is_a_warning_until_the_outage_is_told")
+        (logging.WARNING, "asking for topics", "test_a_failed_request_is_a_warning_until_the_outage_is_logged")
     ]
 
 
@@ -165,11 +166,11 @@ def test_what_was_missed_is_a_warning_until_the_outage_is_told(caplog: pytest.Lo
         ("Group Coordinator Request failed: [Error 30] GroupAuthorizationFailedError", True),
     ],
 )
-def test_lost_connections_of_aiokafka_are_told_as_an_outage(line: str, passes: bool) -> None:
-    """What it says of them goes to the watch of outages, the rest of its lines pass."""
-    heard: list[str] = []
-    told = Connections()
-    told.heard = heard.append
+def test_lost_connections_of_aiokafka_are_reported_as_an_outage(line: str, passes: bool) -> None:
+    """aiokafka's lines about lost connections go to the watch of outages, and its other lines are logged."""
+    reported: list[str] = []
+    connections = Connections()
+    connections.heard = reported.append
     record = logging.LogRecord("aiokafka.client", logging.ERROR, __file__, 1, line, (), None)
-    assert told.filter(record) is passes
-    assert heard == ([] if passes else [line])
+    assert connections.filter(record) is passes
+    assert reported == ([] if passes else [line])

@@ -1,4 +1,4 @@
-"""What becomes of a job after its code ended."""
+"""The outcome of an attempt, from the exception of its code."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Unpicklable(Exception):
 
 
 def test_an_error_is_retried_after_its_backoff_until_attempts_run_out() -> None:
-    """Attempts 1 and 2 of 3 are followed by another, the third is the last."""
+    """Attempts 1 and 2 of 3 are retried, and the third is the last one."""
     outcomes = [decide(PLAIN, attempt, ValueError("x"), 0.0) for attempt in (1, 2, 3)]
     assert [o.delay_ms for o in outcomes[:2] if isinstance(o, Retried)] == [10_000, 20_000]
     assert isinstance(outcomes[2], Failed)
@@ -49,7 +49,7 @@ def test_an_error_is_retried_after_its_backoff_until_attempts_run_out() -> None:
 
 
 def test_errors_outside_the_policy_fail_at_once() -> None:
-    """`never` wins over `on`, and what `on` does not name is not retried."""
+    """`never` wins over `on`, and an exception that `on` does not cover is not retried."""
     for error in (KeyError("k"), SystemExit(3), KeyboardInterrupt()):
         outcome = decide(PLAIN, 1, error, 0.0)
         assert isinstance(outcome, Failed)
@@ -57,14 +57,14 @@ def test_errors_outside_the_policy_fail_at_once() -> None:
 
 
 def test_reject_fails_at_once_and_names_its_reason() -> None:
-    """`Reject` needs no attempts to be left."""
+    """The job fails although attempts are left."""
     outcome = decide(PLAIN, 1, Reject("no such city"), 0.0)
     assert isinstance(outcome, Failed)
     assert (outcome.reason, outcome.error.message) == ("rejected", "no such city")
 
 
-def test_retry_later_burns_attempts_and_snooze_does_not() -> None:
-    """`RetryLater` keeps its own delay and ends with the attempts; `Snooze` goes on for ever."""
+def test_retry_later_counts_as_an_attempt_and_snooze_does_not() -> None:
+    """`RetryLater` has its own delay, and fails the last attempt. `Snooze` may be repeated forever."""
     assert decide(PLAIN, 2, RetryLater(1.5), 0.9) == Retried(error_info(RetryLater(1.5)), 1500)
     last = decide(PLAIN, 3, RetryLater(1.5), 0.9)
     assert isinstance(last, Failed)
@@ -72,8 +72,9 @@ def test_retry_later_burns_attempts_and_snooze_does_not() -> None:
     assert decide(PLAIN, 99, Snooze(2, "later"), 0.9) == Snoozed(2000, "later")
 
 
-def test_a_timeout_is_retried_and_names_itself_when_it_is_the_last() -> None:
-    """A task's time limit counts as `TimeoutError`; a `TimeoutError` of its own is any error."""
+def test_a_timeout_is_retried_and_the_last_one_fails_the_job_as_timeout() -> None:
+    """The end of a task's time limit counts as `TimeoutError`. A `TimeoutError` that the code raises is an ordinary
+    error."""
     assert isinstance(decide(PLAIN, 1, TimeoutError(), 0.0, timed_out=True), Retried)
     last = decide(PLAIN, 3, TimeoutError(), 0.0, timed_out=True)
     own = decide(PLAIN, 3, TimeoutError(), 0.0)
@@ -82,14 +83,15 @@ def test_a_timeout_is_retried_and_names_itself_when_it_is_the_last() -> None:
     assert (last.reason, own.reason) == ("timeout", "exhausted")
 
 
-def test_a_cancellation_from_inside_is_a_failed_attempt() -> None:
-    """Code that cancelled itself is tried again like code that raised."""
+def test_a_cancellation_by_the_jobs_own_code_is_a_failed_attempt() -> None:
+    """Such an attempt is retried like one that raised an error."""
     assert isinstance(decide(PLAIN, 1, asyncio.CancelledError(), 0.0), Retried)
 
 
 @given(st.integers(1, 10_000), st.floats(0, 1, exclude_max=True), st.integers(1, 50))
 def test_delays_stay_within_the_policy(attempt: int, uniform: float, attempts: int) -> None:
-    """Any attempt and any chance give a delay between half the initial one and the cap, or the end."""
+    """For any attempt and any random number, the delay is between half the initial delay and the cap, or the job
+    fails."""
     retry = Retry(max_attempts=attempts, initial=2.0, factor=3.0, cap=60.0)
     outcome = decide(retry, attempt, ValueError(), uniform)
     if isinstance(outcome, Retried):
@@ -101,7 +103,7 @@ def test_delays_stay_within_the_policy(attempt: int, uniform: float, attempts: i
 
 @pytest.mark.parametrize("error", [Unprintable(), Unpicklable(), ValueError("\ud800 lone"), BaseException()])
 def test_every_exception_becomes_text(error: BaseException) -> None:
-    """Exceptions that cannot be printed, pickled or encoded still say what they were."""
+    """Also for an exception that cannot be printed, pickled or encoded, the text has the type."""
     info = error_info(error)
     assert info.type.endswith(type(error).__qualname__)
     info.message.encode()
@@ -109,7 +111,7 @@ def test_every_exception_becomes_text(error: BaseException) -> None:
 
 
 def test_long_texts_are_cut() -> None:
-    """A message keeps its beginning, a traceback its end."""
+    """A message is cut at its end, and a traceback at its beginning."""
     try:
         raise ValueError("a" * 100_000 + "z")
     except ValueError as error:
@@ -121,7 +123,7 @@ def test_long_texts_are_cut() -> None:
 
 
 def test_an_unknown_task_is_snoozed_with_backoff_and_then_fails() -> None:
-    """A task that no deployment brings is given up after the bound, a task on its way is waited for."""
+    """A deployment may add the task later, so the job waits. It fails when the bound is reached."""
     backoff = Retry(max_attempts=3, initial=10, factor=2, cap=600, jitter=False)
     tags: dict[str, str] = {"tenant": "acme"}
     delays = []
@@ -139,11 +141,11 @@ def test_an_unknown_task_is_snoozed_with_backoff_and_then_fails() -> None:
 
 
 @pytest.mark.parametrize("name", EXCEPTIONS)
-def test_an_exception_that_breaks_when_it_is_looked_at_is_judged(name: str) -> None:
-    """By its type, as any other; its text and its traceback say what can be said."""
+def test_an_exception_whose_methods_raise_is_judged_by_its_type(name: str) -> None:
+    """Its text and its traceback have everything that can be read."""
     try:
         raise EXCEPTIONS[name]()
-    except BaseException as caught:  # noqa: BLE001  # what breaks would break pytest's own look at it
+    except BaseException as caught:  # noqa: BLE001  # pytest itself could not show this exception
         error = caught
     outcome = judge(PLAIN, 3, error, 0.0)
     assert isinstance(outcome, Failed)
@@ -159,8 +161,8 @@ class SpoiltSnooze(Snooze):
 
 
 @pytest.mark.parametrize("delay", [None, "soon", float("nan"), 1e300, -1, True])
-def test_a_word_to_the_worker_that_makes_no_sense_fails_the_job(delay: object) -> None:
-    """A subclass of `Snooze` whose delay is none: the job fails, and its error tells why."""
+def test_a_snooze_with_a_wrong_delay_fails_the_job(delay: object) -> None:
+    """A user's subclass of `Snooze` may set a wrong delay. The error of the job has the reason."""
     outcome = judge(PLAIN, 1, SpoiltSnooze(delay), 0.0)
     assert isinstance(outcome, Failed)
     assert outcome.reason == "never"
@@ -168,7 +170,7 @@ def test_a_word_to_the_worker_that_makes_no_sense_fails_the_job(delay: object) -
 
 
 def test_a_traceback_shows_its_causes_unless_they_are_too_many() -> None:
-    """Ten causes are shown, of a chain of thousands only the last exception."""
+    """Ten causes are shown. Of a chain of thousands, only the last exception is shown."""
 
     def chained(length: int) -> str:
         error = ValueError("number 0")
@@ -182,7 +184,7 @@ def test_a_traceback_shows_its_causes_unless_they_are_too_many() -> None:
     assert chained(5_000) == "ValueError: number 4999\n"
 
 
-#: What may be in a group, by what decides; the gravest first.
+#: The exceptions of a group, by the outcome that they decide; the gravest first.
 LEAVES: dict[str, list[BaseException]] = {
     "rejected": [Reject("no such city")],
     "never": [KeyError("k"), SystemExit(1)],
@@ -195,7 +197,7 @@ ANY_LEAF = st.sampled_from([leaf for some in LEAVES.values() for leaf in some])
 
 @st.composite
 def nested(draw: st.DrawFn, given: list[BaseException]) -> BaseException:
-    """A group with these leaves, in any order, in groups in groups."""
+    """A group with these leaves, in any order and with any nesting."""
     rest = list(draw(st.permutations(given)))
     while len(rest) > 1 or draw(st.booleans()):
         count = draw(st.integers(1, len(rest)))
@@ -205,7 +207,7 @@ def nested(draw: st.DrawFn, given: list[BaseException]) -> BaseException:
 
 
 def of_group(attempt: int, given: list[BaseException]) -> tuple[str, int | None]:
-    """What is promised of a group with these leaves: the outcome, and the delay."""
+    """Return the expected outcome and delay of a group with these leaves."""
     kinds = {kind for kind, some in LEAVES.items() if any(leaf in some for leaf in given)}
     asked = [leaf.delay for leaf in given if isinstance(leaf, RetryLater | Snooze)]
     if kinds & {"rejected", "never"}:
@@ -218,31 +220,33 @@ def of_group(attempt: int, given: list[BaseException]) -> tuple[str, int | None]
 
 
 @given(st.data(), st.integers(1, 4), st.lists(ANY_LEAF, min_size=1, max_size=6))
-def test_a_group_is_judged_by_its_leaves_whatever_their_order_and_nesting(
+def test_the_outcome_of_an_exception_group_depends_only_on_its_leaves(
     data: st.DataObject, attempt: int, given: list[BaseException]
 ) -> None:
-    """`Reject`, then what is not retried, fails the job; `Snooze` alone snoozes it; else the longest wish for time, or the
-    backoff, counts from a failed attempt."""
+    """The order and the nesting of the leaves do not matter. `Reject`, or else an exception that is not retried, fails
+    the job. If all leaves are `Snooze`, the job is snoozed. Otherwise the attempt failed, and the longest requested
+    delay or the backoff counts."""
     error = data.draw(nested(given))
     outcome = decide(PLAIN, attempt, error, 0.0)
     match outcome:
         case Failed(reason, info):
-            found: tuple[str, int | None] = (reason, None)
+            decided: tuple[str, int | None] = (reason, None)
         case Retried(info, delay_ms):
-            found = ("retried", delay_ms)
+            decided = ("retried", delay_ms)
         case Snoozed(delay_ms):
             assert outcome == decide(PLAIN, attempt, BaseExceptionGroup("flat", given), 0.0)
             assert ("snoozed", delay_ms) == of_group(attempt, given)
             return
-    assert found == of_group(attempt, given)
+    assert decided == of_group(attempt, given)
     for leaf in given:
         assert (
             f"{type(leaf).__name__}: {leaf}" if isinstance(error, BaseExceptionGroup) else str(leaf)
         ) in info.message
 
 
-def test_a_group_itself_may_be_named() -> None:
-    """In `on`, it covers whatever is in it but words to the worker and what `never` names; in `never`, it fails the job."""
+def test_a_retry_policy_may_name_a_class_of_exception_groups() -> None:
+    """In `on`, the class covers all exceptions of the group except `Reject`, `RetryLater` and those that `never` names.
+    In `never`, the class fails the job."""
 
     class Ours(ExceptionGroup[Exception]):
         pass
@@ -264,15 +268,15 @@ def test_a_group_itself_may_be_named() -> None:
     assert rejected.reason == "rejected"
 
 
-def test_a_group_of_thousands_says_what_fits() -> None:
-    """Its message shows leaves as far as there is room."""
+def test_the_message_of_a_large_exception_group_is_cut() -> None:
+    """The message has as many leaves as fit."""
     info = error_info(ExceptionGroup("many", [ValueError(n) for n in range(100_000)]))
     assert info.message.startswith("many (100000 sub-exceptions): ValueError: 0; ValueError: 1; ")
     assert len(info.message) == MESSAGE_LIMIT
 
 
-def test_a_time_limit_inside_a_group_is_one() -> None:
-    """The attempt that its time limit ended failed as `timeout`, also where the code has put that into a group."""
+def test_a_time_limit_inside_an_exception_group_is_recognised() -> None:
+    """The last attempt fails as `timeout`, also if the code put the exception of its time limit into a group."""
     group = BaseExceptionGroup("g", [TaskTimedOut()])
     assert ran_out(group)
     last = decide(PLAIN, 3, group, 0.0, timed_out=True)

@@ -1,4 +1,4 @@
-"""What is shipped, and what the README promises about it."""
+"""The content of the distributions, and what the README promises about it."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ def project() -> dict[str, Any]:
 
 
 def packages_on_disk() -> set[str]:
-    """Every folder with an ``__init__.py``, by the name under which it is imported; linked folders once."""
-    found = set()
+    """Return the import name of every folder with an ``__init__.py``; of a linked folder only one name."""
+    names = set()
     for top, name in {"jobledger": "jobledger", **FOLDERS}.items():
         for init in (ROOT / top).rglob("__init__.py"):
             parts = init.parent.relative_to(ROOT / top).parts
             if not any((ROOT / top).joinpath(*parts[: i + 1]).is_symlink() for i in range(len(parts))):
-                found.add(".".join([name, *parts]))
-    return found
+                names.add(".".join([name, *parts]))
+    return names
 
 
-def test_the_list_of_packages_is_the_folders(project: dict[str, Any]) -> None:
-    """No sub-package is left out of the wheel: the list in pyproject.toml names every folder, and no other."""
+def test_the_list_of_packages_names_exactly_the_folders(project: dict[str, Any]) -> None:
+    """The list is in pyproject.toml. A folder that is not listed would be missing in the wheel."""
     assert set(project["tool"]["setuptools"]["packages"]) == packages_on_disk()
 
 
 def test_package_dir_maps_every_linked_folder(project: dict[str, Any]) -> None:
-    """The build finds the linked folders where they really are."""
+    """The build reads the linked folders at their real place."""
     assert project["tool"]["setuptools"]["package-dir"] == {
         "jobledger": "jobledger",
         **{name: folder for folder, name in FOLDERS.items()},
@@ -56,7 +56,7 @@ def test_package_dir_maps_every_linked_folder(project: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_links_lead_to_the_top_level_folders(folder: str) -> None:
-    """``jobledger/<folder>`` is a relative link to the folder beside it, so a clone anywhere works."""
+    """``jobledger/<folder>`` is a relative link, so it works in a clone at any path."""
     if (ROOT / "PKG-INFO").exists():
         pytest.skip("a source distribution: links do not travel in it")
     link = ROOT / "jobledger" / folder
@@ -66,7 +66,7 @@ def test_links_lead_to_the_top_level_folders(folder: str) -> None:
 
 
 def test_linked_folders_are_never_imported_under_their_short_names() -> None:
-    """No module enters ``sys.modules`` as ``streams``, ``schemas`` or ``consumers``: there would be two of each."""
+    """Otherwise ``sys.modules`` would have two copies of a module of ``streams``, ``schemas`` or ``consumers``."""
     probe = (
         "import sys, jobledger, jobledger.cli.main, jobledger.streams.supervisor, jobledger.schemas.codec\n"
         "import jobledger.consumers.state.offset_tracker, jobledger.streams.coordinator.rules.decisions\n"
@@ -76,9 +76,9 @@ def test_linked_folders_are_never_imported_under_their_short_names() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_nothing_imports_what_belongs_to_builds() -> None:
-    """Workers, router and stream processor run without setuptools, which new Pythons do not bring and whose newest
-    releases have no ``pkg_resources`` any more."""
+def test_no_process_imports_a_build_tool() -> None:
+    """Worker, router and stream processor run without setuptools. New versions of Python do not include it, and its
+    newest releases have no ``pkg_resources``."""
     probe = """
 import sys
 BUILD = ("setuptools", "pkg_resources", "distutils", "_distutils_hack")
@@ -97,18 +97,19 @@ import jobledger.streams.coordinator.coordinator, jobledger.streams.status.mater
 
 
 def test_the_schema_is_a_resource_of_the_package() -> None:
-    """The event's schema is found through the package, not through a path in the checkout."""
+    """The event's schema is read from the package, and not from a path in the checkout."""
     assert resources.files("jobledger.schemas").joinpath("job_event.avsc").is_file()
 
 
 def test_versions_agree(project: dict[str, Any]) -> None:
-    """``jobledger.__version__`` is the distribution's version, and the changelog knows it."""
+    """``jobledger.__version__`` is the distribution's version, and the changelog has it."""
     assert jobledger.__version__ == project["project"]["version"]
     assert jobledger.__version__ in (ROOT / "CHANGELOG.md").read_text("utf-8")
 
 
-def test_errors_that_the_public_docstrings_name_can_be_imported_beside_what_raises_them() -> None:
-    """Whoever reads that `submit` raises `AccessDenied` finds it in ``jobledger``, as all that a call may raise."""
+def test_errors_named_in_public_docstrings_can_be_imported_from_jobledger() -> None:
+    """For example, the docstring of `submit` names `AccessDenied`. The docstrings name all errors that a call may
+    raise."""
     documented: dict[str, set[str]] = {}
     for owner in (jobledger.App, jobledger.Task, jobledger.JobHandle, jobledger.Settings, jobledger.JobContext):
         for name, member in [("", owner), *vars(owner).items()]:
@@ -122,8 +123,8 @@ def test_errors_that_the_public_docstrings_name_can_be_imported_beside_what_rais
 
 
 def test_extras_exist(project: dict[str, Any]) -> None:
-    """Every extra that `jobledger.process.extras` or a text names is there, with the packages that it is to bring on Linux; ``all``
-    brings each of them, and ``dev`` brings ``all``."""
+    """Every extra that `jobledger.process.extras` or a text names exists, and installs its packages on Linux. ``all``
+    includes each extra, and ``dev`` includes ``all``."""
     wanted = project["project"]["optional-dependencies"]
     assert set(extras.PACKAGES) | {"all", "dev"} == set(wanted)
     assert set(wanted["all"]) == {f"jobledger[{name}]" for name in extras.PACKAGES}
@@ -133,29 +134,29 @@ def test_extras_exist(project: dict[str, Any]) -> None:
         here = [requirement for requirement in wanted[extra] if "!= 'linux'" not in requirement]
         brought = {re.split(r"[\s\[<>=!~;]", requirement, maxsplit=1)[0] for requirement in here}
         assert brought == {names.get(module, module.replace("_", "-")) for module in modules}
-    told: set[str] = set()
+    named: set[str] = set()
     for text in [*ROOT.glob("*.md"), ROOT / "Dockerfile", *ROOT.glob("docs/**/*.md"), *ROOT.glob("jobledger/**/*.py")]:
-        for found in re.findall(r"(?:jobledger|'\.)\[([a-z,]+)\]", text.read_text("utf-8")):
-            told |= set(found.split(","))
-    assert told <= set(wanted)
-    assert {"all", "worker", "streams", "kafka"} <= told
+        for match in re.findall(r"(?:jobledger|'\.)\[([a-z,]+)\]", text.read_text("utf-8")):
+            named |= set(match.split(","))
+    assert named <= set(wanted)
+    assert {"all", "worker", "streams", "kafka"} <= named
 
 
-def test_another_client_of_the_same_name_is_not_installed(project: dict[str, Any]) -> None:
-    """``confluent-kafka`` 3 is a preview of another client: the dependency ends before it."""
+def test_version_3_of_confluent_kafka_is_not_installed(project: dict[str, Any]) -> None:
+    """``confluent-kafka`` 3 is a preview of another client, so the dependency excludes it."""
     (client,) = [each for each in project["project"]["dependencies"] if each.startswith("confluent-kafka")]
     assert client.endswith(",<3")
 
 
-def test_what_the_package_index_shows_has_no_link_that_leads_nowhere(project: dict[str, Any]) -> None:
-    """Its text is read outside of the repository: links to files of ours would be broken there."""
+def test_the_text_for_the_package_index_has_no_relative_link(project: dict[str, Any]) -> None:
+    """The text is read outside the repository, where a link to one of our files would be broken."""
     text = (ROOT / project["project"]["readme"]).read_text("utf-8")
     links = re.findall(r"\]\(([^)]+)\)|(?:src|href)=\"([^\"]+)\"", text)
     assert [link for pair in links for link in pair if link and not link.startswith("https://")] == []
     assert "pip install 'jobledger[all]'" in text
 
 
-#: Runs code in a process in which the packages of all extras are missing.
+#: Code that hides the packages of all extras from a process.
 BASE_ONLY = f"""
 import sys
 MISSING = {sorted({module for modules in extras.PACKAGES.values() for module in modules} | {"aiokafka", "mode"})!r}
@@ -171,7 +172,7 @@ importlib.util.find_spec = lambda name, package=None: None if name in MISSING el
 
 
 def base_only(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """``code`` in the base install."""
+    """Run ``code`` as in the base install."""
     return subprocess.run(
         [sys.executable, "-c", BASE_ONLY + code],
         cwd=ROOT,
@@ -182,9 +183,9 @@ def base_only(code: str, **environment: str) -> subprocess.CompletedProcess[str]
     )
 
 
-def test_the_base_install_submits_and_asks(tmp_path: Path) -> None:
-    """Without any extra everything that is public can be imported, a submission gets as far as the broker's address, and a
-    status table in SQLite is asked; and without an address the error says which setting or extra is missing."""
+def test_the_base_install_can_submit_and_read_the_status_table(tmp_path: Path) -> None:
+    """Without an extra, all public names can be imported, a submission connects to the broker's address, and a status
+    table in SQLite can be read. Without an address the error names the missing setting or extra."""
     done = base_only(
         f"""
 from jobledger import *
@@ -207,16 +208,16 @@ for bootstrap in ("127.0.0.1:1", None):
 """
     )
     assert done.returncode == 0, done.stderr
-    told = done.stdout
-    assert told.count("[]") == told.count("JobNotFound") == 2
-    assert "BrokerUnavailable" in told
-    assert "ConfigError JOBLEDGER_BOOTSTRAP is not set" in told
-    assert "pip install 'jobledger[kafka]'" in told
+    output = done.stdout
+    assert output.count("[]") == output.count("JobNotFound") == 2
+    assert "BrokerUnavailable" in output
+    assert "ConfigError JOBLEDGER_BOOTSTRAP is not set" in output
+    assert "pip install 'jobledger[kafka]'" in output
 
 
 #: Command lines, and the extras that each needs.
 NEEDS = {
-    "dev examples.shop:app": "worker,streams,watch,kafka",  # first: the app keeps the address of those after it
+    "dev examples.shop:app": "worker,streams,watch,kafka",  # first, as the app keeps later addresses
     "worker examples.shop:app --bootstrap 127.0.0.1:1": "worker",
     "worker examples.shop:app --bootstrap 127.0.0.1:1 --processes 2": "worker",
     "router examples.shop:app --bootstrap 127.0.0.1:1": "worker",
@@ -232,7 +233,7 @@ NEEDS = {
 
 
 def test_a_command_whose_packages_are_missing_names_the_extras() -> None:
-    """Before it does anything, in one line, all that it needs at once."""
+    """The error is one line, before the command does anything."""
     done = base_only(
         f"""
 import os
@@ -245,14 +246,14 @@ for words in {list(NEEDS)!r}:
     assert done.returncode == 0, done.stderr
     answers = re.split(r"\n== code (\d+)\n", done.stderr)
     assert len(answers) == 2 * len(NEEDS) + 1
-    for (words, extra), said, code in zip(NEEDS.items(), answers[::2], answers[1::2], strict=False):
-        assert f"pip install 'jobledger[{extra}]'" in " ".join(said.split()), (words, said)
+    for (words, extra), error, code in zip(NEEDS.items(), answers[::2], answers[1::2], strict=False):
+        assert f"pip install 'jobledger[{extra}]'" in " ".join(error.split()), (words, error)
         assert int(code) != 0
-        assert "Traceback" not in said
+        assert "Traceback" not in error
 
 
 def test_a_module_whose_packages_are_missing_names_the_extra() -> None:
-    """Also for who imports the parts themselves: `ConfigError`, from the missing package's own error."""
+    """This is for programs that import the parts themselves. The cause of the `ConfigError` is the `ImportError`."""
     modules = {
         "jobledger.consumers.worker.metrics": "worker",
         "jobledger.streams.coordinator.coordinator": "streams",
@@ -278,7 +279,7 @@ for module in {list(modules)!r}:
 
 
 def test_the_command_is_declared(project: dict[str, Any]) -> None:
-    """Installing the package brings the command ``jobledger``."""
+    """The package installs the command ``jobledger``."""
     assert project["project"]["scripts"] == {"jobledger": "jobledger.cli.main:run"}
 
 
@@ -286,39 +287,39 @@ def verbs() -> set[str]:
     return set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
 
 
-def test_make_has_a_verb_for_everything_that_texts_tell_people_to_run() -> None:
-    """Every ``make x`` in README and CONTRIBUTING is in the Makefile, as are the verbs of daily work."""
-    told = set()
+def test_every_make_command_of_the_texts_is_in_the_makefile() -> None:
+    """The Makefile has every ``make x`` of README and CONTRIBUTING, and the verbs of daily work."""
+    named = set()
     for name in ("README.md", "CONTRIBUTING.md"):
-        told |= set(re.findall(r"^(?:```)?\$ make ([a-z]+)", (ROOT / name).read_text("utf-8"), re.MULTILINE))
-    assert {"demo", "test"} <= told
-    assert told | {"setup", "demo", "dev", "test", "lint", "bench", "chaos", "docs", "clean"} <= verbs()
+        named |= set(re.findall(r"^(?:```)?\$ make ([a-z]+)", (ROOT / name).read_text("utf-8"), re.MULTILINE))
+    assert {"demo", "test"} <= named
+    assert named | {"setup", "demo", "dev", "test", "lint", "bench", "chaos", "docs", "clean"} <= verbs()
 
 
-def test_the_drawn_states_are_those_of_the_code(tmp_path: Path) -> None:
-    """Page and figure are what `make docs` draws from the table of transitions as it is now."""
+def test_the_page_and_the_figure_of_states_are_up_to_date(tmp_path: Path) -> None:
+    """`make docs` draws the same page and figure from the current table of transitions."""
     subprocess.run([sys.executable, "docs/draw.py", str(tmp_path)], cwd=ROOT, check=True)
     for name in ("states.md", "states.svg"):
         assert (ROOT / "docs" / name).read_text("utf-8") == (tmp_path / name).read_text("utf-8"), "run: make docs"
 
 
 def test_the_pipeline_runs_the_readme_command() -> None:
-    """What the pipeline runs is what the README tells people to run."""
+    """The script of the pipeline runs `make test`, like the README."""
     script = ROOT / ".ci" / "run"
     assert script.stat().st_mode & 0o111
     assert "make test" in script.read_text("utf-8")
 
 
-def test_the_wheel_has_every_module_and_nothing_else_at_the_top(tmp_path: Path) -> None:
-    """A wheel puts ``jobledger`` alone into site-packages, with every module, the schema and the type marker."""
+def test_the_wheel_has_every_module_and_only_the_folder_jobledger(tmp_path: Path) -> None:
+    """A wheel puts only ``jobledger`` into site-packages, with every module, the schema and the type marker."""
     source = tmp_path / "source"
     source.mkdir()
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(tmp_path), str(source)]
-    # Built from a copy: a build leaves folders behind, and the checkout may be used by others.
+    # Built from a copy: a build makes folders in its source, and other processes may use the checkout.
     (source / "docs").mkdir()
     for name in ("docs/pypi.md", "pyproject.toml", "LICENSE"):
         shutil.copy2(ROOT / name, source / name)
-    byte_code = shutil.ignore_patterns("__pycache__")  # the processes of other tests write and rename it meanwhile
+    byte_code = shutil.ignore_patterns("__pycache__")  # other tests write these files during the copy
     for name in ("jobledger", *FOLDERS):
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=byte_code)
     built = subprocess.run(command, check=False, capture_output=True, text=True)
@@ -335,7 +336,7 @@ def test_the_wheel_has_every_module_and_nothing_else_at_the_top(tmp_path: Path) 
 
 
 def test_the_source_distribution_has_docs_and_tests(tmp_path: Path) -> None:
-    """Nothing that reads, proves or builds the project is left out, nothing is in it twice, and no build product."""
+    """It has every file of the project, no file twice, and no build product."""
     source, tools, made = tmp_path / "source", tmp_path / "tools", tmp_path / "made"
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
     if listed.returncode:
@@ -353,7 +354,7 @@ def test_the_source_distribution_has_docs_and_tests(tmp_path: Path) -> None:
     (archive,) = made.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
         names = {name.partition("/")[2] for name in tar.getnames()}
-    assert set(files) - names == {f"jobledger/{folder}" for folder in FOLDERS}  # the links
+    assert set(files) - names == {f"jobledger/{folder}" for folder in FOLDERS}  # the links are not in it
     assert {"docs/tutorial.md", "tests/conftest.py", "schemas/job_event.avsc", ".ci/run"} <= names
     assert not [
         name for name in names if "__pycache__" in name or name.startswith(tuple(f"jobledger/{f}" for f in FOLDERS))

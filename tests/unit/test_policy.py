@@ -1,5 +1,5 @@
-"""Policies judge themselves: what cannot hold, or not together, is refused when the app
-is loaded, naming the way out."""
+"""The checks of policies: impossible options, and options that exclude each other, are refused when the app is loaded,
+with a remedy."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ def app_of(**options: Any) -> App:
 
 
 def task_of(app: App, fn: Any = None, **options: Any) -> Any:
-    """A task with options that ``App.task`` does not offer yet, too."""
+    """Return a task; the options may be some that ``App.task`` does not have."""
     given = {"name": None, "queue": "default", "retry": None, "timeout": None, "fallback": None, **options}
     return app.registry.add(fn or ship, **given)
 
 
 async def ship(order: str, to: str = "home") -> None:
-    """A task."""
+    """A coroutine as a task."""
 
 
 def ship_in_thread(order: str) -> None:
-    """A task."""
+    """A plain function as a task."""
 
 
 def test_long_jobs_are_leased() -> None:
-    """By themselves above a minute of timeout; the options reach the task."""
+    """A task is long if its time limit is above a minute, or with `long=True`. The options reach the task."""
     assert task_of(app_of(), ship_in_thread, long=True, lease=10).policy.lease == 10
     assert task_of(app_of(), ship_in_thread, timeout=61).policy.long
     assert not task_of(app_of(), ship_in_thread, timeout=60).policy.long
@@ -46,19 +46,19 @@ def test_long_jobs_are_leased() -> None:
     [("100/s", 100.0), ("30/min", 0.5), ("30/m", 0.5), ("3600/h", 1.0), (" 86400 / d ", 1.0), (7, 7.0)],
 )
 def test_rates_are_read(rate: Any, a_second: float) -> None:
-    """A number, a slash and a unit; or a number a second."""
+    """A rate is a number, a slash and a unit. A number alone counts for a second."""
     assert parse_rate(rate) == a_second
 
 
 @pytest.mark.parametrize("rate", ["fast", "0/s", "-1/s", 0, -1, float("nan"), float("inf"), True, "10/week", None])
-def test_what_is_no_rate_is_refused(rate: Any) -> None:
-    """The error names the value and shows how to write it."""
+def test_a_wrong_rate_is_refused(rate: Any) -> None:
+    """The error has the value and an example."""
     with pytest.raises(ConfigError, match=r"is not a rate: write '100/s'"):
         parse_rate(rate)
 
 
 def test_sizes_are_read() -> None:
-    """Powers of two and of ten, as they are written."""
+    """The units are powers of two and of ten. Anything else is refused."""
     assert [parse_size(s) for s in ("512MiB", "2GB", "1.5 KiB", 7)] == [512 * 2**20, 2 * 10**9, 1536, 7]
     for wrong in ("much", "0", 0, True, "5 miles"):
         with pytest.raises(ConfigError, match="is not a size"):
@@ -87,14 +87,14 @@ def test_sizes_are_read() -> None:
         ({"breaker": "yes"}, "neither True nor a Breaker"),
     ],
 )
-def test_what_cannot_hold_is_refused_at_load(options: dict[str, Any], says: str) -> None:
-    """The error names the task, the option and the way out."""
+def test_wrong_options_of_a_task_are_refused(options: dict[str, Any], says: str) -> None:
+    """The error names the option, with a remedy."""
     with pytest.raises(ConfigError, match=says):
         task_of(app_of(), **options)
 
 
-def test_a_thread_cannot_be_keyed() -> None:
-    """It cannot be made to end, so it could hold its key for ever."""
+def test_a_key_for_a_plain_function_is_refused() -> None:
+    """A thread cannot be ended, so a job in a thread could hold its key forever."""
     with pytest.raises(ConfigError, match="make the task `async def`, or give it isolation='process'"):
         app_of().task(key="order", timeout=5)(ship_in_thread)
     with pytest.raises(ConfigError, match="make the task `async def`"):
@@ -102,8 +102,8 @@ def test_a_thread_cannot_be_keyed() -> None:
     assert task_of(app_of(), ship_in_thread, key="order", timeout=5, isolation="process").policy.key == "order"
 
 
-def test_adaptive_and_breaker_judge_themselves() -> None:
-    """Bounds that contradict each other are refused."""
+def test_contradicting_bounds_of_adaptive_and_breaker_are_refused() -> None:
+    """`True` means the default policy."""
     for make, says in (
         (lambda: Adaptive(least=5, most=2), "least=5"),
         (lambda: Adaptive(tolerance=1.0), "tolerance"),
@@ -118,10 +118,10 @@ def test_adaptive_and_breaker_judge_themselves() -> None:
     assert (policy.adaptive, policy.breaker) == (Adaptive(), Breaker())
 
 
-def test_a_limit_below_the_partitions_is_refused_with_the_way_out() -> None:
-    """Each partition carries a share; the error says how many partitions would do."""
+def test_a_limit_below_the_number_of_partitions_is_refused() -> None:
+    """Each partition has a share of the limit. The error has a possible number of partitions."""
     app = app_of(queues=[Queue("mail", 6, concurrency=5)])
-    with pytest.raises(ConfigError, match=r"declare Queue\('mail', partitions=5\) or less"):
+    with pytest.raises(ConfigError, match=r"fewer partitions, for example Queue\('mail', partitions=5\)"):
         app.check()
     app = app_of(queues=[Queue("mail", 6, priorities=True)])
     app.task(queue="mail", concurrency=17)(ship)
@@ -131,7 +131,7 @@ def test_a_limit_below_the_partitions_is_refused_with_the_way_out() -> None:
 
 
 def test_keys_come_from_a_parameter_or_a_function() -> None:
-    """Whole numbers and short texts; what is none is refused by the submission."""
+    """A key is a whole number or a short text. The submission refuses any other key."""
     app = app_of()
     by_name = app.task(name="a", key="order", timeout=5)(ship)
     assert by_name.job("o-1").key == "o-1"
@@ -145,13 +145,14 @@ def test_keys_come_from_a_parameter_or_a_function() -> None:
         by_name.job("x" * 501)
     for wrong in ("", "x" * 501, 5):
         with pytest.raises(ConfigError, match="1 to 500 characters"):
-            by_name.using(key=wrong)  # type: ignore[arg-type]  # the point of the test
+            by_name.using(key=wrong)  # type: ignore[arg-type]  # wrong on purpose
     with pytest.raises(ConfigError, match="needs a timeout"):
         app.task(name="d")(ship).using(key="k")
 
 
-def test_priorities_need_levels() -> None:
-    """On a declared queue they are declared; a task that names one makes its queue have them."""
+def test_a_priority_needs_a_queue_with_priorities() -> None:
+    """The priorities of a declared queue must be declared, too. An undeclared queue has priorities if a task has
+    one."""
     app = app_of(queues=["mail"])
     with pytest.raises(ConfigError, match=r"declare it as Queue\('mail', priorities=True\)"):
         app.task(queue="mail", priority="high")(ship)
@@ -165,7 +166,7 @@ def test_priorities_need_levels() -> None:
 
 
 def test_a_limited_task_stays_in_its_queue() -> None:
-    """Its shares count that queue's partitions."""
+    """The limit is shared among the partitions of the task's own queue."""
     app = app_of(queues=["mail", "other"])
     task = app.task(queue="mail", rate="5/s")(ship)
     with pytest.raises(ConfigError, match="has limits, which are shared among the partitions of its queue 'mail'"):
@@ -177,8 +178,9 @@ def test_a_limited_task_stays_in_its_queue() -> None:
 ERROR = ErrorInfo("E", "no")
 
 
-def test_a_held_key_is_let_go_in_time() -> None:
-    """In place while the wait fits, else failed: with its error, or saying what it waited for."""
+def test_a_wait_in_place_is_limited_by_the_longest_time_for_a_key() -> None:
+    """A retry or snooze is in place if its wait fits into `key_hold_max`. Otherwise the job fails, with its error or
+    the reason of its wait."""
     assert holding(Retried(ERROR, 2000), 3.0, 5.0, "k") == Retried(ERROR, 2000, in_place=True)
     assert holding(Retried(ERROR, 2001), 3.0, 5.0, "k") == Failed("key-held", ERROR)
     assert holding(Snoozed(1000, "night"), 0.0, 5.0, "k") == Snoozed(1000, "night", in_place=True)
@@ -190,8 +192,8 @@ def test_a_held_key_is_let_go_in_time() -> None:
     assert unknown.reason == "unknown-task"
 
 
-def test_what_an_outcome_says_of_what_was_called() -> None:
-    """Success and failure do; what people or the job itself decided does not."""
+def test_only_success_and_failure_count_as_answers_of_the_called_service() -> None:
+    """Outcomes that people or the job itself decided do not count."""
     assert answered(None) is True
     assert answered(Succeeded()) is True
     assert answered(Retried(ERROR, 1)) is False
@@ -199,14 +201,14 @@ def test_what_an_outcome_says_of_what_was_called() -> None:
     assert [answered(o) for o in (Snoozed(1), Cancelled("ann"), Failed("rejected", ERROR))] == [None] * 3
 
 
-def test_an_expiry_is_made_a_time_once() -> None:
-    """Relative to the submission's append; a time stays what it is."""
+def test_a_relative_expiry_becomes_a_time_once() -> None:
+    """The expiry counts from the append time of the submission. An expiry that is a time already does not change."""
     assert lasting(JobSpec(b"{}", expires_in_ms=500), 1_000) == JobSpec(b"{}", expires_at=1_500_000)
     assert lasting(JobSpec(b"{}", expires_at=7), 1_000) == JobSpec(b"{}", expires_at=7)
     assert lasting(JobSpec(b"{}", expires_in_ms=500, expires_at=7), 1_000) == JobSpec(b"{}", expires_at=7)
 
 
 def test_a_policy_does_not_change_the_function() -> None:
-    """Called directly, the task is its function."""
+    """A direct call of the task calls its function."""
     task = app_of().task(key="order", timeout=5, rate="1/d")(ship)
     assert asyncio.run(task("o")) is None

@@ -1,4 +1,4 @@
-"""The end of a process whose app left something behind, stage by stage of Python's own end: in real processes."""
+"""The exit of a process whose app left code running, at each stage of Python's exit. The tests use real processes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-#: Seconds that the processes of these tests give what is left.
+#: Seconds for which the processes of these tests wait for the code that is left.
 BOUND_S = 1.0
 #: Seconds for which the leftovers would keep a process alive. The tests wait for at most half of that time. This is
 #: long, because starting a process may be slow.
@@ -42,7 +42,7 @@ LEFT = {
         "child process Child (pid ",
     ),
 }
-#: Stages at which Python runs no other thread any more.
+#: Code for the stages at which Python does not run other threads any more.
 LEFT_NATIVE = {
     "a finaliser in the teardown": f"class D:\n    def __del__(self): time.sleep({LEFT_S})\nd = D()",
     "code that holds the interpreter's lock": f"import ctypes\natexit.register(ctypes.PyDLL(None).sleep, {LEFT_S})",
@@ -55,9 +55,10 @@ LEFT_NATIVE = {
 def ended(
     code: str, exit_code: int = 7, *, bound: float = BOUND_S, hard: float = NEVER_S
 ) -> tuple[int, str, str, float]:
-    """Exit code, standard output and error of a process that leaves what ``code`` makes, and how long it took.
+    """Run a process with ``code``; return its exit code, standard output, standard error and duration in seconds.
 
-    ``bound``: seconds that it gives what is left; ``hard``: seconds after that in which Python code may still run.
+    ``bound``: seconds for which the process waits for the code that is left; ``hard``: seconds after them in which
+    Python code may still run.
     """
     program = (
         "import atexit, sys, threading, time\nfrom jobledger.process import process_exit\n"
@@ -78,16 +79,16 @@ def ended(
 
 
 @pytest.mark.parametrize("what", LEFT)
-def test_what_an_app_left_behind_keeps_no_process(what: str) -> None:
-    """A thread, a pool, a handler of atexit, a child process: after the bound the process is gone with the code it had
-    earned, and one line says what was still running."""
-    code, said = LEFT[what]
+def test_code_that_an_app_left_running_does_not_keep_the_process_alive(what: str) -> None:
+    """The code is in a thread, a pool, a handler of atexit or a child process. After the bound the process ends with
+    its own exit code, and one line says what was still running."""
+    code, named = LEFT[what]
     status, out, err, _ = ended(code)
     assert status == 7
     assert len(err.splitlines()) == 1, err
     assert "does not wait any longer than 1 s for what the app's code left behind: " in err
-    assert said in err
-    if out:  # the child's number: it was killed, and not left to hold copies of its parent's sockets
+    assert named in err
+    if out:  # the child's pid: it was killed, because it could hold copies of its parent's sockets
         deadline = time.monotonic() + 80
         while runs(int(out)):
             assert time.monotonic() < deadline
@@ -95,24 +96,25 @@ def test_what_an_app_left_behind_keeps_no_process(what: str) -> None:
 
 
 def runs(pid: int) -> bool:
-    """Whether there is such a process, and it has not ended."""
+    """Return whether the process exists and has not ended."""
     with contextlib.suppress(psutil.NoSuchProcess):
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     return False
 
 
 @pytest.mark.parametrize("what", LEFT_NATIVE)
-def test_a_process_that_runs_no_python_any_more_is_ended_as_well(what: str) -> None:
-    """Where no thread of Python's can run, the native timer exits with code 1, and stacks if there is where to."""
-    # Python's shutdown must reach the code of `LEFT_NATIVE` within the bound, else the exit thread ends the process
-    # first. So the bound is longer here.
+def test_a_process_in_which_no_python_thread_can_run_is_ended(what: str) -> None:
+    """A native timer exits with code 1. It prints the stacks, unless standard error is closed."""
+    # Python's shutdown must reach the code of `LEFT_NATIVE` within the bound; otherwise the exit thread ends the
+    # process first. So the bound is longer here.
     status, _, err, _ = ended(LEFT_NATIVE[what], bound=2 * BOUND_S, hard=0.5)
     assert status == 1
     assert ("Timeout (0:00:02" in err) == ("closed" not in what), err
 
 
 def test_a_clean_exit_is_not_touched() -> None:
-    """A process that has left nothing exits at once, with its code, its handlers called, and says nothing."""
+    """A process without code that is left exits at once with its exit code. Its handlers are called, and nothing is
+    printed."""
     status, out, err, _ = ended("atexit.register(lambda: print('called', time.monotonic()))", 5, bound=60.0)
     assert (status, err) == (5, "")
     called, at = out.split()
@@ -120,17 +122,17 @@ def test_a_clean_exit_is_not_touched() -> None:
     assert time.monotonic() - float(at) < 10.0
 
 
-def test_a_bound_that_was_taken_back_ends_nothing() -> None:
-    """After `unbound_exit` the process runs for as long as it likes."""
-    likes = BOUND_S + 2.0
-    code = f"process_exit.bound_exit(3, {BOUND_S})\nprocess_exit.unbound_exit()\ntime.sleep({likes})\nprint('there')"
+def test_a_process_with_a_withdrawn_bound_is_not_ended() -> None:
+    """After `unbound_exit` the process runs as long as its code needs."""
+    needed = BOUND_S + 2.0
+    code = f"process_exit.bound_exit(3, {BOUND_S})\nprocess_exit.unbound_exit()\ntime.sleep({needed})\nprint('there')"
     status, out, err, seconds = ended(code, 0, bound=NEVER_S, hard=0.5)
     assert (status, out, err) == (0, "there\n", "")
-    assert seconds > likes
+    assert seconds > needed
 
 
-def test_no_command_is_kept_by_what_an_import_started(tmp_path: Path) -> None:
-    """A thread that an app starts when it is imported keeps no `jobledger` command that has given its answer."""
+def test_a_thread_that_an_import_started_does_not_keep_a_command_alive(tmp_path: Path) -> None:
+    """The `jobledger` command has printed its answer, and a thread that the app started at its import still runs."""
     (tmp_path / "threaded_shop.py").write_text(
         "import threading, time\nfrom jobledger import App\nfrom jobledger.process import process_exit\napp = App('shop')\n"
         f"process_exit.HARD_S = {NEVER_S}\n"

@@ -1,4 +1,4 @@
-"""Batches become changes: the same ones however the records are cut into batches, with bounded memory."""
+"""The changes of the status table do not depend on the batches of records, and the memory is bounded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jobledger.streams.status.store.rows import Row, life_of_row
 
 
 class Message:
-    """A consumed record, as far as the projector looks at one."""
+    """A consumed record, with the methods that the row folder calls."""
 
     def __init__(self, topic: str, partition: int, offset: int, value: bytes | None, ms: int) -> None:
         self._all = (topic, partition, offset, value, ms)
@@ -41,7 +41,7 @@ class Message:
 
 
 class Table:
-    """The rows that were written, in memory, and how often one was read."""
+    """A table in memory that counts how many rows were read."""
 
     def __init__(self) -> None:
         self.rows: dict[str, Row] = {}
@@ -64,7 +64,7 @@ BAD = ev.ErrorInfo("builtins.ValueError", "no", "x" * 3_000)
 
 
 def stream(chance: random.Random, jobs: int) -> list[Message]:
-    """Lives of jobs that interleave, some of them cut, some out of order."""
+    """Return the facts of several jobs, mixed. Some jobs lack a fact, and some have their facts in another order."""
     lives: list[list[JobEvent]] = []
     for n in range(jobs):
         ends: list[ev.Fact] = [
@@ -89,24 +89,24 @@ def stream(chance: random.Random, jobs: int) -> list[Message]:
                 for f in facts
             ]
         )
-    found: list[Message] = []
+    messages: list[Message] = []
     while lives:
         life = chance.choice(lives)
         event = life.pop(0)
         topic = "s.jobs.mail" if isinstance(event.fact, ev.JobSubmitted) else "s.lifecycle"
-        found.append(Message(topic, 0, len(found), codec.encode(event), 1_000 + len(found) // 2))
+        messages.append(Message(topic, 0, len(messages), codec.encode(event), 1_000 + len(messages) // 2))
         if not life:
             lives.remove(life)
-    return found
+    return messages
 
 
 def run(messages: list[Message], sizes: list[int], cache_jobs: int) -> Table:
-    """Fold the messages in batches of these sizes, over and over."""
+    """Fold the messages in batches; the sizes of the batches are repeated."""
     table = Table()
     projector = RowFolder(table, codec.Decoder(), cache_jobs=cache_jobs)
     at = turn = 0
     while at < len(messages):
-        folded = projector.fold(messages[at : at + sizes[turn % len(sizes)]])  # type: ignore[arg-type]  # as far as it looks
+        folded = projector.fold(messages[at : at + sizes[turn % len(sizes)]])  # type: ignore[arg-type]  # has its methods
         table.write(folded.changes)
         projector.committed(folded)
         at, turn = at + sizes[turn % len(sizes)], turn + 1
@@ -116,11 +116,10 @@ def run(messages: list[Message], sizes: list[int], cache_jobs: int) -> Table:
 
 @settings(max_examples=40)
 @given(st.randoms(use_true_random=False), st.lists(st.integers(1, 40), min_size=1, max_size=5), st.integers(0, 20))
-def test_batches_of_any_size_and_any_memory_make_the_same_table(
+def test_batches_and_caches_of_any_size_give_the_same_table(
     chance: random.Random, sizes: list[int], cache_jobs: int
 ) -> None:
-    """However records are cut into batches, and however little is kept in memory, rows,
-    tags and counters are the same."""
+    """Rows, tags and counters are the same for any batches and for any size of the cache."""
     messages = stream(chance, 30)
     whole, other = run(messages, [len(messages)], 10_000), run(messages, sizes, cache_jobs)
     assert other.rows == whole.rows
@@ -130,7 +129,7 @@ def test_batches_of_any_size_and_any_memory_make_the_same_table(
 
 
 def test_a_batch_that_was_not_committed_is_forgotten() -> None:
-    """Folding the same records again after a failed transaction gives the same changes."""
+    """After a failed transaction, a second fold of the same records gives the same changes."""
     table = Table()
     projector = RowFolder(table, codec.Decoder())
     messages = stream(random.Random(1), 10)
@@ -139,7 +138,7 @@ def test_a_batch_that_was_not_committed_is_forgotten() -> None:
     assert first.changes == again.changes
 
 
-def test_jobs_under_way_are_not_read_again() -> None:
-    """The facts of a job that is under way meet its state in memory; only new jobs are asked for."""
+def test_the_rows_of_active_jobs_are_not_read_again() -> None:
+    """The state of an active job is in the cache. Only the rows of new jobs are read."""
     messages = sorted(stream(random.Random(2), 50), key=lambda m: m.offset())
     assert run(messages, [10], 1_000).loads < len(messages) / 2

@@ -1,4 +1,4 @@
-"""The quick way to read a submission says what the full decoder says, or nothing."""
+"""The fast path for submissions returns the event of the full decoder, or None."""
 
 from __future__ import annotations
 
@@ -49,15 +49,15 @@ def plain(args: bytes) -> JobEvent:
 @example(plain(b"x" * 8191))
 @example(plain(b"x" * 8192))
 @example(msgspec.structs.replace(plain(b"{}"), key="", home="", trace=""))
-def test_it_reads_what_the_full_decoder_reads(event: JobEvent) -> None:
-    """Whenever it answers, the answer is the event, but for what a worker does not need."""
-    found = plain_submission(codec.encode(event))
-    if found is not None:
-        assert found == msgspec.structs.replace(event, occurred_at=0, source="")
+def test_the_fast_path_returns_the_event_of_the_full_decoder_or_none(event: JobEvent) -> None:
+    """The fields that a worker does not need are left out."""
+    read = plain_submission(codec.encode(event))
+    if read is not None:
+        assert read == msgspec.structs.replace(event, occurred_at=0, source="")
 
 
-def test_it_answers_for_plain_submissions() -> None:
-    """The shape that clients write is read the quick way: else it would be of no use."""
+def test_the_fast_path_reads_plain_submissions() -> None:
+    """Clients write submissions in this form, so the fast path must read it."""
     trace = "00-" + "a" * 32 + "-" + "b" * 16 + "-01"
     for size in (2, 63, 64, 1_000, 8_000):
         event = plain(b"x" * size)
@@ -70,15 +70,15 @@ def test_it_answers_for_plain_submissions() -> None:
 
 
 @given(EVENTS, st.integers(0, 400), st.binary(max_size=3))
-def test_damaged_bytes_are_not_read_the_quick_way(event: JobEvent, at: int, put: bytes) -> None:
-    """Where the full decoder refuses, so does the quick one."""
+def test_the_fast_path_does_not_read_damaged_bytes(event: JobEvent, at: int, put: bytes) -> None:
+    """If the full decoder refuses the bytes, the fast path returns None."""
     raw = codec.encode(event)
     damaged = raw[:at] + put + raw[at + len(put) :]
-    found = plain_submission(damaged)
-    if found is None:
+    read = plain_submission(damaged)
+    if read is None:
         return
     try:
         full = codec.decode(damaged)
     except SchemaError:
         raise AssertionError(f"{damaged!r} was read") from None
-    assert found == msgspec.structs.replace(full, occurred_at=0, source="")
+    assert read == msgspec.structs.replace(full, occurred_at=0, source="")

@@ -1,4 +1,5 @@
-"""The Schema Registry's client where no registry answers, or something else does. The real one: tests/integration."""
+"""The client of the Schema Registry without a registry, or with another server. The tests with a real registry are in
+tests/integration."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ Answer = tuple[int, Any]
 
 @pytest.fixture(autouse=True)
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ask again at once, and let no answer be late: the servers here may be slow."""
+    """Ask again at once, and let no answer be late, because the servers of these tests may be slow."""
     monkeypatch.setattr(schema_registry, "PAUSE_S", 0.0)
     monkeypatch.setattr(schema_registry, "TOTAL_S", 120.0)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -35,7 +36,8 @@ def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def server() -> Iterator[Callable[..., tuple[str, list[Any]]]]:
-    """An HTTP server that gives these answers, the last one for ever; its address, and what it was asked."""
+    """A function that starts an HTTP server with these answers, and repeats the last one. It returns the address and
+    the requests."""
     running: list[ThreadingHTTPServer] = []
 
     def start(*answers: Answer) -> tuple[str, list[Any]]:
@@ -52,7 +54,7 @@ def server() -> Iterator[Callable[..., tuple[str, list[Any]]]]:
                 self.wfile.write(raw)
 
             def log_message(self, *args: Any) -> None:
-                """Say nothing."""
+                """Print nothing."""
 
         made = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         threading.Thread(target=made.serve_forever, args=(0.01,), daemon=True).start()
@@ -68,8 +70,9 @@ def server() -> Iterator[Callable[..., tuple[str, list[Any]]]]:
 NONE = (404, {"error_code": 40403, "message": "Schema not found"})
 
 
-def test_a_registry_that_is_away_is_named_and_its_password_is_not() -> None:
-    """The error names the address without the password, the setting and the way out; it is retried as a broker's is."""
+def test_the_error_of_an_unreachable_registry_hides_its_password() -> None:
+    """The error has the address without the password, the setting and a remedy. It is retried like an error of a
+    broker."""
     port = free_port()
     with pytest.raises(RegistryUnavailable, match="JOBLEDGER_SCHEMA_REGISTRY") as caught:
         SchemaRegistry(f"http://me:s3cret@127.0.0.1:{port}/api").schema(1)
@@ -80,7 +83,7 @@ def test_a_registry_that_is_away_is_named_and_its_password_is_not() -> None:
 
 
 def test_a_busy_registry_is_asked_again(server: Callable[..., tuple[str, list[Any]]]) -> None:
-    """Overload and restarts of a registry are waited for, a few times."""
+    """The client asks again a few times, because the registry may be overloaded or restarting."""
     address, seen = server((503, "later"), (429, {}), (200, {"schema": '"int"'}))
     assert SchemaRegistry(f"http://{address}/").schema(4) == '"int"'
     assert [path for path, _ in seen] == ["/schemas/ids/4"] * 3
@@ -89,8 +92,10 @@ def test_a_busy_registry_is_asked_again(server: Callable[..., tuple[str, list[An
         SchemaRegistry(f"http://{address}").schema(4)
 
 
-def test_a_no_is_asked_again_where_it_must_be_certain(server: Callable[..., tuple[str, list[Any]]]) -> None:
-    """An instance that follows another may know an id a moment later."""
+def test_the_client_asks_again_for_an_unknown_id_if_the_answer_must_be_certain(
+    server: Callable[..., tuple[str, list[Any]]],
+) -> None:
+    """A registry that follows another one may know the id a moment later."""
     address, seen = server(NONE, NONE, (200, {"schema": '"int"'}))
     assert SchemaRegistry(f"http://{address}").schema(4) == '"int"'
     address, seen = server(NONE)
@@ -102,22 +107,25 @@ def test_a_no_is_asked_again_where_it_must_be_certain(server: Callable[..., tupl
 def test_another_server_is_never_taken_for_a_registry(
     server: Callable[..., tuple[str, list[Any]]], answer: Answer
 ) -> None:
-    """A 404 of a wrong address must not reject good records: only a registry's own "no" is one."""
+    """Good records must not be rejected because of a 404 of a wrong address. Only a registry's own error says that an
+    id is unknown."""
     address, _ = server(answer)
     with pytest.raises(ConfigError, match="JOBLEDGER_SCHEMA_REGISTRY"):
         SchemaRegistry(f"http://{address}").schema(4)
 
 
-def test_credentials_are_sent_and_their_refusal_is_said(server: Callable[..., tuple[str, list[Any]]]) -> None:
-    """User and password of the URL go out as basic authentication."""
+def test_credentials_of_the_url_are_sent_and_their_refusal_is_an_error(
+    server: Callable[..., tuple[str, list[Any]]],
+) -> None:
+    """User and password of the URL are sent as basic authentication."""
     address, seen = server((401, {}))
     with pytest.raises(ConfigError, match="refuses this client"):
         SchemaRegistry(f"http://me:p%40ss@{address}").schema(4)
     assert seen == [("/schemas/ids/4", "Basic bWU6cEBzcw==")]
 
 
-def test_schemas_of_other_kinds_are_no_events(server: Callable[..., tuple[str, list[Any]]]) -> None:
-    """A registry holds other kinds of schemas, too."""
+def test_a_schema_of_another_type_is_no_event(server: Callable[..., tuple[str, list[Any]]]) -> None:
+    """A registry may hold Protobuf schemas, and Avro schemas with references."""
     address, _ = server((200, {"schema": "message X {}", "schemaType": "PROTOBUF"}))
     with pytest.raises(NotAnEvent, match="PROTOBUF"):
         SchemaRegistry(f"http://{address}").schema(4)
@@ -127,15 +135,15 @@ def test_schemas_of_other_kinds_are_no_events(server: Callable[..., tuple[str, l
 
 
 @pytest.mark.parametrize("url", ["here:8081", "ftp://here", "http://", "http://here:port", "http://u:s3cret@here/?a=b"])
-def test_a_url_of_another_kind_is_refused(url: str) -> None:
-    """A typo is said at the start, and no password with it."""
+def test_a_wrong_url_is_refused(url: str) -> None:
+    """The error is raised at the start, and does not show the password."""
     with pytest.raises(ConfigError, match="JOBLEDGER_SCHEMA_REGISTRY") as caught:
         SchemaRegistry(url)
     assert "s3cret" not in str(caught.value)
 
 
-def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the extra the error says what to install."""
+def test_the_error_without_the_registry_extra_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error has the name of the extra to install."""
     real = builtins.__import__
 
     def without(name: str, *args: Any, **more: Any) -> Any:
@@ -150,7 +158,8 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def hanging() -> Iterator[Callable[[bytes], tuple[str, list[float]]]]:
-    """A server that takes questions and gives back only these bytes, one every 50 ms; its address, and when it was asked."""
+    """A function that starts a server which takes requests and sends only these bytes, one every 50 ms. It returns the
+    address and the times of the requests."""
     open_: list[socket.socket] = []
     done = threading.Event()
 
@@ -185,20 +194,22 @@ def hanging() -> Iterator[Callable[[bytes], tuple[str, list[float]]]]:
 
 
 @pytest.mark.parametrize("drops", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\n" + b"x" * 4_000])
-@pytest.mark.parametrize("ask", [lambda found: found.schema(1), lambda found: found.register("s-value", '"int"')])
-def test_a_registry_that_hangs_costs_one_bound(
+@pytest.mark.parametrize(
+    "ask", [lambda registry: registry.schema(1), lambda registry: registry.register("s-value", '"int"')]
+)
+def test_a_call_to_a_registry_that_hangs_ends_after_one_time_limit(
     hanging: Callable[[bytes], tuple[str, list[float]]],
     monkeypatch: pytest.MonkeyPatch,
     ask: Callable[[SchemaRegistry], Any],
     drops: bytes,
 ) -> None:
-    """One that answers nothing, or in drops, is given up after the bound for all questions of a call together."""
+    """The registry sends nothing, or single bytes. The time limit holds for all requests of a call together."""
     monkeypatch.setattr(schema_registry, "TOTAL_S", 1.0)
     address, asked = hanging(drops)
-    found = SchemaRegistry(f"http://{address}")
+    registry = SchemaRegistry(f"http://{address}")
     began = time.monotonic()
     with pytest.raises(RegistryUnavailable, match=r"within 1 s .*JOBLEDGER_SCHEMA_REGISTRY"):
-        ask(found)
+        ask(registry)
     took = time.monotonic() - began
     # In the cases with bytes, the server sends one every 50 ms, for 200 s in all. A time limit for each single read would
     # never be reached, and the call would take the 200 s.
@@ -209,7 +220,8 @@ def test_a_registry_that_hangs_costs_one_bound(
 def test_submissions_that_wait_for_the_same_registration_fail_with_it(
     hanging: Callable[[bytes], tuple[str, list[float]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a registry that hangs ten threads are told by one question, not each by its own, one after the other."""
+    """The registry hangs. Ten threads get the error of one request, and do not make their own requests one after the
+    other."""
     monkeypatch.setattr(schema_registry, "TOTAL_S", 1.0)
     address, asked = hanging(b"")
     framing = Framing(f"http://{address}", lambda key: None)

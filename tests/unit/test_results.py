@@ -1,4 +1,4 @@
-"""Results: what a task's function returned is what whoever asks gets, by the return annotation."""
+"""Results: a caller gets the value that the task's function returned, by the return annotation."""
 
 from __future__ import annotations
 
@@ -60,17 +60,17 @@ class Colour(enum.Enum):
 
 
 class Opaque:
-    """What no JSON can be read as."""
+    """A class that cannot be read from JSON."""
 
 
 class Strict(pydantic.BaseModel):
-    """A model that judges."""
+    """A model that checks its values."""
 
     rows: int = pydantic.Field(gt=0)
 
 
 def returning(annotation: Any) -> Callable[[], Any]:
-    """A function with this return annotation."""
+    """Return a function with this return annotation."""
 
     def work() -> Any:
         """A task's function."""
@@ -108,13 +108,13 @@ def returning(annotation: Any) -> Callable[[], Any]:
         (str, ""),
     ],
 )
-def test_a_result_comes_back_as_the_annotation_says(annotation: Any, value: Any) -> None:
-    """What the function returned and what `JobHandle.result` gives are equal and of one type."""
+def test_a_result_is_decoded_by_the_return_annotation(annotation: Any, value: Any) -> None:
+    """The decoded result is equal to the returned value, and has the same type."""
     task = App("shop").task(returning(annotation))
     raw = None if value is None else task.encode_result(value)
-    found = task.decode_result(None if raw is None else msgspec.json.decode(raw), "1")
-    assert found == value
-    assert type(found) is type(value)
+    decoded = task.decode_result(None if raw is None else msgspec.json.decode(raw), "1")
+    assert decoded == value
+    assert type(decoded) is type(value)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_a_result_comes_back_as_the_annotation_says(annotation: Any, value: Any)
     ],
 )
 def test_object_inside_an_annotation_is_plain_json(annotation: Any, value: Any) -> None:
-    """``object`` stands for any JSON value, in a result and in an argument, as ``Any`` does."""
+    """Like ``Any``, ``object`` means any JSON value, in a result and in an argument."""
 
     def work(given):  # type: ignore[no-untyped-def]  # annotated below
         """Takes and returns one type."""
@@ -139,11 +139,11 @@ def test_object_inside_an_annotation_is_plain_json(annotation: Any, value: Any) 
 
 
 @pytest.mark.parametrize("annotation", [Any, object, NoReturn])
-def test_without_a_telling_annotation_a_result_is_plain_json(annotation: Any) -> None:
-    """``Any``, ``object`` and no annotation at all give what JSON holds."""
+def test_without_a_specific_annotation_a_result_is_plain_json(annotation: Any) -> None:
+    """With ``Any``, with ``object`` and without an annotation, the result is the JSON value."""
 
-    def bare():  # type: ignore[no-untyped-def]  # the point of the test
-        """A function that says nothing of its result."""
+    def bare():  # type: ignore[no-untyped-def]  # without an annotation on purpose
+        """A function without a return annotation."""
 
     app = App("shop")
     for task in (app.task(returning(annotation)), app.task(bare)):
@@ -161,18 +161,18 @@ def test_without_a_telling_annotation_a_result_is_plain_json(annotation: Any) ->
         (str, ["x" * 10_000], "Expected `str`, got `array`"),
     ],
 )
-def test_a_result_that_does_not_fit_says_what_it_got(annotation: Any, value: Any, why: str) -> None:
-    """The error is one of ours: it names the job, the task, the annotation, the reason and the value; it is short, and
-    the value itself is on it."""
+def test_the_error_of_a_result_that_does_not_fit_shows_the_value(annotation: Any, value: Any, why: str) -> None:
+    """The error names the job, the task, the annotation, the reason and the value. Its message is short, and the whole
+    value is an attribute."""
     task = App("shop").task(name="report")(returning(annotation))
     with pytest.raises(ResultMismatch, match=why) as caught:
         task.decode_result(value, "01890a5d")
-    said = str(caught.value)
+    message = str(caught.value)
     assert isinstance(caught.value, JobledgerError)
-    assert "job 01890a5d" in said
-    assert "report() -> " in said
-    assert repr(value)[:100] in said
-    assert len(said) < 1_500
+    assert "job 01890a5d" in message
+    assert "report() -> " in message
+    assert repr(value)[:100] in message
+    assert len(message) < 1_500
     assert (caught.value.value, caught.value.job_id, caught.value.task) == (value, "01890a5d", "report")
 
 
@@ -188,16 +188,15 @@ def test_a_result_that_does_not_fit_says_what_it_got(annotation: Any, value: Any
         (Order | Line, "more than one dataclass"),
     ],
 )
-def test_an_annotation_that_no_json_can_be_read_as_gives_plain_json_and_a_warning(annotation: Any, named: str) -> None:
-    """A task whose result cannot come back as its annotation says is taken: the warning names the way out, once, when it is
-    declared."""
+def test_an_annotation_that_json_cannot_become_gives_a_warning_and_plain_json(annotation: Any, named: str) -> None:
+    """The task is accepted. The warning has a remedy, and is shown once, when the task is declared."""
     with pytest.warns(RuntimeWarning, match=rf"(?s)'work'.*result.*{named}.*Any to get plain JSON"):
         task = App("shop").task(returning(annotation))
     assert task.decode_result({"plain": 1}, "job-1") == {"plain": 1}
 
 
-def test_a_fallback_and_a_handler_give_results_of_their_own() -> None:
-    """Each task reads results by its own annotation, the one that stands in for another, too."""
+def test_the_result_of_a_fallback_is_read_by_the_fallbacks_annotation() -> None:
+    """Each task reads results by its own annotation."""
     app = App("shop")
     other = app.task(name="other")(returning(Line))
     task = app.task(name="first", fallback=other)(returning(Extra))

@@ -24,7 +24,8 @@ UNIFORM = st.floats(0, 1, exclude_max=True)
 
 @given(POLICIES, st.integers(1, 100_000), UNIFORM)
 def test_delays_stay_within_their_bounds(policy: Retry, attempt: int, uniform: float) -> None:
-    """A delay is never negative, never above the cap, and with jitter at least half of the raw one."""
+    """A delay is not negative and not above the cap. With jitter, a delay is at least half of the delay without
+    jitter."""
     delay = policy.delay_after(attempt, uniform)
     raw = Retry(initial=policy.initial, factor=policy.factor, cap=policy.cap, jitter=False).delay_after(attempt, 0.0)
     assert 0 <= delay <= policy.cap
@@ -34,20 +35,20 @@ def test_delays_stay_within_their_bounds(policy: Retry, attempt: int, uniform: f
 
 @given(POLICIES, st.integers(1, 1_000))
 def test_delays_do_not_shrink(policy: Retry, attempt: int) -> None:
-    """Without jitter a later attempt never waits less."""
+    """Without jitter, a later attempt never has a shorter delay."""
     plain = Retry(initial=policy.initial, factor=policy.factor, cap=policy.cap, jitter=False)
     assert plain.delay_after(attempt + 1, 0.0) >= plain.delay_after(attempt, 0.0)
 
 
-def test_known_delays() -> None:
-    """The delays of a plain policy are those anyone would compute."""
+def test_the_delays_of_a_plain_policy_are_as_computed_by_hand() -> None:
+    """A delay is the initial delay times a power of the factor, at most the cap. Jitter makes it shorter."""
     plain = Retry(initial=1, factor=2, cap=10, jitter=False)
     assert [plain.delay_after(n, 0) for n in (1, 2, 3, 4, 5)] == [1, 2, 4, 8, 10]
     assert Retry(initial=4, factor=2, cap=10).delay_after(1, 0.5) == 3.0
 
 
-def test_never_wins_over_on() -> None:
-    """An exception named by ``never`` is not retried, even if ``on`` names its base."""
+def test_an_exception_named_by_never_is_not_retried() -> None:
+    """This holds even if ``on`` names its base class."""
     policy = Retry(on=(LookupError,), never=(KeyError,))
     assert policy.retries(IndexError())
     assert not policy.retries(KeyError())
@@ -70,22 +71,22 @@ def test_never_wins_over_on() -> None:
         {"never": 3},
     ],
 )
-def test_a_wrong_setting_is_named(wrong: dict[str, Any]) -> None:
-    """A policy that cannot hold is refused with the setting and the value."""
+def test_the_error_of_a_wrong_setting_names_it(wrong: dict[str, Any]) -> None:
+    """A policy with a wrong setting is refused."""
     with pytest.raises(ConfigError) as caught:
         Retry(**wrong)
     assert next(iter(wrong)) in str(caught.value)
 
 
 @pytest.mark.parametrize("delay", [-1, MAX_DELAY_S + 1, float("nan"), "5", True, None])
-def test_a_wrong_delay_is_refused_where_it_is_raised(delay: Any) -> None:
-    """`RetryLater` and `Snooze` refuse a delay that is no number of seconds."""
+def test_retry_later_and_snooze_refuse_a_wrong_delay(delay: Any) -> None:
+    """A delay must be a number of seconds within the bounds."""
     for kind in (RetryLater, Snooze):
         with pytest.raises(ConfigError, match="delay"):
             kind(delay)
 
 
-def test_one_exception_class_may_stand_alone() -> None:
-    """``on`` takes a single class, too."""
-    assert Retry(on=OSError).retries(OSError())  # type: ignore[arg-type]  # what users write
+def test_on_takes_a_single_exception_class() -> None:
+    """The class need not be in a tuple."""
+    assert Retry(on=OSError).retries(OSError())  # type: ignore[arg-type]  # users may write this
     assert str(Reject("no city")) == "no city"

@@ -1,5 +1,5 @@
-"""Security settings: one set of them, for librdkafka as it is and for aiokafka in translation;
-nothing is left out in silence."""
+"""Security settings: the settings of librdkafka are translated for aiokafka, and a setting without a translation is an
+error."""
 
 from __future__ import annotations
 
@@ -56,25 +56,26 @@ SASL = ("sasl.username", "sasl.password", "sasl.mechanism", "sasl.oauthbearer.cl
 
 @pytest.fixture(scope="module")
 def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    """Signs this module's certificates."""
+    """The authority that signs the certificates of this module."""
     return Authority(tmp_path_factory.mktemp("authority"))
 
 
 @pytest.fixture(scope="module")
 def user(authority: Authority) -> Identity:
-    """A certificate whose key has a password."""
+    """A certificate with a key that has a password."""
     return authority.issue("user", password="open sesame")
 
 
-def test_plain_text_needs_no_credentials() -> None:
-    """Without settings there is nothing to translate."""
+def test_without_security_settings_the_connection_is_plain_text() -> None:
+    """There are no credentials."""
     assert credentials({}) is None
     assert security(Settings()) == {"security_protocol": "PLAINTEXT"}
 
 
-def test_mutual_tls_from_files(authority: Authority, user: Identity) -> None:
-    """A certificate, its locked key and the authority, from files: verified, and by the host's name."""
-    found = credentials(
+def test_mutual_tls_is_set_up_from_files(authority: Authority, user: Identity) -> None:
+    """The files have a certificate, its encrypted key and the authority. The server's certificate and host name are
+    verified."""
+    made = credentials(
         {
             "security.protocol": "ssl",
             "ssl.ca.location": str(authority.ca),
@@ -83,18 +84,18 @@ def test_mutual_tls_from_files(authority: Authority, user: Identity) -> None:
             "ssl.key.password": "open sesame",
         }
     )
-    assert isinstance(found, SSLCredentials)
-    assert found.context.verify_mode is ssl.CERT_REQUIRED
-    assert found.context.check_hostname
-    assert len(found.context.get_ca_certs()) == 1
+    assert isinstance(made, SSLCredentials)
+    assert made.context.verify_mode is ssl.CERT_REQUIRED
+    assert made.context.check_hostname
+    assert len(made.context.get_ca_certs()) == 1
 
 
-def test_mutual_tls_from_texts(
+def test_mutual_tls_is_set_up_from_text(
     authority: Authority, user: Identity, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same from the settings' own text, as secrets of an orchestrator arrive; no file of it is left behind."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # other tests write into the common one at the same time
-    found = tls.context(
+    """The settings have the certificates as text, as an orchestrator passes secrets. No temporary file remains."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # other tests write into the common folder at the same time
+    made = tls.context(
         {
             "ssl.ca.pem": authority.ca.read_text(),
             "ssl.certificate.pem": user.certificate.read_text(),
@@ -102,12 +103,12 @@ def test_mutual_tls_from_texts(
             "ssl.key.password": "open sesame",
         }
     )
-    assert len(found.get_ca_certs()) == 1
+    assert len(made.get_ca_certs()) == 1
     assert list(tmp_path.iterdir()) == []
 
 
-def test_checks_are_turned_off_only_on_demand(authority: Authority) -> None:
-    """`none` leaves the name unchecked, `false` the certificate."""
+def test_tls_checks_are_turned_off_only_by_their_settings(authority: Authority) -> None:
+    """`none` turns off the check of the host name, and `false` the check of the certificate."""
     ca = {"ssl.ca.location": str(authority.ca)}
     unnamed = tls.context({**ca, "ssl.endpoint.identification.algorithm": "none"})
     assert (unnamed.check_hostname, unnamed.verify_mode) == (False, ssl.CERT_REQUIRED)
@@ -116,18 +117,20 @@ def test_checks_are_turned_off_only_on_demand(authority: Authority) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "said"),
+    ("name", "value", "expected"),
     [
         ("ssl.ca.location", "/nowhere/ca.pem", "JOBLEDGER_KAFKA__SSL_CA_LOCATION=/nowhere/ca.pem cannot be read"),
-        ("ssl.key.password", "wrong", "is JOBLEDGER_KAFKA__SSL_KEY_PASSWORD right?"),
+        ("ssl.key.password", "wrong", "check JOBLEDGER_KAFKA__SSL_KEY_PASSWORD"),
         ("ssl.keystore.location", "client.p12", "openssl pkcs12"),
-        ("ssl.cipher.suites", "ALL", "JOBLEDGER_KAFKA__SSL_CIPHER_SUITES has no translation"),
-        ("ssl.crl.location", "crl.pem", "JOBLEDGER_KAFKA__SSL_CRL_LOCATION has no translation"),
+        ("ssl.cipher.suites", "ALL", "JOBLEDGER_KAFKA__SSL_CIPHER_SUITES is not supported"),
+        ("ssl.crl.location", "crl.pem", "JOBLEDGER_KAFKA__SSL_CRL_LOCATION is not supported"),
     ],
 )
-def test_what_cannot_be_used_is_said(authority: Authority, user: Identity, name: str, value: str, said: str) -> None:
-    """A file that is not there, a wrong password and a setting without translation are errors that name the
-    setting; none shows a password."""
+def test_the_error_of_an_unusable_security_setting_names_it(
+    authority: Authority, user: Identity, name: str, value: str, expected: str
+) -> None:
+    """The errors are a missing file, a wrong password and a setting without a translation. No error shows a
+    password."""
     kafka = {
         "security.protocol": "SSL",
         "ssl.ca.location": str(authority.ca),
@@ -137,21 +140,21 @@ def test_what_cannot_be_used_is_said(authority: Authority, user: Identity, name:
     }
     with pytest.raises(ConfigError) as caught:
         credentials({**kafka, name: value})
-    assert said in str(caught.value)
+    assert expected in str(caught.value)
     assert "sesame" not in str(caught.value)
     assert "wrong" not in str(caught.value)
 
 
-def test_a_locked_key_without_its_password_is_said(user: Identity) -> None:
-    """Nobody is asked at a terminal."""
+def test_an_encrypted_key_without_its_password_is_an_error(user: Identity) -> None:
+    """The program does not ask for the password at a terminal."""
     with pytest.raises(ConfigError, match="cannot be used"):
         tls.context({"ssl.certificate.location": str(user.certificate), "ssl.key.location": str(user.key)})
 
 
 @pytest.mark.parametrize("mechanism", ["PLAIN", "SCRAM-SHA-256", "scram-sha-512"])
 @pytest.mark.parametrize("name", ["sasl.mechanism", "sasl.mechanisms"])
-def test_passwords(mechanism: str, name: str) -> None:
-    """User and password by PLAIN and SCRAM, with or without TLS, under both names of the setting."""
+def test_user_and_password_are_used_with_plain_and_scram(mechanism: str, name: str) -> None:
+    """They are used with and without TLS, and with both names of the setting for the mechanism."""
     kafka = {name: mechanism, "sasl.username": "u", "sasl.password": "p"}
     plain = credentials({**kafka, "security.protocol": "SASL_PLAINTEXT"})
     assert isinstance(plain, SASLCredentials)
@@ -160,9 +163,9 @@ def test_passwords(mechanism: str, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kafka", "said"),
+    ("kafka", "expected"),
     [
-        ({"security.protocol": "TLS"}, "none of PLAINTEXT"),
+        ({"security.protocol": "TLS"}, "not one of PLAINTEXT"),
         ({"security.protocol": "SASL_SSL", "sasl.mechanism": "GSSAPI"}, "or mutual TLS"),
         ({"security.protocol": "SASL_SSL", "sasl.mechanism": "PLAIN", "sasl.username": "u"}, "SASL_PASSWORD"),
         ({"security.protocol": "SASL_SSL", "sasl.mechanism": "GSSAPI", "sasl.kerberos.keytab": "x"}, "mutual TLS"),
@@ -172,14 +175,14 @@ def test_passwords(mechanism: str, name: str) -> None:
         (OIDC, "JOBLEDGER_KAFKA__SASL_OAUTHBEARER_TOKEN_ENDPOINT_URL"),
     ],
 )
-def test_ways_in_that_are_not_known_are_refused(kafka: dict[str, str], said: str) -> None:
-    """A protocol, a mechanism or a half of a pair that aiokafka cannot use is an error that names the ways out."""
-    with pytest.raises(ConfigError, match=said):
+def test_unknown_or_incomplete_ways_to_log_in_are_refused(kafka: dict[str, str], expected: str) -> None:
+    """The error names the protocols or mechanisms that aiokafka can use, or the missing setting."""
+    with pytest.raises(ConfigError, match=expected):
         credentials(kafka)
 
 
 @pytest.mark.parametrize(
-    ("kafka", "said"),
+    ("kafka", "expected"),
     [
         ({"sasl.username": "u", "sasl.password": "p"}, "would not be used with security.protocol=PLAINTEXT"),
         ({"ssl.certificate.location": "c.pem"}, "would not be used with security.protocol=PLAINTEXT"),
@@ -192,14 +195,15 @@ def test_ways_in_that_are_not_known_are_refused(kafka: dict[str, str], said: str
         ),
     ],
 )
-def test_credentials_that_would_not_be_used_are_refused(kafka: dict[str, str], said: str) -> None:
-    """Nobody connects in plain text who has set a password or a certificate; the clients would."""
-    with pytest.raises(ConfigError, match=said):
+def test_credentials_that_would_not_be_used_are_refused(kafka: dict[str, str], expected: str) -> None:
+    """With a password or a certificate in the settings, a connection in plain text is refused. The clients would allow
+    it."""
+    with pytest.raises(ConfigError, match=expected):
         Settings(bootstrap="h:1", kafka=kafka).librdkafka()
 
 
-def test_no_client_is_made_of_unusable_settings() -> None:
-    """What librdkafka refuses is an error of ours for each kind of client, without a traceback of Kafka's."""
+def test_unusable_settings_raise_our_error_for_each_kind_of_client() -> None:
+    """If librdkafka refuses the settings, a `ConfigError` is raised."""
     settings = Settings(
         bootstrap="h:1",
         kafka={"security.protocol": "SSL", "ssl.certificate.location": "/nowhere", "ssl.key.location": "/nowhere"},
@@ -214,13 +218,13 @@ def test_no_client_is_made_of_unusable_settings() -> None:
 
 
 def test_settings_do_not_show_secrets() -> None:
-    """Not in what Python shows of them."""
+    """The `repr` of settings has no password and no key."""
     assert "hunter2" not in repr(Settings(kafka={"sasl.password": "hunter2", "ssl.key.pem": "hunter2"}))
 
 
-def test_a_refusal_shows_the_way_in_and_no_secret() -> None:
-    """Of the settings an error shows those that are known to hold none, by an allow-list: also of ways in that this
-    version does not know."""
+def test_the_error_of_a_failed_login_shows_settings_but_no_secret() -> None:
+    """The error shows only the settings of an allow-list, which contain no secret. So a setting that this version does
+    not know is not shown."""
     harmless = {
         "sasl.mechanism": "OAUTHBEARER",
         "sasl.oauthbearer.method": "oidc",
@@ -240,21 +244,22 @@ def test_a_refusal_shows_the_way_in_and_no_secret() -> None:
     }
     url = {"sasl.oauthbearer.token.endpoint.url": "https://me:hunter2@login.example/token?key=hunter2"}
     settings = Settings(bootstrap="h:1", kafka={**harmless, **secret, **url, "security.protocol": "SASL_SSL"})
-    said = str(refusal(settings, "SASL authentication error: no"))
-    assert "hunter2" not in said
-    assert "JOBLEDGER_KAFKA__SASL_OAUTHBEARER_TOKEN_ENDPOINT_URL=https://login.example/token" in said
-    assert [name for name, value in harmless.items() if f"{tls.setting(name)}={value}" not in said] == []
+    message = str(refusal(settings, "SASL authentication error: no"))
+    assert "hunter2" not in message
+    assert "JOBLEDGER_KAFKA__SASL_OAUTHBEARER_TOKEN_ENDPOINT_URL=https://login.example/token" in message
+    assert [name for name, value in harmless.items() if f"{tls.setting(name)}={value}" not in message] == []
     unknown = Settings(bootstrap="h:1", kafka={"sasl.something.new": "hunter2"})
     assert "check JOBLEDGER_KAFKA__SASL_*, and" in str(refusal(unknown, "SASL authentication error: no"))
 
 
-def test_a_missing_right_is_said_with_the_way_out() -> None:
-    """Role, operation and resource, in the text and as attributes; the user if there is a name."""
+def test_the_error_of_a_missing_right_names_role_operation_and_resource() -> None:
+    """They are in the message and in attributes. The message also has the user's name, if there is one, and a
+    remedy."""
     settings = Settings(kafka={"sasl.username": "jobs"}, role="worker")
     error = unauthorized(settings, "sending to shop.lifecycle", "topic", Need("Write", "topic", "shop.lifecycle"))
     assert str(error) == (
         "sending to shop.lifecycle: the cluster does not let user 'jobs' do this: the worker needs Write on topic "
-        "shop.lifecycle; `jobledger topics acls MODULE:APP` prints the rights of each part"
+        "shop.lifecycle; `jobledger topics acls MODULE:APP` prints the rights of each role"
     )
     assert (error.role, error.operation, error.resource_type, error.resource) == (
         "worker",
@@ -265,7 +270,7 @@ def test_a_missing_right_is_said_with_the_way_out() -> None:
 
 
 class Endpoint:
-    """A token endpoint that counts what it is asked."""
+    """A token endpoint that keeps its requests."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, str]] = []
@@ -291,7 +296,7 @@ class Endpoint:
 
 @pytest.fixture
 def endpoint() -> Iterator[Endpoint]:
-    """One that runs."""
+    """A running token endpoint."""
     made = Endpoint()
     thread = threading.Thread(target=made.server.serve_forever)
     thread.start()
@@ -301,18 +306,18 @@ def endpoint() -> Iterator[Endpoint]:
     made.server.server_close()
 
 
-def test_a_token_is_got_kept_and_renewed(endpoint: Endpoint) -> None:
-    """The client credentials grant, with scope and extensions; a token is asked for once,
-    until most of its life is over."""
+def test_a_token_is_fetched_kept_and_renewed(endpoint: Endpoint) -> None:
+    """The client credentials grant is used, with scope and extensions. A token is kept until most of its lifetime is
+    over."""
     kafka = {
         **OIDC,
         "sasl.oauthbearer.token.endpoint.url": endpoint.url,
         "sasl.oauthbearer.scope": "kafka",
         "sasl.oauthbearer.extensions": "logicalCluster=lkc-1, identityPoolId=p",
     }
-    found = credentials(kafka)
-    assert isinstance(found, OAuthCredentials)
-    provider = found.oauth_cb
+    made = credentials(kafka)
+    assert isinstance(made, OAuthCredentials)
+    provider = made.oauth_cb
     assert asyncio.run(provider.token()) == asyncio.run(provider.token()) == "token-1"
     assert endpoint.asked[0][1] == "grant_type=client_credentials&scope=kafka"
     assert provider.extensions() == {"logicalCluster": "lkc-1", "identityPoolId": "p"}
@@ -321,8 +326,8 @@ def test_a_token_is_got_kept_and_renewed(endpoint: Endpoint) -> None:
     assert fleeting.fetch() != fleeting.fetch()
 
 
-def test_a_token_that_is_refused_is_said_without_the_secret(endpoint: Endpoint) -> None:
-    """The error names the endpoint and the settings, not what is in them."""
+def test_the_error_of_a_refused_token_hides_the_secret(endpoint: Endpoint) -> None:
+    """The error names the endpoint and the settings, but shows no values of settings."""
     kafka = {**OIDC, "sasl.oauthbearer.token.endpoint.url": endpoint.url, "sasl.oauthbearer.client.secret": "hunter2"}
     with pytest.raises(NotAuthenticated, match=r"answers 401 .*CLIENT_SECRET") as caught:
         ClientCredentials(kafka).fetch()
@@ -330,18 +335,18 @@ def test_a_token_that_is_refused_is_said_without_the_secret(endpoint: Endpoint) 
 
 
 @pytest.mark.parametrize(
-    ("url", "said"),
+    ("url", "expected"),
     [
         ("http://login.example/token", r"TOKEN_ENDPOINT_URL=http://login\.example… would send .* plain text"),
         ("http://10.0.0.7:8080/token", "plain text"),
         ("https://me:hunter2@login.example/token", "contains a user or a password"),
     ],
 )
-def test_a_secret_does_not_travel_as_plain_text(url: str, said: str) -> None:
-    """Neither client asks an endpoint of another machine's without TLS; the setting is named, what is in it not."""
+def test_a_secret_is_not_sent_in_plain_text(url: str, expected: str) -> None:
+    """No client asks an endpoint of another machine without TLS. The error names the setting, and shows no secret."""
     kafka = {**OIDC, "sasl.oauthbearer.token.endpoint.url": url}
     for asked in (lambda: ClientCredentials(kafka), Settings(bootstrap="h:1", kafka=kafka).librdkafka):
-        with pytest.raises(ConfigError, match=said) as caught:
+        with pytest.raises(ConfigError, match=expected) as caught:
             asked()
         assert "hunter2" not in str(caught.value)
 
@@ -349,40 +354,40 @@ def test_a_secret_does_not_travel_as_plain_text(url: str, said: str) -> None:
 @pytest.mark.parametrize(
     "url", ["http://localhost:1/t", "http://127.0.0.2/t", "http://[::1]:1/t", "https://any.example"]
 )
-def test_endpoints_that_a_secret_may_be_sent_to(url: str) -> None:
-    """TLS, or this machine."""
+def test_a_secret_is_sent_with_tls_or_to_this_machine(url: str) -> None:
+    """These endpoints are accepted."""
     kafka = {**OIDC, "sasl.oauthbearer.token.endpoint.url": url}
     ClientCredentials(kafka)
     Settings(bootstrap="h:1", kafka=kafka).librdkafka()
 
 
-def test_an_endpoint_that_is_away_is_said() -> None:
-    """Within a bounded time."""
+def test_an_unreachable_token_endpoint_is_an_error() -> None:
+    """The error is raised within a bounded time."""
     away = {**OIDC, "sasl.oauthbearer.token.endpoint.url": "http://127.0.0.1:9/token"}
     with pytest.raises(NotAuthenticated, match="gives no token"):
         ClientCredentials(away).fetch()
 
 
-def test_a_topic_nobody_could_be_asked_for_is_not_called_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A client that never reached a broker says that the topic is unknown; it is the broker that is away."""
+def test_a_topic_is_not_called_missing_if_no_broker_was_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that never reached a broker reports the topic as unknown, but the cause is the unreachable broker."""
     monkeypatch.setattr(auth, "AWAY_S", 600.0)
     address = f"127.0.0.1:{free_port()}"
     settings = Settings(bootstrap=address)
-    door = AuthMonitor(settings)
+    monitor = AuthMonitor(settings)
     unknown = KafkaError(KafkaError._UNKNOWN_TOPIC)
-    assert door.behind(unknown) is None
+    assert monitor.behind(unknown) is None
     assert isinstance(undelivered(unknown, settings, "sending to t"), TopicMissing)
-    told: list[KafkaError] = []
+    errors: list[KafkaError] = []
 
-    def heard(error: KafkaError) -> None:
-        told.append(error)
-        door(error)
+    def on_error(error: KafkaError) -> None:
+        errors.append(error)
+        monitor(error)
 
-    client = producer(producer_config(settings) | {"error_cb": heard})
+    client = producer(producer_config(settings) | {"error_cb": on_error})
     until = time.monotonic() + 60
-    while not told and time.monotonic() < until:
+    while not errors and time.monotonic() < until:
         client.poll(0.05)
-    found = door.behind(unknown)
-    assert isinstance(found, BrokerUnavailable), told
-    assert f"{address} cannot be reached" in str(found)
-    assert door.behind(KafkaError(KafkaError.MSG_SIZE_TOO_LARGE)) is None
+    cause = monitor.behind(unknown)
+    assert isinstance(cause, BrokerUnavailable), errors
+    assert f"{address} cannot be reached" in str(cause)
+    assert monitor.behind(KafkaError(KafkaError.MSG_SIZE_TOO_LARGE)) is None

@@ -1,4 +1,4 @@
-"""The settler: what a delivery report makes of a record."""
+"""The settler: the effect of a delivery report on a work record."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jobledger.log.writer import Outgoing
 
 
 class Report:
-    """A delivery report as the client gives it: an offset, or none, of a record that the broker had already."""
+    """A delivery report as Kafka's client gives it. If the broker had the record already, the report has no offset."""
 
     def __init__(self, offset: int | None) -> None:
         self._offset = offset
@@ -30,9 +30,9 @@ class Report:
         return 2, 1_000
 
 
-def test_an_end_that_the_broker_had_already_is_an_end() -> None:
-    """A leader that dies after it wrote a record leaves an acknowledgement without an offset: the record is done, and the
-    floor stays where it can be found."""
+def test_an_acknowledgement_without_an_offset_closes_a_record() -> None:
+    """If a leader dies after it wrote a record, the acknowledgement has no offset. The work record is done, and the
+    floor stays below the closing fact."""
     arrived = Arrived()
     settler = AckTracker(
         Settings(),
@@ -65,9 +65,9 @@ def test_an_end_that_the_broker_had_already_is_an_end() -> None:
     assert offsets.base == 3
 
 
-def test_what_derives_from_an_outcome_waits_until_its_partition_is_certainly_ours() -> None:
-    """A worker that was paused asks for no retry before the group has confirmed its partition, and for none of a partition
-    that another worker has: that one may have ended the job."""
+def test_derived_records_wait_until_the_ownership_of_the_partition_is_confirmed() -> None:
+    """After a pause a worker requests no retry before the group has confirmed its partition. If another worker has the
+    partition, no retry is requested, because the other worker may have closed the job."""
     arrived, sent = Arrived(), []
     sender = SimpleNamespace(
         polled_at=float("inf"), clock=BrokerClock(), check=lambda: None, send=lambda topic, *_: sent.append(topic)
@@ -81,7 +81,7 @@ def test_what_derives_from_an_outcome_waits_until_its_partition_is_certainly_our
         each_tick=lambda: None,
         acknowledged=lambda work: None,
     )
-    lease = OwnershipLease(3600.0)  # which is over
+    lease = OwnershipLease(3600.0)  # this lease is over
     partition = Partition("shop.jobs.mail", 0, lease, -1, None)
     offsets = partition.offsets = PartitionOffsets(Restored(0), start_floor=50)
     works = [JobRun(partition, offset, None, arrived) for offset in range(2)]

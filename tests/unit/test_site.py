@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
-    """Every page has its place in the table of contents, every link leads somewhere, every docstring can be read."""
+    """Every page is in the table of contents, every link has a target, and every docstring can be rendered."""
     built = subprocess.run(
         [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", "docs", str(tmp_path)],
         cwd=ROOT,
@@ -31,6 +31,6 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
 
 
 def test_every_public_name_is_on_the_page_of_the_api() -> None:
-    """And nothing else."""
+    """docs/api.md has exactly the names of `jobledger.__all__`."""
     page = (ROOT / "docs" / "api.md").read_text("utf-8")
     assert sorted(re.findall(r"^\.\. auto\w+:: (\w+)$", page, re.MULTILINE)) == sorted(jobledger.__all__)

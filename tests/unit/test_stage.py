@@ -1,4 +1,4 @@
-"""Turns between stages: weights, ageing, no claims from idle times."""
+"""Turns between lanes: weights, ageing, and idle lanes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def stages() -> dict[str | None, Lane]:
 
 
 def test_starts_are_shared_by_weight() -> None:
-    """While all have work, of 7,300 starts high has 6,400, normal 800 and low 100."""
+    """While all lanes have work, high has 6,400, normal 800 and low 100 of 7,300 starts."""
     turns, all_of_them = Turns(), stages()
     had: Counter[str | None] = Counter()
     for _ in range(7300):
@@ -32,8 +32,8 @@ def test_starts_are_shared_by_weight() -> None:
     assert abs(had["low"] - 100) <= 2
 
 
-def test_who_was_idle_has_no_claims() -> None:
-    """A level that had nothing to do for long is next once, and then in its turn."""
+def test_an_idle_lane_saves_no_turns() -> None:
+    """A lane that was idle for long has the next turn, and after that only its normal turns."""
     turns, all_of_them = Turns(), stages()
     high, low = all_of_them["high"], all_of_them["low"]
     for _ in range(1000):
@@ -48,7 +48,7 @@ def test_who_was_idle_has_no_claims() -> None:
 
 
 class Waiting:
-    """A partition whose oldest record is of a time."""
+    """A partition with the time of its oldest record."""
 
     def __init__(self, oldest: int | None) -> None:
         self.oldest = oldest
@@ -57,13 +57,14 @@ class Waiting:
         return self.oldest
 
 
-def test_weights_double_with_age_up_to_the_highest() -> None:
-    """A low record that waits long weighs as much as a new high one; with nothing waiting the weight is the level's."""
+def test_the_weight_of_a_lane_doubles_with_the_age_of_its_oldest_record() -> None:
+    """A low record that waits long has at most the weight of a new high record. If no record waits, the lane has its
+    own weight."""
     low = stages()["low"]
     now = 10_000_000.0
     for waited, weight in ((0.0, 1.0), (AGEING_S, 2.0), (3 * AGEING_S, 8.0), (100 * AGEING_S, 2.0**AGEING_MOST)):
         low.parts.clear()
-        low.parts.extend([Waiting(None), Waiting(int(now - waited * 1000))])  # type: ignore[list-item]  # all that is asked
+        low.parts.extend([Waiting(None), Waiting(int(now - waited * 1000))])  # type: ignore[list-item]  # has the method that is called
         low.age(now)
         assert low.weight == weight
     assert low.weight == WEIGHTS["high"]
@@ -73,8 +74,8 @@ def test_weights_double_with_age_up_to_the_highest() -> None:
 
 
 @given(st.lists(st.sampled_from(["high", None, "low"]), min_size=1, max_size=400))
-def test_no_stage_waits_for_longer_than_its_weight_says(absent: list[str | None]) -> None:
-    """Low, always there, is served at least once in 74 starts whatever the others do."""
+def test_the_low_lane_is_served_at_least_once_in_74_starts(absent: list[str | None]) -> None:
+    """The low lane always has work, and the other lanes may have work or not."""
     turns, all_of_them = Turns(), stages()
     since = 0
     for gone in absent:

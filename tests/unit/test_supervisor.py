@@ -1,4 +1,4 @@
-"""Supervision: when a child is started again (pure), and that it is, with real processes."""
+"""Supervision: the pure rules for restarts, and restarts of real processes."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def python(code: str) -> tuple[str, ...]:
     return (sys.executable, "-u", "-c", code)
 
 
-#: Prints its pid and waits; ends with 0 when asked to.
+#: Code of a child that prints its pid, waits, and exits with 0 when it is asked to stop.
 PATIENT = "import os, signal, sys\nsignal.signal(15, lambda *_: sys.exit(0))\nprint('up', os.getpid())\nwhile True: signal.pause()"
 
 
 class Running:
-    """A supervisor in a thread of this test, with what was said."""
+    """A supervisor in a thread of this test. ``said``: its output lines, with the names of the children."""
 
     def __init__(self, *children: Child, restarts: Callable[[], Restarts] = Restarts, grace: float = 10.0) -> None:
         self.said: list[tuple[str, str]] = []
@@ -63,9 +63,9 @@ class Running:
 
 
 @given(st.lists(st.floats(0, 9.9), min_size=1, max_size=20), st.integers(1, 10))
-def test_quick_deaths_in_a_row_are_bounded(lives: list[float], most: int) -> None:
-    """A child is started again at most ``most`` times in a row, after pauses that never
-    shrink and never pass the cap."""
+def test_a_child_that_dies_quickly_is_restarted_a_bounded_number_of_times(lives: list[float], most: int) -> None:
+    """A child is started again at most ``most`` times in a row. The pauses never become shorter, and are at most the
+    cap."""
     policy = Restarts(most=most)
     pauses = [policy.died(lived) for lived in lives]
     given_up = [p for p in pauses[:most] if p is None]
@@ -77,30 +77,31 @@ def test_quick_deaths_in_a_row_are_bounded(lives: list[float], most: int) -> Non
 
 
 @given(st.lists(st.floats(10, 1e6), max_size=50))
-def test_a_long_life_forgets_earlier_deaths(lives: list[float]) -> None:
-    """A child that lives long between its deaths is started again for ever, after the first pause each time."""
+def test_after_a_long_life_earlier_deaths_do_not_count(lives: list[float]) -> None:
+    """A child that lives long between its deaths is started again forever, each time after the first pause."""
     policy = Restarts(most=1)
     assert [policy.died(lived) for lived in lives] == [policy.initial] * len(lives)
 
 
-def test_any_number_of_deaths_has_a_pause() -> None:
-    """A policy without a practical bound does not overflow."""
+def test_the_pause_after_thousands_of_deaths_is_the_cap() -> None:
+    """The computation of the pause does not overflow."""
     policy = Restarts(most=10**9, deaths=5_000)
     assert policy.died(0.0) == policy.cap
 
 
-def test_output_comes_under_the_childs_name_and_a_stop_is_clean() -> None:
-    """Lines of stdout and stderr arrive under the child's name; asked to stop, all end and the code is 0."""
+def test_output_has_the_childs_name_and_a_stop_ends_all_children() -> None:
+    """Lines of stdout and stderr are passed on with the child's name. After a stop all children end, and the exit code
+    is 0."""
     both = Running(
         Child("a", python(PATIENT)), Child("b", python("import sys; print('err', file=sys.stderr)\n" + PATIENT))
     )
-    both.wait_for(lambda said: bool(both.pids("a")) and bool(both.pids("b")) and ("b", "err") in said)
+    both.wait_for(lambda lines: bool(both.pids("a")) and bool(both.pids("b")) and ("b", "err") in lines)
     assert both.end() == 0
     assert not any(psutil.pid_exists(pid) for name in "ab" for pid in both.pids(name))
 
 
 def test_a_killed_child_is_started_again() -> None:
-    """kill -9 of a child leads to a new one, and what ended it is said; the neighbour is left alone."""
+    """After kill -9 a new child is started, and the signal is in the output. The other child is not restarted."""
     both = Running(Child("a", python(PATIENT)), Child("b", python(PATIENT)), restarts=lambda: Restarts(initial=0.01))
     both.wait_for(lambda _: len(both.pids("a")) == 1 and len(both.pids("b")) == 1)
     os.kill(both.pids("a")[0], signal.SIGKILL)
@@ -110,31 +111,32 @@ def test_a_killed_child_is_started_again() -> None:
     assert any("signal SIGKILL" in line for who, line in both.said if who == Supervisor.NAME)
 
 
-def test_a_child_that_keeps_dying_ends_them_all() -> None:
-    """After too many quick deaths the others are stopped, too, and the code is not 0."""
+def test_a_child_that_keeps_dying_ends_all_children() -> None:
+    """After too many quick deaths the other children are stopped, and the exit code is not 0."""
     both = Running(
         Child("bad", python("raise SystemExit(3)")),
         Child("good", python(PATIENT)),
-        restarts=lambda: Restarts(most=2, initial=0.01, healthy=600.0),  # no death here is a late one
+        restarts=lambda: Restarts(most=2, initial=0.01, healthy=600.0),  # each death counts as a quick one
     )
     both.thread.join(WAIT_S)
     assert both.code == 1
-    said = [line for who, line in both.said if who == Supervisor.NAME]
-    assert [line for line in said if "exit code 3" in line and "giving up" in line]
+    lines = [line for who, line in both.said if who == Supervisor.NAME]
+    assert [line for line in lines if "exit code 3" in line and "not started again" in line]
     assert not any(psutil.pid_exists(pid) for pid in both.pids("good"))
 
 
-def test_a_child_that_the_cluster_refuses_ends_them_all_at_once() -> None:
-    """Exit code 77 is not tried again: it becomes the supervisor's own, and the others are stopped cleanly."""
+def test_a_child_that_the_cluster_refuses_ends_all_children_at_once() -> None:
+    """A child with exit code 77 is not restarted. The supervisor stops the other children and exits with the same
+    code."""
     running = Running(Child("refused", python("raise SystemExit(77)")), Child("other", python(PATIENT)))
     running.thread.join(WAIT_S)
     assert running.code == 77
-    assert sum("refused by the Kafka cluster" in line for _, line in running.said) == 1
+    assert sum("the Kafka cluster refused it" in line for _, line in running.said) == 1
     assert not any("starting it again" in line for _, line in running.said)
 
 
 def test_a_restart_that_was_asked_for_counts_as_no_death() -> None:
-    """`restart` stops a child cleanly and starts it again at once, even where no death is forgiven."""
+    """`restart` stops a child cleanly and starts it again at once, also if the policy allows no death."""
     one = Running(Child("a", python(PATIENT)), restarts=lambda: Restarts(most=0))
     one.wait_for(lambda _: len(one.pids("a")) == 1)
     one.supervisor.restart(["a"])
@@ -143,7 +145,7 @@ def test_a_restart_that_was_asked_for_counts_as_no_death() -> None:
 
 
 def test_a_child_that_does_not_stop_is_killed() -> None:
-    """After the grace time a child that ignores the request is killed, and that is said."""
+    """A child that ignores the request to stop is killed after the grace time, and the output says so."""
     one = Running(
         Child(
             "a", python("import signal\nsignal.signal(15, signal.SIG_IGN)\nprint('up 0')\nwhile True: signal.pause()")
@@ -157,7 +159,7 @@ def test_a_child_that_does_not_stop_is_killed() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_children_stop_when_their_supervisor_is_gone(number: signal.Signals, tmp_path: Path) -> None:
-    """kill -9 of the supervisor leaves no orphan: the children stop as if they had been asked to."""
+    """After kill -9 of the supervisor no child remains: the children stop as after a request to stop."""
     mark = tmp_path / "stopped"
     child = (
         "import os, pathlib, signal, sys\n"
@@ -183,34 +185,34 @@ def test_children_stop_when_their_supervisor_is_gone(number: signal.Signals, tmp
     assert not orphan.is_running() or orphan.status() == psutil.STATUS_ZOMBIE
 
 
-def test_the_leash_is_no_setting() -> None:
-    """Its name is outside ``JOBLEDGER_*``, whose unknown names are refused."""
+def test_the_variable_of_the_leash_does_not_begin_like_a_setting() -> None:
+    """An unknown variable ``JOBLEDGER_*`` would be refused."""
     assert not LEASH.startswith("JOBLEDGER_")
 
 
-def test_ends_are_told_as_people_say_them() -> None:
-    """Exit codes and signals are told apart and named."""
+def test_the_end_of_a_process_is_described_by_exit_code_or_signal() -> None:
+    """A signal is shown with its name."""
     assert [how(0), how(3), how(-9)] == ["exit code 0", "exit code 3", "signal SIGKILL"]
 
 
-def test_output_that_cannot_be_passed_on_ends_all_in_order() -> None:
-    """When what children say reaches nobody any more, their pipes are still read, they are asked to stop, and the
-    supervisor ends with that error."""
+def test_if_output_cannot_be_passed_on_all_children_are_stopped_cleanly() -> None:
+    """The supervisor still reads the children's pipes, asks the children to stop, and ends with the error of the
+    output."""
     chatty = (
         "import signal, sys\n"
         "signal.signal(15, lambda *_: (sys.stdout.write('x' * 1_000_000), sys.exit(0)))\n"
         "print('up')\n"
         "while True: signal.pause()"
     )
-    heard: list[str] = []
+    names: list[str] = []
 
     def say(name: str, line: str) -> None:
-        heard.append(name)
+        names.append(name)
         raise BrokenPipeError
 
     made = Supervisor([Child("a", python(chatty)), Child("b", python(chatty))], say, grace=WAIT_S)
     began = time.monotonic()
     with pytest.raises(BrokenPipeError):
         made.run()
-    assert time.monotonic() - began < WAIT_S  # nobody was killed
-    assert len(heard) == 1
+    assert time.monotonic() - began < WAIT_S  # no child was killed
+    assert len(names) == 1

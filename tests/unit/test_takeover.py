@@ -1,4 +1,4 @@
-"""What a takeover makes of the ends it finds in the log."""
+"""The outcomes that a takeover reads from the log."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ENDS: list[ev.Fact] = [
 
 
 class Message:
-    """A record of lifecycle, as the client hands it over."""
+    """A record of the lifecycle topic, as Kafka's client returns it."""
 
     def __init__(self, offset: int, value: bytes) -> None:
         self._offset, self._value = offset, value
@@ -53,8 +53,8 @@ class Message:
 
 
 def scanned(*facts: tuple[int, ev.Fact], framed: bool = False, attempts: Sequence[int] = ()) -> _Scan:
-    """The scan of these facts, (release, fact) each, of one job; ``framed``: none of them is read at a glance. ``attempts``:
-    of each fact, 1 where it is not told."""
+    """Return the scan of these facts of one job, each as (release, fact). ``framed``: no fact is read by the fast path.
+    ``attempts``: the attempt of each fact; by default 1."""
     nothing = cast(Any, None)
     takeover = Takeover(
         Settings(bootstrap="h:1"), Names("shop"), nothing, codec.Decoder(), known_places=1, ready=nothing, fail=nothing
@@ -81,36 +81,38 @@ def scanned(*facts: tuple[int, ev.Fact], framed: bool = False, attempts: Sequenc
     return plan
 
 
-def found(plan: _Scan, release: int = 1) -> tuple[int, int, ev.Fact]:
-    """What stands for a release's end: from where it is found again, when it was appended, what it is."""
+def noted_end(plan: _Scan, release: int = 1) -> tuple[int, int, ev.Fact]:
+    """Return the noted end of a release: the lifecycle offset, the append time and the fact."""
     end = plan.partition.closed[release_key(JOB, 1, release)]
     return end.offset, end.appended_ms, end.fact
 
 
 @pytest.mark.parametrize("end", ENDS)
 @pytest.mark.parametrize("framed", [False, True])
-def test_the_end_of_a_leased_job_counts_and_not_its_lease(end: ev.Fact, framed: bool) -> None:
-    """A lease that is sent again after its job has ended would end by itself, and the job would run again."""
-    offset, appended, fact = found(scanned((1, LEASED), (1, STARTED), (1, end), framed=framed))
+def test_the_outcome_of_a_leased_job_counts_and_not_its_lease(end: ev.Fact, framed: bool) -> None:
+    """A lease that is sent again after the outcome would end without a renewal, and the job would run again."""
+    offset, appended, fact = noted_end(scanned((1, LEASED), (1, STARTED), (1, end), framed=framed))
     assert (offset, appended, type(fact)) == (0, 1_002, type(end))
-    assert found(scanned((1, end), (1, LEASED), framed=framed))[0] == 0
-    assert not isinstance(found(scanned((1, end), (1, LEASED)))[2], ev.JobLeased)
+    assert noted_end(scanned((1, end), (1, LEASED), framed=framed))[0] == 0
+    assert not isinstance(noted_end(scanned((1, end), (1, LEASED)))[2], ev.JobLeased)
 
 
-def test_a_lease_without_an_end_is_sent_again() -> None:
-    """Its job may run: the coordinator must know."""
-    assert found(scanned((1, LEASED), (1, STARTED)))[2] == LEASED
+def test_a_lease_without_an_outcome_is_sent_again() -> None:
+    """The job may run, so the coordinator must know of the lease."""
+    assert noted_end(scanned((1, LEASED), (1, STARTED)))[2] == LEASED
 
 
 @pytest.mark.parametrize("asks", [LEASED, ev.JobRetried(ERROR, 5), ev.JobSnoozed(5)])
-def test_an_outcome_for_good_counts_more_than_a_retry_that_was_asked_for(asks: ev.Fact) -> None:
-    """Of two workers that ran a job one may have wanted a retry: it is not asked for again, for the job has succeeded."""
-    assert found(scanned((1, asks), (1, SUCCEEDED)))[2] == SUCCEEDED
-    assert found(scanned((1, SUCCEEDED), (1, asks)))[2] == SUCCEEDED
+def test_an_outcome_counts_more_than_a_requested_retry(asks: ev.Fact) -> None:
+    """Two workers may have run a job, and one of them may have requested a retry. The retry is not requested again,
+    because the job has succeeded."""
+    assert noted_end(scanned((1, asks), (1, SUCCEEDED)))[2] == SUCCEEDED
+    assert noted_end(scanned((1, SUCCEEDED), (1, asks)))[2] == SUCCEEDED
 
 
-def test_a_retry_in_place_that_came_late_does_not_take_an_attempt_back() -> None:
-    """A former owner's fact of an earlier attempt, written when it woke: the later attempt counts, and its start."""
+def test_a_late_retry_in_place_of_an_earlier_attempt_does_not_count() -> None:
+    """An earlier owner was paused and wrote a fact of an earlier attempt late. The later attempt and its start
+    count."""
     again = ev.JobRetried(ERROR, 5, in_place=True)
     partition = scanned((1, again), (1, STARTED), (1, again), attempts=(3, 4, 1)).partition
     key = release_key(JOB, 1, 1)
@@ -122,23 +124,25 @@ def test_a_retry_in_place_that_came_late_does_not_take_an_attempt_back() -> None
 @pytest.mark.parametrize("end", [LEASED, ev.JobRetried(ERROR, 5), ev.JobSnoozed(5)])
 @pytest.mark.parametrize("after", [STARTED, LEASED, *ENDS])
 @pytest.mark.parametrize("framed", [False, True])
-def test_nothing_follows_again_from_what_was_followed(end: ev.Fact, after: ev.Fact, framed: bool) -> None:
-    """Once another release has begun or ended, the one before it asks for nothing: the coordinator would let it go a
-    second time, if it does not remember any more that it did."""
+def test_an_end_that_was_followed_by_another_release_is_not_sent_again(
+    end: ev.Fact, after: ev.Fact, framed: bool
+) -> None:
+    """After the start or the end of the next release, no record derives from the earlier release any more. The
+    coordinator could otherwise send the next release a second time, if its marker was swept."""
     plan = scanned((1, end), (2, after), framed=framed)
-    assert isinstance(found(plan)[2], ev.JobSucceeded)
-    assert isinstance(found(scanned((1, end), (3, after), framed=framed))[2], type(end))
+    assert isinstance(noted_end(plan)[2], ev.JobSucceeded)
+    assert isinstance(noted_end(scanned((1, end), (3, after), framed=framed))[2], type(end))
 
 
-def test_an_end_for_good_is_not_taken_for_another_one() -> None:
-    """What derives from a failure is sent again whatever stands after it."""
-    assert found(scanned((1, ENDS[1]), (2, STARTED)))[2] == ENDS[1]
-    assert found(scanned((1, ENDS[1]), (1, SUCCEEDED)))[2] == ENDS[1]
+def test_the_records_that_derive_from_a_failure_are_always_sent_again() -> None:
+    """Later facts do not change this."""
+    assert noted_end(scanned((1, ENDS[1]), (2, STARTED)))[2] == ENDS[1]
+    assert noted_end(scanned((1, ENDS[1]), (1, SUCCEEDED)))[2] == ENDS[1]
 
 
 @given(st.binary(max_size=50), st.integers(1, 1_000))
-def test_a_key_lies_where_kafkas_producers_put_it(key: bytes, count: int) -> None:
-    """Checked against a client that has it from Kafka's own."""
+def test_the_partition_of_a_key_is_that_of_kafkas_producers(key: bytes, count: int) -> None:
+    """The computation is compared with aiokafka's, which is taken from Kafka's Java client."""
     assert partition_of(key, count) == (murmur2(key) & 0x7FFFFFFF) % count
 
 
@@ -148,11 +152,12 @@ def test_a_key_lies_where_kafkas_producers_put_it(key: bytes, count: int) -> Non
     st.integers(0, 400),
     st.integers(0, UNSEEN_MS - 1),
 )
-def test_what_a_young_worker_has_begun_is_seen_or_suspected(
+def test_each_job_that_a_new_worker_began_is_seen_or_suspected_after_its_death(
     turns: list[tuple[int, int]], written_ms: int, answered_ms: int, died_ms: int
 ) -> None:
-    """It begins, in turns of (ms since the last one, jobs at most), what its rule allows; a start is in the log
-    ``written_ms`` after it, its acknowledgement back ``answered_ms`` later. Then a job kills it."""
+    """The worker begins jobs in turns of (ms since the last turn, most jobs), as many as `may_be_unsent` allows. A
+    start is in the log ``written_ms`` later, and its acknowledgement arrives ``answered_ms`` after that. Then a job
+    kills the worker."""
     begun: list[int] = []
     now = 0
     for pause, most in turns:
@@ -170,7 +175,7 @@ def test_what_a_young_worker_has_begun_is_seen_or_suspected(
     assert plan.begun + plan.unseen >= len(begun)
 
 
-def test_a_worker_s_limit_on_the_way_grows_to_its_full_size() -> None:
+def test_the_limit_of_unacknowledged_starts_grows_with_the_number_of_begun_jobs() -> None:
     assert may_be_unsent(0, 0.0) == 16
     assert may_be_unsent(1_000, 0.1) > may_be_unsent(1_000, 10.0) > 250
     assert may_be_unsent(1_000_000, 10.0) == UNACKNOWLEDGED_LIMIT

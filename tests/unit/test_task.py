@@ -1,4 +1,4 @@
-"""Tasks: what fits a signature, what is refused, and when."""
+"""Tasks: arguments and options that are accepted or refused, and when."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from jobledger.errors import BadArguments, ConfigError, UnknownQueue, UnknownTas
 
 
 def nobody() -> Submitter:
-    """A submitter for tests that submit nothing."""
+    """A submitter for tests without submissions."""
     raise AssertionError("nothing is submitted in these tests")
 
 
 def registry(**options: Any) -> TaskRegistry:
-    """A registry without a client."""
+    """Return a registry without a client."""
     return TaskRegistry("shop", submitter=nobody, **options)
 
 
 def task_of(fn: Any, **options: Any) -> Task[Any, Any]:
-    """A task made of ``fn``."""
+    """Return a task with the function ``fn``."""
     defaults: dict[str, Any] = {"name": None, "queue": "mail", "retry": None, "timeout": None, "fallback": None}
     return registry().add(fn, **(defaults | options))
 
@@ -49,8 +49,8 @@ def send(to: str, template: str = "welcome", *, copies: int = 1) -> str:
     return f"{to}/{template}/{copies}"
 
 
-def test_arguments_travel_by_name() -> None:
-    """Positional and named arguments become one JSON object; defaults stay the worker's."""
+def test_arguments_are_encoded_by_name() -> None:
+    """Positional and named arguments become one JSON object. Defaults are not sent: the worker adds them."""
     task = task_of(send)
     assert json.loads(task.encode_args(("a",), {})) == {"to": "a"}
     assert json.loads(task.encode_args(("a", "b"), {"copies": 2})) == {"to": "a", "template": "b", "copies": 2}
@@ -70,14 +70,15 @@ def test_arguments_travel_by_name() -> None:
         ((object(),), {}, "object is not a JSON type"),
     ],
 )
-def test_arguments_that_do_not_fit_fail_in_the_caller(args: Any, kwargs: Any, names: str) -> None:
-    """A missing, surplus, doubled, unknown, mistyped or unwritable argument is named before anything is sent."""
+def test_arguments_that_do_not_fit_are_refused_at_the_call(args: Any, kwargs: Any, names: str) -> None:
+    """The error names the missing, surplus, doubled, unknown, mistyped or unwritable argument, before a record is
+    sent."""
     with pytest.raises(BadArguments, match=names):
         task_of(send).encode_args(args, kwargs)
 
 
-def test_a_changed_signature_is_named_with_both_sides() -> None:
-    """The worker's error shows the stored arguments and the signature they do not fit."""
+def test_the_error_after_a_change_of_the_signature_shows_arguments_and_signature() -> None:
+    """The worker's error has the stored arguments and the new signature."""
     with pytest.raises(BadArguments, match=r'\{"recipient":"a"\}.*send\(to: str') as caught:
         task_of(send).decode_args(b'{"recipient":"a"}')
     assert "recipient" in str(caught.value)
@@ -107,8 +108,8 @@ def ship(to: Address, at: dt.datetime, lines: list[Line], extra: Extra | None = 
     """Typed arguments."""
 
 
-def test_typed_arguments_arrive_typed() -> None:
-    """Dataclasses, times, structs and typed dicts arrive as what the annotations say."""
+def test_arguments_arrive_with_the_types_of_the_annotations() -> None:
+    """The types are dataclasses, times, structs and typed dicts."""
     task = task_of(ship)
     at = dt.datetime(2026, 1, 2, tzinfo=dt.UTC)
     raw = task.encode_args((Address("Elm", 3), at), {"lines": [Line("x")], "extra": {"note": "n"}, "anything": [1]})
@@ -129,19 +130,20 @@ JSON = st.recursive(
 
 
 def takes_anything(a: Any, b: Any = 1) -> Any:
-    """No annotations to speak of."""
+    """A function with the annotation `Any` only."""
     return a
 
 
 @given(JSON, JSON)
-def test_any_json_survives(a: Any, b: Any) -> None:
-    """What is JSON goes in and comes out alike."""
+def test_any_json_value_arrives_unchanged(a: Any, b: Any) -> None:
+    """The decoded arguments are equal to the given ones."""
     task = task_of(takes_anything)
     assert task.decode_args(task.encode_args((a,), {"b": b})) == {"a": a, "b": b}
 
 
-def test_a_parameter_that_cannot_travel_is_refused_at_load() -> None:
-    """Variable and positional-only parameters, and classes JSON cannot carry, fail when the task is declared."""
+def test_a_parameter_that_cannot_be_sent_is_refused_at_load() -> None:
+    """A variable parameter, a positional-only parameter and a class without a JSON form are refused when the task is
+    declared."""
 
     def many(*rest: int) -> None: ...
 
@@ -165,13 +167,13 @@ def test_a_parameter_that_cannot_travel_is_refused_at_load() -> None:
     ],
 )
 def test_a_wrong_option_fails_at_load(options: dict[str, Any], names: str) -> None:
-    """An option that cannot hold names its value when the app is loaded."""
+    """The error has the value."""
     with pytest.raises(ConfigError, match=names):
         task_of(send, **options)
 
 
 def test_declared_queues_are_the_only_ones() -> None:
-    """With declared queues a task or submission of another one is refused, and the error lists those there are."""
+    """A task and a submission with another queue are refused. The error lists the declared queues."""
     app = registry(queues=["mail", Queue("bulk", partitions=2)])
     task = add(app, send)
     with pytest.raises(UnknownQueue, match=r"'mial'.*\['bulk', 'mail'\]"):
@@ -191,8 +193,9 @@ def test_declared_queues_are_the_only_ones() -> None:
         (uuid.uuid5(uuid.NAMESPACE_URL, "order-17"), str(uuid.uuid5(uuid.NAMESPACE_URL, "order-17"))),
     ],
 )
-def test_a_job_id_of_the_callers_own_is_a_uuid_in_one_form(given: Any, kept: str) -> None:
-    """Any version and spelling, so that the same id is the same job; without one a job has none yet."""
+def test_a_callers_job_id_is_normalised(given: Any, kept: str) -> None:
+    """Any version and spelling of a UUID is accepted, and the same UUID names the same job. Without `job_id=` the
+    request has no id."""
     task = task_of(send)
     assert task.using(job_id=given).job("a").job_id == kept
     assert task.using(tags={"a": "b"}).job("a").job_id is None
@@ -200,14 +203,14 @@ def test_a_job_id_of_the_callers_own_is_a_uuid_in_one_form(given: Any, kept: str
 
 @pytest.mark.parametrize("given", ["order-17", "", 17, b"01890a5dac96774bbcceb302099a8057", "\ud800"])
 def test_a_job_id_that_is_no_uuid_is_refused(given: Any) -> None:
-    """The error names the task and the value, and how to make a UUID of a name."""
+    """The error has the task, the value, and a way to make a UUID from a name."""
     with pytest.raises(ConfigError, match=r"(?s)task 'send': job_id=.* is not a UUID.*uuid5"):
         task_of(send).using(job_id=given)
 
 
-def test_the_default_queue_is_there_beside_declared_ones() -> None:
-    """A task that names no queue goes to the default one, declared or not; the queue, with its topics, is there as soon
-    as a task needs it, and only then."""
+def test_the_default_queue_exists_as_soon_as_a_task_uses_it() -> None:
+    """A task without a queue uses the default queue, which need not be declared. The queue and its topics do not exist
+    before a task uses the queue."""
     app = App("shop", queues=[Queue("mail", partitions=2)], partitions=3)
     assert dict(app.lanes) == {"mail": 2}
     with pytest.raises(UnknownQueue, match=r"'default'.*\['mail'\]"):
@@ -225,8 +228,8 @@ def test_the_default_queue_is_there_beside_declared_ones() -> None:
     assert dict(declared.lanes) == {"default": 1}
 
 
-def test_the_default_queue_may_be_another_or_ruled_out() -> None:
-    """``default_queue`` names it; with None each task must name its queue, and handlers, too."""
+def test_the_default_queue_can_be_renamed_or_turned_off() -> None:
+    """``default_queue`` is its name. With None, each task and each handler must name its queue."""
     app = App("shop", queues=["mail"], default_queue="bulk")
     assert app.task(send).queue == "bulk"
     assert list(App("shop", default_queue="bulk").queues) == ["bulk"]
@@ -250,16 +253,16 @@ class Happened:
     n: int
 
 
-def test_undeclared_queues_come_from_the_tasks() -> None:
-    """Without a declaration the queues are those the tasks name."""
+def test_without_declared_queues_an_app_has_the_queues_of_its_tasks() -> None:
+    """Their partitions are the app's default."""
     app = registry(partitions=3)
     assert list(app.queues) == ["default"]
     add(app, send, queue="mail")
     assert {n: q.partitions for n, q in app.queues.items()} == {"mail": 3}
 
 
-def test_a_name_is_taken_once() -> None:
-    """Two functions cannot share a task name, but a reloaded module may register its own again."""
+def test_two_functions_cannot_share_a_task_name() -> None:
+    """The same function may be registered again, as after a reload of its module."""
     app = registry()
     add(app, send, name="a")
     add(app, send, name="a")
@@ -270,7 +273,7 @@ def test_a_name_is_taken_once() -> None:
 
 
 def test_fallbacks_are_checked_when_all_tasks_are_there() -> None:
-    """A fallback that is missing, takes other parameters or leads back is refused."""
+    """A fallback that is missing, has other parameters or makes a cycle is refused."""
 
     def other(x: int) -> None: ...
 
@@ -303,19 +306,19 @@ def test_fallbacks_are_checked_when_all_tasks_are_there() -> None:
     ],
 )
 def test_options_of_a_submission_are_checked_at_once(options: dict[str, Any], names: str) -> None:
-    """`using` refuses what cannot hold, naming it."""
+    """`using` refuses a wrong option, and names it."""
     with pytest.raises(ConfigError, match=names):
         task_of(send).using(**options)
 
 
 def test_an_unknown_option_is_a_type_error() -> None:
-    """An option that is not built is not there."""
+    """Unknown options are not ignored."""
     with pytest.raises(TypeError, match="colour"):
-        task_of(send).using(colour=3)  # type: ignore[call-arg]  # the point of the test
+        task_of(send).using(colour=3)  # type: ignore[call-arg]  # wrong on purpose
 
 
 def test_requests_carry_their_options() -> None:
-    """`using(…).job(…)` describes the job with its options."""
+    """A request that is made with `using` has its options. A request of the task itself does not have them."""
     task = task_of(send, retry=Retry(2))
     request = task.using(delay=1.5, tags={"t": "x"}).job("a")
     assert (request.delay_ms, request.tags, request.queue, request.args) == (1500, {"t": "x"}, "mail", b'{"to":"a"}')
@@ -323,7 +326,7 @@ def test_requests_carry_their_options() -> None:
 
 
 def context(job_id: str = "01890a5d-ac96-774b-bcce-b302099a8057", run: int = 1) -> JobContext:
-    """A job's context that reports to nobody."""
+    """Return the context of a job; its progress reports are dropped."""
     return JobContext(
         job_id=job_id,
         task="t",
@@ -340,7 +343,7 @@ def context(job_id: str = "01890a5d-ac96-774b-bcce-b302099a8057", run: int = 1) 
 
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from([b"1", b"2"])), max_size=12))
 def test_children_have_the_same_ids_in_every_rerun(submissions: list[tuple[str, bytes]]) -> None:
-    """A rerun of the parent names the same children, and no two children of one run share a name."""
+    """A rerun of the parent computes the same ids, and the children of one run have different ids."""
     first, second = context(), context()
     ids = [first.child_id(*s) for s in submissions]
     assert [second.child_id(*s) for s in submissions] == ids
@@ -349,8 +352,8 @@ def test_children_have_the_same_ids_in_every_rerun(submissions: list[tuple[str, 
     assert not set(ids) & {other_run.child_id(*s) for s in submissions}
 
 
-def test_current_job_outside_a_job_says_so() -> None:
-    """`current_job()` outside a worker is refused."""
+def test_current_job_outside_a_job_is_an_error() -> None:
+    """A negative progress is an error, too."""
     with pytest.raises(ConfigError, match="inside a task"):
         current_job()
     with pytest.raises(ConfigError, match="done=-1"):

@@ -1,4 +1,4 @@
-"""The context for tests of tasks: a test may call a task that asks for its job."""
+"""The job context for tests: with it, a test may call a task that uses `current_job`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ app = App("tested")
 
 @app.task(queue="mail")
 def plain(rows: int) -> str:
-    """A task that asks for its job."""
+    """A task that uses its job's context."""
     job = current_job()
     job.progress(done=1, total=rows, message="begun")
     job.progress(done=rows, total=rows)
@@ -27,7 +27,7 @@ def plain(rows: int) -> str:
 
 @app.task
 async def coroutine(rows: int) -> list[str]:
-    """A coroutine whose parts run side by side."""
+    """A coroutine with parts that run at the same time."""
 
     async def part(number: int) -> str:
         current_job().progress(done=number)
@@ -37,7 +37,7 @@ async def coroutine(rows: int) -> list[str]:
 
 
 def test_a_task_is_called_in_a_test_as_a_job() -> None:
-    """`current_job()` is a real `JobContext` with what the test gave; its reports are kept in order."""
+    """`current_job()` is a real `JobContext` with the values of the test. The progress reports are kept in order."""
     with job_context(plain, attempt=3, tags={"tenant": "acme"}) as job:
         assert current_job() is job
         assert plain(7) == "plain/mail/3/acme"
@@ -45,16 +45,16 @@ def test_a_task_is_called_in_a_test_as_a_job() -> None:
     assert [(r.done, r.total, r.message) for r in job.reports] == [(1, 7, "begun"), (7, 7, None)]
 
 
-def test_coroutines_of_the_block_are_in_the_job() -> None:
-    """Also those that run as tasks of their own."""
+def test_coroutines_in_the_block_have_the_job() -> None:
+    """Coroutines that run as asyncio tasks have the job, too."""
     with job_context(coroutine) as job:
         assert asyncio.run(coroutine(3)) == [job.job_id] * 3
     assert sorted(r.done for r in job.reports) == [0, 1, 2]
     uuid.UUID(job.job_id)
 
 
-def test_blocks_nest_and_end() -> None:
-    """After a block the job before it is current again, or none; an ended job takes no reports, as in a worker."""
+def test_blocks_of_job_context_can_be_nested() -> None:
+    """After a block the outer job is current again, or no job. An ended job refuses reports, as in a worker."""
     with job_context("outer") as outer:
         with job_context("inner") as inner:
             assert current_job() is inner
@@ -67,7 +67,7 @@ def test_blocks_nest_and_end() -> None:
 
 
 def test_the_same_job_has_the_same_children() -> None:
-    """Ids of jobs that are submitted inside follow from the job's id, as for a rerun in a worker."""
+    """The ids of jobs that are submitted in the block are computed from the job's id, as for a rerun in a worker."""
     mine = str(uuid.uuid4())
 
     def child() -> str:
@@ -79,7 +79,7 @@ def test_the_same_job_has_the_same_children() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "expected"),
     [
         ({"attempt": 0}, "attempt=0"),
         ({"run": True}, "run=True"),
@@ -88,7 +88,7 @@ def test_the_same_job_has_the_same_children() -> None:
         ({"tags": {"n": 1}}, "'n'=1"),
     ],
 )
-def test_what_no_job_can_have_is_refused(options: dict[str, Any], said: str) -> None:
-    """As a submission would refuse it."""
-    with pytest.raises(ConfigError, match=said), job_context(**options):
+def test_wrong_values_for_a_job_are_refused(options: dict[str, Any], expected: str) -> None:
+    """A submission would refuse these values, too."""
+    with pytest.raises(ConfigError, match=expected), job_context(**options):
         pass

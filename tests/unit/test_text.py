@@ -1,4 +1,4 @@
-"""Text that cannot be written everywhere is refused where it is given, under the name of what it is."""
+"""Text that cannot be written everywhere is refused at the call, with the name of the argument."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from jobledger.definitions.queues import Queue
 from jobledger.errors import BadArguments, BadEvent, ConfigError, JobledgerError
 from jobledger.kafka.topic_names import check_text
 
-#: As Python reads a file's name that is no UTF-8.
+#: Text as Python reads a file's name that is no UTF-8.
 ODD = b"caf\xe9".decode("utf-8", "surrogateescape")
 NUL = "a\0b"
-#: Nobody listens there: what is not refused before anything connects fails otherwise.
+#: No broker listens at this address, so a value that is not refused before a client connects raises another error.
 NOWHERE = Settings(bootstrap="127.0.0.1:1", submit_timeout=0.5)
 
 app = App("shop", settings=NOWHERE)
@@ -42,11 +42,11 @@ class Registered:
 
 
 def job_keyed(text: str) -> Any:
-    """A job whose key is ``text``."""
+    """Return a job with the key ``text``."""
     return App("shop", settings=NOWHERE).task(key=lambda to: text, timeout=5)(keyed.fn).job("a")
 
 
-#: What is given, by whom, and as what it is refused.
+#: The name in the error, the call that gets the text, and the class of the error.
 GIVEN: list[tuple[str, Callable[[str], Any], type[JobledgerError]]] = [
     (r"tag name", lambda t: send.using(tags={t: "x"}), ConfigError),
     (r"tag 'tenant'", lambda t: send.using(tags={"tenant": t}), ConfigError),
@@ -68,7 +68,7 @@ GIVEN: list[tuple[str, Callable[[str], Any], type[JobledgerError]]] = [
     (r"fair_by", lambda t: Queue("mail", fair_by=t), ConfigError),
     (r"group", lambda t: app.lifecycle(t), ConfigError),
 ]
-#: What may hold a NUL, which PostgreSQL's text is given as another character.
+#: Calls that accept a NUL, which is stored as another character in PostgreSQL.
 LENIENT: list[tuple[str, Callable[[str], Any], type[JobledgerError]]] = [
     (r"job id", lambda t: app.job(t), ConfigError),
     (r"job id", lambda t: app.client.wait(t), ConfigError),
@@ -89,26 +89,26 @@ LENIENT: list[tuple[str, Callable[[str], Any], type[JobledgerError]]] = [
 def test_text_that_utf8_cannot_hold_is_refused_by_name(
     named: str, give: Callable[[str], Any], kind: type[JobledgerError]
 ) -> None:
-    """The error is of our tree, names what was given, and can itself be printed."""
-    with pytest.raises(ConfigError, match=named) as found:
+    """The error is one of Jobledger's, names the argument, and can itself be printed."""
+    with pytest.raises(ConfigError, match=named) as caught:
         give(ODD)
-    assert isinstance(found.value, kind)
-    assert str(found.value).encode()
+    assert isinstance(caught.value, kind)
+    assert str(caught.value).encode()
 
 
 @pytest.mark.parametrize(("named", "give", "kind"), GIVEN, ids=lambda v: v if isinstance(v, str) else "")
-def test_a_nul_is_refused_where_databases_keep_the_text(
+def test_a_nul_is_refused_in_text_that_databases_store(
     named: str, give: Callable[[str], Any], kind: type[JobledgerError]
 ) -> None:
-    """PostgreSQL's text has none."""
-    with pytest.raises(ConfigError, match=named) as found:
+    """PostgreSQL's type `text` cannot hold a NUL."""
+    with pytest.raises(ConfigError, match=named) as caught:
         give(NUL)
-    assert isinstance(found.value, kind)
+    assert isinstance(caught.value, kind)
 
 
 @pytest.mark.parametrize("given", [7, None, b"a"], ids=str)
-def test_what_is_no_text_is_refused_by_name(given: Any) -> None:
-    """As a job's id, a reason and a tag."""
+def test_a_value_that_is_no_text_is_refused_by_name(given: Any) -> None:
+    """This holds for a job's id and for a tag."""
     with pytest.raises(ConfigError, match="job id"):
         app.job(given)
     with pytest.raises(ConfigError, match="job id"):
@@ -119,14 +119,14 @@ def test_what_is_no_text_is_refused_by_name(given: Any) -> None:
         app.cancel("7", run=0)
 
 
-def test_a_result_that_utf8_cannot_hold_is_bad_and_says_where() -> None:
-    """The worker's outcome is bad-result with the path."""
-    with pytest.raises(ValueError, match=r"it\['name'\] is 'caf.*lone surrogate"):
+def test_a_result_that_utf8_cannot_hold_is_refused_with_its_path() -> None:
+    """The job fails as bad-result, with the path in the error."""
+    with pytest.raises(ValueError, match=r"the result\['name'\] is 'caf.*lone surrogate"):
         send.encode_result({"name": ODD})
 
 
-def test_text_of_every_other_kind_is_taken() -> None:
-    """Also a subclass of text, which is sent as plain text."""
+def test_any_other_text_is_accepted() -> None:
+    """An object of a subclass of str is sent as plain text."""
 
     class Level(enum.StrEnum):
         HIGH = "hoch ☃ \U0001f600"
@@ -139,18 +139,18 @@ def test_text_of_every_other_kind_is_taken() -> None:
         check_text("x", "a" * 101, 5)
 
 
-def test_who_works_here_is_text_whatever_the_system_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A user's name that is no UTF-8 does not keep anybody from cancelling a job."""
+def test_the_name_of_the_user_is_always_valid_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user whose name is no UTF-8 can cancel a job."""
     monkeypatch.setattr("getpass.getuser", lambda: ODD)
     assert who().startswith("caf?@")
 
 
 def test_progress_takes_any_message() -> None:
-    """Reporting must not fail a job: what cannot be written is replaced."""
-    said: list[str | None] = []
+    """A progress report must not fail a job, so characters that cannot be written are replaced."""
+    messages: list[str | None] = []
     context = JobContext(
         job_id="7", task="send", queue="default", run=1, attempt=1, release=1, tags={}, parent=None, trace=None,
-        report=lambda job, fact: said.append(fact.message),
+        report=lambda job, fact: messages.append(fact.message),
     )  # fmt: skip
     context.progress(1, 2, ODD)
-    assert said == ["caf?"]
+    assert messages == ["caf?"]

@@ -13,8 +13,11 @@ from jobledger.kafka.topic_names import Names
 from jobledger.kafka.topic_watch import TopicWatch
 
 
-def test_a_look_that_breaks_is_not_the_last(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """Whatever one look raises is logged, and the next one follows: else changed settings would pass unseen from then on."""
+def test_the_watch_of_topics_continues_after_an_error(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An exception of one check is logged, and the next check follows. Otherwise later changes of settings would not be
+    noticed."""
     monkeypatch.setattr(topic_watch, "LOOK_S", 0.01)
     looks, often = 0, threading.Event()
 

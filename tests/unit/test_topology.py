@@ -1,4 +1,4 @@
-"""What an app's topics should be, and how a difference is judged."""
+"""The topics that an app needs, and the comparison with the existing topics."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def specs(partitions: int = 4, replication: int = 1, **queues: int) -> dict[str,
 
 
 def test_every_topic_of_a_namespace_is_declared() -> None:
-    """An app's topics are its queues', the five shared ones and the coordinator's changelog, and no other."""
+    """An app has the topics of its queues, five shared topics and the coordinator's changelog, and no other."""
     assert set(specs(default=4, mail=2)) == {
         "shop.jobs.default",
         "shop.jobs.mail",
@@ -53,36 +53,36 @@ def test_lifecycle_has_a_partition_for_every_work_partition(queues: dict[str, in
 
 
 def test_the_changelog_is_partitioned_like_coordination() -> None:
-    """The coordinator's changelog is compacted and has as many partitions as coordination."""
-    found = specs(partitions=6)
-    changelog = found["shop.coordinator-schedules-changelog"]
-    assert changelog.partitions == found["shop.coordination"].partitions == 6
+    """The coordinator's changelog has as many partitions as the topic `coordination`, and is compacted."""
+    by_name = specs(partitions=6)
+    changelog = by_name["shop.coordinator-schedules-changelog"]
+    assert changelog.partitions == by_name["shop.coordination"].partitions == 6
     assert changelog.config["cleanup.policy"] == "compact"
 
 
 def test_every_topic_uses_the_brokers_clock() -> None:
-    """All topics take the broker's append time as timestamp."""
+    """The timestamps of all topics are the broker's append times."""
     assert {spec.config["message.timestamp.type"] for spec in specs().values()} == {"LogAppendTime"}
 
 
-def test_what_the_materializer_reads_is_kept() -> None:
-    """Jobs, lifecycle, coordination and dead-letter lose nothing to age or size."""
-    found = specs()
+def test_topics_that_the_materializer_reads_have_no_retention_limit() -> None:
+    """Records of jobs, lifecycle, coordination and dead-letter are not deleted by age or size."""
+    by_name = specs()
     for name in ("shop.jobs.default", "shop.lifecycle", "shop.coordination", "shop.dead-letter"):
-        assert (found[name].config["retention.ms"], found[name].config["retention.bytes"]) == ("-1", "-1")
-        assert found[name].config["cleanup.policy"] == "delete"
+        assert (by_name[name].config["retention.ms"], by_name[name].config["retention.bytes"]) == ("-1", "-1")
+        assert by_name[name].config["cleanup.policy"] == "delete"
 
 
 @pytest.mark.parametrize("name", ["shop.control", "shop.schemas"])
-def test_control_and_schemas_are_one_compacted_sequence(name: str) -> None:
-    """Control and schemas are compacted and have one partition, whatever the default is."""
+def test_control_and_schemas_have_one_compacted_partition(name: str) -> None:
+    """The default number of partitions does not change this."""
     spec = specs(partitions=12)[name]
     assert (spec.partitions, spec.config["cleanup.policy"]) == (1, "compact")
 
 
 @pytest.mark.parametrize(("replication", "in_sync"), [(1, "1"), (2, "1"), (3, "2")])
 def test_three_copies_ask_for_two_in_sync(replication: int, in_sync: str) -> None:
-    """From three copies on, a record is acknowledged only when two have it."""
+    """With three copies or more, a record is acknowledged only when two copies have it."""
     assert {s.config["min.insync.replicas"] for s in specs(replication=replication).values()} == {in_sync}
 
 
@@ -91,13 +91,13 @@ def test_three_copies_ask_for_two_in_sync(replication: int, in_sync: str) -> Non
     [(0, 1, 1, "partitions=0"), (1, 0, 1, "replication=0"), (1, 1, 0, "partitions of queue 'q'=0")],
 )
 def test_a_count_below_one_is_refused(partitions: int, replication: int, queue: int, named: str) -> None:
-    """A count below 1 raises an error that names it."""
+    """The error names the count."""
     with pytest.raises(ConfigError, match=named):
         desired(NAMES, {"q": queue}, partitions=partitions, replication=replication)
 
 
 def test_a_missing_topic_is_created_with_all_its_settings() -> None:
-    """A topic that is not there is created with every partition and setting of its spec."""
+    """The topic is created with the partitions and settings of its spec."""
     spec = specs()["shop.lifecycle"]
     (change,) = compare(spec, None, {})
     assert (change.step, change.partitions, change.replication) == (Step.CREATE, (0, 4), 1)
@@ -105,7 +105,7 @@ def test_a_missing_topic_is_created_with_all_its_settings() -> None:
 
 
 def test_a_topic_as_declared_is_left_alone() -> None:
-    """A topic that is as declared is unchanged, whatever other settings it has."""
+    """Settings that are not declared do not matter."""
     spec = specs()["shop.lifecycle"]
     (change,) = compare(spec, 4, {**spec.config, "segment.bytes": "1"})
     assert change.step is Step.UNCHANGED
@@ -118,7 +118,7 @@ def test_a_queue_grows() -> None:
 
 
 def test_a_queue_does_not_shrink() -> None:
-    """A work topic with more partitions than declared is refused, for Kafka cannot take any away."""
+    """A work topic with more partitions than declared is refused, because Kafka cannot remove partitions."""
     spec = specs(default=2)["shop.jobs.default"]
     (change,) = compare(spec, 4, spec.config)
     assert change.step is Step.REFUSE
@@ -135,8 +135,8 @@ def test_a_queue_does_not_shrink() -> None:
         ("shop.control", 2),
     ],
 )
-def test_counts_that_carry_state_do_not_change(name: str, there: int) -> None:
-    """A partition count that places state is never changed; the refusal names topic, counts and the way out."""
+def test_a_partition_count_on_which_state_depends_is_not_changed(name: str, there: int) -> None:
+    """The reason of the refusal has the topic, the count and a remedy."""
     spec = specs()[name]
     (change,) = compare(spec, there, spec.config)
     assert change.step is Step.REFUSE
@@ -145,26 +145,26 @@ def test_counts_that_carry_state_do_not_change(name: str, there: int) -> None:
 
 
 def test_more_lifecycle_partitions_than_needed_do_no_harm() -> None:
-    """Lifecycle may have more partitions than the queues need, as after a queue was removed."""
+    """The lifecycle topic may have more partitions than the queues need, for example after a queue was removed."""
     spec = specs()["shop.lifecycle"]
     assert spec.growth is Growth.AT_LEAST
     assert [c.step for c in compare(spec, 16, spec.config)] == [Step.UNCHANGED]
 
 
-def test_a_setting_that_differs_is_altered_alone() -> None:
-    """Only the settings that differ are altered, and the plan shows what they were."""
+def test_only_settings_that_differ_are_altered() -> None:
+    """The plan has the old and the new value."""
     spec = specs()["shop.lifecycle"]
     (change,) = compare(spec, 4, {**spec.config, "retention.ms": "604800000"})
     assert (change.step, dict(change.config)) == (Step.CONFIG, {"retention.ms": ("604800000", "-1")})
 
 
-def test_a_plan_is_data() -> None:
-    """A plan turns into JSON with all its steps and their counts."""
+def test_a_plan_can_be_written_as_json() -> None:
+    """The JSON has all steps and their counts."""
     changes = [c for spec in specs().values() for c in compare(spec, None, {})]
     made = TopicPlan(tuple(changes))
-    found = json.loads(json.dumps(made.as_dict()))
-    assert (found["pending"], found["refused"], len(found["changes"])) == (7, 0, 7)
-    assert found["changes"][0]["step"] == "create"
+    read = json.loads(json.dumps(made.as_dict()))
+    assert (read["pending"], read["refused"], len(read["changes"])) == (7, 0, 7)
+    assert read["changes"][0]["step"] == "create"
 
 
 def test_every_queue_has_its_group_settings() -> None:
@@ -184,7 +184,7 @@ def test_every_queue_has_its_group_settings() -> None:
     ],
 )
 def test_group_settings_stay_within_the_brokers_bounds(bounds: dict[str, str | None], expected: str) -> None:
-    """A group's setting is moved into the bounds that the broker sets, where they are known."""
+    """If the broker's bounds are known, a setting outside them is changed to the bound."""
     fitted = within_bounds({"consumer.session.timeout.ms": "6000"}, bounds)
     assert fitted == {"consumer.session.timeout.ms": expected}
 
@@ -192,11 +192,11 @@ def test_group_settings_stay_within_the_brokers_bounds(bounds: dict[str, str | N
 @pytest.mark.parametrize(
     ("copies", "asked", "insync", "advised"), [(1, 3, "1", True), (3, 3, "2", False), (3, 2, "2", False)]
 )
-def test_what_must_acknowledge_follows_the_copies_that_there_are(
+def test_the_needed_acknowledgements_depend_on_the_existing_copies(
     copies: int, asked: int, insync: str, advised: bool
 ) -> None:
-    """One copy of three asked for: no write is stopped, and it is said. Three, asked for
-    while a broker is away: kept."""
+    """If a topic has one copy and the app asks for three, writes are not stopped, and the plan has advice. If the topic
+    has three copies, nothing is changed, also while a broker is away."""
     spec = specs(replication=asked)["shop.lifecycle"]
     there = {**spec.config, "min.insync.replicas": insync}
     (change,) = compare(spec, spec.partitions, there, copies)
@@ -209,9 +209,9 @@ def test_what_must_acknowledge_follows_the_copies_that_there_are(
     assert len(plan.advice) == advised
 
 
-def test_settings_that_promises_rest_on_are_judged() -> None:
-    """Of each of the namespace's own topics that somebody has changed, the setting, its value, the right one and the command
-    are named; other settings, topics of others and what is not known are nobody's business here."""
+def test_changed_settings_that_break_a_promise_are_reported() -> None:
+    """For each of the namespace's own topics, the report has the changed setting, its value, the right value and the
+    command. Other settings, foreign topics and unknown values are not reported."""
     names = Names("shop")
     made = desired(names, {"mail": 2}, partitions=2, replication=1)
     right: dict[str, dict[str, str | None]] = {spec.name: dict(spec.config) for spec in made}
@@ -230,9 +230,9 @@ def test_settings_that_promises_rest_on_are_judged() -> None:
         changelog(names): ("cleanup.policy", "delete", "compact"),
     }
     for topic, (setting, value, wanted) in changed.items():
-        (said,) = broken_promises(names, {**right, topic: {**right[topic], setting: value}})
-        assert said.startswith(f"topic {topic} has {setting}={value} and needs {wanted}: ")
-        assert "`jobledger topics apply MODULE:APP`" in said
+        (broken,) = broken_promises(names, {**right, topic: {**right[topic], setting: value}})
+        assert broken.startswith(f"topic {topic} has {setting}={value} and needs {wanted}: ")
+        assert "`jobledger topics apply MODULE:APP`" in broken
 
 
 @pytest.mark.parametrize(
@@ -240,7 +240,8 @@ def test_settings_that_promises_rest_on_are_judged() -> None:
     [(Queue("mail", priorities=True), Queue("mail_high")), (Queue("mail_low"), Queue("mail", priorities=True))],
 )
 def test_queues_whose_topics_collide_are_refused_at_load(first: Queue, second: Queue) -> None:
-    """Kafka has no `shop.jobs.mail_high` beside `shop.jobs.mail.high`: the app says so, with both, before it is run."""
+    """Kafka allows no topic `shop.jobs.mail_high` beside `shop.jobs.mail.high`. The error has both names, before the
+    app runs."""
     app = App("shop", settings=Settings(), queues=[first, second])
     with pytest.raises(
         ConfigError, match=r"'shop\.jobs\.mail[._](high|low)' and 'shop\.jobs\.mail[._](high|low)' collide"
@@ -249,8 +250,8 @@ def test_queues_whose_topics_collide_are_refused_at_load(first: Queue, second: Q
     App("shop", settings=Settings(), queues=[first]).check()
 
 
-def test_an_event_topic_of_others_that_collides_is_refused_at_load() -> None:
-    """So is one that is named as a topic of the app's but for a dot."""
+def test_a_foreign_event_topic_that_collides_is_refused_at_load() -> None:
+    """The foreign name differs from a name of the app only in a dot."""
     app = App("shop", settings=Settings())
 
     @app.event(topic="shop_lifecycle", format="json")
@@ -263,19 +264,24 @@ def test_an_event_topic_of_others_that_collides_is_refused_at_load() -> None:
 
 @given(st.lists(st.text("ab._-", min_size=1, max_size=4)), st.lists(st.text("ab._-", min_size=1, max_size=4)))
 def test_names_collide_if_they_differ_in_dots_and_underscores_only(wanted: list[str], others: list[str]) -> None:
-    """A name that is there already is no collision with itself; every other pair of equal metric names is one."""
-    found = colliding(wanted, others)
+    """An existing name does not collide with itself. Any other two names with the same metric name collide."""
+    collisions = colliding(wanted, others)
     same = {
         name: {n for n in (*wanted, *others) if n != name and n.replace(".", "_") == name.replace(".", "_")}
         for name in wanted
     }
-    assert all(other in same[name] for name, other in found.items())
+    assert all(other in same[name] for name, other in collisions.items())
     for name, partners in same.items():
-        assert not partners or name in found or any(found.get(other) == name for other in partners) or name in others
+        assert (
+            not partners
+            or name in collisions
+            or any(collisions.get(other) == name for other in partners)
+            or name in others
+        )
 
 
-def test_every_standing_topic_is_one_that_is_made() -> None:
-    """`Names.standing` and the table of topics name the same ones."""
+def test_the_standing_topics_are_those_that_are_made() -> None:
+    """`Names.standing` and the table of topics have the same names, except work topics and the changelog."""
     names = Names("shop")
     made = {spec.name for spec in desired(names, {"mail": 2}, partitions=2, replication=1)}
     assert set(names.standing) == made - {names.jobs("mail"), changelog(names)}

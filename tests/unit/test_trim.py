@@ -1,4 +1,4 @@
-"""Trimming deletes nothing that somebody still has to read."""
+"""Trimming deletes no record that a reader still needs."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ SPEC = ev.JobSpec(b"{}")
 
 
 def life(*facts: tuple[ev.Fact, tuple[str, int], int, int, int]) -> Life:
-    """A life of (fact, partition, offset, release, attempt), appended a second apart."""
-    found: Life | None = None
+    """Return the life of these facts, each as (fact, partition, offset, release, attempt). They are appended a second
+    apart."""
+    folded: Life | None = None
     for second, (fact, (topic, partition), offset, release, attempt) in enumerate(facts):
         event = ev.JobEvent("e", "j", 1, attempt, release, 0, "t", "mail", None, None, "s", None, fact)
-        found = apply(found, ev.Recorded(event, ev.Position(topic, partition, offset), 1000 * second))
-    assert found is not None
-    return found
+        folded = apply(folded, ev.Recorded(event, ev.Position(topic, partition, offset), 1000 * second))
+    assert folded is not None
+    return folded
 
 
 RUNNING = life((ev.JobSubmitted(SPEC), WORK, 5, 1, 1), (ev.JobStarted("w", "shop.jobs.mail", 5), LIFE, 9, 1, 1))
@@ -34,42 +35,42 @@ RETRYING = life(
     (ev.JobSubmitted(SPEC), WORK, 5, 1, 1),
     (ev.JobRetried(ev.ErrorInfo("E", "m"), 10**9), LIFE, 9, 1, 1),
 )
-#: No worker knew its task: the coordinator has it, and its submission stands on its work topic.
+#: No worker knew the task, so the coordinator has the job. The submission is on the work topic.
 UNKNOWN = life((ev.JobSubmitted(SPEC), WORK, 5, 1, 1), (ev.JobSnoozed(10**9, "unknown-task"), LIFE, 9, 1, 1))
-#: It was to wait, and did, and was put off.
+#: The job was delayed, released and then snoozed.
 PUT_OFF = life(
     (ev.JobSubmitted(SPEC, 5), COORD, 7, 0, 1),
     (ev.JobDue(SPEC, 5_000), WORK, 20, 1, 1),
     (ev.JobSnoozed(10**9, "unknown-task"), LIFE, 9, 1, 1),
 )
-#: It is leased, and its release is not in the table.
+#: The job is leased, and its release is not in the table.
 LEASED = life((ev.JobSubmitted(SPEC, 10**9), COORD, 7, 0, 1), (ev.JobLeased("w", 5_000), LIFE, 9, 1, 1))
-#: Its work record stands, and no worker has come to it.
+#: The work record is in the log, and no worker has started it.
 QUEUED = life((ev.JobSubmitted(SPEC), WORK, 5, 1, 1))
-#: Its lease was closed, on coordination as its submission, by an attempt that is made again.
+#: A retry closed the lease. The retry and the submission are on the topic `coordination`.
 TRIED_ON_A_LEASE = life(
     (ev.JobSubmitted(SPEC, 5), COORD, 7, 0, 1),
     (ev.JobDue(SPEC, 5_000), WORK, 20, 1, 1),
     (ev.JobLeased("w", 5_000), LIFE, 9, 1, 1),
     (ev.JobRetried(ev.ErrorInfo("E", "m"), 10**9), COORD, 30, 1, 1),
 )
-#: What keeps its facts in the log.
+#: Jobs whose facts must be kept in the log.
 HELD = [RUNNING, RETRYING, UNKNOWN, PUT_OFF, LEASED, QUEUED, TRIED_ON_A_LEASE]
 
 
-def test_a_partition_that_somebody_has_not_spoken_for_is_left_alone() -> None:
-    """Without every reader's offset nothing of a partition goes."""
+def test_a_partition_without_the_offsets_of_all_readers_is_not_trimmed() -> None:
+    """The limit of the other partition is the lowest offset of its readers."""
     readers = Readers.least([WORK, LIFE], {WORK: 50, LIFE: 60}, {WORK: 40})
     assert plan({WORK: 100, LIFE: 100}, readers, []).limits == {WORK: 40}
 
 
 def test_the_retention_age_is_a_limit_too() -> None:
-    """What is younger than the retention age stays, whoever has read it."""
+    """Records younger than the retention age are kept, although all readers have read them."""
     assert plan({WORK: 30}, Readers({WORK: 99}), []).limits == {WORK: 30}
 
 
-def test_an_unfinished_job_holds_back_its_own_facts() -> None:
-    """No fact of a running or retrying job is deleted, on any topic."""
+def test_the_facts_of_an_unfinished_job_are_kept() -> None:
+    """No fact of a running, retrying or waiting job is deleted, on any topic."""
     ends = {WORK: 100, LIFE: 100, COORD: 100}
     for unfinished in HELD:
         trimmed = plan(ends, Readers(ends), [("j", unfinished)])
@@ -77,8 +78,9 @@ def test_an_unfinished_job_holds_back_its_own_facts() -> None:
         assert not trimmed.resend
 
 
-def test_a_job_that_waits_for_its_time_is_sent_again_once() -> None:
-    """A scheduled job does not hold the log back: its submission goes to the end first, and only if it is not there."""
+def test_the_submission_of_a_scheduled_job_is_sent_again_once() -> None:
+    """A scheduled job does not keep old records in the log. Its submission is first appended again, unless a later copy
+    is there."""
     first = plan({COORD: 80}, Readers({COORD: 80}), [("j", SCHEDULED)])
     assert first.limits == {COORD: 80}
     assert first.resend == {"j": ev.Position("shop.coordination", 0, 7)}
@@ -88,8 +90,8 @@ def test_a_job_that_waits_for_its_time_is_sent_again_once() -> None:
     }
 
 
-def test_a_fact_of_an_earlier_run_does_not_pass_for_a_submission() -> None:
-    """What came late of it is the last that is known of the job, and nothing of that can be sent again."""
+def test_a_late_fact_of_an_earlier_run_is_not_sent_again_as_a_submission() -> None:
+    """The late fact is the last position of the job, so both facts are kept in the log, and no record is sent again."""
     late = life((ev.JobSucceeded(), LIFE, 9, 1, 1))
     delayed = ev.JobEvent("e", "j", 2, 1, 0, 0, "t", "mail", None, None, "s", None, ev.JobSubmitted(SPEC, 10**9))
     both = apply(late, ev.Recorded(delayed, ev.Position(*COORD, 7), -1))
@@ -104,16 +106,17 @@ OFFSETS = st.dictionaries(PLACES, st.integers(0, 100))
 
 
 @given(OFFSETS, OFFSETS, OFFSETS, st.lists(st.sampled_from([SCHEDULED, RESENT, *HELD]), max_size=4))
-def test_no_limit_passes_a_reader_or_an_unfinished_job(
+def test_no_limit_is_above_a_reader_or_an_unfinished_job(
     aged: dict[tuple[str, int], int],
     store: dict[tuple[str, int], int],
     worker: dict[tuple[str, int], int],
     lives: list[Life],
 ) -> None:
-    """Whatever the offsets, a limit is at most everybody's, and every unfinished job keeps a submission in the log."""
+    """For any offsets, a limit is at most the offset of each reader, and each unfinished job has a submission in the
+    log."""
     made = plan(aged, Readers.least(aged, store, worker), [(str(n), one) for n, one in enumerate(lives)])
-    for place, limit in made.limits.items():
-        assert limit <= min(aged[place], store[place], worker[place])
+    for topic_partition, limit in made.limits.items():
+        assert limit <= min(aged[topic_partition], store[topic_partition], worker[topic_partition])
     for number, one in enumerate(lives):
         kept = [
             offset for _, topic, partition, offset in one.positions if offset >= made.limits.get((topic, partition), 0)
@@ -126,19 +129,19 @@ def test_no_limit_passes_a_reader_or_an_unfinished_job(
 
 @given(st.integers(0, 2**50), st.integers(0, 2**50), st.booleans())
 def test_the_floor_is_read_as_the_worker_writes_it(base: int, floor: int, clean: bool) -> None:
-    """Trimming reads the takeover floor from the same text that a takeover reads."""
+    """Trimming and a takeover read the same text."""
     text = offset_tracker.encode(base, [(base + 2, base + 5)], floor, clean)
     assert floor_of(text) == floor
 
 
-def test_a_floor_that_cannot_be_read_is_no_floor() -> None:
-    """Anything else in the metadata says nothing, so nothing is trimmed on its word."""
+def test_without_a_readable_takeover_floor_nothing_is_trimmed() -> None:
+    """For any other text in the metadata, `floor_of` returns None."""
     for text in (None, "", "nonsense", "9x.12.rest", "1c.zz.rest"):
         assert floor_of(text) is None
 
 
 def test_the_work_record_of_a_job_is_its_last_release() -> None:
-    """The audit looks at the record that was released last; a job that was never released has none."""
+    """A job that was never released has no work record."""
     names = Names("shop")
     assert work_position(RUNNING, names) == ev.Position("shop.jobs.mail", 0, 5)
     assert work_position(SCHEDULED, names) is None

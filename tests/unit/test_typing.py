@@ -1,4 +1,4 @@
-"""What a type checker is told of tasks, jobs and results; `make lint` runs mypy over this file."""
+"""The types of tasks, jobs and results for a type checker; `make lint` runs mypy over this file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ app = App("typed")
 
 @dataclass
 class Report:
-    """What a job results in."""
+    """The result of a job."""
 
     rows: int
     on: dt.date
@@ -36,13 +36,13 @@ def plain(rows: int) -> Report:
 
 @app.task(retry=2)
 async def coroutine(rows: int) -> Report:
-    """A task of a coroutine, with options."""
+    """A coroutine task with options."""
     return Report(rows, dt.date(2026, 1, 2))
 
 
 @app.task
 def flag() -> bool:
-    """A task whose result is a subclass of another's."""
+    """A task with a result of type bool, which is a subclass of int."""
     return True
 
 
@@ -56,20 +56,20 @@ class Happened:
 
 @app.event
 class Plain:
-    """An event without a decorator of its own."""
+    """An event without the decorator `dataclass`."""
 
     rows: int
 
 
 @app.task
 def anything(rows: int) -> Any:
-    """A task of an unknown result."""
+    """A task with a result of an unknown type."""
     return rows
 
 
 @app.task
 def something(rows: int) -> object:
-    """A task of any result, said so that its arguments are checked."""
+    """A task with a result of any type; with `object` its arguments are checked."""
     return rows
 
 
@@ -78,7 +78,7 @@ async def handler(event: Happened) -> None:
     """A handler."""
 
 
-def told_of_tasks() -> None:
+def types_of_tasks() -> None:
     """Never run: mypy reads it."""
     direct: PlainTask[[int], Report] = plain
     awaited: AsyncTask[[int], Report] = coroutine
@@ -88,15 +88,15 @@ def told_of_tasks() -> None:
     assert_type(handling.submit(Happened(1)), JobHandle[None])
 
 
-def told_of_calls() -> None:
+def types_of_calls() -> None:
     """Never run: mypy reads it."""
     assert_type(plain(1), Report)
     coroutines = [coroutine(1)]
     assert_type(coroutines, list[Coroutine[Any, Any, Report]])
-    plain("1")  # type: ignore[arg-type]  # the point: a call is checked
+    plain("1")  # type: ignore[arg-type]  # mypy must check this call
 
 
-async def told_of_jobs() -> None:
+async def types_of_jobs() -> None:
     """Never run: mypy reads it."""
     assert_type(await coroutine(1), Report)
     assert_type(plain.submit(1), JobHandle[Report])
@@ -104,29 +104,29 @@ async def told_of_jobs() -> None:
     assert_type(coroutine.using(delay=1).submit(1).result(), Report)
     assert_type(coroutine.job(1), JobRequest[Report])
     assert_type(app.submit_many(plain.job(n) for n in range(3)), list[JobHandle[Report]])
-    coroutine.submit("1")  # type: ignore[arg-type]  # the point: a submission is checked
+    coroutine.submit("1")  # type: ignore[arg-type]  # mypy must check this submission
 
 
-def told_of_events() -> None:
+def types_of_events() -> None:
     """Never run: mypy reads it."""
     assert_type(Happened(1), Happened)
-    Happened("1")  # type: ignore[arg-type]  # the point: fields are checked
-    # mypy resolves no class decorator that is a method of an object (python/mypy#16527). Where it does, this
-    # ignore is reported: then README.md and docs/how-to.md need no @dataclass any more.
+    Happened("1")  # type: ignore[arg-type]  # mypy must check the fields
+    # mypy does not resolve a class decorator that is a method of an object (python/mypy#16527). If mypy does it one
+    # day, it reports this ignore, and README.md and docs/how-to.md need no @dataclass any more.
     Plain(1)  # type: ignore[call-arg]
 
 
-def told_of_any() -> None:
+def types_of_any() -> None:
     """Never run: mypy reads it."""
-    # ``Any`` could be a coroutine or not: both overloads fit, and for a type checker the task is ``Any``.
+    # ``Any`` may be a coroutine or not, so both overloads fit, and for a type checker the task is ``Any``.
     assert_type(anything, Any)
     assert_type(something.submit(1), JobHandle[object])
-    something.submit("1")  # type: ignore[arg-type]  # the point: a submission is checked
+    something.submit("1")  # type: ignore[arg-type]  # mypy must check this submission
 
 
-def told_of_variance() -> None:
+def types_of_subclasses() -> None:
     """Never run: mypy reads it."""
-    handles: list[JobHandle[int]] = [flag.submit()]  # a bool is an int, so its handle is one of an int
+    handles: list[JobHandle[int]] = [flag.submit()]  # a bool is an int, so its handle is a handle of an int
     requests: list[JobRequest[int]] = [flag.job()]
     tasks: list[Task[[], int]] = [flag]
     assert_type(handles[0].result(), int)
@@ -134,8 +134,8 @@ def told_of_variance() -> None:
     assert_type(tasks[0].submit().result(), int)
 
 
-def test_the_class_of_a_task_is_what_the_checker_was_told() -> None:
-    """A plain function makes a `PlainTask`, a coroutine function an `AsyncTask`, with and without options."""
+def test_the_class_of_a_task_agrees_with_its_type() -> None:
+    """With and without options, a plain function becomes a `PlainTask` and a coroutine function an `AsyncTask`."""
     assert type(plain) is PlainTask
     assert type(coroutine) is AsyncTask
     assert type(handler) is AsyncTask
@@ -143,7 +143,7 @@ def test_the_class_of_a_task_is_what_the_checker_was_told() -> None:
 
 
 def wrapped(fn: Callable[[int], Awaitable[Report]]) -> Callable[[int], Awaitable[Report]]:
-    """A decorator that hides that its function is a coroutine's."""
+    """A decorator whose wrapper is no coroutine function."""
 
     def around(rows: int) -> Awaitable[Report]:
         return fn(rows)
@@ -156,8 +156,8 @@ def _coroutine(rows: int) -> Coroutine[Any, Any, Report]:
 
 
 @pytest.mark.parametrize("fn", [plain.fn, coroutine.fn, wrapped(coroutine), _coroutine])
-def test_a_result_comes_back_as_what_the_checker_was_told(fn: Callable[..., Any]) -> None:
-    """What stands behind ``Awaitable`` and ``Coroutine`` is what the job results in."""
+def test_a_result_is_decoded_as_the_type_inside_awaitable_or_coroutine(fn: Callable[..., Any]) -> None:
+    """The functions return the result itself, an ``Awaitable`` or a ``Coroutine``."""
     task = App("others").task(fn)
     assert task.decode_result({"rows": 3, "on": "2026-01-02"}, "1") == Report(3, dt.date(2026, 1, 2))
 
@@ -167,7 +167,7 @@ def _python_in(document: str) -> list[str]:
 
 
 def test_the_first_examples_pass_a_strict_type_checker(tmp_path: Path) -> None:
-    """What README.md and docs/tutorial.md show passes mypy --strict as it is."""
+    """The first examples of README.md and docs/tutorial.md pass mypy --strict unchanged."""
     readme = _python_in("README.md")[0]
     shop, own_code = _python_in("docs/tutorial.md")[:2]
     given = 'async def deliver(to: str, template: str) -> str: ...\n\n\nrecipients = ["c@example.org"]\n'

@@ -1,4 +1,5 @@
-"""Waiting for jobs, on a real status table without a broker: many wait, one looks."""
+"""Waiting for jobs, with a real status table and without a broker: one thread asks the table for all waiting
+callers."""
 
 from __future__ import annotations
 
@@ -34,12 +35,12 @@ from tests.running_job import running_job
 
 WORK, LIFECYCLE = "shop.jobs.default", "shop.lifecycle"
 SUBMITTED = Position(WORK, 0, 5)
-#: Seconds that an answer may take which is sure to come.
+#: Seconds for which a test waits for an answer that must come.
 ANSWER_S = 30 * PATIENCE
 
 
 class Table:
-    """A status table in a file, and what was asked of it."""
+    """A status table in a file that counts the questions to it."""
 
     def __init__(self, folder: Path) -> None:
         self.url = f"sqlite:///{folder / 'status.db'}"
@@ -52,14 +53,14 @@ class Table:
         self.broken: BaseException | None = None
 
     def write(self, facts: Mapping[str, Sequence[ev.Fact]], read: int | None = None) -> None:
-        """Jobs with these facts. ``read``: the next offset of the work topic."""
+        """Write jobs with these facts. ``read``: the next offset of the work topic."""
         lives = {}
         for job_id, each in facts.items():
-            found: job.Life | None = None
+            life: job.Life | None = None
             for number, fact in enumerate(each):
-                found = job.join(found, job.of(1, 1, 1, "double", "default", fact, (1, LIFECYCLE, 0, number)))
-            assert found is not None
-            lives[job_id] = found
+                life = job.join(life, job.of(1, 1, 1, "double", "default", fact, (1, LIFECYCLE, 0, number)))
+            assert life is not None
+            lives[job_id] = life
         projector = RowFolder(self.store, Decoder())
         folded = projector.merge(lives.items())
         self.writes += 1
@@ -105,7 +106,7 @@ def follower(table: Table) -> Iterator[Follower]:
 
 @pytest.fixture
 def app(table: Table) -> Iterator[App]:
-    """An app whose status table is ours; it submits nothing."""
+    """An app with the status table of the test, without submissions."""
     made = App("shop", settings=Settings(bootstrap="127.0.0.1:1", submit_timeout=1.0, status_url=table.url))
     made.task(double)
     yield made
@@ -113,12 +114,12 @@ def app(table: Table) -> Iterator[App]:
 
 
 def double(n: int) -> int:
-    """The task."""
+    """The function of the task."""
     return 2 * n
 
 
 def handle(app: App, job_id: str) -> JobHandle[int]:
-    """As if the job had been submitted here."""
+    """Return a handle as after a submission of the job."""
     return JobHandle(app.client, app.tasks["double"], job_id, SUBMITTED)
 
 
@@ -127,17 +128,17 @@ ENDED: list[ev.Fact] = [*RUNNING, ev.JobSucceeded(b"4", 5)]
 
 
 def asked(follower: Follower, job_id: str, **options: Any) -> Question:
-    """A question for a job's end."""
+    """Ask the follower for the end of a job; return the question."""
     question = Question(job_id, SUBMITTED, **{"ended": True, "timeout": 600.0, **options})
     follower.ask(question)
     return question
 
 
-def test_a_thousand_who_wait_ask_about_as_often_as_one(
+def test_a_thousand_waiting_callers_ask_the_table_about_as_often_as_one(
     follower: Follower, table: Table, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One look serves all of them, at most `QUESTIONS_A_LOOK` at a time, so more of them cost no more questions; and
-    each gets its own answer."""
+    """One question to the table serves all callers, at most `QUESTIONS_A_LOOK` at a time. Each caller gets its own
+    answer."""
     monkeypatch.setattr(waiting, "REREAD_S", 600.0)
     ids = [f"job-{n:04}" for n in range(1_000)]
     table.write(dict.fromkeys(ids, RUNNING), read=6)
@@ -146,9 +147,9 @@ def test_a_thousand_who_wait_ask_about_as_often_as_one(
     asked_before = table.asked["states"]
     for _ in range(8):
         before = table.asked["states"]
-        table.write({"other": RUNNING})  # else there are no rows to read
+        table.write({"other": RUNNING})  # without a change no rows are read
         wait_until(partial(_asked_again, table, before), 60, "another question")
-    assert 8 <= table.asked["states"] - asked_before <= 24  # not 8,000; a few are of questions of another pace
+    assert 8 <= table.asked["states"] - asked_before <= 24  # not 8,000; a few questions have another pace
     assert table.asked["statuses"] == 0
     table.write(dict.fromkeys(ids, ENDED))
     assert {q.answer.result(ANSWER_S).job_id for q in questions} == set(ids)
@@ -161,7 +162,7 @@ def _asked_again(table: Table, before: int) -> bool:
 
 
 def test_threads_and_coroutines_share_one_thread(app: App, table: Table) -> None:
-    """Any number of waits, of both kinds, are followed by one thread, and all of them get the result."""
+    """One thread follows any number of waits of both kinds, and all of them get the result."""
     table.write(dict.fromkeys("abcdef", RUNNING), read=6)
 
     async def coroutines() -> list[int]:
@@ -177,8 +178,9 @@ def test_threads_and_coroutines_share_one_thread(app: App, table: Table) -> None
         assert inside.result(ANSWER_S) == [4] * 120
 
 
-def test_an_end_counts_when_the_submission_has_been_read(follower: Follower, table: Table) -> None:
-    """A job whose end is in the table before its submission is waited for until that was read, too."""
+def test_an_outcome_counts_only_after_the_table_has_read_the_submission(follower: Follower, table: Table) -> None:
+    """If the outcome of a job is in the table before its submission, the wait continues until the submission was
+    read."""
     table.write({"a": [ev.JobSucceeded(b"4", 5)]}, read=5)
     question = asked(follower, "a")
     wait_until(lambda: question.looks > 3, 30, "looks")
@@ -187,8 +189,8 @@ def test_an_end_counts_when_the_submission_has_been_read(follower: Follower, tab
     assert question.answer.result(ANSWER_S).state is State.SUCCEEDED
 
 
-def test_an_unknown_job_is_not_found_once_its_submission_was_read(follower: Follower, table: Table) -> None:
-    """Before, it may still come; without a position there is nothing to wait for."""
+def test_an_unknown_job_is_not_found_after_the_table_has_read_its_position(follower: Follower, table: Table) -> None:
+    """Before that, the job may still come. Without a position the answer comes at once."""
     table.write({"a": ENDED}, read=5)
     question = asked(follower, "nobody")
     wait_until(lambda: question.looks > 3, 30, "looks")
@@ -203,8 +205,11 @@ def test_an_unknown_job_is_not_found_once_its_submission_was_read(follower: Foll
             other.answer.result(ANSWER_S)
 
 
-def test_what_takes_too_long_says_what_it_waited_for(app: App, table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wait that is over, and a table that lags, each name the state, the time and the way out; also at once."""
+def test_the_error_of_a_time_limit_says_what_the_caller_waited_for(
+    app: App, table: Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error of a job that has not ended and the error of a table that is behind have the time and a remedy. This
+    also holds for a time limit of 0."""
     monkeypatch.setattr(waiting, "TABLE_PATIENCE_S", ANSWER_S)
     table.write({"a": RUNNING}, read=6)
     late = JobHandle(app.client, app.tasks["double"], "a", Position(WORK, 0, 6))
@@ -217,13 +222,13 @@ def test_what_takes_too_long_says_what_it_waited_for(app: App, table: Table, mon
             late.status(timeout)
     with pytest.raises(StatusTimeout, match="job a did not end within 0 s"):
         asyncio.run(handle(app, "a").result_async(0))
-    assert handle(app, "a").status(0).state is State.RUNNING  # there is always one look
+    assert handle(app, "a").status(0).state is State.RUNNING  # the table is always asked once
 
 
-def test_a_table_that_does_not_answer_holds_nobody_for_ever(
+def test_a_caller_does_not_wait_forever_for_a_table_that_does_not_answer(
     app: App, table: Table, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Callers wait for their own timeout and a bounded time more, whatever the database does."""
+    """A caller waits for its own time limit and a bounded time more."""
     monkeypatch.setattr(waiting, "TABLE_PATIENCE_S", 0.2)
     gate = threading.Event()
     try:
@@ -238,8 +243,8 @@ def test_a_table_that_does_not_answer_holds_nobody_for_ever(
         gate.set()
 
 
-def test_an_error_of_the_table_reaches_each_who_waits_and_nobody_after(follower: Follower, table: Table) -> None:
-    """Each gets an error of its own, and the next question is answered again."""
+def test_an_error_of_the_table_reaches_each_waiting_caller_and_no_later_one(follower: Follower, table: Table) -> None:
+    """Each caller gets its own exception object, and the next question gets an answer."""
     table.write({"a": RUNNING}, read=6)
     questions = [asked(follower, "a") for _ in range(5)]
     for broken in (StoreError("away"), SystemExit(3)):
@@ -253,8 +258,8 @@ def test_an_error_of_the_table_reaches_each_who_waits_and_nobody_after(follower:
     assert [q.answer.result(ANSWER_S).result for q in questions] == [4] * 5
 
 
-def test_a_wait_outlasts_a_table_that_is_only_being_made(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wait for an end tries again while there is no table yet; a question for a status says so."""
+def test_a_wait_continues_until_the_table_is_made(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While there is no table, a wait for an outcome asks again, and a question for a status raises an error."""
     monkeypatch.setattr(waiting, "START_PATIENCE_S", 600.0)
     there = threading.Event()
 
@@ -282,7 +287,7 @@ def _raise(error: Exception) -> Any:
 
 
 def test_a_cancelled_wait_leaves_nothing_behind(app: App, table: Table) -> None:
-    """Cancelling the coroutine that waits forgets its question; others wait on."""
+    """A cancellation of the waiting coroutine removes its question. Other waits continue."""
     table.write({"a": RUNNING, "b": RUNNING}, read=6)
 
     async def some() -> int:
@@ -302,8 +307,8 @@ def test_a_cancelled_wait_leaves_nothing_behind(app: App, table: Table) -> None:
     assert asyncio.run(some()) == 4
 
 
-def test_closing_ends_the_waits_and_the_next_use_begins_again(app: App, table: Table) -> None:
-    """Whoever waits is told that the app was closed; afterwards it answers as before."""
+def test_closing_the_app_ends_the_waits_and_the_app_can_be_used_again(app: App, table: Table) -> None:
+    """A waiting caller gets the error that the app was closed. After that, the app answers as before."""
     table.write({"a": RUNNING}, read=6)
     with ThreadPoolExecutor(1) as pool:
         waits = pool.submit(handle(app, "a").wait)
@@ -317,7 +322,7 @@ def test_closing_ends_the_waits_and_the_next_use_begins_again(app: App, table: T
 
 
 def test_the_thread_ends_when_nobody_waits(follower: Follower, table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is there for those who wait, and comes back for the next."""
+    """The next question starts the thread again."""
     monkeypatch.setattr(waiting, "IDLE_S", 0.05)
     table.write({"a": ENDED}, read=6)
     for _ in range(2):
@@ -326,7 +331,7 @@ def test_the_thread_ends_when_nobody_waits(follower: Follower, table: Table, mon
 
 
 def test_a_forked_child_waits_with_a_thread_of_its_own(app: App, table: Table) -> None:
-    """The thread does not come along into a child; the first question there starts another."""
+    """A fork does not copy the thread. The first question in the child process starts a new one."""
     table.write({"a": RUNNING, "b": ENDED}, read=6)
     question = Question("a", SUBMITTED, ended=True, timeout=None)
     app.client._follower.ask(question)
@@ -346,7 +351,7 @@ def test_a_forked_child_waits_with_a_thread_of_its_own(app: App, table: Table) -
 
 
 def calls(app: App) -> dict[str, tuple[Callable[[], Any], str]]:
-    """What holds up a running loop, and what its warning names."""
+    """Return calls that block a running loop, each with the async form that its warning names."""
     mine = handle(app, "a")
     return {
         "result": (lambda: mine.result(ANSWER_S), "result_async"),
@@ -357,26 +362,26 @@ def calls(app: App) -> dict[str, tuple[Callable[[], Any], str]]:
 
 
 @pytest.mark.parametrize("called", ["result", "wait", "status", "job"])
-def test_holding_up_a_running_loop_warns_and_works(app: App, table: Table, called: str) -> None:
-    """A notebook always has a running loop, so it is no refusal; the warning stands at the caller's line and names the
-    async form. Without a loop there is none."""
+def test_a_call_that_blocks_a_running_loop_works_with_a_warning(app: App, table: Table, called: str) -> None:
+    """A notebook always has a running loop, so the call is not refused. The warning has the caller's line and the async
+    form. Without a loop there is no warning."""
     table.write({"a": ENDED}, read=6)
     call, instead = calls(app)[called]
 
     async def inside() -> Any:
         with pytest.warns(RuntimeWarning, match=rf"blocks the event loop.*await \S*{instead}") as caught:
-            found = call()
+            status = call()
         assert caught[0].filename == __file__
-        return found
+        return status
 
-    found = asyncio.run(inside())
+    status = asyncio.run(inside())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert call() == found
+        assert call() == status
 
 
 def test_inside_a_job_each_wait_is_refused(app: App) -> None:
-    """A job that waits for another is refused in both forms, before anything else is said."""
+    """A job must not wait for another job. Both forms of a wait are refused before any other check."""
 
     async def waits() -> None:
         enter(running_job("01890a5d-ac96-774b-bcce-b302099a8057"))
@@ -391,8 +396,8 @@ def test_inside_a_job_each_wait_is_refused(app: App) -> None:
     asyncio.run(waits())
 
 
-def test_the_app_answers_coroutines(app: App, table: Table) -> None:
-    """One job, and lists of jobs page by page, as the forms that hold the thread give them."""
+def test_the_async_forms_of_the_app_give_the_same_jobs(app: App, table: Table) -> None:
+    """One job, and lists of jobs in pages, are the same as with the blocking forms."""
     table.write({f"job-{n}": ENDED for n in range(7)}, read=6)
 
     async def asks() -> tuple[JobStatus, list[JobStatus], list[JobStatus]]:
@@ -409,7 +414,7 @@ def test_the_app_answers_coroutines(app: App, table: Table) -> None:
 def test_rows_are_read_only_when_the_table_has_read_more(
     follower: Follower, table: Table, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While nothing happens, a look is one small question, however many wait."""
+    """While the table reads nothing, one small question serves any number of waits."""
     monkeypatch.setattr(waiting, "REREAD_S", 600.0)
     table.write(dict.fromkeys("abc", RUNNING), read=6)
     questions = [asked(follower, job_id) for job_id in "abc"]
@@ -417,13 +422,13 @@ def test_rows_are_read_only_when_the_table_has_read_more(
     assert table.asked["offsets"] >= 9
     assert table.asked["states"] < 9
     before = table.asked["states"]
-    follower._reread = 0.0  # as when a rebuild may have replaced the rows
+    follower._reread = 0.0  # as if a rebuild may have replaced the rows
     wait_until(lambda: table.asked["states"] > before, 30, "rows are read again")
 
 
-def test_looks_get_rarer_and_share_their_times() -> None:
-    """The pace goes from `FIRST_S` to `MOST_S`; at the same pace two questions of any age are looked for together, and
-    none after its deadline."""
+def test_questions_are_asked_less_often_over_time_and_at_the_same_times() -> None:
+    """The interval grows from `FIRST_S` to `MOST_S`. Two questions of any age with the same interval are asked
+    together. No question is asked after its deadline."""
     one, two = (Question("a", None, ended=True, timeout=timeout) for timeout in (None, 1_000.0))
     now = time.monotonic()
     first = one.next_look(now)
@@ -436,8 +441,8 @@ def test_looks_get_rarer_and_share_their_times() -> None:
     assert two.next_look(two.deadline - 1e-6) == two.deadline
 
 
-def test_a_question_that_was_answered_is_forgotten(follower: Follower, table: Table) -> None:
-    """Nothing holds it, or its job's result, any more."""
+def test_an_answered_question_is_freed(follower: Follower, table: Table) -> None:
+    """No object refers to the question or to the job's result any more."""
     table.write({"forgotten": ENDED}, read=6)
     question = asked(follower, "forgotten")
     assert question.answer.result(ANSWER_S).result == 4

@@ -1,4 +1,4 @@
-"""What docs/wire.md and docs/reference.md state as values: others write programs from these pages alone."""
+"""The values in docs/wire.md and docs/reference.md: people write programs from these pages alone."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ REFERENCE = (ROOT / "docs" / "reference.md").read_text("utf-8")
 
 
 def crc_64_avro(data: bytes) -> int:
-    """By the steps of the page."""
+    """Compute the fingerprint by the steps of the page."""
     empty = 0xC15D213AA4D7A795
     table = []
     for byte in range(256):
         for _ in range(8):
             byte = (byte >> 1) ^ (empty & -(byte & 1))
         table.append(byte)
-    found = empty
+    crc = empty
     for byte in data:
-        found = (found >> 8) ^ table[(found ^ byte) & 0xFF]
-    return found
+        crc = (crc >> 8) ^ table[(crc ^ byte) & 0xFF]
+    return crc
 
 
-def test_the_fingerprint_of_the_page_is_the_one_that_is_written() -> None:
-    """As bytes of a record's head, as a key, and as a number; and the steps of the page lead to it."""
+def test_the_page_has_the_fingerprint_that_the_codec_writes() -> None:
+    """The page has it as bytes of a record's head, as a key, and as a number. The steps of the page compute the same
+    number."""
     section = WIRE.partition("### The fingerprint")[2].partition("\n### ")[0]
     assert f"`{codec.FINGERPRINT.hex()}`" in section
     assert f"`{(codec.MAGIC + codec.FINGERPRINT).hex(' ')}`" in section
@@ -45,13 +46,13 @@ def test_the_fingerprint_of_the_page_is_the_one_that_is_written() -> None:
 
 
 def test_every_column_of_the_status_table_is_described() -> None:
-    """The page has each table with its columns, and no others."""
+    """The page has exactly the columns of each table."""
     section = REFERENCE.partition("### Columns")[2].partition("\n### ")[0]
     for table in metadata.sorted_tables:
         rows = re.search(rf"^`{table.name}`[,:].*?\n\n((?:\|.*\n)+)", section, re.MULTILINE)
         assert rows is not None, table.name
         head, _, *rest = rows[1].splitlines()
-        told = [name for row in rest for name in re.findall(r"`(\w+)`", row.split("|")[1])]
-        if table.name == "meta":  # its rows are listed: their keys are the schema
-            told = re.findall(r"`(\w+)` \(", head)
-        assert told == [column.name for column in table.columns], table.name
+        described = [name for row in rest for name in re.findall(r"`(\w+)`", row.split("|")[1])]
+        if table.name == "meta":  # the page lists its rows, because their keys are the schema
+            described = re.findall(r"`(\w+)` \(", head)
+        assert described == [column.name for column in table.columns], table.name

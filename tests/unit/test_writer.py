@@ -1,4 +1,5 @@
-"""What sends beside the hot path, against an address at which nobody listens: callbacks that break harm nobody else."""
+"""The writer that sends single records, with an address at which no broker listens: an error in a callback does not
+affect other records."""
 
 from __future__ import annotations
 
@@ -26,33 +27,34 @@ RECORD = Outgoing("t", b"x", "k")
 
 @pytest.fixture
 def writer() -> LogWriter:
-    """One that gives up on each record after a second."""
+    """A writer that gives up each record after a second."""
     return LogWriter(NOWHERE, None)
 
 
 def settled(writer: LogWriter) -> KafkaError | None:
-    """Send a record and wait until it is told what became of it."""
-    told: list[KafkaError | None] = []
+    """Send a record, wait for its delivery report, and return the error."""
+    reported: list[KafkaError | None] = []
     done = threading.Event()
 
     def callback(error: KafkaError | None, message: Message) -> None:
-        told.append(error)
+        reported.append(error)
         done.set()
 
     writer.post(RECORD, callback)
     assert done.wait(60), "nobody serves the callbacks any more"
-    return told[0]
+    return reported[0]
 
 
-def test_a_loop_that_is_closed_before_the_acknowledgement_harms_nobody_else(
+def test_a_loop_that_is_closed_before_the_acknowledgement_affects_no_other_submission(
     writer: LogWriter, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Its coroutine has given up; later submissions of the same client are settled, and nothing is said of it."""
+    """The coroutine of the closed loop was cancelled. Later submissions of the same client get their reports, and no
+    error is logged."""
     client = Client(NOWHERE, Names("shop"), lambda: cast(StatusSource, None))
 
     async def gives_up() -> None:
         sending = asyncio.create_task(client._acknowledged(writer, RECORD, "one"))
-        await asyncio.sleep(0)  # it has sent the record
+        await asyncio.sleep(0)  # the task sends the record
         sending.cancel()
         with pytest.raises(asyncio.CancelledError):
             await sending
@@ -71,7 +73,7 @@ def test_a_loop_that_is_closed_before_the_acknowledgement_harms_nobody_else(
 def test_a_callback_that_breaks_is_logged_and_the_next_one_is_called(
     writer: LogWriter, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The thread that serves them lives on."""
+    """The thread that calls the callbacks continues."""
 
     def breaks(error: KafkaError | None, message: Message) -> None:
         raise ZeroDivisionError
@@ -84,7 +86,7 @@ def test_a_callback_that_breaks_is_logged_and_the_next_one_is_called(
 
 
 def test_the_first_event_of_a_class_waits_for_a_broker_as_a_submission_does() -> None:
-    """It waits JOBLEDGER_SUBMIT_TIMEOUT, and no span of its own, while its class is compared with the log."""
+    """The comparison of its class with the log takes at most JOBLEDGER_SUBMIT_TIMEOUT, and has no other time limit."""
     app = App("shop", settings=Settings(bootstrap="127.0.0.1:1", submit_timeout=1.0))
 
     @app.event
@@ -93,7 +95,7 @@ def test_the_first_event_of_a_class_waits_for_a_broker_as_a_submission_does() ->
 
     began = time.monotonic()
     with pytest.raises(BrokerUnavailable, match=r"127\.0\.0\.1:1 did not answer in time"):
-        app.emit(Happened(1))  # type: ignore[call-arg]  # see told_of_events in test_typing.py
+        app.emit(Happened(1))  # type: ignore[call-arg]  # see types_of_events in test_typing.py
     assert 0.9 <= time.monotonic() - began < 9.0
     app.close()
 

@@ -435,20 +435,20 @@ def _properties(wanted: Launch) -> str:
 
 def _fixed(wanted: Launch) -> dict[str, str]:
     # The controller is a static voter, so that its port can be another one at each start.
-    among = wanted.cluster or Cluster("", 1, {1: free_port(avoid=wanted.port)})
+    cluster = wanted.cluster or Cluster("", 1, {1: free_port(avoid=wanted.port)})
     ports = {"PLAINTEXT": wanted.port, **wanted.listeners}
     plain = {"CONTROLLER": "PLAINTEXT"}
     open_to_clients = ",".join(f"{name}://{HOST}:{port}" for name, port in ports.items())
     return {
         "process.roles": "broker,controller",
-        "node.id": str(among.node),
-        "controller.quorum.voters": ",".join(f"{node}@{HOST}:{port}" for node, port in among.controllers.items()),
+        "node.id": str(cluster.node),
+        "controller.quorum.voters": ",".join(f"{node}@{HOST}:{port}" for node, port in cluster.controllers.items()),
         "controller.listener.names": "CONTROLLER",
         "inter.broker.listener.name": "PLAINTEXT",
         "listener.security.protocol.map": ",".join(
             f"{name}:{protocol}" for name, protocol in ({name: name for name in ports} | plain).items()
         ),
-        "listeners": f"{open_to_clients},CONTROLLER://{HOST}:{among.controllers[among.node]}",
+        "listeners": f"{open_to_clients},CONTROLLER://{HOST}:{cluster.controllers[cluster.node]}",
         "advertised.listeners": open_to_clients,
         "log.dirs": str(wanted.data),
     }

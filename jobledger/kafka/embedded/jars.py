@@ -50,15 +50,15 @@ def classpath(folder: Path, version: str = KAFKA_VERSION, progress: Progress | N
     ``jobledger[kafka]`` is not installed.
     """
     target = folder / version
-    found = _complete(target)
-    if found is not None:  # the usual case needs no lock
-        return found
+    jars = _complete(target)
+    if jars is not None:  # the usual case needs no lock
+        return jars
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / f".{version}.lock"):
-        found = _complete(target)
-        if found is None:
-            found = _fetch(target, version, progress or (lambda step, done, total: None))
-    return found
+        jars = _complete(target)
+        if jars is None:
+            jars = _fetch(target, version, progress or (lambda step, done, total: None))
+    return jars
 
 
 def _complete(target: Path) -> list[Path] | None:
@@ -101,16 +101,16 @@ def _fetch(target: Path, version: str, progress: Progress) -> list[Path]:
                 ) from error
             time.sleep(RETRY_PAUSE_S * attempt)
 
-    placed = []
+    moved = []
     for jar in jars:
-        place = target / jar.name
-        shutil.move(jar, place)
-        placed.append(place)
+        destination = target / jar.name
+        shutil.move(jar, destination)
+        moved.append(destination)
     shutil.rmtree(staging, ignore_errors=True)
     written = target / (MARKER + ".part")
-    written.write_text(json.dumps({"version": version, "jars": {p.name: p.stat().st_size for p in placed}}), "utf-8")
+    written.write_text(json.dumps({"version": version, "jars": {p.name: p.stat().st_size for p in moved}}), "utf-8")
     written.replace(target / MARKER)
-    return placed
+    return moved
 
 
 def _download(staging: Path, version: str, progress: Progress) -> list[Path]:

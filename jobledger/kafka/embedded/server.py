@@ -64,24 +64,24 @@ class KafkaStatus:
 
 def running_bootstrap(home: Path) -> str | None:
     """Return the address of this home's broker; None if its process does not run or its port does not answer."""
-    found = broker_process.running(broker_process.Files.of(home))
-    return f"{HOST}:{found.port}" if found is not None and ports.answers(found.port) else None
+    broker = broker_process.running(broker_process.Files.of(home))
+    return f"{HOST}:{broker.port}" if broker is not None and ports.answers(broker.port) else None
 
 
 def status(home: Path) -> KafkaStatus:
     """Return the state of this home's broker."""
     files = broker_process.Files.of(home)
-    found = broker_process.running(files)
-    if found is None:
+    broker = broker_process.running(files)
+    if broker is None:
         return KafkaStatus(False, None, None, None, files.data, None, None, files.log)
     return KafkaStatus(
         running=True,
-        pid=found.process.pid,
-        port=found.port,
-        bootstrap=f"{HOST}:{found.port}",
-        data=found.data,
-        version=found.version,
-        uptime=max(0.0, time.time() - found.process.create_time()),
+        pid=broker.process.pid,
+        port=broker.port,
+        bootstrap=f"{HOST}:{broker.port}",
+        data=broker.data,
+        version=broker.version,
+        uptime=max(0.0, time.time() - broker.process.create_time()),
         log=files.log,
     )
 
@@ -124,8 +124,8 @@ def start(
         # This timeout is longer than a start may take, so that a second caller gets the first caller's broker, not an
         # error.
         with locked(files.lock, timeout + 60):
-            found = broker_process.running(files)
-            if found is None:
+            broker = broker_process.running(files)
+            if broker is None:
                 if port:
                     ports.check_free(port)
                 path = classpath(jars or home.expanduser().absolute() / "jars", version, report)
@@ -133,15 +133,15 @@ def start(
                     path, port or ports.free_port(), wanted_data, heap_mb, version, config or {}
                 )
                 broker_process.launch(files, wanted, detach=detach, timeout=timeout, report=report)
-            elif port not in (0, found.port) or (data is not None and found.data != wanted_data):
+            elif port not in (0, broker.port) or (data is not None and broker.data != wanted_data):
                 raise ConfigError(
-                    f"the embedded broker of {home} already runs on port {found.port} with data in {found.data} "
-                    f"(pid {found.process.pid}), not on port {port} with {wanted_data}: stop it first with "
+                    f"the embedded broker of {home} already runs on port {broker.port} with data in {broker.data} "
+                    f"(pid {broker.process.pid}), not on port {port} with {wanted_data}: stop it first with "
                     "`jobledger kafka stop`, or use another JOBLEDGER_HOME"
                 )
     except TimeoutError as error:
         raise KafkaStartFailed(
-            f"another process has been starting or stopping the broker of {home} for too long: {error}"
+            f"another process is still starting or stopping the broker of {home}: {error}. Wait, or end that process"
         ) from error
     return status(home)
 
@@ -155,11 +155,11 @@ def stop(home: Path, timeout: float = STOP_TIMEOUT_S) -> bool:
     if not files.pid.exists():
         return False
     with locked(files.lock):
-        found = broker_process.running(files)
-        if found is not None:
-            broker_process.end(found.process.pid, timeout)
+        broker = broker_process.running(files)
+        if broker is not None:
+            broker_process.end(broker.process.pid, timeout)
         files.pid.unlink(missing_ok=True)
-    return found is not None
+    return broker is not None
 
 
 def wait(home: Path) -> int | None:
@@ -167,8 +167,8 @@ def wait(home: Path) -> int | None:
 
     The exit code of a broker that was stopped cleanly is 143, the JVM's exit code after SIGTERM.
     """
-    found = broker_process.running(broker_process.Files.of(home))
-    return None if found is None else broker_process.wait(found.process.pid)
+    broker = broker_process.running(broker_process.Files.of(home))
+    return None if broker is None else broker_process.wait(broker.process.pid)
 
 
 class EmbeddedKafka:
@@ -217,7 +217,7 @@ class EmbeddedKafka:
 
     def start(self) -> KafkaStatus:
         """Start the broker, or start it again with the same port and data. Raises what the function `start` raises."""
-        began = start(
+        started = start(
             self.home,
             port=self._port,
             data=self._data,
@@ -229,9 +229,9 @@ class EmbeddedKafka:
             timeout=self._timeout,
             jars=self._jars,
         )
-        assert began.port is not None
-        self._port = began.port
-        return began
+        assert started.port is not None
+        self._port = started.port
+        return started
 
     def stop(self, timeout: float = STOP_TIMEOUT_S) -> bool:
         """Stop the broker cleanly (SIGTERM), and kill it if it still runs after ``timeout`` seconds.
@@ -242,10 +242,10 @@ class EmbeddedKafka:
 
     def kill(self) -> bool:
         """Kill the broker (SIGKILL), as in a crash of the process. Return False if the broker did not run."""
-        found = self._process()
-        if found is not None:
-            broker_process.end(found.pid, timeout=0)
-        return found is not None
+        process = self._process()
+        if process is not None:
+            broker_process.end(process.pid, timeout=0)
+        return process is not None
 
     def pause(self) -> None:
         """Freeze the process (SIGSTOP): its connections stay open, but the broker does not answer.
@@ -283,11 +283,11 @@ class EmbeddedKafka:
         self.close()
 
     def _process(self) -> psutil.Process | None:
-        found = broker_process.running(broker_process.Files.of(self.home))
-        return None if found is None else found.process
+        broker = broker_process.running(broker_process.Files.of(self.home))
+        return None if broker is None else broker.process
 
     def _signal(self, number: int) -> None:
-        found = self._process()
-        if found is None:
+        process = self._process()
+        if process is None:
             raise KafkaStartFailed(f"the embedded broker of {self.home} is not running: call start() first")
-        found.send_signal(number)
+        process.send_signal(number)

@@ -132,10 +132,10 @@ class AckedWriter:
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(None, refusal, self._settings, str(exc))
         except (OSError, aioerrors.KafkaError, TimeoutError):
-            found = await asyncio.get_running_loop().run_in_executor(
+            tls_problem = await asyncio.get_running_loop().run_in_executor(
                 None, trouble, self._settings.resolve_bootstrap(), self._settings.kafka
             )
-            return None if found is None else NotAuthenticated(found)
+            return None if tls_problem is None else NotAuthenticated(tls_problem)
         connection.close()
         return None
 
@@ -185,10 +185,10 @@ class AckedWriter:
                 return
             settled.set_result(
                 [
-                    self._translate(found, f"sending to {record.topic}", write(record.topic))
-                    if isinstance(found, BaseException)
-                    else Delivered(found.partition, found.offset, found.timestamp)
-                    for found, record in zip(done.result(), records, strict=True)
+                    self._translate(outcome, f"sending to {record.topic}", write(record.topic))
+                    if isinstance(outcome, BaseException)
+                    else Delivered(outcome.partition, outcome.offset, outcome.timestamp)
+                    for outcome, record in zip(done.result(), records, strict=True)
                 ]
             )
 
@@ -208,9 +208,9 @@ class AckedWriter:
             return TopicMissing(f"{what}: the topic does not exist; create it with `jobledger topics apply MODULE:APP`")
         if isinstance(error, aioerrors.MessageSizeTooLargeError | aioerrors.RecordListTooLargeError):
             return PayloadTooLarge(
-                f"{what}: {address} refuses a record of this size; see the topic's max.message.bytes"
+                f"{what}: {address} refuses a record of this size; raise the topic's max.message.bytes"
             )
-        return BrokerUnavailable(f"{what}: {away(self._settings, f'did not take it in time ({error!r})')}")
+        return BrokerUnavailable(f"{what}: {away(self._settings, f'did not accept the record in time ({error!r})')}")
 
 
 #: Client settings that are passed to aiokafka, in addition to the security settings.
@@ -222,8 +222,8 @@ def compression(settings: Settings) -> str | None:
 
     The result has lower-case letters only, because librdkafka also accepts capital letters in this setting.
     """
-    found = settings.kafka.get("compression.type", settings.kafka.get("compression.codec", "none")).lower()
-    return None if found == "none" else found
+    codec_name = settings.kafka.get("compression.type", settings.kafka.get("compression.codec", "none")).lower()
+    return None if codec_name == "none" else codec_name
 
 
 def unused(settings: Settings) -> list[str]:
@@ -242,10 +242,10 @@ def create_no_topics(client: AIOKafkaClient) -> None:
     connect = client._get_conn
 
     async def connection(*args: Any, **more: Any) -> AIOKafkaConnection | None:
-        found = await connect(*args, **more)
-        if found is not None:
-            found.send = partial(_send_creating_nothing, found)
-        return found
+        opened = await connect(*args, **more)
+        if opened is not None:
+            opened.send = partial(_send_creating_nothing, opened)
+        return opened
 
     client._get_conn = connection
 
@@ -305,15 +305,15 @@ class Ends:
 
         def read(reader: LogReader) -> set[bytes]:
             messages = reader.read(topic, partition, min(offsets), max(offsets) + 1)
-            found = [(message.offset(), message.key()) for message in messages]
-            return {bytes(key) for offset, key in found if offset in offsets and isinstance(key, bytes)}
+            records = [(message.offset(), message.key()) for message in messages]
+            return {bytes(key) for offset, key in records if offset in offsets and isinstance(key, bytes)}
 
         return await self._ask(read)
 
     async def _ask(self, question: Callable[[LogReader], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._patiently, question)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._retry_until_answered, question)
 
-    def _patiently(self, question: Callable[[LogReader], T]) -> T:
+    def _retry_until_answered(self, question: Callable[[LogReader], T]) -> T:
         if self._reader is None:
             self._reader = LogReader(self._settings)
         deadline = time.monotonic() + self._patience

@@ -66,7 +66,7 @@ class Options:
 # -- settings -------------------------------------------------------------------------------------------------------
 
 
-def faust_settings(settings: Settings, options: Options, partitions: int, place: InstanceDir) -> dict[str, Any]:
+def faust_settings(settings: Settings, options: Options, partitions: int, instance_dir: InstanceDir) -> dict[str, Any]:
     """Return Faust's settings.
 
     With these settings Faust reads no environment variables, declares no topics and starts no web server.
@@ -78,8 +78,8 @@ def faust_settings(settings: Settings, options: Options, partitions: int, place:
         "env": {},
         "id_format": "{id}",
         "autodiscover": False,
-        "store": "rocksdb://" if place.durable else "memory://",
-        "datadir": str(place.folder),
+        "store": "rocksdb://" if instance_dir.durable else "memory://",
+        "datadir": str(instance_dir.folder),
         "topic_partitions": partitions,
         "topic_disable_leader": True,
         "topic_allow_declare": False,
@@ -87,7 +87,7 @@ def faust_settings(settings: Settings, options: Options, partitions: int, place:
         "web_enabled": False,
         "worker_redirect_stdouts": False,
         "consumer_auto_offset_reset": "earliest",
-        "consumer_group_instance_id": place.instance,
+        "consumer_group_instance_id": instance_dir.instance,
         "broker_session_timeout": options.session_timeout,
         "broker_heartbeat_interval": options.session_timeout / 6,
         "broker_rebalance_timeout": max(10.0, options.session_timeout),
@@ -119,7 +119,7 @@ def origin_of(settings: Settings, topic: str) -> str:
         described = admin.describe_topics(TopicCollection([topic]), request_timeout=10)[topic].result()
         cluster_id = admin.cluster_id(timeout=10)  # the client knows the id from that answer
     except KafkaException as exc:
-        raise clients.translate(exc.args[0], settings, f"asking for {topic}", read(topic)) from exc
+        raise clients.translate(exc.args[0], settings, f"asking for the id of {topic}", read(topic)) from exc
     return f"{cluster_id}/{described.topic_id}"
 
 
@@ -129,10 +129,11 @@ def check_topics(settings: Settings, names: Names, partitions: int) -> None:
     If these numbers of partitions differed, Faust would run and do nothing.
     """
     for topic in (names.coordination, changelog(names)):
-        found = clients.partitions_of(settings, topic, need=read(topic))
-        if found != partitions:
+        count = clients.partitions_of(settings, topic, need=read(topic))
+        if count != partitions:
             raise ConfigError(
-                f"{topic} has {found} partitions, not {partitions}: the app's partitions, those of {names.coordination} "
+                f"{topic} has {count} partitions, not {partitions}: the app's partitions, those of "
+                f"{names.coordination} "
                 f"and those of {changelog(names)} must be equal; see `jobledger topics plan`"
             )
 
@@ -143,10 +144,10 @@ def work_topics(settings: Settings, names: Names) -> dict[str, int | None]:
     The limit is in bytes; None if this client lacks the right to read the topic's settings. Raises `BrokerUnavailable`.
     """
     try:
-        found = clients.admin(settings).list_topics(timeout=10).topics
+        listed = clients.admin(settings).list_topics(timeout=10).topics
     except KafkaException as exc:
         raise clients.translate(exc.args[0], settings, "asking for the topics") from exc
-    topics = [topic for topic in found if names.queue_of(topic) is not None]
+    topics = [topic for topic in listed if names.queue_of(topic) is not None]
     return dict.fromkeys(topics) | clients.batch_limits(settings, topics)
 
 
@@ -178,9 +179,9 @@ class SourceConsumerThread(aiokafka.AIOKafkaConsumerThread):
     """Faust's consumer thread, with a client that creates no topics."""
 
     def _create_consumer(self, loop: asyncio.AbstractEventLoop) -> Any:
-        made = super()._create_consumer(loop)
-        create_no_topics(made._client)
-        return made
+        consumer = super()._create_consumer(loop)
+        create_no_topics(consumer._client)
+        return consumer
 
 
 class SourceConsumer(aiokafka.Consumer):
@@ -296,7 +297,7 @@ class PatientRecovery(Recovery):
             if self._unanswered > self.patience:
                 raise BrokerUnavailable(
                     f"the coordinator's requests to restore its table had no answer for {self._unanswered:.0f} s; "
-                    f"look whether every broker of {self.brokers} answers"
+                    f"check that every broker of {self.brokers} answers"
                 ) from None
             LOG.warning("no answer for %.0f s while the table is restored: restoring begins again", timeout)
             self.signal_recovery_start.set()
@@ -331,8 +332,8 @@ class Group:
     @property
     def generation(self) -> int:
         """The group's generation of the current assignment. Fetched records are handed over with their generation."""
-        found: int = self.app.consumer_generation_id
-        return found
+        generation: int = self.app.consumer_generation_id
+        return generation
 
     def partitions(self) -> set[int]:
         """Return the partitions of the coordination topic that this instance owns."""
@@ -340,8 +341,8 @@ class Group:
 
     def committed(self, partition: int) -> int | None:
         """Return the committed offset that this instance knows, or None."""
-        found: int | None = self.app.consumer._committed_offset[TP(self._names.coordination, partition)]
-        return found
+        offset: int | None = self.app.consumer._committed_offset[TP(self._names.coordination, partition)]
+        return offset
 
     def acknowledge(self, offsets: Mapping[int, Sequence[int]]) -> None:
         """Allow the offsets of these source records, by partition, to be committed: they were processed."""
@@ -361,8 +362,8 @@ class Group:
         if offset is None:
             # Nothing was committed yet. 0 means the same, since a group without offsets starts at the beginning.
             offset = 0
-        took: bool = await self.app.consumer._commit({TP(self._names.coordination, first): offset})
-        return took and self.settled
+        accepted: bool = await self.app.consumer._commit({TP(self._names.coordination, first): offset})
+        return accepted and self.settled
 
 
 def _client_group(app: Any) -> Any:
@@ -382,7 +383,11 @@ def stuck(app: Any) -> Exception | None:
     task = getattr(group, "_coordination_task", None)
     if pending is None and task is not None and task.done():
         reason = None if task.cancelled() else task.exception()
-        return reason if isinstance(reason, Exception) else RuntimeError("the task that keeps the group has ended")
+        return (
+            reason
+            if isinstance(reason, Exception)
+            else RuntimeError("the task that keeps this client in its group has ended")
+        )
     return pending
 
 
@@ -408,9 +413,11 @@ def hasten(app: Any) -> None:
     app.consumer._thread._consumer._fetcher._fetch_max_wait_ms = FETCH_WAIT_MS
 
 
-def build(names: Names, settings: Settings, options: Options, partitions: int, place: InstanceDir) -> tuple[Any, Any]:
+def build(
+    names: Names, settings: Settings, options: Options, partitions: int, instance_dir: InstanceDir
+) -> tuple[Any, Any]:
     """Create the Faust app and its table, without connecting."""
-    app = faust.App(names.coordinator_group, **faust_settings(settings, options, partitions, place))
+    app = faust.App(names.coordinator_group, **faust_settings(settings, options, partitions, instance_dir))
     app.transport = SourceTransport(app.conf.broker_consumer, app)
     # Raw keys and values: Faust's own decoding silently acknowledges records that it cannot decode.
     source = app.topic(

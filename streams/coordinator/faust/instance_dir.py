@@ -57,7 +57,7 @@ def take_place(root: Path, namespace: str) -> InstanceDir:
     `ConfigError` if all 1,000 folders are locked.
     """
     if not is_writable(root):
-        LOG.warning("%s cannot be written: rows are kept in memory, a restart replays the whole changelog", root)
+        LOG.warning("%s cannot be written: rows are kept in memory, and each restart reads the whole changelog", root)
         return InstanceDir(root, False, None, None)
     for number in range(1000):
         folder = root / str(number)

@@ -68,7 +68,7 @@ def merged(current: bytes | None, incoming: bytes) -> bytes | None:
                 f"a row on the changelog is of a kind that this coordinator does not know ({incoming[:16].hex()}…): it was "
                 "written by a later version; upgrade this coordinator"
             ) from exc
-        LOG.error("a changelog record is no row and was left out: %s…", incoming[:16].hex())
+        LOG.error("a changelog record is not a row and was skipped: %s…", incoming[:16].hex())
         return None
     if current is None or newer(row, decode_row(current)):
         return incoming
@@ -85,8 +85,8 @@ class RocksRows(rocksdb.Store):
     def get(self, partition: int, key: bytes) -> bytes | None:  # type: ignore[override]
         """Return a row's bytes, or None."""
         db = self._dbs.get(partition)
-        found: bytes | None = None if db is None else db.get(key)
-        return found
+        data: bytes | None = None if db is None else db.get(key)
+        return data
 
     def write(self, partition: int, puts: Iterable[Put], changelog_offset: int) -> None:
         """Store acknowledged rows, and the changelog offset up to which rows are stored, in one atomic write."""
@@ -106,17 +106,17 @@ class RocksRows(rocksdb.Store):
 
     def scan(self, partition: int, after: bytes | None, limit: int) -> list[tuple[bytes, bytes]]:
         """Return rows above ``after`` in key order."""
-        found: list[tuple[bytes, bytes]] = []
+        rows: list[tuple[bytes, bytes]] = []
         db = self._dbs.get(partition)
         if db is None:
-            return found
+            return rows
         # Start at the smallest key above ``after``, so that the last row is not returned again.
         for key, value in db.items(from_key=b"" if after is None else after + b"\0"):
             if key != self.offset_key:
-                found.append((key, value))
-                if len(found) >= limit:
+                rows.append((key, value))
+                if len(rows) >= limit:
                     break
-        return found
+        return rows
 
     def apply_changelog_batch(self, batch: Iterable[Any], to_key: Any, to_value: Any) -> None:
         """Apply changelog records for Faust. A row from a later event replaces one from an earlier event.
@@ -251,8 +251,8 @@ class RowTable(faust.Table[bytes, bytes]):
             "loop": self.loop,
         }
         if durable:
-            made: Any = RocksRows("rocksdb://", self.app, self, options=dict(ROCKSDB_OPTIONS), **options)
+            store: Any = RocksRows("rocksdb://", self.app, self, options=dict(ROCKSDB_OPTIONS), **options)
         else:
-            made = MemoryRows("memory://", self.app, self, options={}, **options)
-        self.rows = made
-        return made
+            store = MemoryRows("memory://", self.app, self, options={}, **options)
+        self.rows = store
+        return store

@@ -40,7 +40,7 @@ class RateLimit(logging.Filter):
         self._last[template] = now
         held = self._held.pop(template, 0)
         if held:
-            record.msg = f"{record.msg} [{held} more like this were held back]"
+            record.msg = f"{record.msg} [{held} more messages like this were dropped]"
         return True
 
 
@@ -68,7 +68,11 @@ class Unheard(logging.Filter):
         """Return True: every record passes, those with an aiokafka error shortened."""
         error = record.exc_info[1] if record.exc_info else None
         if isinstance(error, aioerrors.KafkaError):
-            record.msg, record.args, record.exc_info = f"a request that nobody waited for failed: {error}", (), None
+            record.msg, record.args, record.exc_info = (
+                f"a request failed, and no task waited for its result: {error}",
+                (),
+                None,
+            )
         return True
 
 
@@ -112,7 +116,7 @@ _OURS = "jobledger.streams.coordinator.faust.local_store"
 _CONSUMER = "jobledger.streams.coordinator.faust.faust_app"
 _connections = Connections()
 _filters = (SaidElsewhere(), _connections, RateLimit())
-_unheard = Unheard()
+_unread_results = Unheard()
 
 
 def quieten(level: int = logging.WARNING, heard: Callable[[str], None] | None = None) -> None:
@@ -131,7 +135,7 @@ def quieten(level: int = logging.WARNING, heard: Callable[[str], None] | None = 
     for name in (*_NOISY, _OURS, _CONSUMER):
         logging.getLogger(name).setLevel(level)
     logging.getLogger(_CONSUMER).addFilter(_filters[0])
-    logging.getLogger("asyncio").addFilter(_unheard)
+    logging.getLogger("asyncio").addFilter(_unread_results)
     # Faust logs the restart of a fetcher in a rebalance as an error with a traceback, though it is not an error.
     with contextlib.suppress(KeyError):
         logging.getLogger("faust.transport.consumer").setLevel(max(level, logging.ERROR))

@@ -52,8 +52,9 @@ class ClientCredentials(AbstractTokenProvider):  # type: ignore[misc]  # aiokafk
     def __init__(self, kafka: Mapping[str, str]) -> None:
         if kafka.get(_METHOD, "default").lower() != "oidc":
             raise ConfigError(
-                f"{setting('sasl.mechanism')}=OAUTHBEARER works only with {setting(_METHOD)}=oidc, a client id and a "
-                "secret at a token endpoint. Tokens of another origin, such as AWS MSK's IAM, are not supported: "
+                f"{setting('sasl.mechanism')}=OAUTHBEARER works only with {setting(_METHOD)}=oidc: with a client id "
+                "and a secret, and the URL of a token endpoint. Tokens of another origin, such as AWS MSK's IAM, are "
+                "not supported: "
                 "use SASL/SCRAM or mutual TLS there"
             )
         for name in (_URL, _ID, _SECRET):
@@ -86,7 +87,7 @@ class ClientCredentials(AbstractTokenProvider):  # type: ignore[misc]  # aiokafk
     def _ask(self) -> tuple[str, float]:
         form = {"grant_type": "client_credentials"} | ({"scope": self._scope} if self._scope else {})
         pair = ":".join(urllib.parse.quote(word, safe="") for word in (self._id, self._secret))
-        asked = urllib.request.Request(
+        request = urllib.request.Request(
             self._url,
             urllib.parse.urlencode(form).encode(),
             {
@@ -96,9 +97,9 @@ class ClientCredentials(AbstractTokenProvider):  # type: ignore[misc]  # aiokafk
             },
         )
         try:
-            with urllib.request.urlopen(asked, timeout=TIMEOUT_S, context=self._tls()) as answer:
-                said: Any = json.load(answer)
-            return str(said["access_token"]), float(said.get("expires_in", 300.0))
+            with urllib.request.urlopen(request, timeout=TIMEOUT_S, context=self._tls()) as answer:
+                body: Any = json.load(answer)
+            return str(body["access_token"]), float(body.get("expires_in", 300.0))
         except urllib.error.HTTPError as exc:
             with exc:
                 problem = f"answers {exc.code} {exc.reason}"
@@ -109,8 +110,8 @@ class ClientCredentials(AbstractTokenProvider):  # type: ignore[misc]  # aiokafk
     def _tls(self) -> ssl.SSLContext | None:
         if not self._url.startswith("https://"):
             return None
-        place, text = self._ca
-        return ssl.create_default_context(cafile=place if place != "probe" else None, cadata=text)
+        ca_file, ca_text = self._ca
+        return ssl.create_default_context(cafile=ca_file if ca_file != "probe" else None, cadata=ca_text)
 
 
 def _pairs(text: str) -> dict[str, str]:

@@ -29,14 +29,17 @@ def credentials(kafka: Mapping[str, str]) -> Any:
     """
     protocol = kafka.get("security.protocol", "PLAINTEXT").upper()
     if protocol not in ("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"):
-        raise ConfigError(f"security.protocol={protocol!r} is none of PLAINTEXT, SSL, SASL_PLAINTEXT, SASL_SSL")
+        raise ConfigError(
+            f"{setting('security.protocol')}={protocol} is not one of PLAINTEXT, SSL, SASL_PLAINTEXT, SASL_SSL"
+        )
     mechanism = kafka.get("sasl.mechanism", kafka.get("sasl.mechanisms", "")).upper()
     known = _KNOWN | (oauth.KNOWN if mechanism == "OAUTHBEARER" else set())
     context = tls.context(kafka) if protocol.endswith("SSL") else None
     for name in kafka:
         if name.startswith(("ssl.", "sasl.", "security.", "https.")) and name not in known:
             raise ConfigError(
-                f"{setting(name)} cannot be translated for the coordinator (aiokafka){_beside(mechanism)}; known are "
+                f"{setting(name)} is not supported by the coordinator (aiokafka){_beside(mechanism)}. Supported "
+                "settings: "
                 f"{', '.join(sorted(known))}"
             )
     if protocol == "PLAINTEXT":
@@ -47,7 +50,8 @@ def credentials(kafka: Mapping[str, str]) -> Any:
         return faust.OAuthCredentials(oauth_cb=oauth.ClientCredentials(kafka), ssl_context=context)
     if mechanism not in PASSWORDS:
         raise ConfigError(
-            f"{setting('sasl.mechanism')}={mechanism} is not known to the coordinator (aiokafka){_beside(mechanism)}"
+            f"{setting('sasl.mechanism')}={mechanism} is not supported by the coordinator "
+            f"(aiokafka){_beside(mechanism)}"
         )
     for name in ("sasl.username", "sasl.password"):
         if not kafka.get(name):
@@ -64,5 +68,5 @@ def _beside(mechanism: str) -> str:
 
 def security(settings: Settings) -> Mapping[str, Any]:
     """Return the security settings for an aiokafka client that Faust does not create. Raises as `credentials` does."""
-    found: Mapping[str, Any] = credentials_to_aiokafka_auth(credentials(settings.kafka))
-    return found
+    translated: Mapping[str, Any] = credentials_to_aiokafka_auth(credentials(settings.kafka))
+    return translated

@@ -148,8 +148,8 @@ def _requested(
     """Schedule a release. Only a release's first request counts. A request for an earlier release changes nothing."""
     if row is not None and (event.run, release) <= (row.run, row.release):
         return _PASSED
-    made = _schedule(event, spec, release, due, partition, offset, appended_ms)
-    return Decision(verdict, row=made, wake_at=wake_at(made.acts_at))
+    scheduled = _schedule(event, spec, release, due, partition, offset, appended_ms)
+    return Decision(verdict, row=scheduled, wake_at=wake_at(scheduled.acts_at))
 
 
 def _decided(row: Row | None, event: JobEvent, partition: int, offset: int, appended_ms: int) -> Decision:
@@ -199,7 +199,7 @@ def _leased(row: Row | None, event: JobEvent, fact: Leased, partition: int, offs
     if row is not None and (row.run, row.release) == named and not isinstance(row, Released):
         return _PASSED
     spec = lasting(fact.spec, appended_ms)
-    made = Held(
+    held = Held(
         partition,
         offset,
         event.run,
@@ -220,7 +220,7 @@ def _leased(row: Row | None, event: JobEvent, fact: Leased, partition: int, offs
         fact.worker,
         crashes_of(spec.tags),
     )
-    return Decision("leased", row=made, wake_at=wake_at(made.due))
+    return Decision("leased", row=held, wake_at=wake_at(held.due))
 
 
 def _renewed(
@@ -301,7 +301,7 @@ def _closed(
     marker = Released(partition, offset, row.run, row.release, appended_ms, True)
     facts: tuple[JobEvent, ...] = (event,)
     if isinstance(fact, JobFailed):
-        facts += (_said(row, "dead-letter", DeadLettered(row.spec, fact.reason, fact.error), appended_ms),)
+        facts += (_derived_event(row, "dead-letter", DeadLettered(row.spec, fact.reason, fact.error), appended_ms),)
     return Decision("lease-closed", row=marker, facts=facts)
 
 
@@ -319,13 +319,13 @@ def _ended(
 ) -> Decision:
     """End a run in the coordinator, with the event for the lifecycle topic and, for a failure, the dead letter."""
     marker = Released(partition, offset, row.run, row.release, appended_ms, True)
-    facts: tuple[JobEvent, ...] = (_said(row, verdict, fact, appended_ms),)
+    facts: tuple[JobEvent, ...] = (_derived_event(row, verdict, fact, appended_ms),)
     if isinstance(fact, JobFailed):
-        facts += (_said(row, "dead-letter", DeadLettered(row.spec, fact.reason, fact.error), appended_ms),)
+        facts += (_derived_event(row, "dead-letter", DeadLettered(row.spec, fact.reason, fact.error), appended_ms),)
     return Decision(verdict, row=marker, facts=facts)
 
 
-def _said(row: Kept, what: str, fact: Fact, appended_ms: int) -> JobEvent:
+def _derived_event(row: Kept, what: str, fact: Fact, appended_ms: int) -> JobEvent:
     return JobEvent(
         derived_id(row.job_id, row.run, row.release, what),
         row.job_id,

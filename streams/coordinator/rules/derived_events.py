@@ -72,12 +72,12 @@ def undeliverable(row: Kept, error: ErrorInfo, now_us: int, source: str) -> tupl
     """Build the two records that end a job whose release is too large for its work topic: `JobFailed` and the dead
     letter with the whole job."""
     fact: JobFailed | DeadLettered
-    made: list[JobEvent] = []
+    events: list[JobEvent] = []
     for what, fact in (
         ("too-large", JobFailed("too-large", error)),
         ("dead-letter", DeadLettered(row.spec, "too-large", error)),
     ):
         due = job_due(row, now_us, source)
         identity = derived_id(row.job_id, row.run, row.release, what)
-        made.append(msgspec.structs.replace(due, event_id=identity, fact=fact))
-    return made[0], made[1]
+        events.append(msgspec.structs.replace(due, event_id=identity, fact=fact))
+    return events[0], events[1]

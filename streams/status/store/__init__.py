@@ -88,11 +88,11 @@ def scratch(url: str) -> Path | None:
 
 
 def _is_postgres(url: str) -> bool:
-    scheme, found, _ = url.partition(":")
-    if found and scheme == "postgresql":
+    scheme, colon, _ = url.partition(":")
+    if colon and scheme == "postgresql":
         _needs_driver()
         return True
-    if found and scheme == "sqlite":
+    if colon and scheme == "sqlite":
         return False
     raise ConfigError(
         f"JOBLEDGER_STATUS_URL={shown(url)!r} is of a kind that is not known: write sqlite:///folder/status.db or "

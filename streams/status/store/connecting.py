@@ -35,11 +35,17 @@ _NAME_BYTES = 63
 #: Messages with which a server refuses a connection and for which a retry does not help, with their remedies. The
 #: driver passes on no code for such a refusal, so the text is compared. A message in another language is shown as it
 #: is, and the connection is retried.
-_AT_THE_DOOR = (
+_REFUSALS = (
     ("password authentication failed", "the user or the password in JOBLEDGER_STATUS_URL is wrong"),
-    ("no password supplied", "it asks for a password: write it into JOBLEDGER_STATUS_URL, or into ~/.pgpass"),
-    ("no pg_hba.conf entry", "its pg_hba.conf lets this user in from elsewhere, or with TLS only (?sslmode=require)"),
-    ("CONNECT privilege", "this user may not connect to it: GRANT CONNECT ON DATABASE helps"),
+    (
+        "no password supplied",
+        "the server asks for a password: write the password into JOBLEDGER_STATUS_URL or ~/.pgpass",
+    ),
+    (
+        "no pg_hba.conf entry",
+        "allow this user from this host in the server's pg_hba.conf, or use TLS (?sslmode=require)",
+    ),
+    ("CONNECT privilege", "this user may not connect to this database: GRANT CONNECT ON DATABASE helps"),
     ("is not permitted to log in", "this user may not log in: ALTER ROLE … LOGIN helps"),
 )
 _MISSING_DATABASE = "create it with `createdb`, or correct JOBLEDGER_STATUS_URL"
@@ -93,39 +99,43 @@ class Address:
         if isinstance(cause, StoreError):
             return cause
         # The end of some messages asks whether the server is running, and names host and port again.
-        said = " ".join(str(cause).split("\n\tIs the server")[0].split())
+        message = " ".join(str(cause).split("\n\tIs the server")[0].split())
         head = f"the status table in {self.place} cannot be {doing}"
-        for words, remedy in _AT_THE_DOOR:
-            if words in said:
-                return StoreError(f"{head} by user {self.user!r}: {remedy} ({said})")
-        if isinstance(cause, errors.InvalidCatalogName) or ("database" in said and said.endswith("does not exist")):
-            return StoreError(f"{head}: there is no such database; {_MISSING_DATABASE} ({said})")
+        for phrase, remedy in _REFUSALS:
+            if phrase in message:
+                return StoreError(f"{head} by user {self.user!r}: {remedy} ({message})")
+        if isinstance(cause, errors.InvalidCatalogName) or (
+            "database" in message and message.endswith("does not exist")
+        ):
+            return StoreError(f"{head}: there is no such database; {_MISSING_DATABASE} ({message})")
         if isinstance(cause, errors.InsufficientPrivilege):
             return StoreError(
-                f"{head} by user {self.user!r}: {said}. The user of `jobledger streams` must own the schema "
+                f"{head} by user {self.user!r}: {message}. The user of `jobledger streams` must own the schema "
                 f"{self.schema!r} (CREATE SCHEMA … AUTHORIZATION, or GRANT CREATE ON DATABASE); a user who only reads needs "
                 "USAGE on it and SELECT on its tables"
             )
         if isinstance(cause, errors.ReadOnlySqlTransaction):
             return StoreError(
-                f"{head}: it only reads, as a standby does, or for this user {self.user!r} ({said}): name the primary "
-                "in JOBLEDGER_STATUS_URL, or another user"
+                f"{head}: the server is a read-only standby, or transactions of user {self.user!r} are read-only "
+                f"({message}): "
+                "name the primary server or another user in JOBLEDGER_STATUS_URL"
             )
         if isinstance(cause, errors.LockNotAvailable):
             return StoreUnavailable(
-                f"{head}: another session holds a lock on its tables and did not release it in time ({said}). "
+                f"{head}: another session holds a lock on its tables and did not release it in time ({message}). "
                 "pg_locks and pg_stat_activity show which one: it may be a transaction that was left open"
             )
         if isinstance(cause, errors.QueryCanceled):
             return StoreTooSlow(
-                f"{head}: the server cancelled a statement of user {self.user!r} ({said}). If statements need longer, "
+                f"{head}: the server cancelled a statement of user {self.user!r} ({message}). If statements need "
+                "longer, "
                 "give that user more time: ALTER ROLE … SET statement_timeout = '60s'"
             )
         if isinstance(cause, ImportError):
             return StoreError(f"{head}: {cause}")
         if _is_away(exc, cause):
-            return StoreUnavailable(f"{head}: it does not answer ({said})")
-        return StoreError(f"{head}: {said}")
+            return StoreUnavailable(f"{head}: the server does not answer ({message})")
+        return StoreError(f"{head}: {message}")
 
 
 def schema_of(namespace: str) -> str:
@@ -157,7 +167,7 @@ def _is_away(exc: BaseException, cause: BaseException) -> bool:
 def _unusable(url: str) -> ConfigError:
     return ConfigError(
         f"JOBLEDGER_STATUS_URL={shown(url)!r} names no database: write postgresql://user:password@host/database, with "
-        "characters other than letters and digits in the password percent-encoded, such as %40"
+        "characters other than letters and digits in the password percent-encoded, such as %40 for @"
     )
 
 

@@ -102,9 +102,9 @@ class PostgresStore(SqlStore):
         self.schema = schema or self._address.schema
         self._db: psycopg.Connection[Any] | None = None
         #: Whether this session holds the advisory lock that shows other processes that it is connected.
-        self._marked = False
+        self._holds_session_lock = False
         #: The offsets that this writer last read from or committed to the table; None: not known.
-        self._left: Mapping[Partition, int] | None = None
+        self._committed_offsets: Mapping[Partition, int] | None = None
         try:
             self._make()
         except BaseException:
@@ -127,7 +127,7 @@ class PostgresStore(SqlStore):
             db.execute(_INCOMING)
             if self._epoch is not None:
                 self._mark(db, self._epoch)
-                if self._left is not None:
+                if self._committed_offsets is not None:
                     self._check(db)
             db.commit()
         except BaseException:
@@ -138,8 +138,8 @@ class PostgresStore(SqlStore):
 
     def _check(self, db: psycopg.Connection[Any]) -> None:
         _await_lease(db)
-        found = _offsets(db)
-        if found != self._left:
+        stored = _offsets(db)
+        if stored != self._committed_offsets:
             raise CommitUnknown(
                 f"the status table in {self._address.place} differs from what this writer committed: the connection broke in a "
                 "commit, or a crash of the server undid the last commits"
@@ -182,26 +182,28 @@ class PostgresStore(SqlStore):
 
     def _make(self) -> None:
         with self._transaction():
-            if not self._there():
+            if not self._tables_exist():
                 self._durable()
                 # If two processes start at the same time, the second process waits here, and then finds the tables.
                 self._run("SELECT pg_advisory_xact_lock(?)", lock_number(self.schema))
-                if not self._there():
+                if not self._tables_exist():
                     self._create()
             # Name the schema in the query: PostgreSQL silently ignores a schema in the search path that this user may
             # not use.
             asking = sql.SQL("SELECT key, value FROM {}").format(sql.Identifier(self.schema, meta.name))
-            found: dict[str, str] = dict(self._connected().execute(asking).fetchall())
-            judge(found, self.url, self.namespace)
+            rows: dict[str, str] = dict(self._connected().execute(asking).fetchall())
+            judge(rows, self.url, self.namespace)
 
-    def _there(self) -> bool:
+    def _tables_exist(self) -> bool:
         query = "SELECT c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = ?"
         names = {
             name for (name,) in self._run(query + " AND c.relkind IN ('r', 'p', 'v', 'm')", self.schema).fetchall()
         }
         if names and meta.name not in names:
             raise StoreError(
-                f"schema {self.schema!r} of {self._address.place} is something else's: it has no table 'meta'"
+                f"schema {self.schema!r} of {self._address.place} belongs to another program: it has no table 'meta'. "
+                "Set "
+                "JOBLEDGER_STATUS_URL to another database"
             )
         return bool(names)
 
@@ -242,18 +244,20 @@ class PostgresStore(SqlStore):
         self._durable()
         super()._take(epoch)
         self._mark(self._connected(), epoch)
-        self._left = None
+        self._committed_offsets = None
 
     def _own(self) -> None:
         super()._own()
-        if not self._marked and self._epoch is not None:
+        if not self._holds_session_lock and self._epoch is not None:
             self._mark(self._connected(), self._epoch)
 
     def _mark(self, db: psycopg.Connection[Any], epoch: int) -> None:
         # Do not wait for the lock. If the server has not noticed the end of this writer's previous session, that
         # session still holds the lock, and the next transaction tries again. If another process holds the lock, that
         # process has found this writer gone, and takes over.
-        ((self._marked,),) = db.execute("SELECT pg_try_advisory_lock(%s, %s)", self._mark_of(epoch)).fetchall()
+        ((self._holds_session_lock,),) = db.execute(
+            "SELECT pg_try_advisory_lock(%s, %s)", self._mark_of(epoch)
+        ).fetchall()
 
     def _mark_of(self, epoch: int) -> tuple[int, int]:
         return lock_number(self.schema) >> 32, epoch & 0x7FFFFFFF
@@ -262,15 +266,15 @@ class PostgresStore(SqlStore):
 
     def offsets(self) -> dict[Partition, int]:
         """Return the next offset to read of every partition. A writer continues from these offsets."""
-        self._left = None
+        self._committed_offsets = None
         with self._transaction():
             if self._epoch is not None:
                 _await_lease(self._connected())
-            found = _offsets(self._connected())
+            stored = _offsets(self._connected())
             if self._epoch is not None:
                 self._greatest = self._last()
-        self._left = found
-        return dict(found)
+        self._committed_offsets = stored
+        return dict(stored)
 
     def _states(self, job_ids: Sequence[str]) -> Iterable[tuple[str, bytes, bytes | None]]:
         return self._run("SELECT job_id, slots, result FROM jobs WHERE job_id = ANY(?)", list(job_ids)).fetchall()
@@ -278,8 +282,8 @@ class PostgresStore(SqlStore):
     def write(self, changes: Changes) -> None:
         """Write all changes (rows, tags, counters, offsets, topic ids) in one transaction."""
         super().write(changes)
-        if self._left is not None:
-            self._left = {**self._left, **changes.resets, **changes.offsets}
+        if self._committed_offsets is not None:
+            self._committed_offsets = {**self._committed_offsets, **changes.resets, **changes.offsets}
 
     def _put(self, rows: Sequence[Row], changes: Changes) -> None:
         cursor = self._connected().cursor()
@@ -312,10 +316,10 @@ class PostgresStore(SqlStore):
         The table is in a separate schema. If a rebuild is killed, the next rebuild deletes the schema that was left.
         """
         schema = schema_beside(self.schema)
-        gone = sql.SQL("DROP SCHEMA IF EXISTS {} CASCADE").format(sql.Identifier(schema))
+        drop_schema = sql.SQL("DROP SCHEMA IF EXISTS {} CASCADE").format(sql.Identifier(schema))
         with self._transaction():
             self._own()
-            self._connected().execute(gone)
+            self._connected().execute(drop_schema)
         try:
             with type(self)(self._url, self.namespace, schema=schema) as new:
                 new.acquire()
@@ -323,7 +327,7 @@ class PostgresStore(SqlStore):
         finally:
             try:
                 with self._transaction():
-                    self._connected().execute(gone)
+                    self._connected().execute(drop_schema)
             except StoreError as exc:
                 LOG.warning("schema %s could not be dropped; the next rebuild drops it: %s", schema, exc)
 
@@ -342,7 +346,7 @@ class PostgresStore(SqlStore):
             except StoreUnavailable as exc:
                 if not isinstance(exc.__cause__, errors.LockNotAvailable) or time.monotonic() > deadline:
                     raise
-                LOG.info("the new table is not in its place yet: %s", exc)
+                LOG.info("the new table has not replaced the status table yet: %s", exc)
             self.renew()
             time.sleep(0.5)  # lets the readers run that waited for the swap's lock
 
@@ -354,28 +358,33 @@ class PostgresStore(SqlStore):
             assert self._epoch is not None
             db = self._connected()
             for table in _TABLES:
-                here, there = sql.Identifier(self.schema, table.name), sql.Identifier(other.schema, table.name)
-                db.execute(sql.SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(here))
+                old_table, new_table = sql.Identifier(self.schema, table.name), sql.Identifier(other.schema, table.name)
+                db.execute(sql.SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(old_table))
                 granted = db.execute(
                     "SELECT acl.privilege_type, r.rolname, acl.is_grantable "
                     "FROM pg_class c, aclexplode(c.relacl) acl LEFT JOIN pg_roles r ON r.oid = acl.grantee "
                     "WHERE c.oid = %s::regclass AND acl.grantee <> c.relowner",
-                    (here.as_string(db),),
+                    (old_table.as_string(db),),
                 ).fetchall()
                 try:
-                    db.execute(sql.SQL("DROP TABLE {}").format(here))
+                    db.execute(sql.SQL("DROP TABLE {}").format(old_table))
                 except errors.DependentObjectsStillExist as exc:
                     raise StoreError(
-                        f"the status table {self.url} is not replaced, for {exc.diag.message_detail}. Drop that object, rebuild, "
-                        "and create it again"
+                        f"the status table {self.url} is not replaced, because {exc.diag.message_detail}. Drop that "
+                        "object, "
+                        "rebuild, and create the object again"
                     ) from exc
                 db.execute(
-                    sql.SQL("ALTER TABLE {} SET SCHEMA {}").format(there, sql.Identifier(self.schema)),
+                    sql.SQL("ALTER TABLE {} SET SCHEMA {}").format(new_table, sql.Identifier(self.schema)),
                 )
                 for privilege, role, grantable in granted:
                     db.execute(
                         sql.SQL("GRANT {} ON {} TO {} {}").format(
-                            *(sql.SQL(privilege), here, sql.SQL("PUBLIC") if role is None else sql.Identifier(role)),
+                            *(
+                                sql.SQL(privilege),
+                                old_table,
+                                sql.SQL("PUBLIC") if role is None else sql.Identifier(role),
+                            ),
                             sql.SQL("WITH GRANT OPTION" if grantable else ""),
                         )
                     )

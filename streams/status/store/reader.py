@@ -31,7 +31,7 @@ from jobledger.streams.status.store.tables import (
 
 #: What a thread does while it takes a connection from the pool or returns one, for an error message. The pool's locks
 #: are not reentrant: a query from a signal handler would block on them.
-_TURNING = "asking the status table"
+_POOL_ACTIVITY = "asking the status table"
 _LIFE = (jobs.c.job_id, jobs.c.slots, jobs.c.result)
 #: Number of ids in one query: SQLite accepts 999 values in a statement, or more, depending on its build.
 _IDS_A_QUERY = 500
@@ -58,7 +58,7 @@ class SqlReader:
     ) -> None:
         self._engine, self._url, self._namespace, self._schema = engine, shown(url), namespace, schema
         self._explain, self._bounds = explain, bounds
-        self._turning = forks.Alone()
+        self._pool_section = forks.Alone()
 
     def checked(self) -> Self:
         """Return this reader. If it does not read this namespace's table, close it and raise `StoreNotFound` or
@@ -75,8 +75,8 @@ class SqlReader:
             names = inspect(db).get_table_names(self._schema)
             if meta.name not in names:
                 raise foreign(self._url) if names else not_found(self._url)
-            found: dict[str, str] = {row.key: row.value for row in db.execute(select(meta.c.key, meta.c.value))}
-        judge(found, self._url, self._namespace)
+            rows: dict[str, str] = {row.key: row.value for row in db.execute(select(meta.c.key, meta.c.value))}
+        judge(rows, self._url, self._namespace)
 
     def job(self, job_id: str) -> JobStatus:
         """Return one job's status. Raises `JobNotFound`."""
@@ -100,12 +100,12 @@ class SqlReader:
 
     def _by_id(self, job_ids: Sequence[str], *columns: Column[Any]) -> list[Row[Any]]:
         keys = [key_text(job_id) for job_id in job_ids]
-        found: list[Row[Any]] = []
+        rows: list[Row[Any]] = []
         with self._reading() as db:
             for begin in range(0, len(keys), _IDS_A_QUERY):
                 query = select(*columns).where(jobs.c.job_id.in_(keys[begin : begin + _IDS_A_QUERY]))
-                found += db.execute(query).all()
-        return found
+                rows += db.execute(query).all()
+        return rows
 
     def jobs(
         self,
@@ -122,7 +122,7 @@ class SqlReader:
         """Return a page of the jobs that match every given filter, newest submission first; see `StatusReader.jobs`."""
         states = _any_of(state)
         if unknown := [each for each in states or () if each not in list(State)]:
-            raise ConfigError(f"state={unknown[0]!r} is no state; there are {', '.join(State)}")
+            raise ConfigError(f"state={unknown[0]!r} is not a state; the states are {', '.join(State)}")
         query = select(*_LIFE).limit(limit)
         if states is not None:
             query = query.where(jobs.c.state.in_([str(each) for each in states]))
@@ -137,16 +137,16 @@ class SqlReader:
             begin = func.coalesce(jobs.c.due_ms, jobs.c.submitted_ms)
             queued = and_(jobs.c.state == State.QUEUED.value, begin <= late_ms)
             query = query.where(unfinished, jobs.c.state.in_(open_), or_(jobs.c.due_ms <= late_ms, queued))
-        query, place = _tagged(query, tag)
+        query, order = _tagged(query, tag)
         if since_ms is not None:
-            query = query.where(place[0] >= since_ms)
+            query = query.where(order[0] >= since_ms)
         with self._reading() as db:
             if after is not None:
                 last = db.execute(select(jobs.c.submitted_ms).where(jobs.c.job_id == key_text(after))).scalar()
                 if last is None:
                     raise JobNotFound(f"after={after!r}: the status table {self._url} knows no such job")
-                query = query.where(tuple_(*place) < (last, key_text(after)))
-            rows = db.execute(query.order_by(*(column.desc() for column in place))).all()
+                query = query.where(tuple_(*order) < (last, key_text(after)))
+            rows = db.execute(query.order_by(*(column.desc() for column in order))).all()
         return [_status(row) for row in rows]
 
     def ids(self, prefix: str, limit: int = 10) -> list[str]:
@@ -168,8 +168,8 @@ class SqlReader:
         """Return the number of jobs in each state, including states without jobs."""
         query = select(counters.c.state, func.sum(counters.c.jobs)).group_by(counters.c.state)
         with self._reading() as db:
-            found = {state: int(number) for state, number in db.execute(query)}
-        return {state.value: found.get(state.value, 0) for state in State}
+            numbers = {state: int(number) for state, number in db.execute(query)}
+        return {state.value: numbers.get(state.value, 0) for state in State}
 
     def offsets(self) -> dict[Partition, int]:
         """Return the next offset to read of every partition."""
@@ -189,8 +189,8 @@ class SqlReader:
             offsets.c.topic == position.topic, offsets.c.partition == position.partition
         )
         with self._reading() as db:
-            found = db.execute(query).scalar()
-        return found is not None and found > position.offset
+            next_offset = db.execute(query).scalar()
+        return next_offset is not None and next_offset > position.offset
 
     def overdue(self, now_ms: int, bound_ms: int, limit: int = 1000, after: Overdue | None = None) -> list[Overdue]:
         """Return a page of the scheduled and retrying jobs that were due at least ``bound_ms`` ago; see
@@ -206,15 +206,15 @@ class SqlReader:
     def open_lives(self, limit: int, *, waiting: bool = False, before_ms: int | None = None) -> list[tuple[str, Life]]:
         """Return jobs that have not ended, the oldest submission of each state first; see `StatusReader.open_lives`."""
         states = [State.QUEUED, State.RUNNING, *((State.SCHEDULED, State.RETRYING) if waiting else ())]
-        found: list[tuple[str, Life]] = []
+        lives: list[tuple[str, Life]] = []
         with self._reading() as db:
             for state in states:
                 query = select(*_LIFE).where(jobs.c.state == str(state), unfinished)
                 if before_ms is not None:
                     query = query.where(jobs.c.submitted_ms < before_ms)
-                query = query.order_by(jobs.c.submitted_ms, jobs.c.job_id).limit(limit - len(found))
-                found += [(row.job_id, life_of(row.slots, row.result)) for row in db.execute(query)]
-        return found
+                query = query.order_by(jobs.c.submitted_ms, jobs.c.job_id).limit(limit - len(lives))
+                lives += [(row.job_id, life_of(row.slots, row.result)) for row in db.execute(query)]
+        return lives
 
     def lives(self) -> Iterator[tuple[str, Life]]:
         """Yield every job with its fold state, in order of ids, from one snapshot."""
@@ -256,17 +256,17 @@ def _any_of(wanted: Wanted) -> list[str] | None:
 def _tagged(query: Any, tag: tuple[str, str] | Mapping[str, str] | None) -> tuple[Any, tuple[Any, Any]]:
     """Restrict the query to jobs that have all of these tags. Return the query and the columns by which to order its
     rows."""
-    place: tuple[Any, Any] = (jobs.c.submitted_ms, jobs.c.job_id)
+    order: tuple[Any, Any] = (jobs.c.submitted_ms, jobs.c.job_id)
     wanted = dict([tag]) if isinstance(tag, tuple) else dict(tag or {})
     for number, (name, value) in enumerate(wanted.items()):
         table = tags.alias(f"tag{number}")
-        here = (table.c.submitted_ms, table.c.job_id)
+        columns = (table.c.submitted_ms, table.c.job_id)
         # The rows of the first tag are read in the order of the page; the rows of the other tags are looked up by their
         # whole key.
-        same = place[1] == here[1] if number == 0 else and_(place[0] == here[0], place[1] == here[1])
+        same = order[1] == columns[1] if number == 0 else and_(order[0] == columns[0], order[1] == columns[1])
         query = query.join(table, same).where(table.c.name == key_text(name), table.c.value == key_text(value))
-        place = here
-    return query, place
+        order = columns
+    return query, order
 
 
 class _Reading:
@@ -280,7 +280,7 @@ class _Reading:
     def __enter__(self) -> Connection:
         self._query = forks.begin_query()
         try:
-            with self._reader._turning(_TURNING):
+            with self._reader._pool_section(_POOL_ACTIVITY):
                 self._db = db = self._reader._engine.connect()
             if self._bound is not None:
                 db.exec_driver_sql(self._bound)
@@ -299,7 +299,7 @@ class _Reading:
     def _end(self) -> None:
         try:
             if self._db is not None:
-                with self._reader._turning(_TURNING):
+                with self._reader._pool_section(_POOL_ACTIVITY):
                     self._db.close()
         finally:
             forks.end_query(self._query)
@@ -316,21 +316,23 @@ def not_found(url: str) -> StoreNotFound:
 def foreign(url: str) -> StoreError:
     """Return the error for a database that has tables but no status table."""
     return StoreError(
-        f"{shown(url)} is a database of something else: it has no table 'meta'. Set JOBLEDGER_STATUS_URL to a separate database"
+        f"{shown(url)} is a database of another program: it has no table 'meta'. Set JOBLEDGER_STATUS_URL to a "
+        "separate database"
     )
 
 
-def judge(found: dict[str, str], url: str, namespace: str) -> None:
+def judge(rows: dict[str, str], url: str, namespace: str) -> None:
     """Raise `StoreError` unless the rows of `meta` have this schema version and this namespace."""
-    version = found.get("schema_version")
+    version = rows.get("schema_version")
     if version != str(SCHEMA_VERSION):
         raise StoreError(
-            f"{url} has schema version {version}, this Jobledger has {SCHEMA_VERSION}: set JOBLEDGER_STATUS_URL to a "
+            f"{url} has schema version {version}, but this Jobledger needs version {SCHEMA_VERSION}: set "
+            "JOBLEDGER_STATUS_URL to a "
             "new address, and the table is rebuilt from the log"
         )
-    if found.get("namespace") != namespace:
+    if rows.get("namespace") != namespace:
         raise StoreError(
-            f"{url} is the status table of namespace {found.get('namespace')!r}, not of {namespace!r}: "
+            f"{url} is the status table of namespace {rows.get('namespace')!r}, not of {namespace!r}: "
             "set JOBLEDGER_STATUS_URL to a separate database"
         )
 
@@ -343,7 +345,7 @@ def _overdue(row: Row[*tuple[Any, ...]]) -> Overdue:
     life = life_of(row.slots, row.result)
     seen = fold.project(life)
     release, attempt = fold.awaited(seen)
-    where = life.head.at if life.head.rank < 2 else None
+    spec_position = life.head.at if life.head.rank < 2 else None
     return Overdue(
         row.job_id,
         seen.task,
@@ -352,5 +354,5 @@ def _overdue(row: Row[*tuple[Any, ...]]) -> Overdue:
         release,
         attempt,
         seen.due_ms or 0,
-        None if where is None else Position(where[1], where[2], where[3]),
+        None if spec_position is None else Position(spec_position[1], spec_position[2], spec_position[3]),
     )

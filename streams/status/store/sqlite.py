@@ -113,10 +113,10 @@ def namespace_in(path: Path) -> str | None:
     """Return the namespace whose status table a file contains; None for any other file."""
     try:
         with closing(sqlite3.connect(_read_only(path), uri=True, timeout=BUSY_TIMEOUT_S)) as file:
-            found = file.execute("SELECT value FROM meta WHERE key = 'namespace'").fetchone()
+            row = file.execute("SELECT value FROM meta WHERE key = 'namespace'").fetchone()
     except sqlite3.Error:
         return None
-    return None if found is None else str(found[0])
+    return None if row is None else str(row[0])
 
 
 class SqliteStore(SqlStore):

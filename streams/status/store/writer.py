@@ -119,8 +119,8 @@ class SqlStore(ABC):
     def _first_rows(self) -> None:
         """Insert the first rows of new tables."""
         self._run("INSERT INTO lease (id, epoch, holder, until_ms) VALUES (1, 0, '', 0)")
-        said = {"schema_version": str(SCHEMA_VERSION), "namespace": self.namespace}
-        self._run_many("INSERT INTO meta (key, value) VALUES (?, ?)", list(said.items()))
+        rows = {"schema_version": str(SCHEMA_VERSION), "namespace": self.namespace}
+        self._run_many("INSERT INTO meta (key, value) VALUES (?, ?)", list(rows.items()))
 
     # -- the lease ----------------------------------------------------------------------------------------------------
 
@@ -159,11 +159,11 @@ class SqlStore(ABC):
                 f"the lease of the status table {self.url} is not held by this materializer: it was given back, or never acquired"
             )
         now, at = self._now()
-        mine = self._run(
+        updated = self._run(
             f"UPDATE lease SET until_ms = {now} + ? WHERE epoch = ? AND holder = ?",
             *(*at, self._lease_ms, *self._mine()),
         )
-        if mine.rowcount != 1:
+        if updated.rowcount != 1:
             epoch, holder = self._run("SELECT epoch, holder FROM lease").fetchone()
             raise LeaseLost(
                 f"the status table {self.url} is written by {holder or 'another materializer'} now (epoch {epoch}, "
@@ -212,7 +212,7 @@ class SqlStore(ABC):
             self._own()
             self._put(rows, changes)
             if changes.topics:
-                self._run_many(_TOPIC, [(f"{TOPIC}{topic}", found) for topic, found in changes.topics.items()])
+                self._run_many(_TOPIC, [(f"{TOPIC}{topic}", topic_id) for topic, topic_id in changes.topics.items()])
         if rows:
             self._greatest = max(self._greatest, rows[-1][0])
 
