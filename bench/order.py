@@ -104,10 +104,10 @@ def drained(namespace: str, bootstrap: str, task: str, jobs: int) -> dict[str, f
     found: dict[str, float] = {}
 
     def watch() -> None:
-        while worker.dispatcher is None or not worker.dispatcher.starter.started:
+        while worker.dispatcher is None or not worker.dispatcher.pipe.running.started:
             time.sleep(0.001)
         began, used = time.perf_counter(), cpu_s()
-        plan = worker.dispatcher.plans[task]
+        plan = worker.dispatcher.pipe.tasks.plans[task]
         assert worker.sender is not None
         while plan.succeeded < jobs or worker.sender.unacknowledged:
             time.sleep(0.005)
@@ -130,7 +130,7 @@ def shared(namespace: str, bootstrap: str, task: str, pipe: Any) -> None:
         while not ready(worker):
             time.sleep(0.01)
         assert worker.dispatcher is not None
-        plan = worker.dispatcher.plans[task]
+        plan = worker.dispatcher.pipe.tasks.plans[task]
         pipe.send("ready")
         pipe.recv()
         first = used = last = 0.0

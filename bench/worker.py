@@ -167,10 +167,10 @@ def worked(
     found: dict[str, Any] = {}
 
     def watch() -> None:
-        while worker.dispatcher is None or not worker.dispatcher.starter.started:
+        while worker.dispatcher is None or not worker.dispatcher.pipe.running.started:
             time.sleep(0.001)
         began, used = time.perf_counter(), cpu_s()
-        plan = worker.dispatcher.plans[task]
+        plan = worker.dispatcher.pipe.tasks.plans[task]
         memory = []
         assert worker.sender is not None
         while plan.succeeded < jobs or worker.sender.unacknowledged:

@@ -7,6 +7,8 @@ and one to a folder or a page there becomes text.
 import re
 from pathlib import Path
 
+from jobledger import App
+
 project = "Jobledger"
 author = "the Jobledger authors"
 copyright = author  # Sphinx reads this name
@@ -43,4 +45,6 @@ def inside(app, docname, source):
 
 def setup(app):
     """Called by Sphinx."""
+    # Sphinx reads the overloads of this method in the source. It cannot read a signature with more defaults than the source.
+    vars(App.task).pop("__signature__", None)
     app.connect("source-read", inside)

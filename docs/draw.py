@@ -8,12 +8,14 @@ from collections import defaultdict
 from pathlib import Path
 
 from jobledger.job import ENDS, TRANSITIONS
+from jobledger.schemas.events import fact_name
 
 HEAD = """\
 # A job's states
 
-Written by `make docs` from `TRANSITIONS` in `jobledger/job.py`: do not edit. The table lists
-the steps of a job whose facts are read once and in order. A fact that is read late or twice does not change the state.
+Written by `make docs` from `TRANSITIONS` in `jobledger/job.py`: do not edit.
+The table lists the steps of a job whose facts are read once and in order.
+A fact that is read late or twice does not change the state.
 
 ![The states of a job and the facts that lead from one to another](states.svg)
 """
@@ -43,15 +45,15 @@ STEPS = {
 def page() -> str:
     """Return the page."""
     rows = [
-        f"| {'-' if before is None else before} | {fact.__name__} | {after} | {note} |"
+        f"| {'-' if before is None else before} | {fact_name(fact)} | {after} | {note} |"
         for before, fact, after, note in TRANSITIONS
     ]
     table = "\n".join(["| before | fact | after | |", "|---|---|---|---|", *rows])
     ends = ", ".join(f"`{end}`" for end in ENDS)
     return (
-        f"{HEAD}\n{table}\n\nA run ([reference.md](reference.md#events)) ends in one of the states {ends}. If the log holds "
-        "several outcomes of one run, the status table shows the one whose state comes first in this list. This is a "
-        "precedence: the order of the outcomes in the log makes no difference.\n"
+        f"{HEAD}\n{table}\n\nA run ([reference.md](reference.md#events)) ends in one of the states {ends}.\n"
+        "If the log holds several outcomes of one run, the status table shows the one whose state comes first in this list.\n"
+        "This is a precedence: the order of the outcomes in the log makes no difference.\n"
     )
 
 
@@ -75,9 +77,9 @@ def figure() -> str:
     for before, fact, after, note in TRANSITIONS:
         if after in ENDS:
             ends[after].append(str(before))
-            facts[after] = fact.__name__
+            facts[after] = fact_name(fact)
         else:
-            steps["" if before is None else str(before), str(after)].append(fact.__name__)
+            steps["" if before is None else str(before), str(after)].append(fact_name(fact))
             if note:
                 steps["" if before is None else str(before), str(after)].append(f"({note})")
     parts = [box(0.5, 0.5, 1099, 419, 'fill="#ffffff" stroke="#d0d7de"')]

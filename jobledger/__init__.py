@@ -9,11 +9,13 @@ from jobledger.app import App
 from jobledger.config import Settings
 from jobledger.definitions.context import JobContext, current_job
 from jobledger.definitions.handles import EventHandle, JobHandle
-from jobledger.definitions.policy import Adaptive, Breaker
+from jobledger.definitions.options import TaskOptions
+from jobledger.definitions.policy import Adaptive, Breaker, HandlerOptions
+from jobledger.definitions.projection import Where
 from jobledger.definitions.queues import Queue
 from jobledger.definitions.resources import Depends, Resource
 from jobledger.definitions.retry import NO_RETRY, Reject, Retry, RetryLater, Snooze
-from jobledger.definitions.task import AsyncTask, JobRequest, PlainTask, Task
+from jobledger.definitions.task import AsyncTask, BoundTask, JobRequest, PlainTask, Task
 from jobledger.errors import (
     AccessDenied,
     BadArguments,
@@ -45,11 +47,12 @@ from jobledger.errors import (
     TaskInterrupted,
     TaskTimedOut,
     TopicMissing,
+    UnknownFact,
     UnknownQueue,
     UnknownTask,
 )
 from jobledger.job import JobStatus, State
-from jobledger.schemas.events import Position
+from jobledger.schemas.events import Position, Recorded
 
 __version__ = "0.1.0"
 
@@ -64,12 +67,14 @@ __all__ = [
     "AsyncTask",
     "BadArguments",
     "BadEvent",
+    "BoundTask",
     "Breaker",
     "BrokerUnavailable",
     "ConfigError",
     "ConnectionUnusable",
     "Depends",
     "EventHandle",
+    "HandlerOptions",
     "IncompatibleEvent",
     "JobCancelled",
     "JobContext",
@@ -87,6 +92,7 @@ __all__ = [
     "PlainTask",
     "Position",
     "Queue",
+    "Recorded",
     "RegistryUnavailable",
     "Reject",
     "Resource",
@@ -107,9 +113,12 @@ __all__ = [
     "Task",
     "TaskCancelled",
     "TaskInterrupted",
+    "TaskOptions",
     "TaskTimedOut",
     "TopicMissing",
+    "UnknownFact",
     "UnknownQueue",
     "UnknownTask",
+    "Where",
     "current_job",
 ]

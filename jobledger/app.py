@@ -26,7 +26,8 @@ from jobledger.definitions.durations import Seconds
 from jobledger.definitions.event_types import EventType, Format, Start, as_event_class
 from jobledger.definitions.handles import EventHandle, JobHandle, warn_on_loop
 from jobledger.definitions.middleware import Around, Which
-from jobledger.definitions.policy import KEY_HOLD_MAX_S, LEASE_S, Adaptive, Breaker, Limits
+from jobledger.definitions.options import TaskOptions, check_options, spelled_out
+from jobledger.definitions.policy import KEY_HOLD_MAX_S, LEASE_S, Adaptive, Breaker, HandlerOptions, Limits
 from jobledger.definitions.queues import DEFAULT_PARTITIONS, DEFAULT_QUEUE, Queue, check_shares
 from jobledger.definitions.resources import Resource, ResourceDecorator
 from jobledger.definitions.retry import Retry, check_delay
@@ -52,21 +53,6 @@ F = TypeVar("F", bound=Callable[..., Any])
 A = TypeVar("A", bound=Around)
 M = TypeVar("M")
 T = TypeVar("T")
-
-
-class HandlerOptions(TypedDict, total=False):
-    """Further options of `App.on`; see `App.task`."""
-
-    priority: Literal["high", "normal", "low"] | None
-    rate: str | float | None
-    concurrency: int | None
-    isolation: Literal["process"] | None
-    max_memory: str | int | None
-    long: bool | None
-    lease: Seconds
-    expires_in: Seconds | None
-    adaptive: Adaptive | bool | None
-    breaker: Breaker | bool | None
 
 
 class JobFilter(TypedDict, total=False):
@@ -186,6 +172,7 @@ class App:
     @overload
     def task(self, fn: Callable[P, R], /) -> PlainTask[P, R]: ...
 
+    # These options are spelled out, and not `TaskOptions`, because not every editor completes the keys of a TypedDict.
     @overload
     def task(
         self,
@@ -210,29 +197,8 @@ class App:
         breaker: Breaker | bool | None = None,
     ) -> TaskDecorator: ...
 
-    def task(
-        self,
-        fn: Callable[..., Any] | None = None,
-        /,
-        *,
-        name: str | None = None,
-        queue: str | None = None,
-        retry: Retry | int | None = None,
-        timeout: Seconds | None = None,
-        fallback: Task[Any, Any] | str | None = None,
-        key: str | Callable[..., Any] | None = None,
-        key_hold_max: Seconds = KEY_HOLD_MAX_S,
-        priority: Literal["high", "normal", "low"] | None = None,
-        rate: str | float | None = None,
-        concurrency: int | None = None,
-        isolation: Literal["process"] | None = None,
-        max_memory: str | int | None = None,
-        long: bool | None = None,
-        lease: Seconds = LEASE_S,
-        expires_in: Seconds | None = None,
-        adaptive: Adaptive | bool | None = None,
-        breaker: Breaker | bool | None = None,
-    ) -> Any:
+    @spelled_out
+    def task(self, fn: Callable[..., Any] | None = None, /, **options: Unpack[TaskOptions]) -> Any:
         """Register a function as a task. Use it as ``@app.task``, or with options as ``@app.task(…)``.
 
         Durations are seconds or a `timedelta`. ``name``: the task's name in the log, by default the function's name. A
@@ -257,28 +223,10 @@ class App:
         to the latency and the errors of its attempts (`Adaptive`). ``breaker``: hold the task's jobs back while its
         attempts keep failing (`Breaker`). Raises `ConfigError` or `UnknownQueue`.
         """
+        check_options("App.task()", options, TaskOptions)
 
         def register(function: Callable[..., Any]) -> Task[Any, Any]:
-            return self.registry.add(
-                function,
-                name=name,
-                queue=queue,
-                retry=retry,
-                timeout=timeout,
-                fallback=fallback,
-                key=key,
-                key_hold_max=key_hold_max,
-                priority=priority,
-                rate=rate,
-                concurrency=concurrency,
-                isolation=isolation,
-                max_memory=max_memory,
-                long=long,
-                lease=lease,
-                expires_in=expires_in,
-                adaptive=adaptive,
-                breaker=breaker,
-            )
+            return self.registry.add(function, **options)
 
         return register if fn is None else register(fn)
 
@@ -376,8 +324,7 @@ class App:
                 f"App.on({event.__name__}) takes no {keyed[0]}=: the jobs of events are not ordered. Submit a keyed task "
                 "from the handler, or fold the events with @app.projection"
             )
-        if unknown := policy.keys() - HandlerOptions.__annotations__.keys():
-            raise TypeError(f"App.on() takes no {min(unknown)}=")
+        check_options("App.on()", policy, HandlerOptions)
         self.registry.event_of(event)
 
         def register(function: Callable[..., Any]) -> Any:
@@ -486,9 +433,10 @@ class App:
         ``table``: a SQLAlchemy `Table` with a primary key; it is created in the status database. ``key(event)``: the
         primary key of the row that an event changes (a tuple for several columns), or None to skip the event. The
         function takes the row as a dict (None if there is no row) and the event, and returns the new row, or None to
-        delete it. If the function has a third parameter, this parameter gets the record's position. The function must
-        be pure: `verify` and `rebuild` call it again. ``facts``: classes of job facts to fold instead of events, given
-        to the function as `Recorded`. ``start``: events before this time are skipped.
+        delete it. If the function has a third parameter, this parameter gets the record's position, a `Where`. The
+        function must be pure: `verify` and `rebuild` call it again. ``facts``: classes of job facts, from
+        `jobledger.schemas.events`, to fold instead of events; the function gets a `Recorded`. ``start``: events before
+        this time are skipped.
 
         Offsets are stored in the same transactions as the rows: each record is folded exactly once. Raises
         `ConfigError`.
@@ -573,9 +521,11 @@ class App:
         `Recorded` events for another service.
 
         ``group``: the name of the reading service. Processes with the same group share the partitions; each group reads
-        all records. ``facts``: return only these facts, for example ``(JobSucceeded, JobFailed)``. ``start``: where a
-        new group begins. ``timeout``: stop after this many seconds without a record; None: never stop. A record counts
-        as processed when the next one is requested; if the reader dies before that, the record is delivered again.
+        all records. ``facts``: return only facts of these classes of `jobledger.schemas.events`, for example
+        ``(JobSucceeded, JobFailedFact)``. ``start``: where a new group begins. ``timeout``: stop after this many
+        seconds without a record; None: never stop. A record counts as processed when the next one is requested; if the
+        reader dies before that, the record is delivered again. Reading raises `UnknownFact` at a fact of a newer
+        version. For example::
 
             with app.lifecycle("billing", facts=(JobSucceeded,)) as stream:
                 for record in stream:

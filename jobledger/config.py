@@ -187,7 +187,7 @@ class Settings:
             max_record_bytes=_size(env, "MAX_RECORD_BYTES", DEFAULT_MAX_RECORD_BYTES),
             retention_days=_number(env, "RETENTION_DAYS", DEFAULT_RETENTION_DAYS),
             kafka=kafka,
-            home=Path(env[PREFIX + "HOME"]).expanduser() if env.get(PREFIX + "HOME") else default_home(),
+            home=default_home(env),
             schema_registry=env.get(PREFIX + "SCHEMA_REGISTRY") or None,
         )
 

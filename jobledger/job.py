@@ -98,11 +98,11 @@ TRANSITIONS: tuple[Transition, ...] = (
     Transition(_S.SCHEDULED, ev.JobStarted, _S.RUNNING, "snoozed in place, with a key"),
     Transition(_S.QUEUED, ev.JobSnoozed, _S.SCHEDULED, "unknown task, or held back"),
     Transition(_S.RUNNING, ev.JobSucceeded, _S.SUCCEEDED),
-    Transition(_S.RUNNING, ev.JobFailed, _S.FAILED),
-    Transition(_S.QUEUED, ev.JobFailed, _S.FAILED, "cannot be run"),
-    *(Transition(s, ev.JobFailed, _S.FAILED, "too large for its work topic") for s in (_S.SCHEDULED, _S.RETRYING)),
-    *(Transition(s, ev.JobCancelled, _S.CANCELLED) for s in (_S.SCHEDULED, _S.QUEUED, _S.RUNNING, _S.RETRYING)),
-    *(Transition(s, ev.JobExpired, _S.EXPIRED) for s in (_S.SCHEDULED, _S.QUEUED, _S.RETRYING)),
+    Transition(_S.RUNNING, ev.JobFailedFact, _S.FAILED),
+    Transition(_S.QUEUED, ev.JobFailedFact, _S.FAILED, "cannot be run"),
+    *(Transition(s, ev.JobFailedFact, _S.FAILED, "too large for its work topic") for s in (_S.SCHEDULED, _S.RETRYING)),
+    *(Transition(s, ev.JobCancelledFact, _S.CANCELLED) for s in (_S.SCHEDULED, _S.QUEUED, _S.RUNNING, _S.RETRYING)),
+    *(Transition(s, ev.JobExpiredFact, _S.EXPIRED) for s in (_S.SCHEDULED, _S.QUEUED, _S.RETRYING)),
 )
 
 # -- slots ----------------------------------------------------------------------------------------------------------
@@ -267,17 +267,17 @@ def _succeeded(run: int, release: int, attempt: int, task: str, queue: str, fact
     return Life(run, Head(2, at, task, queue), None, None, None, None, end, (at,))
 
 
-def _failed(run: int, release: int, attempt: int, task: str, queue: str, fact: ev.JobFailed, at: At) -> Life:
+def _failed(run: int, release: int, attempt: int, task: str, queue: str, fact: ev.JobFailedFact, at: At) -> Life:
     end = End(1, at, release, attempt, fact.duration_us, fact.error, fact.reason)
     return Life(run, Head(2, at, task, queue), None, None, None, None, end, (at,))
 
 
-def _cancelled(run: int, release: int, attempt: int, task: str, queue: str, fact: ev.JobCancelled, at: At) -> Life:
+def _cancelled(run: int, release: int, attempt: int, task: str, queue: str, fact: ev.JobCancelledFact, at: At) -> Life:
     end = End(2, at, release, attempt, 0, None, fact.reason or f"by {fact.by}")
     return Life(run, Head(2, at, task, queue), None, None, None, None, end, (at,))
 
 
-def _expired(run: int, release: int, attempt: int, task: str, queue: str, fact: ev.JobExpired, at: At) -> Life:
+def _expired(run: int, release: int, attempt: int, task: str, queue: str, fact: ev.JobExpiredFact, at: At) -> Life:
     return Life(run, Head(2, at, task, queue), None, None, None, None, End(3, at, release, attempt), (at,))
 
 
@@ -296,9 +296,9 @@ _MAKERS: dict[type[Any], Callable[[int, int, int, str, str, Any, At], Life]] = {
     ev.JobRetried: _retried,
     ev.JobSnoozed: _snoozed,
     ev.JobSucceeded: _succeeded,
-    ev.JobFailed: _failed,
-    ev.JobCancelled: _cancelled,
-    ev.JobExpired: _expired,
+    ev.JobFailedFact: _failed,
+    ev.JobCancelledFact: _cancelled,
+    ev.JobExpiredFact: _expired,
 }
 
 
@@ -433,24 +433,8 @@ def project(life: Life) -> Visible:
     whose offset is above that of a close in place is later than this close: both are in one partition.
     """
     head, start, end = life.head, life.start, life.end
-    started_ms = None if start is None else start.at[0]
-    run, task, queue, since_ms = life.run, head.task, head.queue, head.at[0]
     if end is not None:
-        return Visible(
-            ENDS[end.rank],
-            task,
-            queue,
-            run,
-            end.attempt,
-            end.release,
-            since_ms,
-            None,
-            started_ms,
-            end.at[0],
-            end.error,
-            end.reason,
-            end.duration_us,
-        )
+        return _ended(life, head, start, end)
     state, due_ms = State.QUEUED, head.due_ms
     if due_ms is not None:
         state = State.SCHEDULED
@@ -465,24 +449,46 @@ def project(life: Life) -> Visible:
         last, state, due_ms = (report.release, report.attempt, 2), State.RUNNING, None
     close = life.close
     if close is not None and (close.release, close.attempt, 3) > last and not _continued(close, start):
-        state = State.SCHEDULED if close.error is None else State.RETRYING
-        return Visible(
-            state,
-            task,
-            queue,
-            run,
-            close.attempt,
-            close.release,
-            since_ms,
-            # In place the worker continues the same release: no release is due that could be late.
-            None if close.in_place else close.due_ms,
-            started_ms,
-            None,
-            close.error,
-            close.reason,
-            close.duration_us,
-        )
-    return Visible(state, task, queue, run, last[1], last[0], since_ms, due_ms, started_ms)
+        return _closed(life, head, start, close)
+    started_ms = None if start is None else start.at[0]
+    return Visible(state, head.task, head.queue, life.run, last[1], last[0], head.at[0], due_ms, started_ms)
+
+
+def _ended(life: Life, head: Head, start: Start | None, end: End) -> Visible:
+    return Visible(
+        ENDS[end.rank],
+        head.task,
+        head.queue,
+        life.run,
+        end.attempt,
+        end.release,
+        head.at[0],
+        None,
+        None if start is None else start.at[0],
+        end.at[0],
+        end.error,
+        end.reason,
+        end.duration_us,
+    )
+
+
+def _closed(life: Life, head: Head, start: Start | None, close: Close) -> Visible:
+    return Visible(
+        State.SCHEDULED if close.error is None else State.RETRYING,
+        head.task,
+        head.queue,
+        life.run,
+        close.attempt,
+        close.release,
+        head.at[0],
+        # In place the worker continues the same release: no release is due that could be late.
+        None if close.in_place else close.due_ms,
+        None if start is None else start.at[0],
+        None,
+        close.error,
+        close.reason,
+        close.duration_us,
+    )
 
 
 def _continued(close: Close, start: Start | None) -> bool:

@@ -44,7 +44,7 @@ def job_context(
 
     ``task``: the task, or its name. ``job_id``: a UUID, by default a new one. ``parent``: the id of the job that
     submitted this one. When the block is left, the attempt has ended, as in a worker: code that still runs can report
-    no progress. Raises `ConfigError` for an invalid value. For example:
+    no progress. Raises `ConfigError` for an invalid value. For example::
 
         with job_context(send_mail, attempt=2) as job:
             assert send_mail("a@example.org") == "sent"

@@ -34,9 +34,9 @@ _HEAD = 10  # magic and fingerprint
 #: The text of this version's schema, as it is published to other processes.
 SCHEMA_TEXT: str = files("jobledger.schemas").joinpath("job_event.avsc").read_text(encoding="utf-8")
 
-_FACTS: dict[str, type[Any]] = {"jobledger." + cls.__name__: cls for cls in ev.Fact.__args__}
+_FACTS: dict[str, type[Any]] = {"jobledger." + ev.fact_name(cls): cls for cls in ev.Fact.__args__}
 _HAS_SPEC = frozenset(c for c in _FACTS.values() if "spec" in c.__struct_fields__)
-_HAS_ERROR_INFO = frozenset({ev.JobRetried, ev.JobFailed, ev.DeadLettered})
+_HAS_ERROR_INFO = frozenset({ev.JobRetried, ev.JobFailedFact, ev.DeadLettered})
 
 _asdict = msgspec.structs.asdict
 #: The end of a plain `JobSubmitted`'s body: no tags, parent, expiry (two fields), priority, delay, due time.
@@ -267,7 +267,7 @@ def encode(event: ev.JobEvent) -> bytes:
             lead = _PREFIX + _avro("string", event.event_id) + _avro("string", event.job_id)
         return b"".join((lead, head[0], _encode_time(event.occurred_at), names, _body(fact, kind)))
     except Exception as exc:
-        raise SchemaError(f"{kind.__name__} of job {event.job_id} does not fit the schema: {exc}") from exc
+        raise SchemaError(f"{ev.fact_name(kind)} of job {event.job_id} does not fit the schema: {exc}") from exc
 
 
 def build(datum: dict[str, Any]) -> ev.JobEvent:
@@ -296,7 +296,7 @@ def _lenient(datum: Mapping[str, Any], cls: type[Any]) -> Any:
     try:
         return msgspec.convert(datum, cls, builtin_types=(bytes,))
     except msgspec.ValidationError as exc:
-        raise SchemaError(f"{cls.__name__} of another schema does not fit this version's: {exc}") from exc
+        raise SchemaError(f"{ev.fact_name(cls)} of another schema does not fit this version's: {exc}") from exc
 
 
 def _build_foreign(datum: dict[str, Any], schema: Any) -> ev.JobEvent:

@@ -121,7 +121,7 @@ FailureReason = Literal[
 ]
 
 
-class JobFailed(msgspec.Struct, frozen=True, gc=False):
+class JobFailedFact(msgspec.Struct, frozen=True, gc=False):
     """The job failed. ``reason`` is one of `FailureReason`."""
 
     reason: str
@@ -129,14 +129,14 @@ class JobFailed(msgspec.Struct, frozen=True, gc=False):
     duration_us: int = 0
 
 
-class JobCancelled(msgspec.Struct, frozen=True, gc=False):
+class JobCancelledFact(msgspec.Struct, frozen=True, gc=False):
     """The job ended because a cancel was requested."""
 
     by: str
     reason: str | None = None
 
 
-class JobExpired(msgspec.Struct, frozen=True, gc=False):
+class JobExpiredFact(msgspec.Struct, frozen=True, gc=False):
     """The job was not started before its expiry."""
 
     expired_at: int
@@ -164,7 +164,7 @@ class ReleaseOverdue(msgspec.Struct, frozen=True, gc=False):
 
 
 class DeadLettered(msgspec.Struct, frozen=True, gc=False):
-    """Derived from `JobFailed`: the complete failed job."""
+    """Derived from `JobFailedFact`: the complete failed job."""
 
     spec: JobSpec
     reason: str
@@ -251,9 +251,9 @@ Fact = (
     | JobRetried
     | JobSnoozed
     | JobSucceeded
-    | JobFailed
-    | JobCancelled
-    | JobExpired
+    | JobFailedFact
+    | JobCancelledFact
+    | JobExpiredFact
     | ReleaseRequested
     | ReleaseDecided
     | ReleaseOverdue
@@ -268,12 +268,22 @@ Fact = (
     | QueueLimited
 )
 
+
+def fact_name(fact: Fact | type[Fact]) -> str:
+    """Return the name of a fact, or of a class of facts: in the schema, in the output of commands and in messages.
+
+    This is the name of the class without the ending ``Fact``, which distinguishes `JobFailedFact`, `JobCancelledFact`
+    and `JobExpiredFact` from the exceptions ``JobFailed``, ``JobCancelled`` and ``JobExpired``.
+    """
+    return (fact if isinstance(fact, type) else type(fact)).__name__.removesuffix("Fact")
+
+
 #: Facts that end one release (unless `in_place`): the work record is done once such a fact is durable.
-CLOSING = (JobRetried, JobSnoozed, JobSucceeded, JobFailed, JobCancelled, JobExpired)
+CLOSING = (JobRetried, JobSnoozed, JobSucceeded, JobFailedFact, JobCancelledFact, JobExpiredFact)
 #: Facts after which a work record is done, because the log has a closing fact or a lease of its release.
 SETTLING = (*CLOSING, JobLeased)
 #: Facts that end a run.
-TERMINAL = (JobSucceeded, JobFailed, JobCancelled, JobExpired)
+TERMINAL = (JobSucceeded, JobFailedFact, JobCancelledFact, JobExpiredFact)
 #: Facts that may be on a work topic.
 WORK = (JobSubmitted, JobDue)
 

@@ -17,7 +17,8 @@ import threading
 import time
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from types import FrameType
+
+from jobledger.process.signals import SignalHandlers
 
 #: Default time in seconds between asking a child to stop and killing it. This time is longer than the worker's own
 #: grace time.
@@ -127,7 +128,14 @@ class Supervisor:
         cluster refused a child. In the main thread SIGINT, SIGTERM and SIGHUP (unless SIGHUP is ignored) stop the
         supervisor. Raises an `OSError` of ``say`` after the children have stopped."""
         inherited, self._leash = os.pipe()
-        handlers = self._install() if threading.current_thread() is threading.main_thread() else {}
+        try:
+            with self._signal_handlers():
+                return self._run_children(inherited)
+        finally:
+            os.close(inherited)
+            os.close(self._leash)
+
+    def _run_children(self, inherited: int) -> int:
         try:
             while True:
                 now = time.monotonic()
@@ -152,10 +160,6 @@ class Supervisor:
                     self._ended(self._running[name], code)
         finally:
             self._kill_all()
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-            os.close(inherited)
-            os.close(self._leash)
 
     # -- one step each --------------------------------------------------------------------------------------------
 
@@ -281,14 +285,13 @@ class Supervisor:
                 self._output_error = exc
                 self._inbox.put(("unheard", "", 0))
 
-    def _install(self) -> dict[int, Callable[[int, FrameType | None], object] | int | None]:
-        def on_signal(number: int, frame: FrameType | None) -> None:
-            self.stop()
-
+    def _signal_handlers(self) -> contextlib.AbstractContextManager[None]:
+        if threading.current_thread() is not threading.main_thread():
+            return contextlib.nullcontext()
         numbers = [signal.SIGINT, signal.SIGTERM]
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # keep what nohup has set
             numbers.append(signal.SIGHUP)
-        return {number: signal.signal(number, on_signal) for number in numbers}
+        return SignalHandlers(numbers, lambda number, frame: self.stop())
 
 
 def how(code: int) -> str:

@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from jobledger.config import Settings
 from jobledger.consumers.isolation.child_handle import ChildHandle, end_of, last_words
@@ -48,7 +49,8 @@ class ChildSettings:
     """The settings of the pool.
 
     ``most``: children at once. ``spare``: additional children while jobs wait for a child. ``jobs_each``: a child is
-    replaced after so many jobs. ``target``: see `app_target.find_target`.
+    replaced after so many jobs. ``target``: see `app_target.find_target`. ``needed``: tasks of the worker run only in
+    children.
     """
 
     most: int
@@ -56,32 +58,38 @@ class ChildSettings:
     jobs_each: int
     target: str
     settings: Settings
+    needed: bool = False
+
+
+class ChildJobs(Protocol):
+    """Decides about the jobs that run in a pool, and records their outcomes.
+
+    For each call of `ChildPool.run`, one of `said`, `died` and `ended` is called once, when no child has the job any
+    more.
+    """
+
+    def take(self, work: JobRun) -> bool:
+        """Return whether the job may run now, because a child is free. If not, nothing else is called for the job."""
+
+    def said(self, work: JobRun, outcome: Outcome) -> None:
+        """Handle the outcome with which the job's code ended."""
+
+    def died(self, work: JobRun, error: ErrorInfo, blamed: bool) -> None:
+        """Handle the end of the job's process by itself, or that no child can be started. ``blamed``: the job may be
+        the cause."""
+
+    def ended(self, work: JobRun, why: str, error: BaseException) -> None:
+        """Handle the end of a job that the pool ended. ``why``: ``timeout``, ``memory`` or ``stop``."""
+
+    def unusable(self, error: JobledgerError, needed: bool) -> None:
+        """Note that no child can ever be started. ``needed``: see `ChildSettings`."""
 
 
 class ChildPool:
-    """Runs jobs in child processes.
+    """Runs jobs in child processes. ``jobs`` decides about the jobs and records their outcomes."""
 
-    For each call of `run`, one of three callbacks is called once, when no child has the job any more.
-    ``said(work, outcome)``: the job's code ended with this outcome. ``died(work, error, blamed)``: the job's process
-    ended by itself, or no child can be started; ``blamed``: whether the job may be the cause.
-    ``ended(work, why, error)``: this pool ended the job; ``why`` is ``timeout``, ``memory`` or ``stop``.
-
-    ``take(work)`` is called when a child is free for the job. ``take`` returns False if the job must not run any more;
-    then none of the three callbacks is called. ``unusable(error)`` is called if no child can ever be started.
-    """
-
-    def __init__(
-        self,
-        about: ChildSettings,
-        *,
-        take: Callable[[JobRun], bool],
-        said: Callable[[JobRun, Outcome], None],
-        died: Callable[[JobRun, ErrorInfo, bool], None],
-        ended: Callable[[JobRun, str, BaseException], None],
-        unusable: Callable[[JobledgerError], None],
-    ) -> None:
-        self._about = about
-        self._take, self._on_said, self._on_died, self._on_ended, self._unusable = take, said, died, ended, unusable
+    def __init__(self, about: ChildSettings, jobs: ChildJobs) -> None:
+        self._about, self._jobs = about, jobs
         self._loop: asyncio.AbstractEventLoop
         tell = Told(self._use, self._has_died, self._nursery_gone, self._nursery_again, self._none)
         self._nursery = ForkClient(about.target, about.settings, tell)
@@ -111,13 +119,13 @@ class ChildPool:
     def run(self, work: JobRun) -> None:
         """Run the attempt in a child as soon as a child is free. Returns at once."""
         if self.broken is not None:
-            self._on_died(work, ErrorInfo("ChildProcessError", str(self.broken)), False)
+            self._jobs.died(work, ErrorInfo("ChildProcessError", str(self.broken)), False)
             return
         if not self._nursery.running:
             self._loop = asyncio.get_running_loop()
             self._nursery.start()
         if self._idle:
-            if self._take(work):
+            if self._jobs.take(work):
                 self._give(self._idle.pop(), work)
             return
         self._waiting.append(work)
@@ -138,7 +146,7 @@ class ChildPool:
         if child is None:
             with contextlib.suppress(ValueError):
                 self._waiting.remove(work)
-                self._on_ended(work, "stop", ChildProcessError("it was cancelled before a child was free"))
+                self._jobs.ended(work, "stop", ChildProcessError("it was cancelled before a child was free"))
             return
         child.signal(STOP)
         child.timers.append(self._loop.call_later(SOFT_S, self._kill, child, "stop"))
@@ -199,10 +207,10 @@ class ChildPool:
 
     def _none(self, error: ConfigError) -> None:
         self.broken = error
-        self._unusable(error)
+        self._jobs.unusable(error, self._about.needed)
         waiting, self._waiting = self._waiting, deque()
         for work in waiting:
-            self._on_died(work, ErrorInfo("ChildProcessError", str(error)), False)
+            self._jobs.died(work, ErrorInfo("ChildProcessError", str(error)), False)
 
     def _more(self) -> None:
         """Start one more child if there are fewer children than ``most``. While more jobs wait than children are being
@@ -217,7 +225,7 @@ class ChildPool:
         """Remove and return the first waiting job that may still run; None if there is no such job."""
         while self._waiting:
             work = self._waiting.popleft()
-            if self._take(work):
+            if self._jobs.take(work):
                 return work
         return None
 
@@ -340,7 +348,7 @@ class ChildPool:
         else:
             self._use(child)
         if work is not None:
-            self._on_said(work, outcome)
+            self._jobs.said(work, outcome)
 
     def lost(self, child: ChildHandle) -> None:
         """Handle the end of the child's connection: the child has exited, or is about to."""
@@ -379,19 +387,19 @@ class ChildPool:
                 f"{plan.name}() ran longer than its timeout of {limit:g} s and continued for {SOFT_S:g} s after it was told "
                 "to end; its process was killed"
             )
-            self._on_ended(work, "timeout", error)
+            self._jobs.ended(work, "timeout", error)
         elif child.why == "memory":
             most = plan.task.policy.max_memory or 0
             error = MemoryError(
                 f"{plan.name}() used {child.peak / 2**20:,.0f} MiB and may use max_memory={most / 2**20:,.0f} MiB; its "
                 "process was killed"
             )
-            self._on_ended(work, "memory", error)
+            self._jobs.ended(work, "memory", error)
         elif child.why is not None:
-            self._on_ended(work, "stop", ChildProcessError("its process was killed"))
+            self._jobs.ended(work, "stop", ChildProcessError("its process was killed"))
         else:
             self.deaths += not child.orphan
-            self._on_died(work, last_words(child.status, child.words.kept), not child.orphan)
+            self._jobs.died(work, last_words(child.status, child.words.kept), not child.orphan)
 
     def _forget(self, child: ChildHandle) -> None:
         self._all.discard(child)

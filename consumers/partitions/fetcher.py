@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
@@ -53,38 +54,50 @@ class CommitRequest:
         self.done = threading.Event()
 
 
-class Fetcher(threading.Thread):
-    """Fetches one lane: a queue, or one of its priorities.
+@dataclass(frozen=True, slots=True)
+class LaneLimits:
+    """``prefetch``: messages of one lane that may wait for the dispatcher. ``lease``: duration of the ownership lease,
+    in seconds."""
 
-    ``prefetch``: messages that may wait for the dispatcher. ``lease``: duration of the ownership lease, in seconds.
-    ``assigned`` is called with this fetcher and new partitions, ``ended`` with partitions that are no longer owned,
-    both in this thread. ``wake`` is called when there may be new messages. ``fail`` stops the worker.
-    """
+    prefetch: int
+    lease: float
+
+
+@dataclass(frozen=True, slots=True)
+class LaneEvents:
+    """What a `Fetcher` calls, in its own thread. ``on_assigned``: with the fetcher and new partitions. ``on_ended``:
+    with partitions that are no longer owned. ``on_messages``: when there may be new messages. ``on_failure``: stops the
+    worker."""
+
+    on_assigned: Callable[[Fetcher, list[Partition]], None]
+    on_ended: Callable[[list[Partition]], None]
+    on_messages: Callable[[], None]
+    on_failure: Callable[[JobledgerError], None]
+
+
+class Fetcher(threading.Thread):
+    """Fetches one lane: a queue, or one of its priorities."""
 
     def __init__(
         self,
         settings: Settings,
         names: Names,
         lane: str,
-        *,
         settler: AckTracker,
-        prefetch: int,
-        lease: float,
-        assigned: Callable[[Fetcher, list[Partition]], None],
-        ended: Callable[[list[Partition]], None],
-        wake: Callable[[], None],
-        fail: Callable[[JobledgerError], None],
+        limits: LaneLimits,
+        events: LaneEvents,
     ) -> None:
         super().__init__(name=f"jobledger-fetch-{lane}", daemon=True)
         self.queue, self.topic = lane, names.jobs(lane)
-        self._settings, self._settler, self._prefetch = settings, settler, prefetch
-        self._assigned, self._ended, self.wake_dispatcher, self._fail = assigned, ended, wake, fail
-        self.lease = OwnershipLease(lease, wake)
+        self._settings, self._settler, self._prefetch = settings, settler, limits.prefetch
+        self._assigned, self._ended = events.on_assigned, events.on_ended
+        self.wake_dispatcher, self._fail = events.on_messages, events.on_failure
+        self.lease = OwnershipLease(limits.lease, events.on_messages)
         self._parts: dict[int, Partition] = {}
         self._room = threading.Event()
         self.waiting = False  # this thread waits until more messages fit
         self._filled = False
-        self._half = max(1, prefetch // 2)
+        self._half = max(1, limits.prefetch // 2)
         self._draining = False
         self._closing = threading.Event()
         self._handover = HANDOVER_S
@@ -101,13 +114,13 @@ class Fetcher(threading.Thread):
                 "group.protocol": "consumer",
                 "group.remote.assignor": "range",
                 # The client's own buffer per partition: enough for a batch or two, bounded in bytes.
-                "queued.min.messages": max(2_000, prefetch),
+                "queued.min.messages": max(2_000, limits.prefetch),
                 "queued.max.messages.kbytes": 16_384,
                 "fetch.error.backoff.ms": 100,
             },
         )
         self.consumer = consumer(conf)
-        self.committer = Committer(settings, self.consumer, self._group, self.lease, settler, fail)
+        self.committer = Committer(settings, self.consumer, self._group, self.lease, settler, self._fail)
         self._commit_at = self._missing_at = 0.0
         self._requests: deque[CommitRequest] = deque()
 

@@ -19,13 +19,14 @@ from confluent_kafka import KafkaException, Message, TopicPartition
 
 from jobledger.config import Settings
 from jobledger.consumers.partitions.fetcher import Fetcher
-from jobledger.consumers.partitions.range_reader import STALL_S, LogRanges, partition_of
+from jobledger.consumers.partitions.range_reader import STALL_S, LogRanges
 from jobledger.consumers.recording.ack_tracker import AckTracker
 from jobledger.consumers.state.dedup import REMEMBERED, REMEMBERED_MS, end_of, key_of, release_key
 from jobledger.consumers.state.offset_tracker import PartitionOffsets, Restored, Snapshot, decode, encode
 from jobledger.consumers.state.work import NOTHING_FOLLOWS, Partition, PriorFact
 from jobledger.errors import BrokerUnavailable, JobledgerError, RegistryNeeded, SchemaError
 from jobledger.kafka.clients import translate
+from jobledger.kafka.partitioner import partition_of
 from jobledger.kafka.topic_names import Names
 from jobledger.kafka.topology import lifecycle_too_small
 from jobledger.process.logger import get_logger

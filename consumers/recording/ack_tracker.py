@@ -15,8 +15,10 @@ from collections.abc import Callable
 from confluent_kafka import KafkaError, Message
 
 from jobledger.config import Settings
+from jobledger.consumers.recording.recorder import Recorder
 from jobledger.consumers.recording.worker_producer import BY_KEY, WorkerProducer
-from jobledger.consumers.state.work import Arrived, JobRun
+from jobledger.consumers.state.reports import Reports
+from jobledger.consumers.state.work import JobRun
 from jobledger.errors import AccessDenied, BrokerUnavailable, JobledgerError, PayloadTooLarge
 from jobledger.process.logger import get_logger
 
@@ -32,27 +34,17 @@ _LOOP_POLLS_S = 0.05
 
 
 class AckTracker(threading.Thread):
-    """Takes delivery reports every `TICK_S` seconds, and then calls ``each_tick``. ``fail`` stops the worker.
+    """Takes delivery reports every `TICK_S` seconds, and then calls `on_tick`, which the dispatcher sets.
 
-    ``too_large(work, size, limit)``: the broker refused the closing fact for its size (bytes). ``acknowledged(work)``:
-    the fact that ended an attempt of a keyed job is in the log. Both are called in the thread that takes the reports.
+    A closing fact that the broker refuses for its size goes back to ``recorder``. That the last fact of a keyed job's
+    attempt is in the log goes to ``reports``. Both happen in the thread that takes the delivery reports.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        sender: WorkerProducer,
-        arrived: Arrived,
-        *,
-        fail: Callable[[JobledgerError], None],
-        too_large: Callable[[JobRun, int, str], None],
-        each_tick: Callable[[], None],
-        acknowledged: Callable[[JobRun], None],
-    ) -> None:
+    def __init__(self, settings: Settings, sender: WorkerProducer, recorder: Recorder, reports: Reports) -> None:
         super().__init__(name="jobledger-settle", daemon=True)
-        self._settings, self._sender, self.arrived = settings, sender, arrived
-        self._fail, self._too_large, self._each_tick = fail, too_large, each_tick
-        self._acknowledged = acknowledged
+        self._settings, self._sender, self._recorder = settings, sender, recorder
+        self.arrived, self._acknowledged, self._fail = reports.arrived, reports.attempt_acknowledged, reports.calls.fail
+        self.on_tick: Callable[[], None] = lambda: None
         self._drain_lock = threading.Lock()
         self._wake = threading.Event()
         self._closing = self._hurried = False
@@ -197,7 +189,7 @@ class AckTracker(threading.Thread):
                 )
             elif closing and work.event is not None and not work.shortened:
                 work.alone, work.shortened = work.alone - {topic}, True
-                self._too_large(work, len(value), limit)
+                self._recorder.refused_as_too_large(work, len(value), limit)
             else:
                 raise PayloadTooLarge(f"a record of {len(value)} bytes is above {limit}: raise it")
         except JobledgerError as exc:
@@ -228,7 +220,7 @@ class AckTracker(threading.Thread):
             self._fail(JobledgerError(f"the worker's settler failed: {exc!r}"))
 
     def tick(self) -> None:
-        """Take delivery reports, check again the jobs whose ownership was not confirmed, and call ``each_tick``. Stops
+        """Take delivery reports, check again the jobs whose ownership was not confirmed, and call `on_tick`. Stops
         the worker if the cluster refuses this client or the producer has failed permanently."""
         if time.monotonic() - self._sender.polled_at > _LOOP_POLLS_S:
             self._sender.poll(0.0)
@@ -241,7 +233,7 @@ class AckTracker(threading.Thread):
             work = self._waiting.popleft()
             if not self._uncertain(work):
                 self._send_derived(work)
-        self._each_tick()
+        self.on_tick()
 
     def hurry(self) -> None:
         """Let this thread wait for acknowledgements now (`WorkerProducer.hurry`) and take them, because no job can

@@ -6,7 +6,6 @@ records are copies.
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Mapping
 
 import msgspec
@@ -21,47 +20,35 @@ from jobledger.consumers.state.outcome import (
     Retried,
     Snoozed,
     Succeeded,
-    printable,
 )
 from jobledger.definitions.task_registry import TaskRegistry
 from jobledger.kafka.topic_names import Names, lane
 from jobledger.log.writer import Outgoing
 from jobledger.process.identity import now_us
 from jobledger.schemas import codec
+from jobledger.schemas.dead_letters import rejection
+from jobledger.schemas.event_factory import about, derived, submission
 from jobledger.schemas.events import (
     CRASHES_TAG,
     DeadLettered,
     ErrorInfo,
     Fact,
-    JobCancelled,
+    JobCancelledFact,
     JobEvent,
-    JobExpired,
-    JobFailed,
+    JobExpiredFact,
+    JobFailedFact,
     JobRetried,
     JobSnoozed,
     JobSpec,
-    JobSubmitted,
     JobSucceeded,
     Leased,
-    RecordRejected,
     ReleaseRequested,
     crashes_of,
 )
+from jobledger.schemas.ids import derived_id
 
 #: Characters that are kept of an error's message if the record would be too large otherwise.
 _SHORT_MESSAGE = 200
-#: Bytes that are kept of the key of a record that cannot be read.
-_KEY_BYTES = 4_096
-
-
-def derived_id(job_id: str, *parts: object) -> str:
-    """Return the id of a record that derives from a job: the UUIDv5 of ``parts``, joined by slashes, in the namespace
-    of the job's id."""
-    try:
-        space = uuid.UUID(job_id)
-    except ValueError:  # other writers may use ids that are not UUIDs
-        space = uuid.uuid5(uuid.NAMESPACE_OID, job_id)
-    return str(uuid.uuid5(space, "/".join(map(str, parts))))
 
 
 class WorkerEvents:
@@ -70,27 +57,13 @@ class WorkerEvents:
 
     def __init__(self, registry: TaskRegistry, source: str, limit: int) -> None:
         self._registry = registry
-        self._names: Names = registry.names
+        self.names: Names = registry.names
         self.source = source
-        self._limit = limit
+        self.limit = limit
 
     def event(self, work: JobEvent, fact: Fact) -> JobEvent:
         """Return this worker's event with ``fact`` about the job of a work record."""
-        return JobEvent(
-            str(uuid_utils.uuid7()),
-            work.job_id,
-            work.run,
-            work.attempt,
-            work.release,
-            now_us(),
-            work.task,
-            work.queue,
-            work.key,
-            work.home,
-            self.source,
-            work.trace,
-            fact,
-        )
+        return about(work, fact, str(uuid_utils.uuid7()), now_us(), self.source)
 
     def closing(self, work: JobEvent, outcome: Outcome, duration_us: int) -> bytes:
         """Encode the event with the fact that records the outcome. The text of an error is shortened if the record
@@ -102,17 +75,17 @@ class WorkerEvents:
                 self.event(work, JobSnoozed(outcome.delay_ms, outcome.reason, duration_us, outcome.in_place))
             )
         if isinstance(outcome, Cancelled):
-            return codec.encode(self.event(work, JobCancelled(outcome.by, outcome.reason)))
+            return codec.encode(self.event(work, JobCancelledFact(outcome.by, outcome.reason)))
         if isinstance(outcome, Expired):
-            return codec.encode(self.event(work, JobExpired(outcome.at)))
+            return codec.encode(self.event(work, JobExpiredFact(outcome.at)))
 
         def fact(error: ErrorInfo) -> Fact:
             if isinstance(outcome, Retried):
                 return JobRetried(error, outcome.delay_ms, duration_us, outcome.in_place)
-            return JobFailed(outcome.reason, error, duration_us)
+            return JobFailedFact(outcome.reason, error, duration_us)
 
         value = codec.encode(self.event(work, fact(outcome.error)))
-        if len(value) > self._limit:
+        if len(value) > self.limit:
             value = codec.encode(self.event(work, fact(_shortened(outcome.error))))
         return value
 
@@ -152,32 +125,25 @@ class WorkerEvents:
         """Return the record that derives from `JobLeased`. With this record the coordinator keeps the job while the job
         runs."""
         spec = _spec(work)
-        event = msgspec.structs.replace(
-            self.event(work, Leased(spec, worker, lease_ms, crashes_of(spec.tags))),
-            event_id=derived_id(work.job_id, work.run, work.release, "leased"),
-        )
-        return Outgoing(self._names.coordination, codec.encode(event), work.home or work.job_id)
+        fact = Leased(spec, worker, lease_ms, crashes_of(spec.tags))
+        event = derived(work, "leased", fact, now_us(), self.source)
+        return Outgoing(self.names.coordination, codec.encode(event), work.home or work.job_id)
 
     def _release(self, work: JobEvent, attempt: int, delay_ms: int, due_at: int | None, spec: JobSpec) -> Outgoing:
-        release = work.release + 1
-        event = msgspec.structs.replace(
-            self.event(work, ReleaseRequested(spec, None if due_at is not None else delay_ms, due_at)),
-            event_id=derived_id(work.job_id, work.run, release, "request"),
-            attempt=attempt,
-            release=release,
-        )
-        return Outgoing(self._names.coordination, codec.encode(event), work.home or work.job_id)
+        requested = msgspec.structs.replace(work, attempt=attempt, release=work.release + 1)
+        fact = ReleaseRequested(spec, None if due_at is not None else delay_ms, due_at)
+        event = derived(requested, "request", fact, now_us(), self.source)
+        return Outgoing(self.names.coordination, codec.encode(event), work.home or work.job_id)
 
     def _dead_letter(self, work: JobEvent, outcome: Failed) -> Outgoing:
         def encoded(error: ErrorInfo) -> bytes:
-            event = self.event(work, DeadLettered(_spec(work), outcome.reason, error))
-            identity = derived_id(work.job_id, work.run, work.release, "dead-letter")
-            return codec.encode(msgspec.structs.replace(event, event_id=identity))
+            fact = DeadLettered(_spec(work), outcome.reason, error)
+            return codec.encode(derived(work, "dead-letter", fact, now_us(), self.source))
 
         value = encoded(outcome.error)
-        if len(value) > self._limit:
+        if len(value) > self.limit:
             value = encoded(_shortened(outcome.error))
-        return Outgoing(self._names.dead_letter, value, work.job_id)
+        return Outgoing(self.names.dead_letter, value, work.job_id)
 
     def _fallback(self, work: JobEvent) -> list[Outgoing]:
         failed = self._registry.tasks.get(work.task)
@@ -195,44 +161,27 @@ class WorkerEvents:
             expires_at=None,
             priority=task.policy.priority,
         )
-        event = JobEvent(
-            job_id,
-            job_id,
-            1,
-            1,
-            1,
-            now_us(),
-            task.name,
-            task.queue,
-            None,
-            None,
-            self.source,
-            work.trace,
-            JobSubmitted(spec),
-        )
-        return [Outgoing(self._names.jobs(lane(task.queue, task.policy.priority)), codec.encode(event), job_id)]
+        event = submission(job_id, task.name, task.queue, None, spec, now_us(), self.source, work.trace)
+        return [Outgoing(self.names.jobs(lane(task.queue, task.policy.priority)), codec.encode(event), job_id)]
 
     def rejected(
         self, topic: str, partition: int, offset: int, key: bytes | None, value: bytes | None, error: str
     ) -> Outgoing:
         """Return the dead letter of a rejected record. Key and value are kept unchanged; if one of them is too large,
         only its beginning is kept."""
-        kept_key = key
-        if key is not None and len(key) > _KEY_BYTES:
-            kept_key = key[:_KEY_BYTES]
-            error = f"{printable(error, 1_000)} (the first {_KEY_BYTES} of its key's {len(key)} bytes are kept here)"
-
-        def encoded(raw: bytes | None, why: str) -> bytes:
-            identity = derived_id("record", topic, partition, offset)
-            fact = RecordRejected(topic, partition, offset, kept_key, raw, printable(why, 2_000))
-            return codec.encode(JobEvent(identity, "", 0, 0, 0, now_us(), "", "", None, None, self.source, None, fact))
-
-        record = encoded(value, error)
-        over = len(record) - self._limit
-        if over > 0 and value is not None:
-            kept = max(0, len(value) - over - 100)
-            record = encoded(value[:kept], f"{error} (the first {kept} of {len(value)} bytes are kept here)")
-        return Outgoing(self._names.dead_letter, record, f"{topic}/{partition}/{offset}")
+        record = rejection(
+            topic,
+            partition,
+            offset,
+            key,
+            value,
+            error,
+            event_id=derived_id("record", topic, partition, offset),
+            at_us=now_us(),
+            source=self.source,
+            limit=self.limit,
+        )
+        return Outgoing(self.names.dead_letter, record, f"{topic}/{partition}/{offset}")
 
 
 def _spec(work: JobEvent) -> JobSpec:

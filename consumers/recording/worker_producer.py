@@ -14,9 +14,9 @@ from contextlib import suppress
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from jobledger.config import Settings
-from jobledger.consumers.state.broker_clock import BrokerClock
 from jobledger.errors import BrokerUnavailable, JobledgerError
 from jobledger.kafka.auth import AuthMonitor, write
+from jobledger.kafka.broker_clock import BrokerClock
 from jobledger.kafka.clients import MISSING, batch_room, producer, producer_config, undelivered
 from jobledger.kafka.topic_names import Names
 from jobledger.log.framing import Framing, framing

@@ -40,7 +40,8 @@ from jobledger.process import greenlets
 from jobledger.process.identity import now_us, source
 from jobledger.process.logger import get_logger
 from jobledger.schemas import codec
-from jobledger.schemas.events import JobEvent, JobSpec, JobSubmitted
+from jobledger.schemas.event_factory import submission
+from jobledger.schemas.events import JobSpec
 
 LOG = get_logger("jobledger.router")
 
@@ -106,21 +107,7 @@ class Routes:
         args = handler.args(plain)
         tags = {EVENT_TAG: event_id, **handler.tags(args)}
         spec = JobSpec(args, tags, None, expires_in_ms, None, task.policy.priority)
-        event = JobEvent(
-            job_id,
-            job_id,
-            1,
-            1,
-            1,
-            now_us(),
-            task.name,
-            task.queue,
-            None,
-            None,
-            self._source,
-            trace,
-            JobSubmitted(spec),
-        )
+        event = submission(job_id, task.name, task.queue, None, spec, now_us(), self._source, trace)
         return job_id, Outgoing(self._names.jobs(lane(task.queue, task.policy.priority)), codec.encode(event), job_id)
 
     def rejected(self, message: Message, why: str) -> Outgoing:

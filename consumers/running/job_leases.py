@@ -15,12 +15,11 @@ from functools import partial
 
 from confluent_kafka import KafkaError, KafkaException, Message
 
-from jobledger.consumers.recording.worker_events import WorkerEvents
+from jobledger.consumers.recording.recorder import Recorder
 from jobledger.consumers.recording.worker_producer import BY_KEY, WorkerProducer
-from jobledger.consumers.state.outcome import Outcome
+from jobledger.consumers.state.reports import Asked, Reports
 from jobledger.consumers.state.work import JobLease, JobRun
 from jobledger.errors import AccessDenied, BrokerUnavailable, JobledgerError
-from jobledger.kafka.topic_names import Names
 from jobledger.log.writer import Outgoing
 from jobledger.process.logger import get_logger
 from jobledger.schemas import codec
@@ -37,31 +36,12 @@ _monotonic = time.monotonic
 
 
 class JobLeases:
-    """Hold the leases of one worker.
+    """Hold the leases of one worker. What becomes of a leased job goes to ``recorder``, and what the dispatcher must do
+    to ``reports``."""
 
-    ``begin(work)`` sends the start of a job and runs the job. ``close_with(work, outcome)`` sends the outcome of a job
-    whose code is not begun. ``give_up(work)`` tells a job's code to end. ``ended(work)`` frees the slots of a job that
-    does not run or no longer runs. ``too_large(work, size, limit)``: the broker refused the outcome, of ``size`` bytes,
-    for its size. ``call`` runs a function on the loop; an exception in the function stops the worker, as ``fail`` does.
-    """
-
-    def __init__(
-        self,
-        facts: WorkerEvents,
-        sender: WorkerProducer,
-        names: Names,
-        *,
-        begin: Callable[[JobRun], None],
-        close_with: Callable[[JobRun, Outcome], None],
-        give_up: Callable[[JobRun], None],
-        ended: Callable[[JobRun], None],
-        too_large: Callable[[JobRun, int, str], None],
-        call: Callable[..., None],
-        fail: Callable[[JobledgerError], None],
-    ) -> None:
-        self._facts, self._sender, self._names = facts, sender, names
-        self._begin, self._close_with, self._give_up = begin, close_with, give_up
-        self._ended, self._too_large, self.call, self._fail = ended, too_large, call, fail
+    def __init__(self, sender: WorkerProducer, recorder: Recorder, reports: Reports) -> None:
+        self._facts, self._names, self._sender = recorder.facts, recorder.facts.names, sender
+        self._recorder, self._reports, self._calls = recorder, reports, reports.calls
         self._held: dict[JobRun, JobLease] = {}
         self._ticking: asyncio.TimerHandle | None = None
         self.lost = 0
@@ -90,35 +70,35 @@ class JobLeases:
         assert record.value is not None
         self._sender.send(record.topic, record.value, record.key, BY_KEY, work.derived_delivered)
         if self._ticking is None:
-            self._ticking = asyncio.get_running_loop().call_later(TICK_S, self._tick)
+            self._ticking = self._calls.later(TICK_S, self._tick)
 
-    def grant(self, work: JobRun) -> None:
-        """Begin the code of a job whose lease is in the log. If the lease is over or the job was abandoned, give the
-        lease back. If the job was stopped meanwhile, close the job."""
+    def written(self, work: JobRun) -> None:
+        """Report that both facts of the job's lease are acknowledged. Any thread."""
+        self._reports.ask(Asked.LEASED, work)
+
+    def grant(self, work: JobRun) -> bool:
+        """Return whether the code of a job whose lease is in the log may begin now. If the lease is over or the job was
+        abandoned, give the lease back. If the job was stopped meanwhile, close the job."""
         lease = work.lease
         if lease is None or lease.granted:
-            return
+            return False
         lease.granted = True
         if work.abandoned or _monotonic() > lease.until:
             self.give_back(work)
-            self._ended(work)
         elif work.stop_outcome is not None:
-            self._close_with(work, work.stop_outcome)
-            self._ended(work)
+            self._recorder.close_with(work, work.stop_outcome)
         else:
-            self._begin(work)
-
-    def holds(self, work: JobRun) -> bool:
-        """Return whether this worker still holds the job's lease and should run the job."""
-        return work.lease is not None and _monotonic() <= work.lease.until and not work.abandoned
+            return True
+        self._reports.ended(work)
+        return False
 
     # -- renewing -----------------------------------------------------------------------------------------------------
 
     def _tick(self) -> None:
         self._ticking = None
         if self._held:
-            self._ticking = asyncio.get_running_loop().call_later(TICK_S, self._tick)
-        self.call(self._look)  # an exception stops the worker
+            self._ticking = self._calls.later(TICK_S, self._tick)
+        self._look()
 
     def _look(self) -> None:
         now = _monotonic()
@@ -159,7 +139,7 @@ class JobLeases:
         )
         self.lost += 1
         self.give_back(work)
-        self._give_up(work)
+        self._reports.ask(Asked.LEASE_LOST, work)
 
     def give_back(self, work: JobRun) -> None:
         """End the lease and abandon the job in this worker, so that another worker can run the job at once."""
@@ -187,7 +167,7 @@ class JobLeases:
                 return
             left[0] -= 1
             if not left[0]:
-                self.call(self._send_close, work, value)
+                self._calls.call(self._send_close, work, value)
 
         for record in before:
             assert record.value is not None
@@ -205,23 +185,23 @@ class JobLeases:
         lease = work.lease
         assert lease is not None
         if error is None:
-            self.call(self._held.pop, work, None)
+            self._calls.call(self._held.pop, work, None)
         elif error.code() == KafkaError.MSG_SIZE_TOO_LARGE and not work.shortened:
             work.shortened = True
             limit = f"what topic {self._names.coordination} takes (its max.message.bytes)"
-            self.call(self._too_large, work, len(value), limit)
+            self._calls.call(self._recorder.refused_as_too_large, work, len(value), limit)
         elif error.fatal() or lease.tries >= RESENDS:
             self._failed(f"the outcome of {_name(work)}", error, self._names.coordination)
         else:
             lease.tries += 1
-            self.call(self._send_close, work, value)
+            self._calls.call(self._send_close, work, value)
 
     def _failed(self, what: str, error: KafkaError, topic: str) -> None:
         refused = self._sender.failed(error, topic)
         if isinstance(refused, AccessDenied):
-            self._fail(refused)
+            self._calls.fail(refused)
         else:
-            self._fail(
+            self._calls.fail(
                 BrokerUnavailable(
                     f"{what} could not be written ({error.str()}); its lease ends by itself, and another worker runs the job "
                     "again"

@@ -8,17 +8,24 @@ affected.
 
 from __future__ import annotations
 
-import asyncio
 import contextvars
 import time
 from collections.abc import Callable
 from functools import partial
 
-from jobledger.consumers.isolation.pool import ChildPool
+from confluent_kafka import KafkaError, Message
+
+from jobledger.consumers.isolation.pool import ChildPool, ChildSettings
+from jobledger.consumers.recording.recorder import Recorder
 from jobledger.consumers.running.executor import Executor, context_of
 from jobledger.consumers.state.limiters import Slots
 from jobledger.consumers.state.outcome import Failed, Outcome, Succeeded
+from jobledger.consumers.state.reports import Reports
+from jobledger.consumers.state.running import RunningJobs
+from jobledger.consumers.state.task_table import TaskTable
 from jobledger.consumers.state.work import JobRun, TaskRuntime
+from jobledger.errors import JobledgerError, TaskCancelled
+from jobledger.process.identity import now_us
 from jobledger.process.logger import get_logger
 from jobledger.schemas.events import ErrorInfo
 
@@ -42,12 +49,9 @@ _monotonic = time.monotonic
 
 
 class Placement:
-    """Run begun jobs on the event loop, in threads or in child processes. On the event loop, except `may_begin`.
+    """Run begun jobs on the event loop, in threads or in child processes, and end them. On the event loop.
 
-    ``children``: None if the app cannot have child processes. ``begin_again(work)``: send the job's `JobStarted` again,
-    and run the job. ``done(work)``: free the job's slots. ``ours(work)``: whether this worker should run the job.
-    ``certain(work)``: whether it is certain that no other worker has taken the job over. ``call``: run a function on
-    the loop; an exception in the function stops the worker.
+    ``children``: the settings of the child processes; None if the app cannot have child processes.
 
     A suspect is *waiting* until its code is given to a child process. If its partition is handed over before that, the
     next owner runs the suspect.
@@ -56,37 +60,33 @@ class Placement:
     def __init__(
         self,
         executor: Executor,
-        threads: Slots,
-        processes: Slots,
-        children: ChildPool | None,
-        *,
-        begin_again: Callable[[JobRun], None],
-        done: Callable[[JobRun], None],
-        ours: Callable[[JobRun], bool],
-        certain: Callable[[JobRun], bool],
-        call: Callable[..., None],
+        recorder: Recorder,
+        running: RunningJobs,
+        tasks: TaskTable,
+        children: ChildSettings | None,
+        reports: Reports,
     ) -> None:
-        self.executor, self.threads, self.processes = executor, threads, processes
-        self.alone = Slots("alone", 1)  # see `ALONE_FROM`
-        self.suspects = Slots("suspects", SUSPECTS)
-        self.rooms = {room.name: room for room in (threads, processes, self.alone, self.suspects)}
-        self.children = children
-        self._begin_again, self._done, self._ours, self._certain = begin_again, done, ours, certain
-        self._call = call
-        self._base = contextvars.copy_context()  # see `Starter.base`
-        self.loop: asyncio.AbstractEventLoop
+        self.executor, self._recorder, self._running = executor, recorder, running
+        self._reports, self._calls = reports, reports.calls
+        self._threads, self._processes = tasks.threads, tasks.processes
+        self._alone = Slots("alone", 1)  # see `ALONE_FROM`
+        self._suspects = Slots("suspects", SUSPECTS)
+        self.slots_by_name = {r.name: r for r in (self._threads, self._processes, self._alone, self._suspects)}
+        self.children = None if children is None else ChildPool(children, self)
+        #: Each job's context is a copy of this one, because a job must not see variables that another job has set.
+        self._base = contextvars.copy_context()
 
     @property
     def _usable(self) -> bool:
         """Whether child processes are available."""
         return self.children is not None and self.children.broken is None
 
-    def room_of(self, work: JobRun, plan: TaskRuntime) -> Slots | None:
+    def slots_of(self, work: JobRun, plan: TaskRuntime) -> Slots | None:
         """Return the slots in which the job's code must run. None: the code runs on the event loop, which has no limit
         of its own."""
         if work.suspect and self._usable:
-            return self.alone if work.takeover >= ALONE_FROM else self.suspects
-        return plan.room
+            return self._alone if work.takeover >= ALONE_FROM else self._suspects
+        return plan.slots
 
     def crashed(self, starts: int) -> Failed | None:
         """Return the failure of a job whose code was started ``starts`` times without an outcome. None: the job may
@@ -100,21 +100,50 @@ class Placement:
         )
         return Failed("crashed", ErrorInfo("ProcessDied", message))
 
+    # -- beginning ----------------------------------------------------------------------------------------------------
+
+    def begin_code(self, work: JobRun, at_us: int) -> None:
+        """Send the job's `JobStarted`, and run its code. ``at_us``: when the job was begun, in µs.
+
+        The code does not wait for the acknowledgement, because the closing fact follows in the same partition. Only the
+        code of a suspect waits for the acknowledgement, so that a later owner finds the start.
+        """
+        if work.suspect:
+            work.waiting, work.noted = True, self._start_noted
+            self._recorder.started(work, at_us, partial(self._start_delivered, work))
+            return
+        self._recorder.started(work, at_us)
+        if work.slots is None:
+            work.handle = self._calls.loop.create_task(self.executor.run(work), context=self._base.copy())
+        else:
+            self.go(work)
+
+    def _start_delivered(self, work: JobRun, error: KafkaError | None, message: Message) -> None:
+        """Handle the delivery of a suspect's `JobStarted`. Any thread. Request that all reports are taken soon,
+        because reports are taken in order."""
+        work.noted_delivered(error, message)
+        self._reports.settle_soon()
+
+    def _start_noted(self, work: JobRun) -> None:
+        """Run a suspect's code: the suspect's start is in the log. Called in the thread that takes the delivery
+        report."""
+        self._calls.call(self.go, work)
+
     def go(self, work: JobRun) -> None:
         """Run the code of a job that was begun. A suspect, or a job that has waited for a child process, runs only if
         the job is still this worker's."""
-        plan, room = work.plan, work.room
+        plan, slots = work.plan, work.slots
         assert plan is not None
-        if room is not None and room is not self.threads:
+        if slots is not None and slots is not self._threads:
             assert self.children is not None
             self.children.run(work)
         elif work.suspect and not self.take(work):
             return
-        elif room is None:
-            work.handle = self.loop.create_task(self.executor.run(work), context=self._base.copy())
-        elif room is self.threads:
+        elif slots is None:
+            work.handle = self._calls.loop.create_task(self.executor.run(work), context=self._base.copy())
+        elif slots is self._threads:
             if plan.task.timeout is not None:
-                work.timer = self.loop.call_later(plan.task.timeout, self.executor.late, work)
+                work.timer = self._calls.loop.call_later(plan.task.timeout, self.executor.late, work)
             self.executor.submit(work)
 
     def take(self, work: JobRun) -> bool:
@@ -134,20 +163,9 @@ class Placement:
             work.began = _monotonic()
         return True
 
-    def may_begin(self, work: JobRun) -> bool:
-        """Return whether a job's code may begin on the loop or in the thread to which the job was passed. Any thread.
-
-        Call this if the job may no longer be this worker's: the job was abandoned, its partition was lost, or the lease
-        is over. A long job is this worker's as long as the worker holds the job lease. If the code may not begin, the
-        job is dropped, or is started again when the group has confirmed the partition.
-        """
-        if not work.abandoned and self._certain(work) and (work.lease is None or self._ours(work)):
-            return True
-        work.handle = None
-        self._call(self._begin_later, work)
-        return False
-
-    def _begin_later(self, work: JobRun) -> None:
+    def begin_later(self, work: JobRun) -> None:
+        """Begin a job whose code did not begin because the job may be another worker's (`RunningJobs.may_begin`). The
+        job is dropped, or its code begins when the group has confirmed the partition."""
         if work.timer is not None:
             work.timer.cancel()
             work.timer = None
@@ -155,7 +173,7 @@ class Placement:
         if work.suspect:
             work.waiting = True  # a hand-over need not wait for this job
             self.go(work)
-        elif self._may_start(work, self._begin_later):
+        elif self._may_start(work, self.begin_later):
             work.began = _monotonic()  # the pause does not count as running time
             self.go(work)
 
@@ -167,13 +185,13 @@ class Placement:
         ``again(work)`` is called after `AGAIN_S` seconds. For a suspect without a job lease, True also claims the right
         to take records (`Partition.begin_taking`), because the suspect's partition may be handed over at any time.
         """
-        if work.abandoned or not self._ours(work):
+        if work.abandoned or not self._running.ours(work):
             self._drop(work)
-        elif not self._certain(work):
-            self.loop.call_later(AGAIN_S, self._call, again, work)
+        elif not self._running.certain(work):
+            self._calls.later(AGAIN_S, again, work)
         elif work.stop_outcome is not None:  # cancelled while it waited
-            self.executor.close_with(work, work.stop_outcome)
-            self._done(work)
+            self._recorder.close_with(work, work.stop_outcome)
+            self._reports.ended(work)
         elif work.suspect and work.lease is None and not work.partition.begin_taking():
             self._drop(work)
         else:
@@ -185,13 +203,13 @@ class Placement:
         if work.lease is not None:
             work.lease.leases.give_back(work)
         work.abandoned = True  # the job has no outcome; without this mark, that would count as a success
-        self._done(work)
+        self._reports.ended(work)
 
     def sweep(self) -> None:
         """Drop the jobs that wait for a child process and are no longer this worker's, because partitions were given up
         or the worker takes no more jobs."""
         if self.children is not None:
-            for work in self.children.forget(lambda work: not self._ours(work)):
+            for work in self.children.forget(lambda work: not self._running.ours(work)):
                 self._drop(work)
 
     # -- reports from children ----------------------------------------------------------------------------------------
@@ -200,22 +218,33 @@ class Placement:
         """Record the outcome of code that ended in a child process."""
         if not work.abandoned:
             if isinstance(outcome, Succeeded):
-                self.executor.succeeded(work, outcome.result)
+                self._recorder.succeeded(work, outcome.result)
             else:
-                self.executor.close_with(work, work.stop_outcome or outcome)
-        self._done(work)
+                self._recorder.close_with(work, work.stop_outcome or outcome)
+        self._reports.ended(work)
 
     def ended(self, work: JobRun, why: str, error: BaseException) -> None:
         """Record the outcome of a job that this worker ended in a child process. ``why``: ``timeout``, ``memory`` or
         ``stop``. A job that was stopped without an outcome gets none."""
         if not work.abandoned:
             if work.stop_outcome is not None:
-                self.executor.close_with(work, work.stop_outcome)
+                self._recorder.close_with(work, work.stop_outcome)
             elif why != "stop":
-                self.executor.raised(work, error, why == "timeout")
-        self._done(work)
+                self._recorder.raised(work, error, why == "timeout")
+        self._reports.ended(work)
 
     def died(self, work: JobRun, error: ErrorInfo, blamed: bool) -> None:
+        """Note that a job's process ended by itself: see `_died`, which runs soon."""
+        self._calls.call(self._died, work, error, blamed)
+
+    def unusable(self, error: JobledgerError, needed: bool) -> None:
+        """Note that no child process can ever be started. ``needed``: the worker cannot work without them."""
+        if needed:
+            self._calls.fail(error)
+        else:
+            LOG.warning("%s\nJobs that may have crashed a worker run in this process, beside other jobs", error)
+
+    def _died(self, work: JobRun, error: ErrorInfo, blamed: bool) -> None:
         """Run a job again whose process ended by itself. After `CRASHES` starts without an outcome the job fails.
         ``blamed`` is False if the process ended for another reason, or no process was available."""
         event, plan = work.event, work.plan
@@ -223,18 +252,18 @@ class Placement:
         assert plan is not None
         work.takeover += blamed
         if work.abandoned:
-            self._done(work)
+            self._reports.ended(work)
         elif work.stop_outcome is not None:
-            self.executor.close_with(work, work.stop_outcome)
-            self._done(work)
+            self._recorder.close_with(work, work.stop_outcome)
+            self._reports.ended(work)
         elif blamed and work.takeover >= CRASHES:
-            self.executor.close_with(work, Failed("crashed", error))
-            self._done(work)
-        elif plan.room is self.processes and not self._usable:
+            self._recorder.close_with(work, Failed("crashed", error))
+            self._reports.ended(work)
+        elif plan.slots is self._processes and not self._usable:
             self._drop(work)  # the job's next owner finds the starts in the log
         else:
             if not self._usable:
-                self._move(work, plan.room)  # the task's usual slots; a worker with isolated tasks stops
+                self._move(work, plan.slots)  # the task's usual slots; a worker with isolated tasks stops
             work.suspect = work.waiting = True
             starts = work.takeover + (not blamed)
             said = f"job {event.job_id} ({event.task}), started {starts} times, is started again: {error.message}"
@@ -247,27 +276,44 @@ class Placement:
             LOG.warning("%s", said)
             work.began = _monotonic()
             work.context = context_of(work)
+            self._running.started += 1
             try:
-                self._begin_again(work)
+                self.begin_code(work, now_us())
             finally:
                 work.partition.taking = False
 
     @staticmethod
-    def _move(work: JobRun, room: Slots | None) -> None:
-        if work.room is not None:
-            work.room.running -= 1
-        work.room = room
-        if room is not None:
-            room.running += 1
+    def _move(work: JobRun, slots: Slots | None) -> None:
+        if work.slots is not None:
+            work.slots.running -= 1
+        work.slots = slots
+        if slots is not None:
+            slots.running += 1
+
+    # -- ending -------------------------------------------------------------------------------------------------------
 
     def give_up(self, work: JobRun) -> None:
         """End running code whose outcome is no longer wanted."""
         if self.children is not None and self.children.holds(work):
             self.children.abandoned(work)
         else:
-            self.executor.end(work)
+            self._end(work)
 
-    def stop(self, work: JobRun) -> None:
-        """Ask a job in a child process to end."""
-        if self.children is not None:
+    def stop(self, work: JobRun, outcome: Outcome) -> None:
+        """Ask running code to end. If the code then raises, ``outcome`` is recorded; if the code returns, the job has
+        succeeded. A coroutine is cancelled, and a thread is interrupted at its next bytecode. A child process is told
+        to end, and is killed if the code still runs after `SOFT_S` seconds (`jobledger.consumers.isolation.pool`)."""
+        work.stop_outcome = outcome
+        self._end(work)
+
+    def _end(self, work: JobRun) -> None:
+        """Ask running code to end: on the event loop, in a thread or in a child process."""
+        if work.handle is not None:
+            if work.context is not None:
+                # The coroutine has not run its first step. If it were cancelled now, it would never run, and its end
+                # would not be reported.
+                self._calls.loop.call_soon(self._end, work)
+            else:
+                work.handle.cancel()
+        elif not self.executor.interrupts.interrupt(work, TaskCancelled) and self.children is not None:
             self.children.stop(work)

@@ -9,51 +9,42 @@ are marked as done at once.
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import msgspec
 from confluent_kafka import Message
 
-from jobledger.consumers.recording.worker_events import WorkerEvents
-from jobledger.consumers.recording.worker_producer import BY_KEY, WorkerProducer
-from jobledger.consumers.running.executor import Executor
+from jobledger.consumers.recording.recorder import Recorder
 from jobledger.consumers.running.placement import Placement
-from jobledger.consumers.scheduling.lanes import Lane
+from jobledger.consumers.scheduling.lanes import Lanes
 from jobledger.consumers.scheduling.schema_resolver import Read, SchemaResolver, read
 from jobledger.consumers.scheduling.starter import Starter
 from jobledger.consumers.scheduling.wait_queues import WaitQueues
 from jobledger.consumers.state.dedup import release_key
 from jobledger.consumers.state.fast_submission import plain_submission
 from jobledger.consumers.state.limiters import closed_gate
-from jobledger.consumers.state.outcome import (
-    Cancelled,
-    Expired,
-    Failed,
-    Outcome,
-    Retried,
-    Snoozed,
-    Succeeded,
-    unknown_task,
-)
-from jobledger.consumers.state.work import Arrived, JobRun, ParkedRecord, Partition, PriorFact, TaskRuntime
-from jobledger.definitions.retry import Retry
-from jobledger.errors import JobledgerError, RegistryNeeded, SchemaError, UnknownFact
+from jobledger.consumers.state.outcome import Cancelled, Expired, Failed, Outcome, Retried, Snoozed, Succeeded
+from jobledger.consumers.state.reports import Reports
+from jobledger.consumers.state.task_table import TaskTable
+from jobledger.consumers.state.work import JobRun, ParkedRecord, Partition, PriorFact, TaskRuntime
+from jobledger.errors import RegistryNeeded, SchemaError, UnknownFact
 from jobledger.process.logger import get_logger
 from jobledger.schemas import codec
 from jobledger.schemas.events import (
-    JobCancelled,
+    JobCancelledFact,
     JobDue,
     JobEvent,
-    JobExpired,
-    JobFailed,
+    JobExpiredFact,
+    JobFailedFact,
     JobLeased,
     JobRetried,
     JobSnoozed,
     JobSpec,
     JobSubmitted,
     crashes_of,
+    fact_name,
     lasting,
     later,
 )
@@ -73,38 +64,30 @@ class Counts:
 
 
 class Admission:
-    """Judge records, and pass their jobs to `Starter` or to a wait queue.
-
-    ``unknown``: the backoff of jobs whose task this worker does not know. ``call``: run a function on the loop, from
-    any thread. ``wake()``: look for work to begin. ``fail(error)``: stop the worker.
-    """
-
-    executor: Executor
-    places: Placement
+    """Judge records, and pass their jobs to `Starter` or to a wait queue. What needs no run goes to `Recorder`."""
 
     def __init__(
         self,
-        facts: WorkerEvents,
-        sender: WorkerProducer,
         decoder: codec.Decoder,
-        arrived: Arrived,
         starter: Starter,
-        lines: WaitQueues,
-        plans: Mapping[str, TaskRuntime],
-        stages: Mapping[str, Lane],
-        *,
-        unknown: Retry,
-        call: Callable[..., None],
-        wake: Callable[[], None],
-        fail: Callable[[JobledgerError], None],
+        placement: Placement,
+        wait_queues: WaitQueues,
+        lanes: Lanes,
+        tasks: TaskTable,
+        recorder: Recorder,
+        reports: Reports,
     ) -> None:
-        self._facts, self._sender, self._arrived = facts, sender, arrived
-        self._starter, self._lines, self._plans, self._stages = starter, lines, plans, stages
-        self._backoff, self._wake = unknown, wake
         self._decoder, self._own_form = decoder, decoder.own_form
+        self._starter, self._placement, self._wait_queues, self._by_topic = (
+            starter,
+            placement,
+            wait_queues,
+            lanes.by_topic,
+        )
+        self._tasks, self._plans, self._recorder, self._reports = tasks, tasks.plans, recorder, reports
         self._start = starter.start
-        self._fair = any(stage.fair_by is not None for stage in stages.values())
-        self.aside = SchemaResolver(decoder, lambda *read: call(self.from_aside, *read), fail)
+        self._fair = bool(lanes.filled)
+        self.schema_resolver = SchemaResolver(decoder, partial(reports.calls.call, self.resolved), reports.calls.fail)
         self.counts = Counts()
 
     def take_up(self, partition: Partition, message: Message, now: float) -> None:
@@ -123,8 +106,8 @@ class Admission:
             framed = self._own_form(own)
             if framed is None:
                 if self._decoder.asks(own):
-                    partition.aside = True
-                    self.aside.put(partition, message, fresh)
+                    partition.resolving = True
+                    self.schema_resolver.put(partition, message, fresh)
                 else:
                     self.judge(partition, message, read(self._decoder, value), fresh, now)
                 return
@@ -158,7 +141,7 @@ class Admission:
         release the takeover floor."""
         offsets = partition.offsets
         assert offsets is not None
-        if offsets.end >= partition.scanned_to and not partition.aside and partition.back is None:
+        if offsets.end >= partition.scanned_to and not partition.resolving and partition.back is None:
             partition.closed.clear()
             partition.starts.clear()
             partition.held.clear()
@@ -167,27 +150,21 @@ class Admission:
             with partition.lock:
                 offsets.hold(None)
 
-    def from_aside(self, partition: Partition, message: Message, read: Read, fresh: bool) -> None:
+    def resolved(self, partition: Partition, message: Message, read: Read, fresh: bool) -> None:
         """Take a record back from `SchemaResolver`. ``read``: see `Read`. The record is judged as the partition's next
         record, when it is the partition's turn. On the loop."""
-        partition.aside = False
+        partition.resolving = False
         partition.back = (message, read, fresh)
-        self._wake()
+        self._reports.wake()
 
     def accept(self, partition: Partition, message: Message, event: JobEvent, fresh: bool, now: float) -> None:
         """Run the job of a decoded event, or let the job wait. If the event does not belong on a work topic, reject it.
         If its release is done or known already, do not run the job."""
         offset = message.offset() or 0
         fact = event.fact
-        if type(fact) is JobSubmitted:
-            if fact.delay_ms is not None or fact.due_at is not None:
-                self.reject(partition, message, "a conditioned JobSubmitted does not belong on a work topic", fresh)
-                return
-        elif type(fact) is not JobDue:
-            self.reject(partition, message, f"a {type(fact).__name__} does not belong on a work topic", fresh)
-            return
-        if not event.job_id:
-            self.reject(partition, message, "it names no job", fresh)
+        belongs = fact.delay_ms is None and fact.due_at is None if type(fact) is JobSubmitted else type(fact) is JobDue
+        if not belongs or not event.job_id:
+            self.reject(partition, message, _why_no_job(event), fresh)
             return
         key = release_key(event.job_id, event.run, event.release)
         found = partition.closed.pop(key, None) if partition.closed else None
@@ -198,20 +175,20 @@ class Admission:
             return
         if not fresh:
             return
-        spec = fact.spec
+        spec: JobSpec = fact.spec  # type: ignore[union-attr]  # one of the two facts checked above
         if spec.expires_in_ms is not None or spec.expires_at is not None:
             event = _expiring(event, spec, message.timestamp()[1])
             spec = event.fact.spec  # type: ignore[union-attr]  # one of the two facts checked above
         appended = message.timestamp()[1]
+        waits = event.key is not None or self._fair
         if (
-            (event.key is not None or self._fair)
+            waits
             and found is None
-            and not (partition.scanned_to and (key in partition.starts or key in partition.held))
-            and self._lines.crowded(partition)
-            and self._deferred(partition, message, event, spec, now)
+            and self._wait_queues.crowded(partition)
+            and self._deferred(partition, message, event, now)
         ):
             return
-        work = JobRun(partition, offset, event, self._arrived)
+        work = JobRun(partition, offset, event, self._reports.arrived)
         work.expires_at = spec.expires_at
         work.appended = appended
         partition.live[offset] = work
@@ -219,50 +196,52 @@ class Admission:
             self._settle_found(work, found)
             return
         if partition.scanned_to:
-            work.takeover = partition.starts.pop(key, 0)
-            work.suspect = work.takeover > 0 or offset < partition.careful
-            if work.takeover and partition.offsets is not None:
-                with partition.lock:  # the next owner must find these starts until a new start counts them
-                    partition.offsets.note(offset, partition.floor)
+            _note_starts(work, partition.starts.pop(key, 0))
         if spec.tags and (crashes := crashes_of(spec.tags)):
             work.takeover += crashes
             work.suspect = True
         plan = work.plan = self._plans.get(event.task)
-        stage = self._stages[partition.topic]
-        tenant = "" if stage.fair_by is None else spec.tags.get(stage.fair_by, "")
+        lane = self._by_topic[partition.topic]
+        tenant = "" if lane.fair_by is None else spec.tags.get(lane.fair_by, "")
         if event.key is not None:  # also a job that must not start: the job is closed in its turn
             held = partition.held.pop(key, None) if partition.held else None
-            self._lines.enqueue_keyed(work, event.key, held, tenant)
+            self._wait_queues.enqueue_keyed(work, event.key, held, tenant)
             return
-        if not self.executor.takes_arguments(work):
+        if not self._recorder.takes_arguments(work):
             return
-        if work.takeover and (crashed := self.places.crashed(work.takeover)) is not None:
-            self.executor.close_with(work, crashed)
+        if work.takeover and (crashed := self._placement.crashed(work.takeover)) is not None:
+            self._recorder.close_with(work, crashed)
             return
         if plan is None:
-            self.unknown(work)
+            self._recorder.close_with(work, self._tasks.unknown(event))
             return
-        if stage.fair_by is not None:
-            self._lines.wait_for_gate(work, plan, _of_tenant(tenant, plan), now, tenant)
+        if lane.fair_by is not None:
+            self._wait_queues.wait_for_gate(work, plan, _of_tenant(tenant, plan), now, tenant)
         elif plan.gates and (("task", plan.name) in partition.lines or closed_gate(plan.gates, now) is not None):
-            self._lines.wait_for_gate(work, plan, ("task", plan.name), now)
+            self._wait_queues.wait_for_gate(work, plan, ("task", plan.name), now)
         elif (ended := self._starter.refused(work)) is not None:
-            self.executor.close_with(work, ended)
+            self._recorder.close_with(work, ended)
         else:
             self._start(work, now)
 
-    def _deferred(self, partition: Partition, message: Message, event: JobEvent, spec: JobSpec, now: float) -> bool:
+    def _deferred(self, partition: Partition, message: Message, event: JobEvent, now: float) -> bool:
         """Add a job to its wait queue as a parked record, and return True. Do nothing and return False if the job
-        has no wait queue to join, if leases of the job have expired, or if the job should be snoozed instead."""
-        stage, plan = self._stages[partition.topic], self._plans.get(event.task)
-        if (event.key is None and (stage.fair_by is None or plan is None)) or (spec.tags and crashes_of(spec.tags)):
+        has no wait queue to join, if a former owner started it or made attempts in place, if leases of the job have
+        expired, or if the job should be snoozed instead."""
+        spec: JobSpec = event.fact.spec  # type: ignore[union-attr]  # one of the two facts that `accept` lets pass
+        if partition.scanned_to:
+            key = release_key(event.job_id, event.run, event.release)
+            if key in partition.starts or key in partition.held:
+                return False
+        lane, plan = self._by_topic[partition.topic], self._plans.get(event.task)
+        if (event.key is None and (lane.fair_by is None or plan is None)) or (spec.tags and crashes_of(spec.tags)):
             return False
-        tenant = "" if stage.fair_by is None else spec.tags.get(stage.fair_by, "")
+        tenant = "" if lane.fair_by is None else spec.tags.get(lane.fair_by, "")
         if event.key is not None:
             identity: tuple[str, ...] = ("key", event.key)
         else:
             assert plan is not None
-            if plan.gates and self._lines.half_full(partition) and closed_gate(plan.gates, now) is not None:
+            if plan.gates and self._wait_queues.half_full(partition) and closed_gate(plan.gates, now) is not None:
                 return False
             identity = _of_tenant(tenant, plan)
         offset, value = message.offset() or 0, message.value()
@@ -270,25 +249,8 @@ class Admission:
         if not isinstance(value, bytes) or not value.startswith(_OWN) or spec.expires_at is not None:
             value = codec.encode(event)
         one = ParkedRecord(offset, message.timestamp()[1], value, plan, offset < partition.careful)
-        self._lines.defer(partition, identity, one, serial=event.key is not None, tenant=tenant)
+        self._wait_queues.defer(partition, identity, one, serial=event.key is not None, tenant=tenant)
         return True
-
-    def revive(self, partition: Partition, one: ParkedRecord) -> JobRun:
-        """Create the `JobRun` of a parked record. The job's arguments are not decoded yet."""
-        event = plain_submission(one.value) or codec.decode(one.value)
-        spec = event.fact.spec  # type: ignore[union-attr]  # only `JobSubmitted` and `JobDue` are accepted
-        work = JobRun(partition, one.offset, event, self._arrived)
-        work.expires_at, work.appended, work.plan, work.suspect = spec.expires_at, one.appended, one.plan, one.suspect
-        partition.live[one.offset] = work
-        return work
-
-    def unknown(self, work: JobRun) -> None:
-        """Close a job whose task this worker does not know. The job is snoozed, because another worker may know the
-        task. When the backoff is exhausted, the job fails."""
-        event = work.event
-        assert event is not None
-        outcome = unknown_task(event.task, list(self._plans), _tags(event), self._backoff, random.random())
-        self.executor.close_with(work, outcome)
 
     def _settle_found(self, work: JobRun, found: PriorFact) -> None:
         """Send the records again that derive from ``found``, the fact with which the log settles the release already.
@@ -298,7 +260,7 @@ class Admission:
         assert event is not None
         fact = found.fact
         if isinstance(fact, JobLeased):
-            self.executor.resend(work, [self._facts.leased(event, fact.worker, fact.lease_ms)], found.offset)
+            self._recorder.resend(work, [self._recorder.facts.leased(event, fact.worker, fact.lease_ms)], found.offset)
             return
         outcome: Outcome = Succeeded()
         due_at: int | None = None
@@ -308,17 +270,17 @@ class Admission:
         elif isinstance(fact, JobSnoozed):
             tags: Mapping[str, str] | None = None
             if fact.reason == "unknown-task":
-                again = unknown_task(event.task, [], _tags(event), self._backoff, 0.0)
+                again = self._tasks.unknown(event, jitter=0.0)
                 tags = again.tags if isinstance(again, Snoozed) else None
             outcome = Snoozed(fact.delay_ms, fact.reason, tags)
             due_at = later(found.appended_ms, fact.delay_ms)
-        elif isinstance(fact, JobCancelled):
+        elif isinstance(fact, JobCancelledFact):
             outcome = Cancelled(fact.by, fact.reason)
-        elif isinstance(fact, JobExpired):
+        elif isinstance(fact, JobExpiredFact):
             outcome = Expired(fact.expired_at)
-        elif isinstance(fact, JobFailed):
+        elif isinstance(fact, JobFailedFact):
             outcome = Failed(fact.reason, fact.error)  # type: ignore[arg-type]  # a reason that a worker wrote
-        self.executor.resend_derived(work, outcome, due_at, found.offset)
+        self._recorder.resend_derived(work, outcome, due_at, found.offset)
 
     def _done(self, partition: Partition, offset: int) -> None:
         assert partition.offsets is not None
@@ -333,12 +295,29 @@ class Admission:
         offset = message.offset() or 0
         self.counts.rejected += 1
         LOG.error("%r@%d is rejected: %s", partition, offset, why)
-        key, value = message.key(), message.value()
-        record = self._facts.rejected(partition.topic, partition.number, offset, _bytes(key), _bytes(value), why)
-        work = JobRun(partition, offset, None, self._arrived)
+        work = JobRun(partition, offset, None, self._reports.arrived)
         partition.live[offset] = work
-        assert record.value is not None
-        self._sender.send(record.topic, record.value, record.key, BY_KEY, work.derived_delivered)
+        self._recorder.reject(work, _bytes(message.key()), _bytes(message.value()), why)
+
+
+def _why_no_job(event: JobEvent) -> str:
+    """Return why an event on a work topic is not a job."""
+    if isinstance(event.fact, JobSubmitted) and (event.fact.delay_ms is not None or event.fact.due_at is not None):
+        return "a conditioned JobSubmitted does not belong on a work topic"
+    if not isinstance(event.fact, JobSubmitted | JobDue):
+        return f"a {fact_name(event.fact)} does not belong on a work topic"
+    return "it names no job"
+
+
+def _note_starts(work: JobRun, starts: int) -> None:
+    """Note what the takeover's scan found about a job: how often its release was started without an outcome (``starts``), and
+    whether it may have ended the last owner."""
+    partition, offset = work.partition, work.offset
+    work.takeover = starts
+    work.suspect = starts > 0 or offset < partition.careful
+    if starts and partition.offsets is not None:
+        with partition.lock:  # the next owner must find these starts until a new start counts them
+            partition.offsets.note(offset, partition.floor)
 
 
 def _of_tenant(tenant: str, plan: TaskRuntime) -> tuple[str, ...]:
@@ -351,11 +330,6 @@ def _expiring(event: JobEvent, spec: JobSpec, appended_ms: int) -> JobEvent:
     """Return the event with its expiry as a point in time, because derived records have a later append time."""
     fact = msgspec.structs.replace(event.fact, spec=lasting(spec, appended_ms))
     return msgspec.structs.replace(event, fact=fact)
-
-
-def _tags(event: JobEvent) -> Mapping[str, str]:
-    fact = event.fact
-    return fact.spec.tags if isinstance(fact, JobSubmitted | JobDue) else {}
 
 
 def _bytes(value: object) -> bytes | None:

@@ -9,12 +9,15 @@ start goes to the lane that has had the fewest starts for its weight (stride sch
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+from jobledger.consumers.scheduling.control_reader import Control
 from jobledger.consumers.state.limiters import Limiter
+from jobledger.consumers.state.task_table import TaskTable
 from jobledger.consumers.state.work import WAIT_BOUNDS_MS, JobRun, Partition, WaitQueue
 from jobledger.definitions.queues import Queue
-from jobledger.kafka.topic_names import lane
+from jobledger.definitions.task_registry import TaskRegistry
+from jobledger.kafka.topic_names import lane as lane_name
 
 #: Starts that a priority gets for each start of low priority, while all priorities have work and their records have not
 #: waited. See `AGEING_S`.
@@ -25,7 +28,7 @@ AGEING_S, AGEING_MOST = 30.0, 6
 
 
 class Lane:
-    """One lane in this worker: one work topic, which is a queue or one priority of a queue. ``scope``: the queue's
+    """One lane in this worker: one work topic, which is a queue or one priority of a queue. ``limiter``: the queue's
     limits and pauses, which its lanes share."""
 
     __slots__ = (
@@ -35,20 +38,20 @@ class Lane:
         "lane",
         "level",
         "levelled",
+        "limiter",
         "parts",
         "passed",
         "queue",
         "ready",
-        "scope",
         "waited_ms",
         "waiting",
         "waits",
         "weight",
     )
 
-    def __init__(self, queue: Queue, level: str | None, scope: Limiter) -> None:
-        self.queue, self.level, self.scope = queue.name, level, scope
-        self.lane = lane(queue.name, level)
+    def __init__(self, queue: Queue, level: str | None, limiter: Limiter) -> None:
+        self.queue, self.level, self.limiter = queue.name, level, limiter
+        self.lane = lane_name(queue.name, level)
         self.fair_by = queue.fair_by
         self.levelled = queue.priorities
         self.base_weight = self.weight = WEIGHTS[level]
@@ -111,14 +114,72 @@ class Turns:
     def __init__(self) -> None:
         self._passed = 0.0
 
-    def next_of(self, stages: Sequence[Lane]) -> Lane:
-        """Return the lane that has had the fewest starts for its weight. ``stages``: one or more lanes that have work.
+    def next_of(self, lanes: Sequence[Lane]) -> Lane:
+        """Return the lane that has had the fewest starts for its weight. ``lanes``: one or more lanes that have work.
         A lane that had no work for a time does not get the starts later that it missed in that time."""
-        for stage in stages:
-            stage.passed = max(stage.passed, self._passed)
-        return min(stages, key=lambda stage: stage.passed)
+        for lane in lanes:
+            lane.passed = max(lane.passed, self._passed)
+        return min(lanes, key=lambda lane: lane.passed)
 
-    def took(self, stage: Lane, count: int) -> None:
+    def took(self, lane: Lane, count: int) -> None:
         """Note that the lane was given ``count`` starts."""
-        self._passed = stage.passed
-        stage.passed += count / stage.weight
+        self._passed = lane.passed
+        lane.passed += count / lane.weight
+
+
+class Lanes:
+    """The lanes of the queues that this worker serves, by work topic, and the limits of these queues and their tasks.
+
+    ``limiters``: the limits and pauses of each queue. ``all``: all lanes. ``filled``: the lanes whose tenants take
+    turns: their records are taken into wait queues first.
+    """
+
+    def __init__(self, registry: TaskRegistry, queues: Iterable[str], tasks: TaskTable) -> None:
+        self._registry, self._tasks = registry, tasks
+        self.limiters = {name: Limiter(f"queue {name}", registry.queues[name].limits) for name in queues}
+        self.by_topic = {
+            registry.names.jobs(lane_name(name, level)): Lane(registry.queues[name], level, limiter)
+            for name, limiter in self.limiters.items()
+            for level in registry.queues[name].levels
+        }
+        self.all = list(self.by_topic.values())
+        self.filled = [each for each in self.all if each.fair_by is not None]
+        self.turns = Turns()
+
+    @property
+    def owned(self) -> int:
+        """The number of partitions that this worker owns in all lanes."""
+        return sum(len(each.parts) for each in self.all)
+
+    def age(self, broker_ms: float) -> None:
+        """Set the weights of lanes with priorities. ``broker_ms``: ms of the broker's clock."""
+        for each in self.all:
+            if each.levelled:
+                each.age(broker_ms)
+
+    def divide(self) -> None:
+        """Set this worker's share of the limits of queues and tasks: each partition number of each priority carries a
+        share."""
+        for name, limiter in self.limiters.items():
+            queue = self._registry.queues[name]
+            count = queue.partitions or self._registry.partitions
+            owned = [
+                at * count + partition.number
+                for at, level in enumerate(queue.levels)
+                for partition in self.by_topic[self._registry.names.jobs(lane_name(name, level))].parts
+                if partition.number < count
+            ]
+            total = count * len(queue.levels)
+            plans = self._tasks.plans.values()
+            for each in [limiter, *(plan.limiter for plan in plans if plan.task.queue == name)]:
+                each.own(owned, total)
+
+    def regate(self, control: Control) -> None:
+        """Apply the pauses and limits that the control commands in force set."""
+        for name, limiter in self.limiters.items():
+            limiter.paused = control.paused.get(("queue", name))
+            limiter.order(control.limits.get(("queue", name)))
+        for plan in self._tasks.plans.values():
+            plan.limiter.paused = control.paused.get(("task", plan.name))
+            plan.limiter.order(control.limits.get(("task", plan.name)))
+            plan.regate()

@@ -8,71 +8,68 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING
 
 import msgspec
 
-from jobledger.consumers.running.executor import Executor
+from jobledger.consumers.recording.recorder import Recorder
 from jobledger.consumers.running.placement import Placement
-from jobledger.consumers.scheduling.lanes import Lane
+from jobledger.consumers.scheduling.lanes import Lane, Lanes
 from jobledger.consumers.scheduling.starter import Starter
 from jobledger.consumers.state.limiters import Gate, Slots, closed_gate
 from jobledger.consumers.state.outcome import Snoozed, answered
+from jobledger.consumers.state.reports import Reports
+from jobledger.consumers.state.task_table import TaskTable
 from jobledger.consumers.state.work import JobRun, ParkedRecord, Partition, TaskRuntime, WaitQueue
-
-if TYPE_CHECKING:
-    import asyncio
+from jobledger.kafka.broker_clock import BrokerClock
 
 _monotonic = time.monotonic
 
 #: Jobs of a full partition that are snoozed in one call; wait queues of one gate that are searched for such jobs.
 ASIDE_AT_ONCE, LOOKED_AT = 64, 1_000
+#: Jobs of a lane that wait for slots of one kind, up to which jobs of a wait queue join them; 1 in a queue with
+#: priorities.
+SLOT_QUEUE = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Lookahead:
+    """How much may wait in a worker's wait queues. ``jobs``: jobs that wait as `JobRun`. ``size``: bytes of memory for
+    further jobs, which wait as `ParkedRecord`."""
+
+    jobs: int
+    size: int
 
 
 class WaitQueues:
     """Hold the wait queues of this worker's partitions.
-
-    ``lookahead``: how many jobs may wait as `JobRun` in all wait queues. ``lookahead_bytes``: bytes of memory for
-    further jobs, which wait as `ParkedRecord`.
 
     The worker continues to read a partition even if its wait queues are long, because the first job of another key may
     be behind a hundred thousand jobs of one key. While many jobs of a partition wait (`crowded`), a new job that must
     wait for its key or its tenant's turn is kept as a `ParkedRecord`. This record becomes a `JobRun` when its turn
     comes.
 
-    ``wake()``: look for work now. ``wake_in(seconds)``: look for work after so many seconds. ``unknown(work)``: close a
-    job whose task this worker does not know. ``revive(partition, deferred)``: create the `JobRun` of a parked record;
-    its arguments are not decoded yet. ``call``: run a function on the loop; an exception in the function stops the
-    worker.
-
     A key's next job begins when the last fact of the job before it is acknowledged, not when that fact is sent.
     Otherwise the next owner, after a crash, could run a job again although later jobs of its key have run. For the same
     reason a keyed job that must not start (bad arguments, cancelled, expired) is closed in its turn.
     """
 
-    executor: Executor
-    places: Placement
-    loop: asyncio.AbstractEventLoop
-
     def __init__(
         self,
         starter: Starter,
-        stages: Mapping[str, Lane],
-        *,
-        lookahead: int,
-        lookahead_bytes: int,
-        broker_ms: Callable[[], float],
-        wake: Callable[[], None],
-        wake_in: Callable[[float | None], None],
-        unknown: Callable[[JobRun], None],
-        revive: Callable[[Partition, ParkedRecord], JobRun],
-        call: Callable[..., None],
+        placement: Placement,
+        recorder: Recorder,
+        lanes: Lanes,
+        tasks: TaskTable,
+        lookahead: Lookahead,
+        clock: BrokerClock,
+        reports: Reports,
     ) -> None:
-        self._starter, self._stages, self._lookahead = starter, stages, lookahead
-        self._bytes, self._revive, self._call = lookahead_bytes, revive, call
-        self._broker_ms, self._wake, self._wake_in, self._unknown = broker_ms, wake, wake_in, unknown
+        self._starter, self._placement, self._recorder, self._tasks = starter, placement, recorder, tasks
+        self._by_topic, self._lookahead, self._bytes = lanes.by_topic, lookahead.jobs, lookahead.size
+        self._clock, self._reports = clock, reports
+        self._wake, self._wake_in = reports.wake, reports.wake_in
         #: Gates and slots for which wait queues wait.
         self.parking: dict[Gate | Slots, None] = {}
         #: Wait queues of keys whose job has freed its slot, while the job's last fact is not acknowledged yet.
@@ -129,7 +126,7 @@ class WaitQueues:
         line.works.append(one)
         partition.waiting += 1
         if not line.busy:
-            self._stages[partition.topic].add(line)
+            self._by_topic[partition.topic].add(line)
         return line
 
     def defer(
@@ -156,7 +153,7 @@ class WaitQueues:
         work.event = msgspec.structs.replace(work.event, attempt=attempt)
         with work.partition.lock:
             work.partition.offsets.note(work.offset, stands_at)
-        wait_s = (due_ms - self._broker_ms()) / 1000
+        wait_s = (due_ms - self._clock.ms()) / 1000
         if wait_s > 0 and line.works[0] is work:
             line.works.popleft()
             work.partition.waiting -= 1
@@ -166,9 +163,10 @@ class WaitQueues:
         self, work: JobRun, plan: TaskRuntime, identity: tuple[str, ...], now: float, tenant: str = ""
     ) -> None:
         """Add a job to a wait queue. If one of the task's gates is closed and many jobs wait already (`half_full`),
-        snooze the job instead, so that records behind it can be taken."""
+        snooze the job instead, so that records behind it can be taken. A suspect is not snoozed, because the next
+        release would not be a suspect."""
         partition = work.partition
-        gate = closed_gate(plan.gates, now) if self.half_full(partition) else None
+        gate = closed_gate(plan.gates, now) if not work.suspect and self.half_full(partition) else None
         if gate is not None:
             ahead = len(partition.lines[identity].works) if identity in partition.lines else 0
             self._set_aside(work, gate, ahead)
@@ -179,7 +177,7 @@ class WaitQueues:
         """Snooze a job until about its turn; the coordinator then releases it again. ``ahead``: how many jobs are
         before it in its wait queue."""
         seconds = max(5.0, gate.passes_in(ahead * max(1, self.owned))) * (1.0 + 0.2 * random.random())
-        self.executor.close_with(work, Snoozed(round(seconds * 1000), f"held back by {gate.describe()}"))
+        self._recorder.close_with(work, Snoozed(round(seconds * 1000), f"held back by {gate.describe()}"))
 
     def make_room(self, partition: Partition) -> None:
         """Snooze jobs of a full partition: the newest jobs of the longest wait queue that waits at a gate.
@@ -204,7 +202,7 @@ class WaitQueues:
                 break
             if isinstance(one, ParkedRecord):
                 self._count(partition, one, -1)
-                work = self._revive(partition, one)
+                work = one.revive(partition, self._reports.arrived)
             else:
                 work, one.waiting = one, False
             line.works.pop()
@@ -212,14 +210,14 @@ class WaitQueues:
             self._set_aside(work, gate, len(line.works))
         self._wake()
 
-    def serve(self, stage: Lane, most: int) -> int:
+    def serve(self, lane: Lane, most: int) -> int:
         """Begin the first jobs of a lane's ready wait queues, the wait queues in turn. Return how many jobs were
         handled."""
         begun = 0
-        for _ in range(stage.ready):
+        for _ in range(lane.ready):
             if begun >= most:
                 break
-            line, now = stage.next_line(), _monotonic()
+            line, now = lane.next_line(), _monotonic()
             partition = line.partition
             if not line.works or (line.serial and line.busy) or not partition.begin_taking():
                 self._passed(line)
@@ -227,14 +225,14 @@ class WaitQueues:
             try:
                 if now > partition.lease.until:
                     partition.lease.ask()
-                    stage.add(line)
+                    lane.add(line)
                     break
-                begun += self._serve_line(stage, line, now)
+                begun += self._serve_line(lane, line, now)
             finally:
                 partition.taking = False
         return begun
 
-    def _serve_line(self, stage: Lane, line: WaitQueue, now: float) -> int:
+    def _serve_line(self, lane: Lane, line: WaitQueue, now: float) -> int:
         """Begin the first job of a wait queue, or close the job if it must not begin. If a gate holds the job back,
         park the wait queue at that gate. Return 1 if the job left the wait queue, else 0."""
         work = line.works[0]
@@ -242,18 +240,18 @@ class WaitQueues:
         if isinstance(work, ParkedRecord):
             # Check the gates before the `JobRun` is created. Otherwise, while a gate is closed, each of many wait
             # queues would create one.
-            if (plan := work.plan) is not None and (gate := self._keeping(plan, plan.room, now)) is not None:
+            if (plan := work.plan) is not None and (gate := self._keeping(plan, plan.slots, now)) is not None:
                 return self._park(line, gate, now)
             self._count(line.partition, work, -1)
-            line.works[0] = work = self._revive(line.partition, work)
+            line.works[0] = work = work.revive(line.partition, self._reports.arrived)
             work.line, work.waiting, unread = line, True, True
         plan = work.plan
         ended = self._starter.refused(work)
         if ended is None and line.serial and work.takeover:
-            ended = self.places.crashed(work.takeover)
+            ended = self._placement.crashed(work.takeover)
         if ended is None and plan is not None:
-            gate = self._keeping(plan, self.places.room_of(work, plan), now)
-            if gate is not None:
+            gate = self._keeping(plan, self._placement.slots_of(work, plan), now)
+            if gate is not None and not _joins_slot_queue(lane, line, gate):
                 return self._park(line, gate, now)
         line.works.popleft()
         line.partition.waiting -= 1
@@ -261,34 +259,35 @@ class WaitQueues:
         work.waiting = False
         line.busy, line.over = line.serial, 0
         if ended is not None:
-            self.executor.close_with(work, ended)
+            self._recorder.close_with(work, ended)
             self.left(work)
         elif plan is None:
             work.held_since = work.held_since or now
-            self._unknown(work)
+            assert work.event is not None
+            self._recorder.close_with(work, self._tasks.unknown(work.event))
             self.left(work)
-        elif unread and not self.executor.takes_arguments(work):
+        elif unread and not self._recorder.takes_arguments(work):
             self.left(work)
         else:
             self._starter.start(work, now)
         if not line.serial:
-            self._served(stage, line)
+            self._served(lane, line)
         return 1
 
     @staticmethod
-    def _served(stage: Lane, line: WaitQueue) -> None:
+    def _served(lane: Lane, line: WaitQueue) -> None:
         """Add the wait queue to the ready ones of its lane, for its next job. Delete the wait queue if it has no
         job."""
         if line.works:
-            stage.add(line)
+            lane.add(line)
         else:
             line.partition.lines.pop(line.identity, None)
 
     @staticmethod
-    def _keeping(plan: TaskRuntime, room: Slots | None, now: float) -> Gate | Slots | None:
+    def _keeping(plan: TaskRuntime, slots: Slots | None, now: float) -> Gate | Slots | None:
         """Return the closed gate or the full slots that hold a job back; None if the job may begin."""
         gate = closed_gate(plan.gates, now)
-        return room if gate is None and room is not None and room.free(now) <= 0 else gate
+        return slots if gate is None and slots is not None and slots.free(now) <= 0 else gate
 
     def _passed(self, line: WaitQueue) -> None:
         """Note that a wait queue begins no job although its gate released it. Call `wake`, so that another wait queue
@@ -316,7 +315,7 @@ class WaitQueues:
             for _ in range(min(gate.free(now), len(gate.parked))):
                 line = gate.parked.popleft()
                 line.queued = False
-                self._stages[line.partition.topic].add(line)
+                self._by_topic[line.partition.topic].add(line)
             if gate.parked:
                 self._wake_in(gate.wait(now))
             else:
@@ -326,8 +325,9 @@ class WaitQueues:
         """Stop counting a job at its gates, because it no longer runs. In a serial wait queue, also note that the job's
         slot is free."""
         now = _monotonic()
+        good = None if work.abandoned else answered(work.outcome)
         for gate in work.gates:
-            gate.end(now, now - work.began, None if work.abandoned else answered(work.outcome))
+            gate.end(now, now - work.began, good, work.counted_at)
         work.gates = ()
         line = work.line
         if line is None or not line.serial:
@@ -361,7 +361,7 @@ class WaitQueues:
             self._hold(work, line, work.again_s)
             return
         line.busy = False
-        self._served(self._stages[line.partition.topic], line)
+        self._served(self._by_topic[line.partition.topic], line)
 
     def _hold(self, work: JobRun, line: WaitQueue, seconds: float) -> None:
         """Begin the next attempt after ``seconds`` seconds. Until then the job keeps its key.
@@ -374,21 +374,21 @@ class WaitQueues:
         work.again_s = None
         work.waiting = True
         line.busy = True
-        self.loop.call_later(seconds, self._call, self._again, work, line, _monotonic() + seconds)
+        self._reports.calls.later(seconds, self._again, work, line, _monotonic() + seconds)
 
     def _again(self, work: JobRun, line: WaitQueue, due: float) -> None:
         partition = line.partition
-        if not partition.owned or not self._starter.accepting:
+        if not partition.owned or not self._starter.running.accepting:
             return  # the next owner makes the attempt, and finds the attempt's number in the log
         if (early := due - _monotonic()) > 0:  # the loop's timers count whole milliseconds
-            self.loop.call_later(early, self._call, self._again, work, line, due)
+            self._reports.calls.later(early, self._again, work, line, due)
             return
-        work.outcome, work.takeover, work.suspect, work.room, work.timer = None, 0, False, None, None
+        work.outcome, work.takeover, work.suspect, work.slots, work.timer = None, 0, False, None, None
         work.interrupted = None  # each attempt has its own time limit
         line.works.appendleft(work)
         partition.waiting += 1
         line.busy = False
-        self._stages[partition.topic].add(line)
+        self._by_topic[partition.topic].add(line)
         self._wake()
 
     def forget(self, gone: set[Partition]) -> None:
@@ -403,12 +403,22 @@ class WaitQueues:
 
     def drop_waiting(self) -> None:
         """Forget all waiting jobs. These jobs are not begun, so they belong to the next owner."""
-        for stage in self._stages.values():
-            for partition in stage.parts:
+        for lane in self._by_topic.values():
+            for partition in lane.parts:
                 for line in partition.lines.values():
                     for one in line.works:
                         partition.live.pop(one.offset, None)
                     line.works.clear()
                 partition.nothing_waits()
-            stage.clear()
+            lane.clear()
         self.deferred_bytes = 0
+
+
+def _joins_slot_queue(lane: Lane, line: WaitQueue, gate: Gate | Slots) -> bool:
+    """Return whether the first job of a task's wait queue, which only lacks a slot, joins the jobs that wait for one.
+
+    Otherwise the jobs of other tasks, whose records are taken directly into the slot queue, would always come first.
+    """
+    if not isinstance(gate, Slots) or line.identity[0] != "task":
+        return False
+    return len(lane.waiting.get(gate.name, ())) < (1 if lane.levelled else SLOT_QUEUE)

@@ -38,9 +38,9 @@ class Gate(Protocol):
         """Count a job that begins."""
         ...
 
-    def end(self, now: float, seconds: float, good: bool | None) -> None:
+    def end(self, now: float, seconds: float, good: bool | None, began: float) -> None:
         """Count the end of a job that ran for ``seconds``. ``good``: whether the service that the job calls worked;
-        None: not known."""
+        None: not known. ``began``: the time with which `begin` counted the job."""
         ...
 
     def wait(self, now: float) -> float | None:
@@ -152,7 +152,7 @@ class Limiter:
             self._fill(now)
             self._tokens -= 1.0
 
-    def end(self, now: float, seconds: float, good: bool | None) -> None:
+    def end(self, now: float, seconds: float, good: bool | None, began: float) -> None:
         """See `Gate.end`."""
         self.running -= 1
 
@@ -233,7 +233,7 @@ class AdaptiveGate:
         if self._began_at == -math.inf:
             self._began_at = now
 
-    def end(self, now: float, seconds: float, good: bool | None) -> None:
+    def end(self, now: float, seconds: float, good: bool | None, began: float) -> None:
         """See `Gate.end`."""
         self.running -= 1
         if good is None:
@@ -271,7 +271,8 @@ class AdaptiveGate:
 
 class BreakerGate:
     """Applies a `Breaker` policy. While the circuit is closed, jobs begin. After ``failures`` failures in a row the
-    circuit is open, and no job begins for ``reset`` seconds. Then one job may try; its success closes the circuit."""
+    circuit is open, and no job begins for ``reset`` seconds. Then one job may try; its success closes the circuit. The
+    outcomes of jobs that began before the circuit opened count only while the circuit is closed."""
 
     __slots__ = ("_failures", "_open_until", "_trying", "name", "parked", "policy", "trips")
 
@@ -280,7 +281,7 @@ class BreakerGate:
         self.parked: deque[Any] = deque()
         self._failures = 0
         self._open_until: float | None = None
-        self._trying = 0
+        self._trying = False
         self.trips = 0
 
     @property
@@ -296,20 +297,22 @@ class BreakerGate:
 
     def begin(self, now: float) -> None:
         """See `Gate.begin`."""
-        if self._open_until is not None:
-            self._trying += 1
+        if self._open_until is not None and now >= self._open_until:
+            self._trying = True
 
-    def end(self, now: float, seconds: float, good: bool | None) -> None:
+    def end(self, now: float, seconds: float, good: bool | None, began: float) -> None:
         """See `Gate.end`."""
-        self._trying = max(0, self._trying - 1)
+        if self._open_until is not None and began < self._open_until:
+            return  # not the trial: the job began before the circuit opened
+        self._trying = False
         if good:
             self._failures, self._open_until = 0, None
         elif good is not None:
             self._failures += 1
-            if self._failures >= self.policy.failures and (self._open_until is None or now >= self._open_until):
+            if self._failures >= self.policy.failures:
                 self.trips += 1
                 self._open_until = now + self.policy.reset
-        elif self._open_until is not None and now >= self._open_until:
+        elif self._open_until is not None:
             self._open_until = now  # the trial showed nothing about the service: another job may try
 
     def wait(self, now: float) -> float | None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from confluent_kafka import KafkaError, Message
 
 from jobledger.consumers.state.dedup import ReleaseMemory
+from jobledger.consumers.state.fast_submission import plain_submission
 from jobledger.consumers.state.limiters import AdaptiveGate, BreakerGate, Gate, Limiter, Slots
 from jobledger.consumers.state.offset_tracker import PartitionOffsets, Snapshot
 from jobledger.consumers.state.outcome import Outcome
@@ -26,6 +27,7 @@ from jobledger.definitions.task import Task
 from jobledger.errors import TaskInterrupted
 from jobledger.kafka.clients import position_of
 from jobledger.process.logger import get_logger
+from jobledger.schemas import codec
 from jobledger.schemas.events import Fact, JobEvent, JobProgressed, JobSucceeded
 
 if TYPE_CHECKING:
@@ -112,6 +114,20 @@ class ParkedRecord:
     def __init__(self, offset: int, appended: int, value: bytes, plan: TaskRuntime | None, suspect: bool) -> None:
         self.offset, self.appended, self.value, self.plan, self.suspect = offset, appended, value, plan, suspect
 
+    def revive(self, partition: Partition, arrived: Arrived) -> JobRun:
+        """Create the `JobRun` of the record. The job's arguments are not decoded yet."""
+        event = plain_submission(self.value) or codec.decode(self.value)
+        spec = event.fact.spec  # type: ignore[union-attr]  # only `JobSubmitted` and `JobDue` are accepted
+        work = JobRun(partition, self.offset, event, arrived)
+        work.expires_at, work.appended, work.plan, work.suspect = (
+            spec.expires_at,
+            self.appended,
+            self.plan,
+            self.suspect,
+        )
+        partition.live[self.offset] = work
+        return work
+
     @property
     def size(self) -> int:
         """The approximate memory that the parked record takes, in bytes."""
@@ -151,7 +167,7 @@ class Partition:
         self.ready = False  # the takeover is complete
         self.stopped: str | None = None  # the reason why no more jobs of this partition may run
         self.taking = False  # the dispatcher is taking up records, or starting jobs that wait
-        self.aside = False  # the schema resolver looks up a received record's schema; then the record is in `back`
+        self.resolving = False  # the schema resolver looks up a received record's schema; then the record is in `back`
         self.back: tuple[Message, Any, bool] | None = None
         self.braked = False  # no records are taken, because the completion map could become too long
         self.full = False  # no records are taken, because too many jobs wait in the wait queues of this partition
@@ -279,12 +295,12 @@ class TaskRuntime:
         "fn",
         "gates",
         "is_async",
+        "limiter",
         "name",
         "retried",
-        "room",
         "runs",
-        "scope",
         "seconds",
+        "slots",
         "snoozed",
         "started",
         "succeeded",
@@ -300,27 +316,27 @@ class TaskRuntime:
         self.seconds = 0.0
         self.blocked = 0  # how often its code blocked the event loop
         policy = task.policy
-        self.scope = Limiter(f"task {task.name}", policy.limits)
+        self.limiter = Limiter(f"task {task.name}", policy.limits)
         self.adaptive = None if policy.adaptive is None else AdaptiveGate(f"task {task.name}", policy.adaptive)
         self.breaker = None if policy.breaker is None else BreakerGate(f"task {task.name}", policy.breaker)
         self.gates: tuple[Gate, ...] = ()
-        self.room: Slots | None = None  # the slots that its jobs need; None: the task runs on the event loop
+        self.slots: Slots | None = None  # the slots that its jobs need; None: the task runs on the event loop
         self.regate()
 
     def regate(self) -> None:
         """Choose the gates again, after limits or pauses have changed."""
-        found = (self.scope if self.scope.active else None, self.adaptive, self.breaker)
+        found = (self.limiter if self.limiter.active else None, self.adaptive, self.breaker)
         self.gates = tuple(gate for gate in found if gate is not None)
 
 
 class LeaseKeeper(Protocol):
     """Takes, renews and gives back job leases; see `jobledger.consumers.running.job_leases`."""
 
-    def call(self, function: Callable[..., None], *args: object) -> None:
-        """Run ``function`` on the event loop. Any thread."""
+    def written(self, work: JobRun) -> None:
+        """Report that both facts of the job's lease are acknowledged. Any thread."""
 
-    def grant(self, work: JobRun) -> None:
-        """Begin the job's code, because both facts of its lease are acknowledged."""
+    def close(self, work: JobRun, value: bytes, before: list[Outgoing]) -> None:
+        """Send the job's outcome, encoded in ``value``, after the records ``before`` are acknowledged. Any thread."""
 
     def give_back(self, work: JobRun) -> None:
         """Give the lease back, so that another worker can start the job at once."""
@@ -341,7 +357,7 @@ class JobLease:
 
     def settled(self, work: JobRun) -> None:
         """Note that both facts of the lease are acknowledged, and that the work record is done. Any thread."""
-        self.leases.call(self.leases.grant, work)
+        self.leases.written(work)
 
 
 class JobRun:
@@ -356,6 +372,7 @@ class JobRun:
         "arrived",
         "began",
         "context",
+        "counted_at",
         "derived",
         "event",
         "expires_at",
@@ -374,9 +391,9 @@ class JobRun:
         "progressed",
         "remaining",
         "reported_at",
-        "room",
         "send_progress",
         "shortened",
+        "slots",
         "stop_outcome",
         "suspect",
         "takeover",
@@ -394,7 +411,7 @@ class JobRun:
         # Starts without an outcome: those in the log and in the job's tags, and deaths of the job's process here.
         self.takeover = 0
         self.suspect = False  # may have ended a process: runs in a child process, after its start is acknowledged
-        self.room: Slots | None = None  # the slots that count the job while it runs
+        self.slots: Slots | None = None  # the slots that count the job while it runs
         self.timer: asyncio.TimerHandle | None = None  # for the timeout of a job in a thread
         self.interrupted: type[TaskInterrupted] | None = None  # raised in the job's code by this worker
         self.lease: JobLease | None = None  # of a long job
@@ -406,6 +423,7 @@ class JobRun:
         self.waiting = False
         self.line: WaitQueue | None = None  # the wait queue in which the job waits, or which the job keeps busy
         self.gates: tuple[Gate, ...] = ()  # the gates that count the job while it runs
+        self.counted_at = 0.0  # when these gates counted the job as begun (`time.monotonic`)
         self.expires_at: int | None = None  # µs of the broker's clock
         self.held_since = 0.0  # when the job began to hold its key (`time.monotonic`); 0: not yet
         self.again_s: float | None = None  # seconds until the next attempt in place

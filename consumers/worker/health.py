@@ -59,7 +59,7 @@ def health_of(worker: Parts) -> dict[str, Any]:
     status = "unhealthy" if reasons else "stopping" if worker.stopping else "ok"
     if dispatcher is None:
         return {"status": "unhealthy" if reasons else "starting", "reasons": reasons, "worker": worker.identity}
-    counts = dispatcher.intake.counts
+    counts = dispatcher.admission.counts
     return {
         "status": status,
         "reasons": reasons,
@@ -68,11 +68,11 @@ def health_of(worker: Parts) -> dict[str, Any]:
         "queues": queues,
         "running": len(dispatcher.running),
         "unacknowledged": worker.unacknowledged,
-        "started": dispatcher.starter.started,
+        "started": dispatcher.pipe.running.started,
         "children": _children(worker.children),
         "leases": worker.leases,
         **{
-            name: sum(getattr(plan, name) for plan in dispatcher.plans.values())
+            name: sum(getattr(plan, name) for plan in dispatcher.pipe.tasks.plans.values())
             for name in ("succeeded", "retried", "snoozed", "failed")
         },
         "duplicates": counts.duplicates,

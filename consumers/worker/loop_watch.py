@@ -11,12 +11,12 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
 from types import CodeType, FrameType
 
 from jobledger.consumers.isolation.garbage import Garbage
 from jobledger.consumers.running.executor import Executor
 from jobledger.consumers.running.interrupts import AWAITED
+from jobledger.consumers.state.running import RunningJobs
 from jobledger.consumers.state.work import JobRun
 from jobledger.definitions.functions import runs_inside
 from jobledger.errors import TaskTimedOut
@@ -43,18 +43,11 @@ class LoopWatch(threading.Thread):
     a job whose time limit is over, the thread sends a signal to the loop's thread. The signal handler raises
     `TaskTimedOut` if, and only if, it interrupts that job's code. Where this is not possible (the loop is not in the
     main thread, there is no such signal, C code does not return), the job times out when its code returns control.
-
-    ``running``: the running jobs. ``started()``: the number of jobs begun so far.
     """
 
-    def __init__(
-        self,
-        executor: Executor,
-        running: Mapping[JobRun, None],
-        started: Callable[[], int],
-    ) -> None:
+    def __init__(self, executor: Executor, running: RunningJobs) -> None:
         super().__init__(name="jobledger-loop-watch", daemon=True)
-        self._executor, self._running, self._started_count = executor, running, started
+        self._executor, self._jobs = executor, running
         self._garbage = Garbage()
         self._beats = self._quiet = self._begun = 0
         self._closed = threading.Event()
@@ -93,8 +86,8 @@ class LoopWatch(threading.Thread):
     def _beat(self) -> None:
         self._beats += 1
         self._executor.due = None  # the code returned control
-        started = self._started_count()
-        self._quiet = self._quiet + 1 if started == self._begun and not self._running else 0
+        started = self._jobs.started
+        self._quiet = self._quiet + 1 if started == self._begun and not self._jobs.jobs else 0
         self._begun = started
         self._garbage.look(idle=self._quiet >= IDLE_BEATS)
         if not self._closed.is_set():
@@ -141,7 +134,7 @@ class LoopWatch(threading.Thread):
         task = asyncio.current_task(self._loop)
         if task is None:
             return None
-        found = next((work for work in list(self._running) if work.handle is task), None)
+        found = next((work for work in list(self._jobs.jobs) if work.handle is task), None)
         return found or self._executor.interrupts.work_of(task)
 
     @staticmethod

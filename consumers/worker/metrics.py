@@ -123,8 +123,8 @@ class WorkerMetrics(Collector):
         if self._worker.watch is not None:
             blocked.add_metric(["", ""], self._worker.watch.blocked_by_others)
         running = Counter(work.plan.name for work in list(dispatcher.running) if work.plan is not None)
-        for plan in dispatcher.plans.values():
-            if plan.task.queue not in dispatcher.scopes and not plan.started:
+        for plan in dispatcher.pipe.tasks.plans.values():
+            if plan.task.queue not in dispatcher.pipe.lanes.limiters and not plan.started:
                 continue
             about = [plan.name, plan.task.queue]
             started.add_metric(about, plan.started)
@@ -154,11 +154,11 @@ class WorkerMetrics(Collector):
         )
         settler = self._worker.settler
         broker_ms = time.time() * 1000 if settler is None else settler.clock.ms()
-        for stage in dispatcher.stages.values():
-            about = [stage.queue, stage.level or "normal"]
-            waits.add_metric(about, _histogram(stage.waits, [b / 1000 for b in WAIT_BOUNDS_MS]), stage.waited_ms / 1000)
-            parts = list(stage.parts)
-            rooms = sum(map(len, list(stage.waiting.values())))
+        for lane in dispatcher.pipe.lanes.by_topic.values():
+            about = [lane.queue, lane.level or "normal"]
+            waits.add_metric(about, _histogram(lane.waits, [b / 1000 for b in WAIT_BOUNDS_MS]), lane.waited_ms / 1000)
+            parts = list(lane.parts)
+            rooms = sum(map(len, list(lane.waiting.values())))
             lines.add_metric(about, sum(p.waiting for p in parts) + rooms)
             stamps = [stamp for p in parts if (stamp := p.oldest_ms()) is not None]
             oldest.add_metric(about, max(0.0, broker_ms - min(stamps)) / 1000 if stamps else 0.0)
@@ -181,10 +181,10 @@ class WorkerMetrics(Collector):
         parts: list[Partition] = list(worker.partitions())
         ends = self._ends.of([(p.topic, p.number) for p in parts])
         for part in parts:
-            stage = dispatcher.stages.get(part.topic)
-            if stage is None:
+            lane = dispatcher.pipe.lanes.by_topic.get(part.topic)
+            if lane is None:
                 continue
-            about = [stage.queue, stage.level or "normal", str(part.number)]
+            about = [lane.queue, lane.level or "normal", str(part.number)]
             end = ends.get((part.topic, part.number))
             offset, metadata = part.last_commit or (part.committed, part.metadata or "")
             if end is not None:
@@ -208,8 +208,8 @@ class WorkerMetrics(Collector):
         dispatcher = self._worker.dispatcher
         assert dispatcher is not None
         for fetcher in self._worker.fetchers:
-            stage = dispatcher.stages[fetcher.topic]
-            about = [stage.queue, stage.level or "normal"]
+            lane = dispatcher.pipe.lanes.by_topic[fetcher.topic]
+            about = [lane.queue, lane.level or "normal"]
             for kind in ("assigned", "revoked", "lost"):
                 moved.add_metric([*about, kind], fetcher.moved[kind])
             commits.add_metric(about, fetcher.committer.commits)
@@ -232,21 +232,23 @@ class WorkerMetrics(Collector):
         )
         is_open = GaugeMetricFamily(f"{PREFIX}circuit_open", "1 while a task's circuit is open", labels=["task"])
         trips = CounterMetricFamily(f"{PREFIX}circuit_trips", "Times that a task's circuit opened", labels=["task"])
-        scopes: list[tuple[str, str, Limiter]] = [("queue", name, scope) for name, scope in dispatcher.scopes.items()]
-        for plan in dispatcher.plans.values():
-            if plan.task.queue in dispatcher.scopes:
-                scopes.append(("task", plan.name, plan.scope))
+        scopes: list[tuple[str, str, Limiter]] = [
+            ("queue", name, limiter) for name, limiter in dispatcher.pipe.lanes.limiters.items()
+        ]
+        for plan in dispatcher.pipe.tasks.plans.values():
+            if plan.task.queue in dispatcher.pipe.lanes.limiters:
+                scopes.append(("task", plan.name, plan.limiter))
             if plan.adaptive is not None:
                 adaptive.add_metric([plan.name], plan.adaptive.limit)
             if plan.breaker is not None:
                 is_open.add_metric([plan.name], plan.breaker.is_open)
                 trips.add_metric([plan.name], plan.breaker.trips)
-        for kind, name, scope in scopes:
-            paused.add_metric([kind, name], scope.paused is not None)
-            if scope.limits.rate is not None:
-                rate.add_metric([kind, name], scope.limits.rate)
-            if scope.limits.concurrency is not None:
-                slots.add_metric([kind, name], scope.limits.concurrency)
+        for kind, name, limiter in scopes:
+            paused.add_metric([kind, name], limiter.paused is not None)
+            if limiter.limits.rate is not None:
+                rate.add_metric([kind, name], limiter.limits.rate)
+            if limiter.limits.concurrency is not None:
+                slots.add_metric([kind, name], limiter.limits.concurrency)
         yield from (paused, rate, slots, adaptive, is_open, trips)
 
     def _children(self) -> Iterator[Metric]:

@@ -1,7 +1,7 @@
 """Runs the worker process: creates its parts, starts and ends them in the right order, and reports their health.
 
-A work record passes through `Fetcher` (one thread for each lane), `Dispatcher` and `Executor` (event loop, job threads)
-and `AckTracker` (one thread). To stop, a worker takes no more jobs, waits for running jobs within the grace time,
+A work record passes through `Fetcher` (one thread for each lane), the parts of `Pipe` (event loop, job threads), and
+`AckTracker` (one thread). To stop, a worker takes no more jobs, waits for running jobs within the grace time,
 flushes its producer, commits its partitions as clean, and leaves its groups.
 """
 
@@ -23,18 +23,24 @@ from jobledger.config import Settings
 from jobledger.consumers.isolation import fork_server
 from jobledger.consumers.isolation.app_target import find_target
 from jobledger.consumers.isolation.pool import ChildPool, ChildSettings
-from jobledger.consumers.partitions.fetcher import Fetcher
+from jobledger.consumers.partitions.fetcher import Fetcher, LaneEvents, LaneLimits
 from jobledger.consumers.partitions.takeover import Takeover
 from jobledger.consumers.recording.ack_tracker import AckTracker
+from jobledger.consumers.recording.recorder import Recorder
 from jobledger.consumers.recording.worker_events import WorkerEvents
 from jobledger.consumers.recording.worker_producer import WorkerProducer
-from jobledger.consumers.running.executor import Executor, context_of
+from jobledger.consumers.running.executor import context_of
 from jobledger.consumers.running.hook_runner import HookRunner
 from jobledger.consumers.running.job_leases import JobLeases
-from jobledger.consumers.running.placement import SUSPECTS, Placement
+from jobledger.consumers.running.placement import SUSPECTS
 from jobledger.consumers.scheduling.control_reader import ControlReader
 from jobledger.consumers.scheduling.dispatcher import Dispatcher
-from jobledger.consumers.state.work import Arrived, Partition
+from jobledger.consumers.scheduling.pipe import Pipe, PipeOptions, build
+from jobledger.consumers.scheduling.wait_queues import Lookahead
+from jobledger.consumers.state.event_loop import LoopCalls
+from jobledger.consumers.state.reports import Reports
+from jobledger.consumers.state.task_table import TaskTable
+from jobledger.consumers.state.work import Partition
 from jobledger.consumers.worker.health import Parts, health_of
 from jobledger.consumers.worker.loop_watch import LoopWatch
 from jobledger.consumers.worker.options import WorkerOptions
@@ -128,6 +134,7 @@ class Worker:
         self.control: ControlReader | None = None
         self.children: ChildPool | None = None
         self.leases: JobLeases | None = None
+        self.hooks: HookRunner | None = None  # None: there are no hooks to call
         self._lifecycle_partitions = 0
         self.topics = TopicWatch(settings, registry.names, self._topics, LOG)
         self.watch: LoopWatch | None = None
@@ -209,7 +216,7 @@ class Worker:
         self._loop = None
         dispatcher = self.dispatcher
         if dispatcher is not None:
-            dispatcher.starter.accepting = False
+            dispatcher.pipe.running.accepting = False
             for work in list(dispatcher.running):
                 work.abandoned = True
         self.fail(error)
@@ -219,7 +226,7 @@ class Worker:
         if self.settler is not None:
             self._close_rest(self.settler, sender)
         if dispatcher is not None:
-            dispatcher.executor.close()
+            dispatcher.pipe.executor.close()
             dispatcher.close()
 
     def _close_readers(self) -> None:
@@ -272,77 +279,31 @@ class Worker:
         loop = self._loop = asyncio.get_running_loop()
         loop.set_exception_handler(loop_error)
         self._changed = asyncio.Event()
+        pipe, settler, dispatcher = self._create(loop, sender)
+        if not await self._start(pipe, settler, dispatcher):
+            return
+        if self._stopping.is_set():
+            self._changed.set()
+        await self._changed.wait()
+        await self._close(dispatcher, settler, sender)
+
+    def _create(self, loop: asyncio.AbstractEventLoop, sender: WorkerProducer) -> tuple[Pipe, AckTracker, Dispatcher]:
+        """Create all parts, each after the parts that it uses."""
         options, registry, settings = self.options, self.registry, self.settings
-        names = registry.names
-        arrived = Arrived()
+        names, decode = registry.names, decoder(settings, registry.names)
+        calls = LoopCalls(self.fail)
+        calls.loop, reports = loop, Reports(calls)
+        hooks = HookRunner(registry, loop, context_of)
+        self.hooks = hooks if hooks.needed else None
         facts = WorkerEvents(registry, self.source, settings.max_record_bytes)
-        decode = decoder(settings, names)
-        dispatcher = self.dispatcher = Dispatcher(
-            registry,
-            facts,
-            sender,
-            decode,
-            arrived,
-            queues=self.queues,
-            concurrency=options.concurrency,
-            threads=options.job_threads,
-            children=options.job_children,
-            waiting_limit=max(64, options.prefetched // 2),
-            lookahead=options.lookahead,
-            lookahead_bytes=options.lookahead_bytes,
-            unknown_task_backoff=options.unknown_task,
-            broker_ms=lambda: settler.clock.ms(),
-            drain=lambda: settler.drain(),
-            hurry=lambda: settler.hurry(),
-            fail=self.fail,
-        )
-        executor = Executor(
-            facts,
-            sender,
-            names.lifecycle,
-            self.source,
-            settings.max_record_bytes,
-            ended=dispatcher.ended_here,
-            ended_in_thread=dispatcher.ended_in_thread,
-            fail=self.fail,
-            settle=lambda: dispatcher.call(settler.drain),
-        )
-        children = self.children = self._children()
-        places = Placement(
-            executor,
-            dispatcher.threads,
-            dispatcher.processes,
-            children,
-            begin_again=dispatcher.starter.begin_again,
-            done=dispatcher.ended_in_child,
-            ours=dispatcher.starter.ours,
-            certain=dispatcher.starter.certain,
-            call=dispatcher.call,
-        )
-        executor.stop_child, executor.may_begin = places.stop, places.may_begin
-        leases = self.leases = JobLeases(
-            facts,
-            sender,
-            names,
-            begin=dispatcher.starter.leased,
-            close_with=executor.close_with,
-            give_up=places.give_up,
-            ended=dispatcher.ended_in_child,
-            too_large=executor.refused_as_too_large,
-            call=dispatcher.call,
-            fail=self.fail,
-        )
-        executor.close_lease = leases.close
-        dispatcher.wire(executor, places, leases)
-        settler = self.settler = AckTracker(
-            settings,
-            sender,
-            arrived,
-            fail=self.fail,
-            too_large=executor.refused_as_too_large,
-            each_tick=dispatcher.tick,
-            acknowledged=dispatcher.acknowledged,
-        )
+        recorder = Recorder(facts, sender, reports, self.hooks)
+        tasks = TaskTable(registry, options.job_threads, options.job_children, options.unknown_task)
+        lookahead = Lookahead(options.lookahead, options.lookahead_bytes)
+        limits = PipeOptions(self.queues, options.concurrency, lookahead, self._child_settings())
+        pipe = build(registry, decode, sender, recorder, reports, tasks, limits)
+        self.children, self.leases = pipe.placement.children, pipe.leases
+        settler = self.settler = AckTracker(settings, sender, recorder, reports)
+        dispatcher = self.dispatcher = Dispatcher(pipe, sender, settler, max(64, options.prefetched // 2))
         takeover = self.takeover = Takeover(
             settings,
             names,
@@ -352,74 +313,59 @@ class Worker:
             ready=dispatcher.ready,
             fail=self.fail,
         )
-        self.fetchers = [
-            Fetcher(
-                settings,
-                names,
-                lane,
-                settler=settler,
-                prefetch=options.prefetched,
-                lease=options.lease,
-                assigned=takeover.take_over,
-                ended=dispatcher.ended,
-                wake=dispatcher.wake,
-                fail=self.fail,
-            )
-            for lane in self.lanes
+        events = LaneEvents(takeover.take_over, dispatcher.ended, reports.wake, self.fail)
+        per_lane = LaneLimits(options.prefetched, options.lease)
+        self.fetchers = dispatcher.fetchers = [
+            Fetcher(settings, names, lane, settler, per_lane, events) for lane in self.lanes
         ]
-        dispatcher.fetchers = self.fetchers
-        starter = dispatcher.starter
-        self.watch = LoopWatch(executor, dispatcher.running, lambda: starter.started)
+        self.watch = LoopWatch(pipe.executor, pipe.running)
+        return pipe, settler, dispatcher
+
+    async def _start(self, pipe: Pipe, settler: AckTracker, dispatcher: Dispatcher) -> bool:
+        """Start all parts in the right order. Return False if a resource cannot be opened."""
+        options, names = self.options, self.registry.names
+        assert self.watch is not None
+        assert self.takeover is not None
         self.watch.begin()
-        if any(not plan.is_async and plan.task.policy.isolation is None for plan in dispatcher.plans.values()):
-            executor.start_threads(options.job_threads)
+        plans = pipe.tasks.plans
+        if any(not plan.is_async and plan.task.policy.isolation is None for plan in plans.values()):
+            pipe.executor.start_threads(options.job_threads)
         try:
-            await registry.resources.open(self._wanted())
+            await self.registry.resources.open(self._wanted())
         except ResourceFailed as exc:
             self.fail(exc)
-            await registry.resources.close()
-            return
-        teller = HookRunner(registry, loop, context_of)
-        if teller.needed:
-            executor.teller = teller
-            teller.start()
-        dispatcher.start(loop)
-        if children is not None and self._isolated():
-            children.warm()
+            await self.registry.resources.close()
+            return False
+        if self.hooks is not None:
+            self.hooks.start()
+        dispatcher.start()
+        if self.children is not None and self._isolated():
+            self.children.warm()
         control = self.control = ControlReader(
-            settings,
+            self.settings,
             names,
-            dispatcher.control,
-            cancelled=lambda *order: dispatcher.call(dispatcher.cancelled, *order),
-            regated=lambda: dispatcher.call(dispatcher.regate),
+            pipe.control,
+            cancelled=partial(dispatcher.call, dispatcher.cancelled),
+            regated=partial(dispatcher.call, dispatcher.regate),
             fail=self.fail,
         )
         control.start()
         await self._beside(control.await_live)
         self.topics.start()
-        takeover.start()
+        self.takeover.start()
         settler.start()
         for fetcher in self.fetchers:
             fetcher.start()
         LOG.info(
             "worker %s serves %s of %s: %d tasks, %d at once, %d threads",
-            self.identity,
-            ", ".join(self.queues),
-            names.namespace,
-            len(dispatcher.plans),
-            options.concurrency,
-            options.job_threads,
+            *(self.identity, ", ".join(self.queues), names.namespace),
+            *(len(plans), options.concurrency, options.job_threads),
         )
-        if self._stopping.is_set():
-            self._changed.set()
-        await self._changed.wait()
-        await self._close(dispatcher, executor, settler, sender)
+        return True
 
     # -- end ------------------------------------------------------------------------------------------------------
 
-    async def _close(
-        self, dispatcher: Dispatcher, executor: Executor, settler: AckTracker, sender: WorkerProducer
-    ) -> None:
+    async def _close(self, dispatcher: Dispatcher, settler: AckTracker, sender: WorkerProducer) -> None:
         began = time.monotonic()
         self._must_end_in(self.options.grace + LEAVING_S)
         LOG.info(
@@ -435,16 +381,16 @@ class Worker:
             LOG.warning("%d jobs did not end within the grace time; they are run again elsewhere", len(left))
             for work in left:
                 work.abandoned = True
-                dispatcher.places.give_up(work)
+                dispatcher.placement.give_up(work)
             await self._wait_idle(dispatcher, time.monotonic() + 1.0, ignore_hurry=True)
         if self.children is not None:
             await self.children.close()
         if self.leases is not None and self.error is None:
             self.leases.close_all()
-        await self._close_hooks(executor, began)
+        await self._close_hooks(began)
         self._must_end_in(CLOSING_S + MARGIN_S)
         await self._beside(self._close_rest, settler, sender)
-        executor.close()
+        dispatcher.pipe.executor.close()
         dispatcher.close()
         LOG.info("worker %s ended after %.1f s", self.identity, time.monotonic() - began)
 
@@ -452,12 +398,12 @@ class Worker:
         """Run a blocking function in the worker's own thread: jobs may occupy all of the loop's default threads."""
         await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
 
-    async def _close_hooks(self, executor: Executor, began: float) -> None:
+    async def _close_hooks(self, began: float) -> None:
         """Wait for pending hooks, and close the resources, within the rest of the grace time: at least 1 s for each of
         the two."""
         left = 1.0 if self.error is not None else max(1.0, began + self.options.grace - time.monotonic())
-        if executor.teller is not None:
-            await self._beside(executor.teller.close, left)
+        if self.hooks is not None:
+            await self._beside(self.hooks.close, left)
         try:
             async with asyncio.timeout(left):
                 await self.registry.resources.close()
@@ -470,27 +416,15 @@ class Worker:
             t.name for t in self.registry.tasks.values() if t.queue in self.queues and t.policy.isolation is not None
         ]
 
-    def _children(self) -> ChildPool | None:
-        """Create the pool of child processes, for isolated tasks and for suspects (jobs that may have crashed a
+    def _child_settings(self) -> ChildSettings | None:
+        """Return the settings of the child processes, for isolated tasks and for suspects (jobs that may have crashed a
         worker). Return None if the app cannot have child processes."""
         if self._target is None:
             return None
-        options, dispatcher = self.options, self.dispatcher
-        assert dispatcher is not None
-        return ChildPool(
-            ChildSettings(options.job_children, SUSPECTS, options.jobs_per_child, self._target, self.settings),
-            take=lambda work: dispatcher.places.take(work),
-            said=lambda work, outcome: dispatcher.places.said(work, outcome),
-            died=lambda *died: dispatcher.call(dispatcher.places.died, *died),
-            ended=lambda work, why, error: dispatcher.places.ended(work, why, error),
-            unusable=self._no_children,
+        options, needed = self.options, bool(self._isolated())
+        return ChildSettings(
+            options.job_children, SUSPECTS, options.jobs_per_child, self._target, self.settings, needed
         )
-
-    def _no_children(self, error: JobledgerError) -> None:
-        if self._isolated():
-            self.fail(error)
-        else:
-            LOG.warning("%s\nJobs that may have crashed a worker run in this process, beside other jobs", error)
 
     def _find_target(self) -> str | None:
         if os.name != "posix":

@@ -16,7 +16,7 @@ from jobledger.schemas.events import (
     CLOSING,
     TERMINAL,
     JobDue,
-    JobFailed,
+    JobFailedFact,
     JobRetried,
     JobSnoozed,
     JobStarted,
@@ -38,7 +38,7 @@ class Life:
     started: dict[int, int] = field(default_factory=dict)
     closed: dict[int, int] = field(default_factory=dict)
     ran_us: dict[int, int] = field(default_factory=dict)
-    ends: list[JobSucceeded | JobFailed] = field(default_factory=list)
+    ends: list[JobSucceeded | JobFailedFact] = field(default_factory=list)
     retries: int = 0
 
     @property
@@ -47,10 +47,10 @@ class Life:
         return len(self.ends) == 1 and isinstance(self.ends[0], JobSucceeded)
 
     @property
-    def failed(self) -> JobFailed | None:
+    def failed(self) -> JobFailedFact | None:
         """The job's failure, if it is the only outcome; else None."""
         end = self.ends[0] if len(self.ends) == 1 else None
-        return end if isinstance(end, JobFailed) else None
+        return end if isinstance(end, JobFailedFact) else None
 
     @property
     def to_start_ms(self) -> float | None:
@@ -91,12 +91,12 @@ def fold(events: Iterable[Recorded]) -> dict[str, Life]:
             life.started[release] = min(at, life.started.get(release, at))
         elif isinstance(fact, CLOSING):
             if isinstance(fact, TERMINAL):
-                assert isinstance(fact, JobSucceeded | JobFailed), f"nobody cancels or expires these: {event}"
+                assert isinstance(fact, JobSucceeded | JobFailedFact), f"nobody cancels or expires these: {event}"
                 life.ends.append(fact)
             if release not in life.closed and isinstance(fact, JobRetried | JobSnoozed):
                 life.retries += 1
             life.closed[release] = min(at, life.closed.get(release, at))
-            if isinstance(fact, JobRetried | JobSnoozed | JobSucceeded | JobFailed):
+            if isinstance(fact, JobRetried | JobSnoozed | JobSucceeded | JobFailedFact):
                 life.ran_us.setdefault(release, fact.duration_us)
     return lives
 

@@ -28,7 +28,7 @@ CHUNK = 5_000
 #: Prefix of the key of a position. No stored job id contains this character.
 PLACE = "\0"
 
-_HEAD = ("event_id", "job_id", "run", "release", "attempt", "task", "queue", "key")
+_HEAD = ("event_id", "job_id", "run", "release", "attempt", "task", "queue", "key", "source", "occurred_at")
 #: Fields of facts that a rule, or the comparison with the status table, needs.
 _BODY = frozenset(
     (

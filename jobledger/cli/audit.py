@@ -13,8 +13,8 @@ import typer
 from jobledger.cli import output
 from jobledger.cli.commands import among, moment_ms
 from jobledger.cli.loading import load_app
-from jobledger.cli.options import TIMES, Bootstrap, Json, Queues, StatusUrl, Target
-from jobledger.cli.output import Cell, Exit
+from jobledger.cli.options import Bootstrap, Json, Queues, StatusUrl, Target, moment
+from jobledger.cli.output import Cell, Exit, counted
 from jobledger.cli.table import progress_bar
 
 if TYPE_CHECKING:
@@ -37,12 +37,7 @@ def audit(
     ] = None,
     queue: Queues = None,
     since: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TIME",
-            help=f"Only records appended from this time on: {TIMES}",
-            show_default="the whole log",
-        ),
+        str | None, moment("Only records appended from this time on", show_default="the whole log")
     ] = None,
     table: Annotated[bool, typer.Option("--table/--no-table", help="Compare the status table with the log.")] = True,
     most: Annotated[
@@ -110,13 +105,13 @@ def _show(report: AuditReport) -> None:
 
     verdict: Cell = ("clean", "bold green")
     if not report.clean:
-        verdict = (f"{sum(fault.count for fault in report.faults):,} faults", "bold red")
-    rows = "not compared" if report.rows is None else f"{report.rows:,} rows compared"
+        verdict = (counted(sum(fault.count for fault in report.faults), "fault"), "bold red")
+    rows = "not compared" if report.rows is None else f"{counted(report.rows, 'row')} compared"
     fields: list[tuple[str, Cell]] = [
         ("verdict", verdict),
-        ("jobs", f"{report.jobs:,}, of which {report.open:,} have not ended"),
+        ("jobs", f"{report.jobs:,}, not ended: {report.open:,}"),
         ("status table", rows),
-        ("read", f"{report.records:,} records in {output.duration(report.seconds)}"),
+        ("read", f"{counted(report.records, 'record')} in {output.duration(report.seconds)}"),
     ]
     if report.complete_from_ms:
         moment = output.clock(report.complete_from_ms * 1000)
@@ -125,7 +120,7 @@ def _show(report: AuditReport) -> None:
         text = f"{', '.join(report.not_asked)}: this user may not read the committed offsets of these work topics"
         fields.append(("not judged", (text, "yellow")))
     for kind, number in sorted(report.notes.items()):
-        fields.append((f"note: {kind}", f"{number:,} {NOTES[kind]}"))
+        fields.append((f"note: {kind}", f"{number:,} × {NOTES[kind]}"))
     output.print_fields(fields)
     for fault in report.faults:
         print()

@@ -13,11 +13,11 @@ import typer
 from jobledger.cli import completion, output
 from jobledger.cli.commands import judged, moment_ms
 from jobledger.cli.loading import load_app
-from jobledger.cli.options import TIMES, Bootstrap, Json, StatusUrl, Target
-from jobledger.cli.output import Cell, Exit
+from jobledger.cli.options import Bootstrap, Json, StatusUrl, Target, moment
+from jobledger.cli.output import Cell, Exit, counted
 
 if TYPE_CHECKING:
-    from jobledger.consumers.router.backfill import BackfillProgress
+    from jobledger.consumers.router.backfill import BackfillPlan, BackfillProgress
 
 
 #: Seconds between two progress lines, if standard error is not a terminal.
@@ -30,13 +30,7 @@ def backfill(
         str, typer.Argument(metavar="HANDLER", help="The handler's name.", autocompletion=completion.handlers)
     ],
     since: Annotated[
-        str | None,
-        typer.Option(
-            "--from",
-            metavar="TIME",
-            help=f"Events from this time on: {TIMES}",
-            show_default="the oldest event kept",
-        ),
+        str | None, moment("Events from this time on", "--from", show_default="the oldest event kept")
     ] = None,
     until: Annotated[
         str | None,
@@ -65,24 +59,13 @@ def backfill(
     2026-01-01 --rate 50/s --dry-run
     """
     from jobledger.cli.running import stopping
-    from jobledger.consumers.router.backfill import Backfill, BackfillPlan, events_per_second, known_to
+    from jobledger.consumers.router.backfill import Backfill, known_to
     from jobledger.errors import JobNotFound
 
-    begin = None if since is None else moment_ms(since, "--from")
-    end = None if until is None else moment_ms(until, "--to")
-    with judged("--rate"):
-        pace = None if rate is None else events_per_second(rate)
+    plan = _plan(handler, since, until, rate, dry_run, restart)
     app = load_app(target, bootstrap=bootstrap, status_url=status_url)
     with judged():
         app.registry.handler(handler)
-    plan = BackfillPlan(
-        handler,
-        begin,
-        end,
-        pace,
-        dry_run,
-        restart,
-    )
     try:
         backfiller = Backfill(app.registry, app.settings, plan, known_to(app.status_table().job, JobNotFound))
         with _bar(handler, quiet=as_json, dry_run=dry_run) as tell, stopping() as stop:
@@ -90,36 +73,53 @@ def backfill(
     finally:
         app.close()
     if as_json:
-        output.print_json(
-            {
-                "handler": handler,
-                "topic": backfiller.topic,
-                "done": progress.done,
-                "resumed": progress.resumed,
-                "dry_run": dry_run,
-                "events": progress.events,
-                "submitted": progress.submitted,
-                "known": progress.known,
-                "unreadable": progress.unreadable,
-            }
-        )
+        _print_json(plan, backfiller.topic, progress)
     else:
-        fields: list[tuple[str, Cell]] = [
-            (
-                "events",
-                f"{progress.events:,} of {backfiller.topic}"
-                + (", continued after an interruption" if progress.resumed else ""),
-            ),
-            ("would submit" if dry_run else "submitted", f"{progress.submitted:,} jobs"),
-            ("already known", f"{progress.known:,} jobs"),
-        ]
-        if progress.unreadable:
-            fields.append(("not events", (f"{progress.unreadable:,} records, skipped", "yellow")))
-        if not progress.done:
-            fields.append(("interrupted", ("run the same command again to continue", "yellow")))
-        output.print_fields(fields)
+        _show(plan, backfiller.topic, progress)
     if not progress.done:
         raise typer.Exit(Exit.INTERRUPTED)
+
+
+def _plan(
+    handler: str, since: str | None, until: str | None, rate: str | None, dry_run: bool, restart: bool
+) -> BackfillPlan:
+    from jobledger.consumers.router.backfill import BackfillPlan, events_per_second
+
+    begin = None if since is None else moment_ms(since, "--from")
+    end = None if until is None else moment_ms(until, "--to")
+    with judged("--rate"):
+        pace = None if rate is None else events_per_second(rate)
+    return BackfillPlan(handler, begin, end, pace, dry_run, restart)
+
+
+def _print_json(plan: BackfillPlan, topic: str, progress: BackfillProgress) -> None:
+    output.print_json(
+        {
+            "handler": plan.handler,
+            "topic": topic,
+            "done": progress.done,
+            "resumed": progress.resumed,
+            "dry_run": plan.dry_run,
+            "events": progress.events,
+            "submitted": progress.submitted,
+            "known": progress.known,
+            "unreadable": progress.unreadable,
+        }
+    )
+
+
+def _show(plan: BackfillPlan, topic: str, progress: BackfillProgress) -> None:
+    resumed = ", continued after an interruption" if progress.resumed else ""
+    fields: list[tuple[str, Cell]] = [
+        ("events", f"{progress.events:,} of {topic}{resumed}"),
+        ("would submit" if plan.dry_run else "submitted", counted(progress.submitted, "job")),
+        ("already known", counted(progress.known, "job")),
+    ]
+    if progress.unreadable:
+        fields.append(("not events", (f"{counted(progress.unreadable, 'record')}, skipped", "yellow")))
+    if not progress.done:
+        fields.append(("interrupted", ("run the same command again to continue", "yellow")))
+    output.print_fields(fields)
 
 
 @contextmanager
@@ -130,7 +130,7 @@ def _bar(what: str, *, quiet: bool, dry_run: bool) -> Iterator[Callable[[Backfil
         yield lambda progress: None
         return
     if not sys.stderr.isatty():
-        yield _progress_lines(what, "jobs would be submitted" if dry_run else "jobs submitted")
+        yield _progress_lines(what, "would be submitted" if dry_run else "submitted")
         return
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
@@ -151,8 +151,8 @@ def _progress_lines(what: str, done: str) -> Callable[[BackfillProgress], None]:
             return
         printed_at = now
         print(
-            f"{what}: {progress.passed:,} of {progress.total:,} events read, {progress.submitted:,} {done}, "
-            f"{progress.known:,} already known",
+            f"{what}: {progress.passed:,} of {counted(progress.total, 'event')} read, "
+            f"{counted(progress.submitted, 'job')} {done}, {progress.known:,} already known",
             file=sys.stderr,
             flush=True,
         )

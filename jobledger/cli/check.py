@@ -12,7 +12,7 @@ import typer
 from jobledger.cli import output
 from jobledger.cli.loading import load_app
 from jobledger.cli.options import Bootstrap, Json, Target
-from jobledger.cli.output import Cell, Exit
+from jobledger.cli.output import Cell, Exit, counted
 from jobledger.cli.table import progress_bar
 
 if TYPE_CHECKING:
@@ -257,7 +257,8 @@ def check(target: Target, bootstrap: Bootstrap = None, as_json: Json = False) ->
 def _show(result: Checked) -> None:
     verdict: Cell = ("this app can run all jobs", "bold green")
     if result.misfits:
-        verdict = (f"{sum(m.queued + m.waits for m in result.misfits):,} jobs cannot be run by this app", "bold red")
+        number = sum(m.queued + m.waits for m in result.misfits)
+        verdict = (f"{counted(number, 'job')} cannot be run by this app", "bold red")
     fields: list[tuple[str, Cell]] = [
         ("verdict", verdict),
         ("jobs", f"{result.queued:,} queued or running, {result.waits:,} waiting for a time or running on a job lease"),
@@ -265,7 +266,10 @@ def _show(result: Checked) -> None:
     ]
     if result.unread:
         fields.append(
-            ("not jobs", (f"{result.unread:,} records that this version cannot read as jobs, skipped", "yellow"))
+            (
+                "not jobs",
+                (f"{counted(result.unread, 'record')} that this version cannot read as jobs, skipped", "yellow"),
+            )
         )
     output.print_fields(fields)
     if not result.misfits:

@@ -17,13 +17,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from jobledger.cli.loading import load_app, module_name
-from jobledger.cli.options import Bootstrap, LogFormat, StatusUrl, Target
+from jobledger.cli.options import Bootstrap, LogFormat, StatusUrl, Target, repeatable
+from jobledger.cli.output import counted
 from jobledger.cli.running import Prefixed, command, passed_on, stream_children
 from jobledger.process.extras import need
 
 if TYPE_CHECKING:
+    from jobledger.app import App
     from jobledger.config import Settings
-    from jobledger.streams.supervisor import Say, Supervisor
+    from jobledger.streams.supervisor import Child, Say, Supervisor
 
 #: Seconds that running jobs get before a reload or the end; short, because the developer is waiting.
 WORKER_GRACE_S = 5.0
@@ -33,7 +35,8 @@ KILL_AFTER_S = 20.0
 #: Seconds within which the new code must be imported and its topics created.
 CHECK_TIMEOUT_S = 60.0
 
-PARTS = ("worker", "router", "projections", "coordinator", "materializer")
+#: The parts that run the app's code. They are restarted when it changes.
+APP_PARTS = ("worker", "router", "projections")
 
 
 def dev(
@@ -49,10 +52,7 @@ def dev(
     ] = None,
     reload: Annotated[bool, typer.Option("--reload/--no-reload", help="Restart when a .py file changes.")] = True,
     watch: Annotated[
-        list[Path] | None,
-        typer.Option(
-            exists=True, help="Folder to watch; repeat the option for several.", show_default="the working directory"
-        ),
+        list[Path] | None, repeatable("Folder to watch", exists=True, show_default="the working directory")
     ] = None,
     log_format: LogFormat = None,
 ) -> None:
@@ -62,26 +62,19 @@ def dev(
     running.
     """
     from jobledger.kafka import topics
-    from jobledger.streams.supervisor import Child, Restarts, Supervisor
+    from jobledger.streams.supervisor import Restarts, Supervisor
 
     app = load_app(target, bootstrap=bootstrap, status_url=status_url)
     broker = ["kafka"] if app.settings.bootstrap is None else []
     need("jobledger dev", "worker", "streams", *(["watch"] if reload else []), *broker)
-    say = Prefixed(["dev", "kafka", *PARTS])
+    say = Prefixed(["dev", "kafka", *APP_PARTS, "coordinator", "materializer"])
     with _broker(app.settings, port, say) as address:
         settings = app.settings.with_bootstrap(address)
         plan = topics.ensure(app, settings)
         created = sum(change.kind == "topic" for change in plan.pending)
-        say("dev", f"{app!r} on {address}, {f'{created} topics created' if created else 'topics are up to date'}")
-        more = [] if concurrency is None else ["--concurrency", str(concurrency)]
-        work = command("worker", target, "--bootstrap", address, "--grace", str(WORKER_GRACE_S), *more)
-        children = [Child("worker", work), *stream_children(target, address, status_url)]
-        if app.registry.handlers:
-            children.insert(1, Child("router", command("router", target, "--bootstrap", address)))
-        if app.registry.projections:
-            children.append(
-                Child("projections", command("projections", "run", target, *passed_on(address, status_url)))
-            )
+        state = f"{counted(created, 'topic')} created" if created else "topics are up to date"
+        say("dev", f"{app!r} on {address}, {state}")
+        children = _children(app, target, address, status_url, concurrency)
         # A developer's process may die any number of times, because the next change of the code may fix it.
         supervisor = Supervisor(
             children,
@@ -90,11 +83,29 @@ def dev(
             grace=KILL_AFTER_S,
         )
         code = 0
-        with _reloading(supervisor, target, address, _folders(target, watch)) if reload else _nothing():
+        restarted = [child.name for child in children if child.name in APP_PARTS]
+        folders = _folders(target, watch)
+        with _reloading(supervisor, restarted, target, address, folders) if reload else _nothing():
             code = supervisor.run()
         say("dev", "stopped")
     if code:
         raise typer.Exit(code)
+
+
+def _children(app: App, target: str, address: str, status_url: str | None, concurrency: int | None) -> list[Child]:
+    """Return the processes to run: a worker, the stream processor and, if the app needs them, a router and a process
+    for projections."""
+    from jobledger.streams.supervisor import Child
+
+    more = [] if concurrency is None else ["--concurrency", str(concurrency)]
+    work = command("worker", target, "--bootstrap", address, "--grace", str(WORKER_GRACE_S), *more)
+    children = [Child("worker", work)]
+    if app.registry.handlers:
+        children.append(Child("router", command("router", target, "--bootstrap", address)))
+    children += stream_children(target, address, status_url)
+    if app.registry.projections:
+        children.append(Child("projections", command("projections", "run", target, *passed_on(address, status_url))))
+    return children
 
 
 @contextmanager
@@ -141,10 +152,12 @@ def _folders(target: str, watch: Sequence[Path] | None) -> list[Path]:
 
 
 @contextmanager
-def _reloading(supervisor: Supervisor, target: str, address: str, folders: Sequence[Path]) -> Iterator[None]:
-    """Watch ``folders`` in a thread while the block runs."""
+def _reloading(
+    supervisor: Supervisor, parts: Sequence[str], target: str, address: str, folders: Sequence[Path]
+) -> Iterator[None]:
+    """Watch ``folders`` in a thread while the block runs. ``parts``: the child processes to restart after a change."""
     done = threading.Event()
-    thread = threading.Thread(target=_watch, args=(supervisor, target, address, folders, done), daemon=True)
+    thread = threading.Thread(target=_watch, args=(supervisor, parts, target, address, folders, done), daemon=True)
     thread.start()
     try:
         yield
@@ -153,7 +166,14 @@ def _reloading(supervisor: Supervisor, target: str, address: str, folders: Seque
         thread.join(CHECK_TIMEOUT_S)
 
 
-def _watch(supervisor: Supervisor, target: str, address: str, folders: Sequence[Path], done: threading.Event) -> None:
+def _watch(
+    supervisor: Supervisor,
+    parts: Sequence[str],
+    target: str,
+    address: str,
+    folders: Sequence[Path],
+    done: threading.Event,
+) -> None:
     from watchfiles import PythonFilter
     from watchfiles import watch as changes_in
 
@@ -165,8 +185,8 @@ def _watch(supervisor: Supervisor, target: str, address: str, folders: Sequence[
         if done.is_set():
             return
         if fits:
-            supervisor.say(f"{shown} changed: reloading the worker")
-            supervisor.restart(["worker", "router", "projections"])
+            supervisor.say(f"{shown} changed: restarting {', '.join(parts)}")
+            supervisor.restart(parts)
         else:
             supervisor.say(f"{shown} changed: the old code keeps running until the error is fixed")
 

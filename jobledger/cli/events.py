@@ -14,7 +14,8 @@ import typer
 from jobledger.cli import completion, output
 from jobledger.cli.commands import CommandGroup, moment_ms, words_of
 from jobledger.cli.loading import find_app
-from jobledger.cli.options import TIMES, AppOption, Bootstrap, Json, Namespace
+from jobledger.cli.options import TIMES, AppOption, AppWord, Bootstrap, Json, Namespace, repeatable
+from jobledger.cli.output import counted
 from jobledger.errors import BrokerUnavailable, RegistryNeeded, SchemaError, TopicMissing
 
 if TYPE_CHECKING:
@@ -61,16 +62,10 @@ class Line:
 
 @app.command("tail")
 def tail(
-    words: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[MODULE:APP]", help="The app, unless an option names it.", show_default=False),
-    ] = None,
+    words: AppWord = None,
     app: AppOption = None,
     namespace: Namespace = None,
-    topic: Annotated[
-        list[Topics] | None,
-        typer.Option(help="Only these topics; repeat the option for several.", show_default=Topics.ALL.value),
-    ] = None,
+    topic: Annotated[list[Topics] | None, repeatable("Only these topics", show_default=Topics.ALL.value)] = None,
     begin: Annotated[
         str | None,
         typer.Option(
@@ -83,20 +78,12 @@ def tail(
     last: Annotated[
         int | None, typer.Option("-n", "--last", min=1, help="Only this many of the last events.", show_default=False)
     ] = None,
-    task: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Only events of this task; repeat the option for several.",
-            show_default="any",
-            autocompletion=completion.tasks,
-        ),
-    ] = None,
+    task: Annotated[list[str] | None, repeatable("Only events of this task", autocompletion=completion.tasks)] = None,
     job: Annotated[
         list[str] | None,
-        typer.Option(
+        repeatable(
+            "Only events of this job, by its id or the id's first characters",
             metavar="ID",
-            help="Only events of this job, by its id or the id's first characters; repeat the option for several.",
-            show_default="any",
             autocompletion=completion.jobs,
         ),
     ] = None,
@@ -115,23 +102,29 @@ def tail(
     queried = find_app(parsed.target or app, namespace, bootstrap)
     if begin is None and last is None:
         last = DEFAULT_LAST
-    at_end = begin == "end"
-
-    def wanted(line: Line) -> bool:
-        event = None if line.recorded is None else line.recorded.event
-        if event is None:  # an unreadable record may belong to any job: it is shown unless a job or a task is given
-            return not task and not job
-        return (not task or event.task in task) and (not job or event.job_id.startswith(tuple(job)))
-
+    wanted = _wanted(task or (), job or ())
     show = _json_line if as_json else _Printer(queried.names)
     with _Tail(queried.settings, queried.names, topic or [Topics.ALL], list(queried.lanes)) as reader:
-        skim = last if not task and not job and since is None and not at_end and begin is None else None
-        reader.begin(since=since, at_end=at_end, last=skim)
+        # If each record counts, the last records are found without reading the others.
+        skim = last if not task and not job and begin is None else None
+        reader.begin(since=since, at_end=begin == "end", last=skim)
         for line in newest(filter(wanted, reader.until_now()), last):
             show(line)
         if follow:
             for line in filter(wanted, reader.onwards()):
                 show(line)
+
+
+def _wanted(tasks: Sequence[str], jobs: Sequence[str]) -> Callable[[Line], bool]:
+    """Return a test for the events of these tasks and jobs. ``jobs``: beginnings of ids. No task or no job: any."""
+
+    def wanted(line: Line) -> bool:
+        event = None if line.recorded is None else line.recorded.event
+        if event is None:  # an unreadable record may belong to any job: it is shown unless a job or a task is given
+            return not tasks and not jobs
+        return (not tasks or event.task in tasks) and (not jobs or event.job_id.startswith(tuple(jobs)))
+
+    return wanted
 
 
 def newest(lines: Iterator[Line], count: int | None) -> Iterator[Line]:
@@ -216,8 +209,9 @@ class _Tail:
                 last_record_at = time.monotonic()
             elif time.monotonic() - last_record_at > STALL_S:
                 raise BrokerUnavailable(
-                    f"{self._settings.resolve_bootstrap()} sent no records for {STALL_S:g} s, and {len(unfinished)} partitions "
-                    "are not read to their end; check JOBLEDGER_BOOTSTRAP and that the broker runs"
+                    f"{self._settings.resolve_bootstrap()} sent no records for {STALL_S:g} s, and the end of "
+                    f"{counted(len(unfinished), 'partition')} was not reached; check JOBLEDGER_BOOTSTRAP and that the "
+                    "broker runs"
                 )
             for line in lines:
                 where = line.position
@@ -328,6 +322,7 @@ class _Printer:
         from rich.text import Text
 
         from jobledger.cli import facts
+        from jobledger.schemas.events import fact_name
 
         when = output.clock(line.appended_ms * 1000)
         where = str(line.position).removeprefix(self._prefix)
@@ -340,7 +335,7 @@ class _Printer:
             text = Text.assemble(
                 (when, "dim"),
                 " ",
-                (facts.kind(event.fact).ljust(16), facts.style(event.fact)),
+                (fact_name(event.fact).ljust(16), facts.style(event.fact)),
                 " ",
                 (event.task or "-", "bold"),
                 " ",

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jobledger.cli import output
-from jobledger.cli.output import clock, duration, jsonable, shorten
+from jobledger.cli.output import clock, counted, duration, jsonable, shorten
 from jobledger.schemas import events as e
 
 #: One colour for each fact. Facts that are not listed are only internal to Jobledger; they are dim.
@@ -35,14 +35,9 @@ FACT_STYLES: Mapping[str, str] = {
 _TEXT_MOST = 4_000
 
 
-def kind(fact: object) -> str:
-    """Return the fact's name."""
-    return type(fact).__name__
-
-
-def style(fact: object) -> str:
+def style(fact: e.Fact) -> str:
     """Return the fact's colour."""
-    return FACT_STYLES.get(kind(fact), "dim")
+    return FACT_STYLES.get(e.fact_name(fact), "dim")
 
 
 def describe(fact: object, *, most: int = 100) -> str:
@@ -69,11 +64,11 @@ def _describe(fact: object) -> str:
             return f"again in {duration(delay_ms / 1000)}" + (f": {reason}" if reason else "")
         case e.JobSucceeded(result=result, duration_us=took):
             return ("" if result is None else _text(result)) + f" after {duration(took / 1e6)}"
-        case e.JobFailed(reason=why, error=error, duration_us=took):
+        case e.JobFailedFact(reason=why, error=error, duration_us=took):
             return f"{why}: {error.type}: {error.message}{_took(took)}"
-        case e.JobCancelled(by=by, reason=reason):
+        case e.JobCancelledFact(by=by, reason=reason):
             return f"by {by}" + (f": {reason}" if reason else "")
-        case e.JobExpired(expired_at=expired_at):
+        case e.JobExpiredFact(expired_at=expired_at):
             return f"at {clock(expired_at)}"
         case e.JobLeased(worker=worker, lease_ms=lease_ms) | e.LeaseRenewed(worker=worker, lease_ms=lease_ms):
             return f"by {worker} for {duration(lease_ms / 1000)}" if lease_ms else f"given back by {worker}"
@@ -88,8 +83,8 @@ def _describe(fact: object) -> str:
         ):
             return f"by {by}" + (f": {reason}" if reason else "")
         case e.QueueLimited(rate=rate, concurrency=concurrency, by=by, reason=reason):
-            limits = [] if rate is None else [f"{rate:g} starts/s"]
-            limits += [] if concurrency is None else [f"{concurrency} jobs at once"]
+            limits = [] if rate is None else [f"{counted(rate, 'start')}/s"]
+            limits += [] if concurrency is None else [f"{counted(concurrency, 'job')} at once"]
             return (" and ".join(limits) or "limits as in the code") + f", by {by}" + (f": {reason}" if reason else "")
         case e.DeadLettered(reason=why, error=error):
             return f"{why}: {error.type}: {error.message}"
@@ -104,10 +99,10 @@ def progress(done: int, total: int | None, message: str | None) -> str:
     return (str(done) if total is None else f"{done}/{total}{percent}") + (f" {message}" if message else "")
 
 
-def fact_json(fact: object) -> dict[str, Any]:
+def fact_json(fact: e.Fact) -> dict[str, Any]:
     """Convert a fact to JSON builtins, with its name as ``type``; arguments and results become the JSON they
     contain."""
-    return {"type": kind(fact), **jsonable(fact)}
+    return {"type": e.fact_name(fact), **jsonable(fact)}
 
 
 def event_json(recorded: e.Recorded) -> dict[str, Any]:

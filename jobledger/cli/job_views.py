@@ -205,7 +205,7 @@ def timeline(app: App, job: JobStatus) -> list[tuple[dict[str, Any], list[Cell]]
     from jobledger.errors import RegistryNeeded, SchemaError
     from jobledger.log import reading
     from jobledger.log.schema_lookup import decoder
-    from jobledger.schemas.events import Recorded
+    from jobledger.schemas.events import Recorded, fact_name
     from jobledger.streams.status.store.rows import key_text
 
     decode = decoder(app.settings, app.names).decode
@@ -232,7 +232,7 @@ def timeline(app: App, job: JobStatus) -> list[tuple[dict[str, Any], list[Cell]]
             [
                 output.clock(each.appended_ms * 1000),
                 f"+{output.duration((each.appended_ms - first) / 1000)}",
-                (facts.kind(each.event.fact), facts.style(each.event.fact)),
+                (fact_name(each.event.fact), facts.style(each.event.fact)),
                 str(each.event.attempt),
                 (str(each.position), "dim"),
                 facts.describe(each.event.fact, most=300),

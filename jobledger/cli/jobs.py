@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from jobledger.cli import completion, output
-from jobledger.cli.commands import (
-    CommandGroup,
-    Words,
-    Wrong,
-    moment_ms,
-    pair_of,
-    pairs_of,
-    seconds,
-    states_of,
-    words_of,
-)
+from jobledger.cli.commands import CommandGroup, Words, Wrong, moment_ms, pair_of, pairs_of, states_of, words_of
 from jobledger.cli.job_views import COLUMNS, args_json, fields, finish, row, status_json, submissions, timeline
 from jobledger.cli.loading import find_app
-from jobledger.cli.options import TIMES, AppOption, Bootstrap, Json, Namespace, Queues, StatusUrl
+from jobledger.cli.options import (
+    AppOption,
+    AppWord,
+    Bootstrap,
+    Json,
+    Namespace,
+    Queues,
+    Reason,
+    StatusUrl,
+    Yes,
+    moment,
+    repeatable,
+    timespan,
+)
+from jobledger.cli.output import counted
 from jobledger.cli.waiting import showing_progress
 
 if TYPE_CHECKING:
-    from jobledger.app import App
+    from jobledger.app import App, JobFilter
     from jobledger.client.commands import Job
     from jobledger.job import JobStatus
 
@@ -55,28 +59,14 @@ OneJob = Annotated[
 
 @app.command("list")
 def list_jobs(
-    words: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[MODULE:APP]", help="The app, unless an option names it.", show_default=False),
-    ] = None,
+    words: AppWord = None,
     app: AppOption = None,
     namespace: Namespace = None,
     state: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Jobs in this state: scheduled, queued, running, …; repeat the option for several.",
-            show_default="any",
-            autocompletion=completion.states,
-        ),
+        repeatable("Jobs in this state: scheduled, queued, running, …", autocompletion=completion.states),
     ] = None,
-    task: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Jobs of this task; repeat the option for several.",
-            show_default="any",
-            autocompletion=completion.tasks,
-        ),
-    ] = None,
+    task: Annotated[list[str] | None, repeatable("Jobs of this task", autocompletion=completion.tasks)] = None,
     queue: Queues = None,
     tag: Annotated[
         list[str] | None,
@@ -84,14 +74,7 @@ def list_jobs(
             metavar="NAME=VALUE", help="Jobs with this tag; if repeated, with all of these tags.", show_default="any"
         ),
     ] = None,
-    since: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TIME",
-            help=f"Jobs submitted at this time or later: {TIMES}",
-            show_default="any",
-        ),
-    ] = None,
+    since: Annotated[str | None, moment("Jobs submitted at this time or later", show_default="any")] = None,
     late: Annotated[
         bool,
         typer.Option(
@@ -116,32 +99,46 @@ def list_jobs(
 
     Example: jobledger jobs list shop:app --state failed --state expired --tag tenant=acme --since 2h --show tags,args
     """
-    import datetime as dt
-
     more = _columns(show)
-    wanted = states_of(state), pairs_of(tag, "--tag")
-    begin = None if since is None else dt.datetime.fromtimestamp(moment_ms(since, "--since") / 1000, dt.UTC)
-    queried = _queried_app(
-        words_of(words, _names_app(app, namespace), "argument", 0), app, namespace, bootstrap, status_url
-    )
+    conditions = _conditions(state, task, queue, tag, since, late)
+    parsed = words_of(words, _names_app(app, namespace), "argument", 0)
+    queried = _queried_app(parsed, app, namespace, bootstrap, status_url)
     try:
-        statuses = list(
-            queried.jobs(
-                state=wanted[0] or None,
-                task=task or None,
-                queue=queue or None,
-                tag=wanted[1],
-                since=begin,
-                late=LATE_S if late else None,
-                limit=limit,
-            )
-        )
+        statuses = list(queried.jobs(**conditions, limit=limit))
         args = submissions(queried, statuses) if "args" in more else {}
     finally:
         queried.close()
     if as_json:
         output.print_json([status_json(each) | (args_json(args[each.job_id]) if args else {}) for each in statuses])
-        return
+    else:
+        _show_list(statuses, args, more, limit)
+
+
+def _conditions(
+    states: list[str] | None,
+    tasks: list[str] | None,
+    queues: list[str] | None,
+    tags: list[str] | None,
+    since: str | None,
+    late: bool,
+) -> JobFilter:
+    import datetime as dt
+
+    return {
+        "state": states_of(states) or None,
+        "task": tasks or None,
+        "queue": queues or None,
+        "tag": pairs_of(tags, "--tag"),
+        "since": None if since is None else dt.datetime.fromtimestamp(moment_ms(since, "--since") / 1000, dt.UTC),
+        "late": LATE_S if late else None,
+    }
+
+
+def _show_list(
+    statuses: Sequence[JobStatus], args: Mapping[str, bytes | str | None], more: Sequence[str], limit: int
+) -> None:
+    """Print jobs as a table. ``args``: the arguments of jobs, by id. ``more``: additional columns. ``limit``: the
+    maximum number of jobs that was asked for."""
     headings = ("job", "task", "queue", "state", "attempt", "submitted", "took", *more, "")
     rows = [row(each, more, args.get(each.job_id)) for each in statuses]
     output.print_table(headings, rows, optional=("queue", "took", "attempt", "submitted"), empty="no such jobs")
@@ -192,12 +189,7 @@ def wait(
     words: OneJob = None,
     app: AppOption = None,
     namespace: Namespace = None,
-    timeout: Annotated[
-        float | None,
-        typer.Option(
-            parser=seconds, metavar="SECONDS", help="Give up after this time (exit code 6).", show_default="never"
-        ),
-    ] = None,
+    timeout: Annotated[float | None, timespan("Give up after this time (exit code 6).", show_default="never")] = None,
     status_url: StatusUrl = None,
     as_json: Json = False,
 ) -> None:
@@ -237,9 +229,9 @@ def cancel(
             "several: a job must have one of the tasks, one of the queues, one of the states and all of the tags.",
         ),
     ] = None,
-    reason: Annotated[str | None, typer.Option("--reason", "-r", help="The reason, kept in the log.")] = None,
+    reason: Reason = None,
     by: Annotated[str | None, typer.Option("--by", help="Who cancels the jobs.", show_default="user@host")] = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
+    yes: Yes = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the jobs.")] = False,
     app: AppOption = None,
     namespace: Namespace = None,
@@ -253,23 +245,19 @@ def cancel(
 
     Example: jobledger jobs cancel shop:app --where task=send_mail --where tag.tenant=acme --reason "wrong list"
     """
-    from jobledger.client.commands import Job
-
     parsed = words_of(words, _names_app(app, namespace), "ID", None)
     if not parsed.others and not where:
         raise Wrong("which jobs? Give their ids, or --where NAME=VALUE")
     if parsed.others and where:
         raise Wrong("give ids or --where, not both")
-    chosen = _where(where or [])
+    conditions = _where(where or [])
     queried = _queried_app(parsed, app, namespace, bootstrap, status_url)
-    notes: list[str] = []
     try:
-        if parsed.others:
-            targets, notes = _by_id(queried, parsed.others)
-        else:
-            targets = [Job(s.job_id, s.run, s.task, s.queue) for s in _open_jobs(queried, chosen)]
-            if not as_json and not dry_run and targets and not yes:
-                typer.confirm(f"Cancel {_jobs(len(targets))}?", abort=True, err=True)
+        targets, notes = _by_id(queried, parsed.others) if parsed.others else (_matching(queried, conditions), [])
+        targets, notes_on_ids = _with_whole_ids(targets)
+        notes += notes_on_ids
+        if where and targets and not (yes or dry_run or as_json):
+            typer.confirm(f"Cancel {counted(len(targets), 'job')}?", abort=True, err=True)
         if targets and not dry_run:
             queried.orders.cancel(targets, reason, by)
     finally:
@@ -277,16 +265,21 @@ def cancel(
     if as_json:
         cancelled = 0 if dry_run else len(targets)
         output.print_json({"cancelled": cancelled, "jobs": [job.job_id for job in targets], "notes": notes})
-        return
+    else:
+        _show_cancelled(targets, notes, dry_run)
+
+
+def _show_cancelled(targets: Sequence[Job], notes: Sequence[str], dry_run: bool) -> None:
+    jobs = counted(len(targets), "job")
     for note in notes:
         output.console(stderr=True).print(note, style="yellow", markup=False)
     if dry_run:
         for job in targets:
             output.console().print(f"{job.job_id}  {job.task}  {job.queue}", markup=False, highlight=False)
-        output.console(stderr=True).print(f"{_jobs(len(targets))}; nothing was changed", style="dim")
+        output.console(stderr=True).print(f"{jobs}; nothing was changed", style="dim")
     else:
         output.console().print(
-            f"requested the cancel of {_jobs(len(targets))}" if targets else "no job is left to cancel", markup=False
+            f"requested the cancel of {jobs}" if targets else "no job is left to cancel", markup=False
         )
 
 
@@ -380,8 +373,18 @@ def _by_id(app: App, job_ids: Sequence[str]) -> tuple[list[Job], list[str]]:
     return list(jobs.values()), notes
 
 
-def _jobs(count: int) -> str:
-    return "1 job" if count == 1 else f"{count:,} jobs"
+def _with_whole_ids(targets: Sequence[Job]) -> tuple[list[Job], list[str]]:
+    """Return the jobs whose ids the status table stores unchanged, and notes about the other jobs: a cancel needs the
+    id that is in the log."""
+    from jobledger.streams.status.store.rows import KEY_MOST, is_changed
+
+    notes = [
+        f"{job.job_id} is not cancelled: the status table does not store the whole id of this job of another writer, "
+        f"because the id has more than {KEY_MOST} characters or a character that the table cannot store"
+        for job in targets
+        if is_changed(job.job_id)
+    ]
+    return [job for job in targets if not is_changed(job.job_id)], notes
 
 
 def _where(texts: Sequence[str]) -> dict[str, list[str]]:
@@ -403,13 +406,15 @@ def _where(texts: Sequence[str]) -> dict[str, list[str]]:
     return conditions
 
 
-def _open_jobs(app: App, where: dict[str, list[str]]) -> Iterator[JobStatus]:
-    """Yield the jobs that have not ended and match every condition."""
+def _matching(app: App, where: dict[str, list[str]]) -> list[Job]:
+    """Return the jobs that have not ended and match every condition."""
+    from jobledger.client.commands import Job
     from jobledger.job import State
 
-    yield from app.jobs(
+    statuses = app.jobs(
         state=where["state"] or [each for each in State if not each.ended],
         task=where["task"] or None,
         queue=where["queue"] or None,
         tag=pairs_of(where["tag"], "--where tag"),
     )
+    return [Job(each.job_id, each.run, each.task, each.queue) for each in statuses]

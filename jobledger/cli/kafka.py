@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jobledger.cli.commands import CommandGroup, seconds
-from jobledger.cli.options import Json
-from jobledger.cli.output import Exit, console, duration, print_fields, print_json
+from jobledger.cli.commands import CommandGroup
+from jobledger.cli.options import Json, timespan
+from jobledger.cli.output import Exit, console, counted, duration, print_fields, print_json
 from jobledger.kafka.embedded import defaults
 
 if TYPE_CHECKING:
@@ -52,9 +52,7 @@ def start(
     ] = None,
     heap: Annotated[int, typer.Option(min=128, help="Heap size of the broker in MB.")] = defaults.HEAP_MB,
     version: Annotated[str, typer.Option(help="Version of Apache Kafka, 4.0 or later.")] = defaults.KAFKA_VERSION,
-    timeout: Annotated[
-        float, typer.Option(parser=seconds, metavar="SECONDS", help="How long the broker may take to start.")
-    ] = defaults.START_TIMEOUT_S,
+    timeout: Annotated[float, timespan("How long the broker may take to start.")] = defaults.START_TIMEOUT_S,
     foreground: Annotated[
         bool, typer.Option("--foreground", help="Keep running, and stop the broker on Ctrl-C.")
     ] = False,
@@ -95,10 +93,7 @@ def start(
 @app.command("stop")
 def stop(
     timeout: Annotated[
-        float,
-        typer.Option(
-            parser=seconds, metavar="SECONDS", help="How long the broker may take to stop before it is killed."
-        ),
+        float, timespan("How long the broker may take to stop before it is killed.")
     ] = defaults.STOP_TIMEOUT_S,
     as_json: Json = False,
 ) -> None:
@@ -154,11 +149,11 @@ def in_lines(version: str, say: Callable[[str], None]) -> Report:
         if step not in begun:
             begun.add(step)
             about = f" ({SIZE} from a Maven repository, once per user and version)" if step == "resolve" else ""
-            size = f": {total} files" if step == "fetch" and total else ""
+            size = f": {counted(total, 'file')}" if step == "fetch" and total else ""
             say(f"{_STEPS[step].format(version=version)}{about}{size} …")
             reported_at = now
         elif step == "fetch" and (done == total or now - reported_at >= EVERY_S):
-            say(f"fetched {done} of {total} files")
+            say(f"fetched {done} of {counted(total, 'file')}")
             reported_at = now
 
     return report

@@ -3,11 +3,34 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
 from jobledger.cli import completion
+from jobledger.cli.commands import seconds
+
+
+def repeatable(text: str, **options: Any) -> Any:
+    """Return an option that may be repeated. ``text``: its help; that it may be repeated is added. ``options``: as for
+    `typer.Option`."""
+    return typer.Option(help=f"{text}; repeat the option for several.", **{"show_default": "any", **options})
+
+
+def timespan(text: str, **options: Any) -> Any:
+    """Return an option that takes a number of seconds. ``text``: its help. ``options``: as for `typer.Option`."""
+    return typer.Option(parser=seconds, metavar="SECONDS", help=text, **options)
+
+
+#: The times that an option accepts, if `commands.moment_ms` parses it.
+TIMES = "ISO 8601 (UTC if without a zone), or an age such as 90s, 2h, 3d."
+
+
+def moment(text: str, *names: str, **options: Any) -> Any:
+    """Return an option that takes a time, as text for `commands.moment_ms`. ``text``: its help, without the format.
+    ``names``, ``options``: as for `typer.Option`."""
+    return typer.Option(*names, metavar="TIME", help=f"{text}: {TIMES}", **options)
+
 
 Target = Annotated[
     str, typer.Argument(metavar="MODULE:APP", help="The app, e.g. shop.jobs:app or path/to/file.py:app.")
@@ -29,6 +52,12 @@ StatusUrl = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")]
+Reason = Annotated[str | None, typer.Option("--reason", "-r", help="The reason, kept in the log.", show_default=False)]
+AppWord = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[MODULE:APP]", help="The app, unless an option names it.", show_default=False),
+]
 AppOption = Annotated[
     str | None,
     typer.Option("--app", metavar="MODULE:APP", help="The app, if it is not the first argument.", show_default=False),
@@ -44,17 +73,8 @@ Namespace = Annotated[
 ]
 
 Queues = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--queue",
-        help="Only jobs of this queue; repeat the option for several.",
-        show_default="all",
-        autocompletion=completion.queues,
-    ),
+    list[str] | None, repeatable("Only jobs of this queue", show_default="all", autocompletion=completion.queues)
 ]
-#: The times that an option accepts, if `commands.moment_ms` parses it.
-TIMES = "ISO 8601 (UTC if without a zone), or an age such as 90s, 2h, 3d."
-
 #: Default host for metrics.
 HOST = "127.0.0.1"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -11,8 +11,8 @@ import typer
 from jobledger.cli import completion, output
 from jobledger.cli.commands import CommandGroup, among, judged, words_of
 from jobledger.cli.loading import find_app
-from jobledger.cli.options import AppOption, Bootstrap, Json, Namespace, StatusUrl
-from jobledger.cli.output import Cell
+from jobledger.cli.options import AppOption, AppWord, Bootstrap, Json, Namespace, Reason, StatusUrl
+from jobledger.cli.output import Cell, counted
 from jobledger.definitions.policy import Limits
 from jobledger.definitions.queues import Queue
 
@@ -20,10 +20,6 @@ if TYPE_CHECKING:
     from jobledger.app import App
     from jobledger.client.commands import Kind, Standing
 
-AppWord = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[MODULE:APP]", help="The app, unless an option names it.", show_default=False),
-]
 Named = Annotated[
     list[str] | None,
     typer.Argument(
@@ -33,7 +29,6 @@ Named = Annotated[
         show_default=False,
     ),
 ]
-Reason = Annotated[str | None, typer.Option("--reason", "-r", help="The reason, kept in the log.", show_default=False)]
 By = Annotated[str | None, typer.Option("--by", help="Who gives the command.", show_default="user@host")]
 
 
@@ -57,7 +52,13 @@ def _commands_for(kind: Kind) -> typer.Typer:
     group = CommandGroup(
         name=f"{kind}s", help=f"Pause, resume and limit {kind}s; list the commands in force.", no_args_is_help=True
     )
+    _add_list(group, kind)
+    _add_pause_and_resume(group, kind)
+    _add_limit(group, kind)
+    return group
 
+
+def _add_list(group: CommandGroup, kind: Kind) -> None:
     @group.command("list", help=f"List the app's {kind}s, their limits, and the commands in force.")
     def list_them(
         words: AppWord = None,
@@ -74,21 +75,11 @@ def _commands_for(kind: Kind) -> typer.Typer:
         rows = [_row(known, name, standing.get(name)) for name in sorted({*known.things, *standing})]
         if as_json:
             output.print_json(rows)
-            return
-        table: list[list[Cell]] = [
-            [
-                row[kind],
-                *([row["queue"]] if kind == "task" else [str(row["partitions"])]),
-                (f"paused {row['paused']}", "magenta") if row["paused"] else ("not paused", "green"),
-                "" if row["rate"] is None else f"{row['rate']:g}/s",
-                "" if row["concurrency"] is None else str(row["concurrency"]),
-                (f"limited {row['limited']}", "magenta") if row["limited"] else "",
-            ]
-            for row in rows
-        ]
-        second = "queue" if kind == "task" else "partitions"
-        output.print_table((kind, second, "state", "rate", "concurrency", ""), table, optional=(second,), empty="none")
+        else:
+            _show_list(kind, rows)
 
+
+def _add_pause_and_resume(group: CommandGroup, kind: Kind) -> None:
     @group.command(
         "pause", help=f"Start no more jobs of a {kind}, on any worker, until it is resumed; running jobs continue."
     )
@@ -121,6 +112,8 @@ def _commands_for(kind: Kind) -> typer.Typer:
             known.app.orders.resume(kind, name, reason, by)
         _say(as_json, {kind: name, "paused": False}, f"{kind} {name} is resumed")
 
+
+def _add_limit(group: CommandGroup, kind: Kind) -> None:
     @group.command(
         "limit",
         help=f"Limit a {kind} for all workers together, instead of the limits in the code; without --rate and --concurrency "
@@ -148,17 +141,35 @@ def _commands_for(kind: Kind) -> typer.Typer:
             with judged():
                 check_shares(f"{kind} {name!r}", known.things[name], limits, known.app.partitions)
             known.app.orders.limit(kind, name, limits or None, reason, by)
-        parts = [
-            *([f"{limits.rate:g} starts a second"] if limits.rate else []),
-            *([f"{concurrency} jobs at once"] if concurrency else []),
-        ]
         _say(
             as_json,
             {kind: name, "rate": limits.rate, "concurrency": limits.concurrency},
-            f"{kind} {name}: " + (" and ".join(parts) if parts else "limits as in the code"),
+            f"{kind} {name}: {_described(limits)}",
         )
 
-    return group
+
+def _show_list(kind: Kind, rows: Sequence[dict[str, Any]]) -> None:
+    table: list[list[Cell]] = [
+        [
+            row[kind],
+            *([row["queue"]] if kind == "task" else [str(row["partitions"])]),
+            (f"paused {row['paused']}", "magenta") if row["paused"] else ("not paused", "green"),
+            "" if row["rate"] is None else f"{row['rate']:g}/s",
+            "" if row["concurrency"] is None else str(row["concurrency"]),
+            (f"limited {row['limited']}", "magenta") if row["limited"] else "",
+        ]
+        for row in rows
+    ]
+    second = "queue" if kind == "task" else "partitions"
+    output.print_table((kind, second, "state", "rate", "concurrency", ""), table, optional=(second,), empty="none")
+
+
+def _described(limits: Limits) -> str:
+    parts = [
+        *([f"{counted(limits.rate, 'start')} a second"] if limits.rate else []),
+        *([f"{counted(limits.concurrency, 'job')} at once"] if limits.concurrency else []),
+    ]
+    return " and ".join(parts) or "limits as in the code"
 
 
 def _number(rate: str | None) -> str | float | None:

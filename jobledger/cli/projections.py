@@ -12,8 +12,8 @@ import typer
 from jobledger.cli import completion, logs, output
 from jobledger.cli.commands import CommandGroup, among
 from jobledger.cli.loading import load_app
-from jobledger.cli.options import Bootstrap, Json, LogFormat, Metrics, StatusUrl, Target
-from jobledger.cli.output import Cell, Exit
+from jobledger.cli.options import Bootstrap, Json, LogFormat, Metrics, StatusUrl, Target, Yes
+from jobledger.cli.output import Cell, Exit, counted
 from jobledger.cli.running import stopping
 from jobledger.cli.table import progress_bar
 from jobledger.errors import ConfigError, JobledgerError, text_of, type_of
@@ -88,12 +88,14 @@ def run(
 @app.command("list")
 def show(target: Target, as_json: Json = False) -> None:
     """List an app's projections."""
+    from jobledger.schemas.events import fact_name
+
     loaded = load_app(target)
     rows = [
         {
             "projection": each.name,
             "table": each.table.name,
-            "of": sorted(e.name for e in each.events.values()) or [f.__name__ for f in each.facts],
+            "of": sorted(e.name for e in each.events.values()) or [fact_name(f) for f in each.facts],
         }
         for each in loaded.registry.projections.values()
     ]
@@ -124,7 +126,7 @@ def verify(
 def rebuild(
     target: Target,
     name: Name,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
+    yes: Yes = False,
     from_what_is_left: Annotated[
         bool, typer.Option("--from-what-is-left", help="Allow a trimmed log: rows from its missing part are lost.")
     ] = False,
@@ -167,10 +169,10 @@ def _tell(result: Checked, as_json: bool, *, verified: bool) -> None:
         ("rows", f"{result.rows:,}"),
         ("digest of the table", result.live_digest if verified else result.digest),
         ("digest of the log", result.digest),
-        ("read", f"{result.records:,} records in {output.duration(result.seconds)}"),
+        ("read", f"{counted(result.records, 'record')} in {output.duration(result.seconds)}"),
     ]
     if result.unreadable:
-        fields.append(("not events", (f"{result.unreadable:,} records, skipped", "yellow")))
+        fields.append(("not events", (f"{counted(result.unreadable, 'record')}, skipped", "yellow")))
     fields += [("trimmed", (each, "yellow")) for each in result.trimmed]
     output.print_fields(fields)
 

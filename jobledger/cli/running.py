@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jobledger.cli import logs, output
-from jobledger.cli.commands import judged, seconds
+from jobledger.cli import completion, logs, output
+from jobledger.cli.commands import judged
 from jobledger.cli.loading import load_app
-from jobledger.cli.options import Bootstrap, Listen, LogFormat, Metrics, StatusUrl, Target
+from jobledger.cli.options import Bootstrap, Listen, LogFormat, Metrics, StatusUrl, Target, repeatable, timespan
 from jobledger.cli.stdio import OutputLost
 from jobledger.errors import JobledgerError
 from jobledger.process import greenlets
@@ -129,8 +129,9 @@ def supervised(children: Sequence[Child], *, restarts: int, grace: float) -> int
 
 def worker(
     target: Target,
-    queues: Annotated[
-        str | None, typer.Option(metavar="A,B", help="Queues to serve.", show_default="all of the app")
+    queue: Annotated[
+        list[str] | None,
+        repeatable("Serve only this queue", show_default="all of the app", autocompletion=completion.queues),
     ] = None,
     concurrency: Annotated[
         int, typer.Option(min=1, help="Maximum number of jobs running at once, in each worker process.")
@@ -152,9 +153,7 @@ def worker(
         ),
     ] = None,
     processes: Annotated[int, typer.Option(min=1, help="Worker processes, under one supervisor.")] = 1,
-    grace: Annotated[
-        float, typer.Option(parser=seconds, metavar="SECONDS", help="Time that running jobs get to end after SIGTERM.")
-    ] = 30.0,
+    grace: Annotated[float, timespan("Time that running jobs get to end after SIGTERM.")] = 30.0,
     bootstrap: Bootstrap = None,
     metrics: Metrics = None,
     log_format: LogFormat = None,
@@ -168,15 +167,21 @@ def worker(
     need("jobledger worker", "worker")
     from jobledger.consumers.worker.worker import WorkerOptions
 
-    names = None if queues is None else [name.strip() for name in queues.split(",") if name.strip()]
-    options = WorkerOptions(queues=names, concurrency=concurrency, threads=threads, children=children, grace=grace)
+    options = WorkerOptions(
+        queues=queue or None, concurrency=concurrency, threads=threads, children=children, grace=grace
+    )
     app = load_app(target, bootstrap=bootstrap)
     logs.set_up()
-    for name in names or []:
-        with judged("--queues"):
+    for name in queue or []:
+        with judged("--queue"):
             app.registry.check_queue(name)
     if processes > 1:
         _worker_processes(target, processes, options, bootstrap, metrics)
+    _end(_run_worker(app, options, metrics))
+
+
+def _run_worker(app: App, options: WorkerOptions, metrics: Listen | None) -> int:
+    """Run a worker in this process, with its metrics, and return its exit code."""
     from jobledger.cli.metrics import serving
     from jobledger.consumers.worker.main import run_worker
     from jobledger.consumers.worker.metrics import WorkerMetrics
@@ -187,7 +192,7 @@ def worker(
         def serve(made: Worker) -> None:
             stack.enter_context(serving(metrics, "jobledger_worker", made.health, [WorkerMetrics(made)]))
 
-        _end(run_worker(app.registry, app.settings, options, on_ready=serve))
+        return run_worker(app.registry, app.settings, options, on_ready=serve)
 
 
 def _worker_processes(
@@ -198,8 +203,8 @@ def _worker_processes(
 
     words = [target, "--concurrency", str(options.concurrency), "--grace", str(options.grace)]
     words += passed_on(bootstrap, None)
-    if options.queues is not None:
-        words += ["--queues", ",".join(options.queues)]
+    for queue in options.queues or ():
+        words += ["--queue", queue]
     if options.threads is not None:
         words += ["--threads", str(options.threads)]
     if options.children is not None:

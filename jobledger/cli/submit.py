@@ -5,35 +5,39 @@ from __future__ import annotations
 import json
 import typing
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from jobledger.cli import completion, output
-from jobledger.cli.commands import Wrong, among, judged, pair_of, pairs_of, seconds
+from jobledger.cli.commands import Wrong, among, judged, pair_of, pairs_of
 from jobledger.cli.job_views import finish
-from jobledger.cli.options import Bootstrap, Json, StatusUrl, Target
+from jobledger.cli.options import Bootstrap, Json, StatusUrl, Target, repeatable, timespan
 from jobledger.cli.waiting import showing_progress
 from jobledger.errors import BadArguments
+
+if TYPE_CHECKING:
+    from jobledger.app import App
+    from jobledger.definitions.handles import JobHandle
+    from jobledger.definitions.task import JobRequest
+
+
+def _pairs(what: str, name: str, each: str) -> Any:
+    """Return an argument for values by name, which may be repeated. ``what``: the values, in its help. ``name``: what
+    stands for a name, in its help. ``each``: the thing that takes a value."""
+    text = f"{what}. A value is read as JSON; if it is not JSON, or the {each} is a str, as text."
+    return typer.Argument(metavar=f"[{name}=VALUE]...", help=text)
 
 
 def submit(
     target: Target,
     task: Annotated[str, typer.Argument(metavar="TASK", help="The task's name.", autocompletion=completion.tasks)],
-    pairs: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[NAME=VALUE]...",
-            help="Arguments. A value is read as JSON; if it is not JSON, or the parameter is a str, as text.",
-        ),
-    ] = None,
+    pairs: Annotated[list[str] | None, _pairs("Arguments", "NAME", "parameter")] = None,
     args: Annotated[str | None, typer.Option(metavar="JSON", help="Arguments as one JSON object.")] = None,
-    delay: Annotated[
-        float | None, typer.Option(parser=seconds, metavar="SECONDS", help="Run the job only after this time.")
-    ] = None,
+    delay: Annotated[float | None, timespan("Run the job only after this time.")] = None,
     tag: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=VALUE", help="A tag by which the job can be found; repeat the option for several."),
+        repeatable("A tag by which the job can be found", metavar="NAME=VALUE", show_default=True),
     ] = None,
     queue: Annotated[
         str | None,
@@ -41,9 +45,7 @@ def submit(
     ] = None,
     key: Annotated[str | None, typer.Option(help="Jobs with the same key run one at a time, in order.")] = None,
     priority: Annotated[str | None, typer.Option(help="high or low, on a queue with priorities.")] = None,
-    expires_in: Annotated[
-        float | None, typer.Option(parser=seconds, metavar="SECONDS", help="Do not start the job after this time.")
-    ] = None,
+    expires_in: Annotated[float | None, timespan("Do not start the job after this time.")] = None,
     job_id: Annotated[
         str | None,
         typer.Option(
@@ -53,9 +55,7 @@ def submit(
     wait: Annotated[
         bool, typer.Option("--wait", help="Wait until the job has ended; exit code 5 if it did not succeed.")
     ] = False,
-    timeout: Annotated[
-        float | None, typer.Option(parser=seconds, metavar="SECONDS", help="Maximum time for --wait.")
-    ] = None,
+    timeout: Annotated[float | None, timespan("Maximum time for --wait.")] = None,
     bootstrap: Bootstrap = None,
     status_url: StatusUrl = None,
     as_json: Json = False,
@@ -72,50 +72,40 @@ def submit(
     with judged():
         declared = loaded.registry.task(task)
         arguments = _arguments(declared.fn, pairs or [], args)
-        bound = declared.using(
-            delay=delay,
-            tags=pairs_of(tag, "--tag"),
-            queue=queue,
-            key=key,
-            priority=priority,  # type: ignore[arg-type]  # `using` checks the text
-            expires_in=expires_in,
-            job_id=job_id,
-        )
-        request = bound.job(**arguments)
+        options: dict[str, Any] = {"delay": delay, "queue": queue, "key": key, "priority": priority}
+        options |= {"tags": pairs_of(tag, "--tag"), "expires_in": expires_in, "job_id": job_id}
+        request = declared.using(**options).job(**arguments)
     try:
         handle = loaded.client.submit(request)
-        if not wait:
-            if as_json:
-                output.print_json(
-                    {
-                        "job_id": handle.job_id,
-                        "position": str(handle.position),
-                        "task": declared.name,
-                        "queue": queue or declared.queue,
-                    }
-                )
-            else:
-                output.print_fields([("job", handle.job_id), ("position", str(handle.position))])
-            return
-        if not as_json:
-            output.console(stderr=True).print(f"submitted {handle.job_id}, waiting until it has ended …", style="dim")
-        with showing_progress(loaded, handle.job_id, quiet=as_json):
-            status = handle.wait(timeout)
-        finish(status, as_json)
+        if wait:
+            _wait(loaded, handle, timeout, as_json)
+        else:
+            _show(handle, request, as_json)
     finally:
         loaded.close()
+
+
+def _show(handle: JobHandle[Any], request: JobRequest[Any], as_json: bool) -> None:
+    job_id, position = handle.job_id, str(handle.position)
+    if as_json:
+        output.print_json({"job_id": job_id, "position": position, "task": request.task.name, "queue": request.queue})
+    else:
+        output.print_fields([("job", job_id), ("position", position)])
+
+
+def _wait(app: App, handle: JobHandle[Any], timeout: float | None, as_json: bool) -> None:
+    """Wait until the job has ended, and print its status. Raises `typer.Exit` if the job did not succeed."""
+    if not as_json:
+        output.console(stderr=True).print(f"submitted {handle.job_id}, waiting until it has ended …", style="dim")
+    with showing_progress(app, handle.job_id, quiet=as_json):
+        status = handle.wait(timeout)
+    finish(status, as_json)
 
 
 def emit(
     target: Target,
     event: Annotated[str, typer.Argument(metavar="EVENT", help="The event's name.", autocompletion=completion.events)],
-    pairs: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[FIELD=VALUE]...",
-            help="Fields. A value is read as JSON; if it is not JSON, or the field is a str, as text.",
-        ),
-    ] = None,
+    pairs: Annotated[list[str] | None, _pairs("Fields", "FIELD", "field")] = None,
     args: Annotated[str | None, typer.Option(metavar="JSON", help="Fields as one JSON object.")] = None,
     bootstrap: Bootstrap = None,
     as_json: Json = False,

@@ -6,14 +6,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated
 
 import typer
 
 from jobledger.cli import output
 from jobledger.cli.loading import load_app
-from jobledger.cli.options import Bootstrap, Json, StatusUrl, Target
-from jobledger.cli.output import Cell, Exit
+from jobledger.cli.options import Bootstrap, Json, StatusUrl, Target, Yes
+from jobledger.cli.output import Cell, Exit, counted
 
 _EQUAL: Cell = ("yes", "bold green")
 _DIFFERS: Cell = ("NO", "bold red")
@@ -45,10 +44,10 @@ def verify(
             ("counters equal", _EQUAL if result.counters_equal else _DIFFERS),
             ("digest of the table", result.table_digest),
             ("digest of the log", result.log_digest),
-            ("read", f"{result.records:,} records in {output.duration(result.seconds)}"),
+            ("read", f"{counted(result.records, 'record')} in {output.duration(result.seconds)}"),
         ]
         if result.differing:
-            fields.append(("differing", (f"{result.differing:,} jobs, including", "red")))
+            fields.append(("differing", (f"{counted(result.differing, 'job')}, including", "red")))
             fields += [("", job_id) for job_id in result.first_differing]
             fields.append(("way out", f"stop the materializer and run `jobledger rebuild {target}`"))
         output.print_fields(fields)
@@ -58,7 +57,7 @@ def verify(
 
 def rebuild(
     target: Target,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
+    yes: Yes = False,
     bootstrap: Bootstrap = None,
     status_url: StatusUrl = None,
     as_json: Json = False,
@@ -84,13 +83,12 @@ def rebuild(
         ("table", result.url),
         (
             "jobs",
-            f"{result.jobs:,}"
-            + (f", of which {result.carried:,} were copied from the old table" if result.carried else ""),
+            f"{result.jobs:,}" + (f", copied from the old table: {result.carried:,}" if result.carried else ""),
         ),
-        ("read", f"{result.records:,} records in {output.duration(result.seconds)}"),
+        ("read", f"{counted(result.records, 'record')} in {output.duration(result.seconds)}"),
     ]
     if result.rejected:
-        fields.append(("not events", (f"{result.rejected:,} records, skipped", "yellow")))
+        fields.append(("not events", (f"{counted(result.rejected, 'record')}, skipped", "yellow")))
     output.print_fields(fields)
 
 

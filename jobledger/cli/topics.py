@@ -13,8 +13,8 @@ import typer
 
 from jobledger.cli.commands import CommandGroup, Wrong, judged
 from jobledger.cli.loading import load_app
-from jobledger.cli.options import Bootstrap, Json, Target
-from jobledger.cli.output import Cell, Exit, console, print_json, print_table
+from jobledger.cli.options import Bootstrap, Json, Target, Yes
+from jobledger.cli.output import Cell, Exit, console, counted, print_json, print_table
 
 if TYPE_CHECKING:
     from confluent_kafka.admin import AdminClient
@@ -55,7 +55,7 @@ def apply(
     target: Target,
     bootstrap: Bootstrap = None,
     replication: Replication = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
+    yes: Yes = False,
     as_json: Json = False,
 ) -> None:
     """Create and alter topics and groups to match what the app declares; asks for confirmation.
@@ -70,7 +70,7 @@ def apply(
     if planned.refused:
         raise typer.Exit(Exit.ERROR)
     if planned.pending and not yes:
-        typer.confirm(f"Apply {_changes(len(planned.pending))} to {address}?", abort=True, err=True)
+        typer.confirm(f"Apply {counted(len(planned.pending), 'change')} to {address}?", abort=True, err=True)
     notes = topics.apply(admin, planned, address=address)
     if as_json:
         print_json({**planned.as_dict(), "applied": len(planned.pending), "notes": notes})
@@ -78,7 +78,7 @@ def apply(
     for note in notes:
         console().print(f"note: {note}", style="yellow", markup=False)
     if planned.pending:
-        console().print(f"applied {_changes(len(planned.pending))}")
+        console().print(f"applied {counted(len(planned.pending), 'change')}")
 
 
 @app.command("acls")
@@ -88,7 +88,8 @@ def acls(
         list[str] | None,
         typer.Option(
             metavar="ROLE=PRINCIPAL",
-            help="The user of a role, e.g. worker=User:jobs; repeat the option for several. `streams` means coordinator and materializer.",
+            help="The user of a role, e.g. worker=User:jobs; repeat the option for several. `streams` means coordinator and "
+            "materializer.",
             show_default="list what each role needs",
         ),
     ] = None,
@@ -150,13 +151,13 @@ def _grant(loaded: App, wanted: list[tuple[str, Right]], yes: bool, as_json: boo
     settings = loaded.settings.acting_as("admin")
     address = settings.resolve_bootstrap()
     if not yes:
-        typer.confirm(f"Allow {len(wanted)} operations at {address}?", abort=True, err=True)
+        typer.confirm(f"Allow {counted(len(wanted), 'operation')} at {address}?", abort=True, err=True)
     knock(settings)
     rules.grant(clients.admin(settings), settings, [rules.binding(who, right) for who, right in wanted])
     if as_json:
         print_json({"granted": [{"principal": who, **asdict(right)} for who, right in wanted]})
     else:
-        console().print(f"{len(wanted)} operations are allowed at {address}")
+        console().print(f"allowed {counted(len(wanted), 'operation')} at {address}")
 
 
 def _plan(target: str, bootstrap: str | None, replication: int | None) -> tuple[AdminClient, TopicPlan, str]:
@@ -203,7 +204,3 @@ def _settings(change: Change) -> str:
     return "\n".join(
         f"{key}={new}" if old is None else f"{key}: {old} → {new}" for key, (old, new) in change.config.items()
     )
-
-
-def _changes(count: int) -> str:
-    return f"{count} change" if count == 1 else f"{count} changes"

@@ -47,7 +47,8 @@ from jobledger.process import forks
 from jobledger.process.identity import now_us, source
 from jobledger.schemas import codec, confluent_frame
 from jobledger.schemas.derive import check_evolution
-from jobledger.schemas.events import JobEvent, JobSpec, JobSubmitted, Position
+from jobledger.schemas.event_factory import submission
+from jobledger.schemas.events import JobSpec, Position
 
 R = TypeVar("R")
 T = TypeVar("T")
@@ -160,31 +161,15 @@ class Client:
             self._check_app(task)
         if inside is None:
             job_id, parent, trace = request.job_id or str(uuid_utils.uuid7()), None, tracing.current()
-            event_id = job_id
         else:
             derived = inside.child_id(task.name, request.args)
-            job_id = event_id = request.job_id or derived
+            job_id = request.job_id or derived
             parent, trace = inside.job_id, tracing.current() or inside.trace
-        delayed = request.delay_ms is not None
-        event = JobEvent(
-            event_id,
-            job_id,
-            1,
-            1,
-            0 if delayed else 1,
-            now_us(),
-            task.name,
-            request.queue,
-            request.key,
-            job_id if delayed else None,
-            self._source,
-            trace,
-            JobSubmitted(
-                JobSpec(request.args, request.tags, parent, request.expires_in_ms, None, request.priority),
-                request.delay_ms,
-            ),
+        spec = JobSpec(request.args, request.tags, parent, request.expires_in_ms, None, request.priority)
+        event = submission(
+            job_id, task.name, request.queue, request.key, spec, now_us(), self._source, trace, request.delay_ms
         )
-        if delayed:
+        if request.delay_ms is not None:
             return job_id, Outgoing(self.names.coordination, codec.encode(event), job_id)
         topic = self.names.jobs(lane(request.queue, request.priority))
         return job_id, Outgoing(topic, codec.encode(event), request.key or job_id)

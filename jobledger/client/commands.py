@@ -18,17 +18,17 @@ import uuid_utils
 
 from jobledger.config import Settings
 from jobledger.definitions.policy import Limits
-from jobledger.errors import ConfigError, JobledgerError
+from jobledger.errors import ConfigError, SchemaError
 from jobledger.kafka.topic_names import ID_MOST, Names, check_text
 from jobledger.log.reading import LogReader
 from jobledger.log.schema_lookup import decoder
 from jobledger.log.writer import LogWriter, Outgoing
 from jobledger.process.identity import now_us, source
 from jobledger.schemas import codec
+from jobledger.schemas.event_factory import standalone
 from jobledger.schemas.events import (
     CLOSING,
     CancelRequested,
-    JobEvent,
     QueueLimited,
     QueuePaused,
     QueueResumed,
@@ -118,7 +118,19 @@ class Commands:
         for start in range(0, len(jobs), AT_ONCE):
             records: list[Outgoing] = []
             for job in jobs[start : start + AT_ONCE]:
-                value = codec.encode(self._event(fact, job.job_id, job.run, job.task, job.queue, job.home))
+                value = codec.encode(
+                    standalone(
+                        fact,
+                        str(uuid_utils.uuid7()),
+                        now_us(),
+                        source("client"),
+                        job_id=job.job_id,
+                        run=job.run,
+                        task=job.task,
+                        queue=job.queue,
+                        home=job.home,
+                    )
+                )
                 # One record for the workers, and one for the coordinator, where the job may wait for its due time.
                 records.append(Outgoing(self._names.control, value, cancel_key(job.job_id, job.run)))
                 records.append(Outgoing(self._names.coordination, value, job.home or job.job_id))
@@ -147,25 +159,12 @@ class Commands:
 
     def _order(self, key: str, kind: Kind, name: str, fact: QueuePaused | QueueResumed | QueueLimited) -> None:
         task, queue = (name, "") if kind == "task" else ("", name)
-        event = self._event(fact, "", 0, task, queue, None)
+        event = standalone(fact, str(uuid_utils.uuid7()), now_us(), source("client"), task=task, queue=queue)
         self._writer().send([Outgoing(self._names.control, codec.encode(event), key)])
 
-    def _event(
-        self,
-        fact: CancelRequested | QueuePaused | QueueResumed | QueueLimited,
-        job_id: str,
-        run: int,
-        task: str,
-        queue: str,
-        home: str | None,
-    ) -> JobEvent:
-        return JobEvent(
-            str(uuid_utils.uuid7()), job_id, run, 0, 0, now_us(), task, queue, None, home, source("client"), None, fact
-        )
-
     def standing(self) -> list[Standing]:
-        """Return the pauses and limits in force, sorted by kind and name. Raises `BrokerUnavailable` or
-        `TopicMissing`."""
+        """Return the pauses and limits in force, sorted by kind and name. Raises `BrokerUnavailable`, `TopicMissing`, or
+        `ConfigError` if a Schema Registry is needed and not configured."""
         decode = decoder(self._settings, self._names).decode
         in_force: dict[tuple[str, str], Standing] = {}
         with LogReader(self._settings) as log:
@@ -173,7 +172,7 @@ class Commands:
                 value = message.value()
                 try:
                     event = decode(value if isinstance(value, bytes) else None)
-                except JobledgerError:
+                except SchemaError:
                     continue  # a tombstone, or a record that is not an event
                 kind: Kind = "queue" if event.queue else "task"
                 name = event.queue or event.task

@@ -109,7 +109,11 @@ class JobContext:
             self._children = {}
         nth = next(self._children.setdefault(what, count(1)))
         name = f"{self.run}/{task}/{what[-16:].hex()}/{nth}"
-        return str(uuid.uuid5(uuid.UUID(self.job_id), name))
+        try:
+            space = uuid.UUID(self.job_id)
+        except ValueError:  # other writers may use ids that are not UUIDs
+            space = uuid.uuid5(uuid.NAMESPACE_OID, self.job_id)
+        return str(uuid.uuid5(space, name))
 
     def _over(self, what: str) -> JobEnded:
         return JobEnded(

@@ -12,11 +12,13 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
 
 from jobledger.definitions.durations import Seconds, in_seconds
 from jobledger.definitions.functions import check_plain
 from jobledger.errors import ConfigError
+
+T = TypeVar("T")
 
 #: The levels of a queue with priorities, besides ``normal``.
 PRIORITIES = ("high", "low")
@@ -164,6 +166,28 @@ class Breaker:
         object.__setattr__(self, "reset", float(reset))
 
 
+class HandlerOptions(TypedDict, total=False):
+    """Options that `App.task` and `App.on` have in common. `App.task` describes them."""
+
+    priority: Literal["high", "normal", "low"] | None
+    rate: str | float | None
+    concurrency: int | None
+    isolation: Literal["process"] | None
+    max_memory: str | int | None
+    long: bool | None
+    lease: Seconds
+    expires_in: Seconds | None
+    adaptive: Adaptive | bool | None
+    breaker: Breaker | bool | None
+
+
+class PolicyOptions(HandlerOptions, total=False):
+    """The options of a task of which its `Policy` is made: those of a handler, and those of an ordering key."""
+
+    key: str | Callable[..., Any] | None
+    key_hold_max: Seconds
+
+
 @dataclass(frozen=True, slots=True)
 class Policy:
     """How the jobs of one task run, apart from retries. ``App.task`` describes each option; all values are
@@ -185,72 +209,92 @@ class Policy:
 PLAIN = Policy()
 
 
-def policy_of(
-    task: str,
-    *,
-    timeout: float | None,
-    is_async: bool,
-    key: str | Callable[..., Any] | None,
-    key_hold_max: Seconds,
-    priority: str | None,
-    rate: str | float | None,
-    concurrency: int | None,
-    isolation: str | None,
-    max_memory: str | int | None,
-    long: bool | None,
-    lease: Seconds,
-    expires_in: Seconds | None,
-    adaptive: Adaptive | bool | None,
-    breaker: Breaker | bool | None,
-) -> Policy:
+def policy_of(task: str, options: PolicyOptions, *, timeout: float | None, is_async: bool) -> Policy:
     """Return a task's policy from the options that its author wrote. Raises `ConfigError` that names an option, or a
     combination of options, that is not possible."""
     what = f"task {task!r}"
+    key, isolation, max_memory = options.get("key"), options.get("isolation"), options.get("max_memory")
+    _check_key(what, key)
+    _check_isolation(what, isolation, max_memory)
+    lease_s = _lease_s(what, options.get("lease", LEASE_S))
+    level = check_priority(options.get("priority"), f"{what}: priority")
+    leased = _is_leased(what, timeout, options.get("long"))
+    if key is not None:
+        check_keyed(what, timeout, leased, level, bounded=is_async or isolation is not None)
+    return Policy(
+        key=key,
+        key_hold_max=_hold_s(what, options.get("key_hold_max", KEY_HOLD_MAX_S)),
+        priority=level,
+        adaptive=_switched(what, "adaptive", options.get("adaptive"), Adaptive),
+        breaker=_switched(what, "breaker", options.get("breaker"), Breaker),
+        limits=Limits.of(options.get("rate"), options.get("concurrency"), what),
+        isolation=isolation,
+        max_memory=None if max_memory is None else parse_size(max_memory, f"{what}: max_memory"),
+        long=leased,
+        lease=lease_s,
+        expires_in=check_expiry(options.get("expires_in"), f"{what}: expires_in"),
+    )
+
+
+def _check_key(what: str, key: object) -> None:
     if key is not None and not callable(key) and (not isinstance(key, str) or not key):
         raise ConfigError(f"{what}: key={key!r} is neither the name of a parameter nor a function of the arguments")
     check_plain(key, f"{what}: key=…")
+
+
+def _check_isolation(what: str, isolation: object, max_memory: object) -> None:
     if isolation not in (None, "process"):
-        raise ConfigError(f"{what}: isolation={isolation!r} is not 'process': write 'process', or leave the option out; "
-                          "then `async def` runs on the event loop and a plain function in a thread")  # fmt: skip
+        raise ConfigError(
+            f"{what}: isolation={isolation!r} is not 'process': write 'process', or leave the option out; "
+            "then `async def` runs on the event loop and a plain function in a thread"
+        )
     if max_memory is not None and isolation != "process":
         raise ConfigError(
             f"{what}: max_memory={max_memory!r} needs isolation='process': only a process has a memory of its own"
         )
-    given_lease, lease, hold = lease, in_seconds(lease), in_seconds(key_hold_max)
-    if isinstance(lease, bool) or not isinstance(lease, int | float) or not LEASE_LEAST_S <= lease <= LEASE_MOST_S:
+
+
+def _lease_s(what: str, lease: object) -> float:
+    seconds = in_seconds(lease)
+    if (
+        isinstance(seconds, bool)
+        or not isinstance(seconds, int | float)
+        or not LEASE_LEAST_S <= seconds <= LEASE_MOST_S
+    ):
         raise ConfigError(
-            f"{what}: lease={given_lease!r} is not a number of seconds from {LEASE_LEAST_S:g} to {LEASE_MOST_S:g}"
+            f"{what}: lease={lease!r} is not a number of seconds from {LEASE_LEAST_S:g} to {LEASE_MOST_S:g}"
         )
-    leased = (timeout is not None and timeout > LONG_FROM_S) if long is None else bool(long)
-    level = check_priority(priority, f"{what}: priority")
-    if timeout is not None and timeout > LONG_FROM_S and not leased:
+    return float(seconds)
+
+
+def _hold_s(what: str, key_hold_max: object) -> float:
+    seconds = in_seconds(key_hold_max)
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds <= 3600:
+        raise ConfigError(f"{what}: key_hold_max={key_hold_max!r} is not a number of seconds above 0, at most an hour")
+    return float(seconds)
+
+
+def _is_leased(what: str, timeout: float | None, long: bool | None) -> bool:
+    above = timeout is not None and timeout > LONG_FROM_S
+    if long is None:
+        return above
+    if above and not long:
         raise ConfigError(
             f"{what}: timeout={timeout:g} is above {LONG_FROM_S:g} s, so its jobs are leased: long=False is not possible"
         )
-    if key is not None:
-        check_keyed(what, timeout, leased, level, bounded=is_async or isolation is not None)
-    if isinstance(hold, bool) or not isinstance(hold, int | float) or not 0 < hold <= 3600:
-        raise ConfigError(f"{what}: key_hold_max={key_hold_max!r} is not a number of seconds above 0, at most an hour")
-    if adaptive is True:
-        adaptive = Adaptive()
-    if breaker is True:
-        breaker = Breaker()
-    for name, value, kind in (("adaptive", adaptive, Adaptive), ("breaker", breaker, Breaker)):
-        if value not in (None, False) and not isinstance(value, kind):
-            raise ConfigError(f"{what}: {name}={value!r} is neither True nor a {kind.__name__}(…)")
-    return Policy(
-        key=key,
-        key_hold_max=float(hold),
-        priority=level,
-        limits=Limits.of(rate, concurrency, what),
-        isolation=isolation,  # type: ignore[arg-type]  # checked above
-        max_memory=None if max_memory is None else parse_size(max_memory, f"{what}: max_memory"),
-        long=leased,
-        lease=float(lease),
-        expires_in=check_expiry(expires_in, f"{what}: expires_in"),
-        adaptive=adaptive or None,
-        breaker=breaker or None,
-    )
+    return bool(long)
+
+
+def _switched(what: str, name: str, option: object, kind: type[T]) -> T | None:
+    """Return the value of an option that is True for the defaults of its class ``kind``, False, None or an object of
+    this class."""
+    if option in (None, False):
+        return None
+    if option is True:
+        return kind()
+    if not isinstance(option, kind):
+        raise ConfigError(f"{what}: {name}={option!r} is neither True nor a {kind.__name__}(…)")
+    return option
 
 
 def check_keyed(what: str, timeout: float | None, long: bool, priority: str | None, *, bounded: bool) -> None:

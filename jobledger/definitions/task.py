@@ -192,10 +192,9 @@ class Task(Generic[P, R_co]):
         """Return the task with options for one submission. Raises `ConfigError` or `UnknownQueue` at once.
 
         ``delay``: seconds, or a `timedelta`, before which the job does not start, counted on the broker's clock from
-        the append. ``tags``: texts by which the job can be found. ``queue``: another queue of the app. ``key``: jobs
-        with the same key run one at a time, in the order of submission. ``priority``: the job's priority on a queue
-        with priorities. ``expires_in``: seconds from the append, or a `timedelta`, after which the job is no longer
-        started. ``job_id``: a UUID that the caller chooses. A second submission with the same UUID to the same queue,
+        the append. ``tags``: texts by which the job can be found. ``queue``, ``priority`` and ``expires_in``, which
+        `App.task` describes, replace the task's; the queue must be one of the app. ``key``: the job's ordering key
+        itself. ``job_id``: a UUID that the caller chooses. A second submission with the same UUID to the same queue,
         key and priority is a duplicate: the job runs once, with the arguments of the first submission. Workers drop the
         duplicate for as long as they remember the id: 10 minutes or 100,000 records of a partition, whichever is less.
         """

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Unpack
 
-from jobledger.definitions.durations import Seconds, in_seconds
+from jobledger.definitions.durations import in_seconds
 from jobledger.definitions.event_types import EventType, Handler, HandlerTags
 from jobledger.definitions.functions import check_function
 from jobledger.definitions.middleware import Hooks
+from jobledger.definitions.options import TaskOptions
 from jobledger.definitions.origins import Origin, is_nameless, origin_of
-from jobledger.definitions.policy import KEY_HOLD_MAX_S, LEASE_S, policy_of
+from jobledger.definitions.policy import policy_of
 from jobledger.definitions.projection import Projection
 from jobledger.definitions.queues import DEFAULT_PARTITIONS, DEFAULT_QUEUE, Queue, check_partitions, check_shares
 from jobledger.definitions.resources import Resources
@@ -24,22 +25,6 @@ from jobledger.kafka.topic_names import Names, check_name, check_text, colliding
 #: Maximum characters of a task's name.
 TASK_NAME_MOST = 200
 MAX_TIMEOUT_S = 24 * 3600.0
-
-#: Default values of `policy_of`'s arguments.
-POLICY_DEFAULTS: dict[str, Any] = {
-    "key": None,
-    "key_hold_max": KEY_HOLD_MAX_S,
-    "priority": None,
-    "rate": None,
-    "concurrency": None,
-    "isolation": None,
-    "max_memory": None,
-    "long": None,
-    "lease": LEASE_S,
-    "expires_in": None,
-    "adaptive": None,
-    "breaker": None,
-}
 
 
 class TaskRegistry:
@@ -126,37 +111,26 @@ class TaskRegistry:
                 f"priority={priority!r}: queue {queue!r} has no priorities; declare it as Queue({queue!r}, priorities=True)"
             )
 
-    def add(
-        self,
-        fn: Callable[..., Any],
-        *,
-        name: str | None,
-        queue: str | None,
-        retry: Retry | int | None,
-        timeout: Seconds | None,
-        fallback: Task[Any, Any] | str | None,
-        **policy: Any,
-    ) -> Task[Any, Any]:
+    def add(self, fn: Callable[..., Any], **options: Unpack[TaskOptions]) -> Task[Any, Any]:
         """Register a function, and return its task. Raises `ConfigError` or `UnknownQueue` if an option is not
         possible."""
         check_function(fn)
+        name, retry, fallback = options.get("name"), options.get("retry"), options.get("fallback")
         task_name = name if name is not None else getattr(fn, "__name__", "")
         task_name = check_text("task name", task_name, TASK_NAME_MOST)
         origin = self._origin("task", task_name, fn, task_name in self.tasks, nameless=name is None and is_nameless(fn))
-        queue = self._queue_of(task_name, queue)
+        queue = self._queue_of(task_name, options.get("queue"))
         if isinstance(retry, int) and not isinstance(retry, bool):
             retry = Retry(max_attempts=retry)
         if retry is not None and not isinstance(retry, Retry):
             raise ConfigError(f"task {task_name!r}: retry={retry!r} is neither a Retry nor a number of attempts")
-        limit = None if timeout is None else _check_timeout(task_name, timeout)
+        limit = _check_timeout(task_name, options.get("timeout"))
         if isinstance(fallback, Task) and fallback.registry is not self:
             raise ConfigError(
                 f"task {task_name!r}: fallback={fallback!r} is a task of app {fallback.registry.names.namespace!r}; "
                 f"a fallback must be a task of the same app, {self.names.namespace!r}"
             )
-        task_policy = policy_of(
-            task_name, timeout=limit, is_async=asyncio.iscoroutinefunction(fn), **{**POLICY_DEFAULTS, **policy}
-        )
+        task_policy = policy_of(task_name, options, timeout=limit, is_async=asyncio.iscoroutinefunction(fn))
         if task_policy.priority is not None and self._declared is not None:
             self.check_level(queue, task_policy.priority)
         task_class: type[Task[Any, Any]] = AsyncTask if asyncio.iscoroutinefunction(fn) else PlainTask
@@ -304,7 +278,9 @@ class TaskRegistry:
                 )
 
 
-def _check_timeout(task: str, timeout: object) -> float:
+def _check_timeout(task: str, timeout: object) -> float | None:
+    if timeout is None:
+        return None
     duration = in_seconds(timeout)
     if isinstance(duration, bool) or not isinstance(duration, int | float) or not 0 < duration <= MAX_TIMEOUT_S:
         raise ConfigError(

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import logging
 import re
+import socket
 import time
+from contextlib import suppress
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka.admin import AdminClient
@@ -30,6 +33,8 @@ AGAIN_S = 0.4
 #: Seconds for which the same message about connections is not logged again.
 SAY_EVERY_S = 30.0
 KNOCK_S = 10.0
+#: Timeout in seconds of the connection that shows whether the token endpoint can be reached.
+ENDPOINT_S = 2.0
 #: For this many seconds after a client could not connect, a topic that the client reports as unknown may still exist.
 AWAY_S = 10.0
 
@@ -170,8 +175,8 @@ LOG.addFilter(_may_be_logged)
 class AuthMonitor:
     """The ``error_cb`` of a client: notices that the cluster refuses the login. Thread-safe.
 
-    ``patient`` False: if the client cannot obtain a token, the login counts as refused at once. ``patient`` True is for
-    a running client, which may still have a valid token.
+    ``patient`` False: if the client cannot obtain a token, the login counts as refused at once, unless the token
+    endpoint cannot be reached. ``patient`` True is for a running client, which may still have a valid token.
     """
 
     def __init__(self, settings: Settings, *, patient: bool = True) -> None:
@@ -182,6 +187,7 @@ class AuthMonitor:
         self._tls_checked_at = float("-inf")
         self._logged_at: dict[str, float] = {}
         self._refusal: NotAuthenticated | None = None
+        self._no_endpoint: BrokerUnavailable | None = None
         self._unreachable_at = float("-inf")
 
     @property
@@ -204,9 +210,12 @@ class AuthMonitor:
         return self._refusal
 
     def check(self) -> None:
-        """Raise `NotAuthenticated` if the cluster refuses this client's login."""
+        """Raise `NotAuthenticated` if the cluster refuses this client's login, and, unless ``patient``,
+        `BrokerUnavailable` if the token endpoint cannot be reached."""
         if self._refusal is not None:
             raise self._refusal
+        if self._no_endpoint is not None:
+            raise self._no_endpoint
 
     def __call__(self, error: KafkaError) -> None:
         now, text = time.monotonic(), error.str()
@@ -217,7 +226,9 @@ class AuthMonitor:
                 if "OAUTHBEARER token" in text:
                     self._no_token = text
                     if not self._patient:
-                        self._refusal = refusal(self._settings, text)
+                        self._no_endpoint = _unreachable_endpoint(self._settings)
+                        if self._no_endpoint is None:
+                            self._refusal = refusal(self._settings, text)
                 elif self._first_refused_at is None:
                     self._first_refused_at = now
                 elif now - self._first_refused_at >= AGAIN_S:
@@ -252,6 +263,22 @@ class AuthMonitor:
             return
         if problem is not None:
             self._refusal = NotAuthenticated(problem)
+
+
+def _unreachable_endpoint(settings: Settings) -> BrokerUnavailable | None:
+    """Return the error for a token endpoint to which no connection can be opened; None for any other endpoint."""
+    url = settings.kafka.get(TOKEN_ENDPOINT, "")
+    with suppress(ValueError):  # not a valid URL
+        parts = urlsplit(url)
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        if not parts.hostname:
+            return None
+        try:
+            socket.create_connection((parts.hostname, port), ENDPOINT_S).close()
+        except OSError as exc:
+            shown = _shown(TOKEN_ENDPOINT, url)
+            return BrokerUnavailable(f"the token endpoint cannot be reached ({exc}); check {shown} and that it runs")
+    return None
 
 
 def _refused_in_words(error: KafkaError) -> bool:

@@ -26,17 +26,16 @@ from jobledger.errors import (
     TopicMissing,
 )
 from jobledger.kafka.auth import AuthMonitor, Need, away, denied, read, unauthorized, unusable
+from jobledger.kafka.partitioner import PARTITIONER
 from jobledger.kafka.topic_names import Names
 from jobledger.process import forks, greenlets
 from jobledger.process.logger import get_logger
+from jobledger.process.retrying import retry_until
 from jobledger.schemas.events import Position
 
 LOG = get_logger("jobledger.kafka")
 
 T = TypeVar("T")
-
-#: The partitioner of all writers, so that librdkafka, Java and Faust write a key to the same partition.
-PARTITIONER = "murmur2_random"
 
 #: Errors for a topic that does not exist. A broker that shuts down reports them for existing topics, too.
 MISSING = (KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION, KafkaError.UNKNOWN_TOPIC_OR_PART)
@@ -68,6 +67,8 @@ ASK_AGAIN = (
     KafkaError._ALL_BROKERS_DOWN,
     KafkaError._DESTROY_BROKER,
 )
+#: Seconds between two such requests: some errors are returned at once.
+ASK_AGAIN_S = 0.05
 
 #: Seconds to wait for an admin client's request beyond the request's own timeout.
 ANSWER_MARGIN_S = 5.0
@@ -218,14 +219,16 @@ def partitions_of(settings: Settings, topic: str, timeout: float = 10.0, *, need
     `TopicMissing`, `BrokerUnavailable`, and `AccessDenied`, which names ``need``.
     """
     asker, deadline = admin(settings), time.monotonic() + timeout
-    while True:
-        try:
-            meta = asker.list_topics(topic, timeout=max(0.1, deadline - time.monotonic())).topics[topic]
-            break
-        except KafkaException as exc:
-            if exc.args[0].code() not in ASK_AGAIN or time.monotonic() > deadline:
-                raise translate(exc.args[0], settings, f"asking for the partitions of {topic}") from exc
-        time.sleep(0.05)  # some errors are returned at once: do not ask in a busy loop
+    try:
+        meta = retry_until(
+            deadline,
+            lambda: asker.list_topics(topic, timeout=max(0.1, deadline - time.monotonic())).topics[topic],
+            KafkaException,
+            pause=ASK_AGAIN_S,
+            again=lambda error: error.args[0].code() in ASK_AGAIN,
+        )
+    except KafkaException as exc:
+        raise translate(exc.args[0], settings, f"asking for the partitions of {topic}") from exc
     if meta.error is not None:
         raise translate(meta.error, settings, f"asking for the partitions of {topic}", need or read(topic))
     return len(meta.partitions)
@@ -241,19 +244,23 @@ def committed(
     If the client cannot find the coordinator of the group, the client retries forever and reports the reason only
     through ``poll``. So each attempt polls the client, too.
     """
-    deadline = time.monotonic() + timeout
-    while True:
+
+    def ask() -> list[TopicPartition]:
         try:
             return asker.committed(list(partitions), min(timeout, 1.0))
         except KafkaException as exc:
-            problem: KafkaError = exc.args[0]
-        polled = asker.poll(0)
-        error = None if polled is None else polled.error()
-        failed = translate(error or problem, settings, f"asking for the offsets of group {need.name}", need)
-        again = problem.retriable() or problem.code() in (KafkaError._TIMED_OUT, *SEATING, *ASK_AGAIN)
-        if isinstance(failed, AccessDenied) or not again or time.monotonic() > deadline:
-            raise failed
-        time.sleep(0.05)  # some errors are returned at once: do not ask in a busy loop
+            polled = asker.poll(0)
+            error = None if polled is None else polled.error()
+            what = f"asking for the offsets of group {need.name}"
+            raise translate(error or exc.args[0], settings, what, need) from exc
+
+    def again(failed: JobledgerError) -> bool:
+        assert isinstance(failed.__cause__, KafkaException)
+        answer: KafkaError = failed.__cause__.args[0]
+        passing = answer.retriable() or answer.code() in (KafkaError._TIMED_OUT, *SEATING, *ASK_AGAIN)
+        return passing and not isinstance(failed, AccessDenied)
+
+    return retry_until(time.monotonic() + timeout, ask, JobledgerError, pause=ASK_AGAIN_S, again=again)
 
 
 def batch_limits(

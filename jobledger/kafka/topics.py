@@ -143,6 +143,11 @@ def _partition_counts(
     return counts
 
 
+def _count(admin: AdminClient, name: str, address: str) -> int | None:
+    """Return a topic's partition count; None if the topic is missing."""
+    return _partition_counts(admin, [name], address)[name][0]
+
+
 def _topics(admin: AdminClient, address: str) -> list[str]:
     """Return the names of all topics that this user may see."""
     return sorted(_metadata(lambda: admin.list_topics(timeout=REQUEST_TIMEOUT_S), "list topics", address).topics)
@@ -216,9 +221,13 @@ def _apply_topics(admin: AdminClient, step: Step, changes: Sequence[Change], add
     for name, answer in _request(send, list(by_name), what, address).items():
         if not isinstance(answer, KafkaException):
             continue
-        # Another process has created the topic since the plan was made, or an earlier attempt whose answer was lost.
+        # Another process has made the change since the plan was made, or an earlier attempt whose answer was lost.
         if step is Step.CREATE and _code(answer) == KafkaError.TOPIC_ALREADY_EXISTS:
             continue
+        if step is Step.PARTITIONS and _code(answer) == KafkaError.INVALID_PARTITIONS:
+            change = by_name[name]
+            if change.partitions is not None and _count(admin, name, address) == change.partitions[1]:
+                continue
         raise _refused_by_cluster(answer, f"carry out '{what}' for topic {name}", _OPERATIONS[step], name)
 
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
@@ -194,58 +194,75 @@ def desired(
     for what, count in [("partitions", partitions), ("replication", replication), *_named(queues)]:
         if count < 1:
             raise ConfigError(f"{what}={count} is too small: a topic has at least 1")
-    base = {
-        **_CLOCK,
-        "min.insync.replicas": _min_insync(replication),
-    }
+    base = {**_CLOCK, "min.insync.replicas": _min_insync(replication)}
     kept = {**base, **_KEPT}
     compacted = {**base, **_COMPACTED, "segment.bytes": str(COMPACTED_SEGMENT_BYTES)}
-    specs = [TopicSpec(names.jobs(queue), count, replication, kept) for queue, count in sorted(queues.items())]
+    return [
+        *(TopicSpec(names.jobs(queue), count, replication, kept) for queue, count in sorted(queues.items())),
+        *_of_events(events, partitions, replication, kept),
+        *_of_facts(names, partitions, max([partitions, *queues.values()]), replication, kept),
+        *_of_state(names, partitions, replication, compacted),
+    ]
+
+
+def _of_events(
+    events: Iterable[HasTopic], partitions: int, replication: int, kept: Mapping[str, str]
+) -> Iterator[TopicSpec]:
+    """Yield the topics of domain events."""
     for event in sorted((e for e in events if not e.foreign), key=lambda e: e.topic):
         days = event.retention_days
         retention = {} if days is None else {"retention.ms": str(round(days * 86_400_000))}
-        specs.append(TopicSpec(event.topic, event.partitions or partitions, replication, {**kept, **retention}))
-    specs += [
-        TopicSpec(
-            names.lifecycle,
-            max([partitions, *queues.values()]),
-            replication,
-            kept,
-            Growth.AT_LEAST,
-            "a job's facts are in the partition with the number of its work record's partition, so lifecycle needs at least as "
-            "many partitions as the largest queue, and its count is fixed when it is created",
-        ),
-        TopicSpec(
-            names.coordination,
-            partitions,
-            replication,
-            kept,
-            Growth.FIXED,
-            "the coordinator's rows are in the partition of their key, and with another count a key would "
-            "be in another partition than its row",
-        ),
-        TopicSpec(names.dead_letter, partitions, replication, kept),
-        # These two topics have one partition each: every process that uses them reads them to the end at its start, and
-        # a tombstone must be in the partition of its record.
-        TopicSpec(
-            names.control,
-            1,
-            replication,
-            compacted,
-            Growth.FIXED,
-            "a tombstone must be in the partition of the record that it removes",
-        ),
-        TopicSpec(names.schemas, 1, replication, compacted, Growth.FIXED, "this topic is read as one sequence"),
-        TopicSpec(
-            changelog(names),
-            partitions,
-            replication,
-            compacted,
-            Growth.FIXED,
-            "Faust assigns a partition of this topic together with the partition of coordination of the same number",
-        ),
-    ]
-    return specs
+        yield TopicSpec(event.topic, event.partitions or partitions, replication, {**kept, **retention})
+
+
+def _of_facts(
+    names: Names, partitions: int, lifecycle: int, replication: int, kept: Mapping[str, str]
+) -> Iterator[TopicSpec]:
+    """Yield lifecycle, coordination and dead-letter. ``lifecycle``: the minimum for lifecycle."""
+    yield TopicSpec(
+        names.lifecycle,
+        lifecycle,
+        replication,
+        kept,
+        Growth.AT_LEAST,
+        "a job's facts are in the partition with the number of its work record's partition, so lifecycle needs at least as "
+        "many partitions as the largest queue, and its count is fixed when it is created",
+    )
+    yield TopicSpec(
+        names.coordination,
+        partitions,
+        replication,
+        kept,
+        Growth.FIXED,
+        "the coordinator's rows are in the partition of their key, and with another count a key would "
+        "be in another partition than its row",
+    )
+    yield TopicSpec(names.dead_letter, partitions, replication, kept)
+
+
+def _of_state(names: Names, partitions: int, replication: int, compacted: Mapping[str, str]) -> Iterator[TopicSpec]:
+    """Yield control, schemas and the coordinator's changelog.
+
+    Control and schemas have one partition each: every process that uses them reads them to the end at its start, and a
+    tombstone must be in the partition of its record.
+    """
+    yield TopicSpec(
+        names.control,
+        1,
+        replication,
+        compacted,
+        Growth.FIXED,
+        "a tombstone must be in the partition of the record that it removes",
+    )
+    yield TopicSpec(names.schemas, 1, replication, compacted, Growth.FIXED, "this topic is read as one sequence")
+    yield TopicSpec(
+        changelog(names),
+        partitions,
+        replication,
+        compacted,
+        Growth.FIXED,
+        "Faust assigns a partition of this topic together with the partition of coordination of the same number",
+    )
 
 
 def _min_insync(copies: int) -> str:

@@ -16,6 +16,7 @@ from jobledger.errors import (
 )
 from jobledger.kafka.auth import read
 from jobledger.kafka.clients import (
+    ASK_AGAIN_S,
     ELECTING,
     MISSING,
     MISSING_S,
@@ -26,6 +27,7 @@ from jobledger.kafka.clients import (
     position_of,
     translate,
 )
+from jobledger.process.retrying import retry_until
 from jobledger.schemas.events import JobEvent, Position, Recorded
 
 
@@ -58,21 +60,25 @@ class LogReader:
         ``timeout`` seconds.
         """
         began = time.monotonic()
-        while True:
-            try:
-                low, high = self._consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=timeout)
-                return low, high
-            except KafkaException as exc:
-                code, passed = exc.args[0].code(), time.monotonic() - began
-                # A topic created a moment ago, or a partition without a leader: the broker is available, so retry.
-                again = code in ELECTING and passed < timeout
-                if code in MISSING and passed < min(timeout, MISSING_S):
-                    again = True
-                    self._renew()
-                if not again:
-                    what = f"asking for the first and last offset of {topic}[{partition}]"
-                    raise translate(exc.args[0], self.settings, what, read(topic)) from exc
-                time.sleep(0.05)
+
+        def ask() -> tuple[int, int]:
+            low, high = self._consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=timeout)
+            return low, high
+
+        def again(error: KafkaException) -> bool:
+            # A topic created a moment ago, or a partition without a leader: the broker is available.
+            code = error.args[0].code()
+            return code in ELECTING or (code in MISSING and time.monotonic() - began < MISSING_S)
+
+        def on_retry(error: KafkaException, seconds: float) -> None:
+            if error.args[0].code() in MISSING:
+                self._renew()
+
+        try:
+            return retry_until(began + timeout, ask, KafkaException, pause=ASK_AGAIN_S, again=again, on_retry=on_retry)
+        except KafkaException as exc:
+            what = f"asking for the first and last offset of {topic}[{partition}]"
+            raise translate(exc.args[0], self.settings, what, read(topic)) from exc
 
     def _renew(self) -> None:
         """Replace the client, unless `read` uses it: a client to which a broker has reported that a topic does not

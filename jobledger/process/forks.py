@@ -36,8 +36,11 @@ if TYPE_CHECKING:
 
 LOG = get_logger("jobledger.client")
 
-#: Seconds for which a fork waits while another thread creates a client or queries the status table, and for which a new
-#: query waits for a fork. librdkafka and SQLite have internal locks, which would stay locked in the child.
+#: Seconds for which a fork waits while another thread creates a client. librdkafka has internal locks, which would stay
+#: locked in the child.
+CREATING_S = 5.0
+#: Seconds for which a fork waits while another thread queries the status table, and for which a new query waits for a
+#: fork. SQLite has internal locks, too, and a query may last long.
 QUIET_S = 1.0
 #: Seconds between two looks while a fork and queries wait for each other.
 _LOOK_S = 0.001
@@ -232,7 +235,7 @@ def end_query(token: object) -> None:
 
 
 def _before() -> None:
-    _held[threading.get_ident()] = _creation_lock.acquire(timeout=QUIET_S)
+    _held[threading.get_ident()] = _creation_lock.acquire(timeout=CREATING_S)
     _forking.add(threading.get_ident())
     deadline = time.monotonic() + QUIET_S
     while _queries and time.monotonic() < deadline:

@@ -18,7 +18,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,7 @@ from jobledger.log.writer import LogWriter
 from jobledger.process import greenlets
 from jobledger.process.extras import missing
 from jobledger.process.logger import get_logger
+from jobledger.process.retrying import retry_until
 from jobledger.streams.coordinator.faust.async_producer import MAX_BATCH_BYTES, AckedWriter, Ends, denied_kind, unused
 from jobledger.streams.coordinator.faust.faust_app import (
     TABLE,
@@ -54,7 +55,7 @@ from jobledger.streams.coordinator.faust.faust_app import (
     stuck,
     work_topics,
 )
-from jobledger.streams.coordinator.faust.instance_dir import take_place
+from jobledger.streams.coordinator.faust.instance_dir import InstanceDir, take_place
 from jobledger.streams.coordinator.faust.log_filters import quieten, tell_no_more
 from jobledger.streams.coordinator.faust.security import security
 from jobledger.streams.coordinator.metrics import Metrics
@@ -117,6 +118,7 @@ class Coordinator:
         self._root = data_dir or settings.home / "coordinator" / names.namespace
         self._on_step = on_step
         self._stop = asyncio.Event()
+        self._stopping = threading.Event()  # set together with `_stop` from outside; for threads
         self._loop: asyncio.AbstractEventLoop | None = None
         self._failure: BaseException | None = None
         self.stuck = False  # whether Faust did not stop: its threads would keep the process alive
@@ -134,6 +136,7 @@ class Coordinator:
     def stop(self) -> None:
         """Ask `run` to stop cleanly. Callable from any thread."""
         outage.stopping()
+        self._stopping.set()
         if self._loop is not None:
             with contextlib.suppress(RuntimeError):  # the event loop is closed
                 self._loop.call_soon_threadsafe(self._stop.set)
@@ -171,7 +174,7 @@ class Coordinator:
         metrics.partitions.set(len(owned))
         metrics.scheduled.set(scheduled)
         metrics.missing_topics.set(len(missing))
-        metrics.clock_ahead.set(0 if pipeline is None else pipeline.firing.clock.ahead_us / 1e6)
+        metrics.clock_ahead.set(0 if pipeline is None else pipeline.firing.clock.ahead_s)
         return {
             "state": state,
             "ready": ready,
@@ -195,87 +198,106 @@ class Coordinator:
         """Run until `stop` is called. Raises the error that ended the instance. Commits only fully processed events."""
         self._loop = asyncio.get_running_loop()
         instance_dir = take_place(self._root, self.names.namespace)
-        # A record of the largest size that may be read must not be too large when the coordinator sends it on.
-        settings = replace(self.settings, max_record_bytes=self.settings.max_record_bytes + ROOM_BYTES)
         writer: AckedWriter | None = None
         tasks: list[asyncio.Task[None]] = []
         try:
             quieten(heard=partial(outage.outage_of(self.settings).heard, by=self))
-            if unused_settings := unused(self.settings):
-                LOG.warning(
-                    "client settings that the coordinator does not use (aiokafka): %s", ", ".join(unused_settings)
-                )
-            origin, topics, max_batch = await self._retry_until_available(self._prepare)
-            instance_dir.keep_for(origin)
-            self._ends = Ends(self.settings, self.options.patience / 2)
-            framed = framing(self.settings, self.names, self._publish)
-            await self._retry_until_available(partial(self._publish, None))
-            if framed is not None:
-                written = (self.names.coordination, self.names.lifecycle, self.names.dead_letter, *topics)
-                await self._retry_until_available(partial(framed.prepare, written))
-            writer = AckedWriter(settings, security(self.settings), self.options.patience, max_batch, framed)
+            writer, topics = await self._connect(instance_dir)
             await writer.start()
-            app, table = build(self.names, self.settings, self.options, self._partitions, instance_dir)
-            self._app = app
-            pipeline = self._pipeline = Pipeline(
-                self.names,
-                self.settings,
-                self.options,
-                Group(app, self.names, table),
-                writer,
-                self._ends,
-                decoder(self.settings, self.names),
-                self.metrics,
-                self._step,
-                topics,
-            )
-            deliver_to(app, self.names, pipeline.take)
-            app.on_partitions_revoked.connect(self._on_revoked, weak=False)
-            table.on_recover(self._on_recover)
-            if self._on_step is not None:
-                app.sensors.add(CommitHook(self._step))
-            await self._await_start(app.start())
-            hasten(app)
+            pipeline = self._pipeline = self._build(instance_dir, writer, topics)
+            await self._await_start(self._app.start())
+            hasten(self._app)
             quieten()
             self._started = True
             self._topics.start()
             LOG.info("coordinator of %s started, local copy in %s", self.names.namespace, instance_dir.folder)
-            for work in (
-                pipeline.decide,
-                pipeline.settle,
-                pipeline.firing.run,
-                pipeline.sweep,
-                pipeline.topics.watch,
-                self._pulse,
-                self._survey,
-                self._watch_faust,
-                self._watch_group,
-                self._watch_recovery,
-            ):
-                tasks.append(asyncio.create_task(self._guarded(work()), name=work.__name__))
+            tasks = self._start_tasks(pipeline)
             await self._stop.wait()
             if self._failure is None:
                 await pipeline.finish(FINISH_TIMEOUT)
         except _StoppedEarly:
             pass
         finally:
-            self._started = False
-            self._topics.close()
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            if self._app is not None:
-                await self._end(self._app)
-            if writer is not None:
-                await writer.stop(2.0)
-            if self._ends is not None:
-                self._ends.close()
-            tell_no_more()
-            if isinstance(self._failure, ConsistencyError):
-                instance_dir.clear()  # the local copy belongs to a log that no longer exists
-            instance_dir.release()
+            await self._shut_down(tasks, writer, instance_dir)
         if self._failure is not None:
             raise self._failure
+
+    async def _connect(self, instance_dir: InstanceDir) -> tuple[AckedWriter, dict[str, int | None]]:
+        """Check the cluster and publish the schema. Return a writer that is not started, and the work topics as
+        `_prepare` returns them."""
+        if unused_settings := unused(self.settings):
+            LOG.warning("client settings that the coordinator does not use (aiokafka): %s", ", ".join(unused_settings))
+        origin, topics, max_batch = await self._retry_until_available(self._prepare)
+        instance_dir.keep_for(origin)
+        self._ends = Ends(self.settings, self.options.patience / 2)
+        framed = framing(self.settings, self.names, self._publish)
+        await self._retry_until_available(partial(self._publish, None))
+        if framed is not None:
+            written = (self.names.coordination, self.names.lifecycle, self.names.dead_letter, *topics)
+            await self._retry_until_available(partial(framed.prepare, written))
+        # A record of the largest size that may be read must not be too large when the coordinator sends it on.
+        settings = replace(self.settings, max_record_bytes=self.settings.max_record_bytes + ROOM_BYTES)
+        return AckedWriter(settings, security(self.settings), self.options.patience, max_batch, framed), topics
+
+    def _build(self, instance_dir: InstanceDir, writer: AckedWriter, topics: dict[str, int | None]) -> Pipeline:
+        """Create Faust's app and the pipeline, and connect them."""
+        assert self._ends is not None
+        app, table = build(self.names, self.settings, self.options, self._partitions, instance_dir)
+        self._app = app
+        pipeline = Pipeline(
+            self.names,
+            self.settings,
+            self.options,
+            Group(app, self.names, table),
+            writer,
+            self._ends,
+            decoder(self.settings, self.names),
+            self.metrics,
+            self._step,
+            topics,
+        )
+        deliver_to(app, self.names, pipeline.take)
+        app.on_partitions_revoked.connect(self._on_revoked, weak=False)
+        table.on_recover(self._on_recover)
+        if self._on_step is not None:
+            app.sensors.add(CommitHook(self._step))
+        return pipeline
+
+    def _start_tasks(self, pipeline: Pipeline) -> list[asyncio.Task[None]]:
+        """Start everything that runs until the coordinator stops."""
+        several = (
+            pipeline.decide,
+            pipeline.settle,
+            pipeline.firing.run,
+            pipeline.sweep,
+            pipeline.topics.watch,
+            self._pulse,
+            self._survey,
+            self._watch_faust,
+            self._watch_group,
+            self._watch_recovery,
+        )
+        return [asyncio.create_task(self._guarded(work()), name=work.__name__) for work in several]
+
+    async def _shut_down(
+        self, tasks: Sequence[asyncio.Task[None]], writer: AckedWriter | None, instance_dir: InstanceDir
+    ) -> None:
+        """Stop what `run` has started, in the reverse order, and give the folder of the local copy back."""
+        self._started = False
+        self._topics.close()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._app is not None:
+            await self._end(self._app)
+        if writer is not None:
+            await writer.stop(2.0)
+        if self._ends is not None:
+            self._ends.close()
+        tell_no_more()
+        if isinstance(self._failure, ConsistencyError):
+            instance_dir.clear()  # the local copy belongs to a log that no longer exists
+        instance_dir.release()
 
     def _prepare(self) -> tuple[str, dict[str, int | None], int]:
         """Check login, rights and topics. Return three values.
@@ -326,17 +348,22 @@ class Coordinator:
         Raises what ``ask`` raises, and `_StoppedEarly` if a stop was requested while the broker was unavailable.
         """
         deadline = time.monotonic() + self.options.patience
-        loop = asyncio.get_running_loop()
-        while True:
-            try:
-                return await loop.run_in_executor(None, ask)
-            except BrokerUnavailable as exc:
-                if self._stop.is_set():
-                    raise _StoppedEarly from None
-                if time.monotonic() >= deadline:
-                    raise
-                LOG.warning("the coordinator tries again for %.0f s: %s", deadline - time.monotonic(), exc)
-                await asyncio.sleep(1.0)
+
+        def on_retry(error: BrokerUnavailable, seconds: float) -> None:
+            LOG.warning("the coordinator tries again for %.0f s: %s", deadline - time.monotonic(), error)
+
+        patiently = partial(
+            retry_until, deadline, ask, BrokerUnavailable, pause=1.0, stop=self._stopping, on_retry=on_retry
+        )
+        try:
+            return await asyncio.get_running_loop().run_in_executor(None, patiently)
+        except asyncio.CancelledError:
+            self._stopping.set()  # the thread must not go on asking
+            raise
+        except BrokerUnavailable:
+            if self._stopping.is_set():
+                raise _StoppedEarly from None
+            raise
 
     async def _end(self, app: Any) -> None:
         # Faust commits the offsets of processed events here. An unavailable broker must not delay the end. A timeout

@@ -12,14 +12,12 @@ from jobledger.log.writer import Outgoing
 from jobledger.process.identity import now_us
 from jobledger.process.logger import get_logger
 from jobledger.schemas import codec
-from jobledger.schemas.events import JobEvent, RecordRejected
-from jobledger.streams.coordinator.rules.derived_events import derived_id
+from jobledger.schemas.dead_letters import rejection
+from jobledger.schemas.events import JobEvent, fact_name
+from jobledger.schemas.ids import derived_id
 
 LOG = get_logger("jobledger.coordinator")
 
-#: Limits for the parts of a rejected record in its dead letter: value (bytes), key (bytes), reason (characters). With
-#: them the dead letter itself is not too large. A larger value is left out. A longer key or a longer reason is cut.
-REJECT_BYTES, KEY_BYTES, WHY_CHARS = 500_000, 4_096, 2_000
 #: The timestamp type of a fetched record whose time was set by the broker (LogAppendTime).
 APPEND_TIME = 1
 #: Largest size of an id, in bytes. Jobledger's ids have 36 bytes. Ids become keys of rows and records.
@@ -41,11 +39,14 @@ class RecordReader:
     """Decode batches of records. ``decoder`` blocks while it looks up an unknown schema; such a call runs in a thread.
 
     ``now_ms()``: returns the estimated time of the broker's clock, ms. A record with its writer's time (the topic has
-    message.timestamp.type=CreateTime) is treated as appended now, so that no delayed job is released early.
+    message.timestamp.type=CreateTime) is treated as appended now, so that no delayed job is released early. ``limit``:
+    largest size of a dead letter, in bytes.
     """
 
-    def __init__(self, names: Names, decoder: codec.Decoder, source: str, now_ms: Callable[[], int]) -> None:
-        self._names, self._decoder, self._source, self._now_ms = names, decoder, source, now_ms
+    def __init__(
+        self, names: Names, decoder: codec.Decoder, source: str, now_ms: Callable[[], int], limit: int
+    ) -> None:
+        self._names, self._decoder, self._source, self._now_ms, self._limit = names, decoder, source, now_ms, limit
 
     async def decode(self, records: Sequence[Any]) -> tuple[list[Read], list[Outgoing]]:
         """Return the events of ``records``, and the dead letters of records that are not events.
@@ -79,18 +80,27 @@ class RecordReader:
 
     def _reject(self, message: Any, why: str) -> Outgoing:
         LOG.error("%s is not an event and is copied to %s: %s", _where(message), self._names.dead_letter, why)
-        key, value, why = bounded(message.key, message.value, why, REJECT_BYTES)
-        fact = RecordRejected(message.topic, message.partition, message.offset, key, value, why)
         event_id = derived_id(message.topic, message.partition, message.offset, "rejected")
-        event = JobEvent(event_id, "", 0, 0, 0, now_us(), "", "", None, None, self._source, None, fact)
-        return Outgoing(self._names.dead_letter, codec.encode(event), event_id)
+        value = rejection(
+            message.topic,
+            message.partition,
+            message.offset,
+            message.key,
+            message.value,
+            why,
+            event_id=event_id,
+            at_us=now_us(),
+            source=self._source,
+            limit=self._limit,
+        )
+        return Outgoing(self._names.dead_letter, value, event_id)
 
 
 def check_head(event: JobEvent) -> None:
     """Raise `NotAnEvent` if the coordinator cannot keep a row for this event: the event has no job id, or has an id or
     a number that is too large for the records that derive from the event."""
     if not event.job_id:
-        raise NotAnEvent(f"the job_id of this {type(event.fact).__name__} is empty")
+        raise NotAnEvent(f"the job_id of this {fact_name(event.fact)} is empty")
     for name, text in (("job_id", event.job_id), ("home", event.home or "")):
         if len(text) > ID_BYTES // 4 and len(text.encode()) > ID_BYTES:
             raise NotAnEvent(f"its {name} has more than {ID_BYTES} bytes")
@@ -98,22 +108,6 @@ def check_head(event: JobEvent) -> None:
         raise NotAnEvent(
             f"run {event.run}, attempt {event.attempt} or release {event.release} is above {NUMBER_MOST - 1}"
         )
-
-
-def bounded(key: bytes | None, value: bytes | None, why: str, most: int) -> tuple[bytes | None, bytes | None, str]:
-    """Return key, value and reason of a rejected record, shortened to the limits of a dead letter.
-
-    A value above ``most`` bytes becomes None, and a key above `KEY_BYTES` is cut. The returned reason mentions both. A
-    reason above `WHY_CHARS` characters is cut before that.
-    """
-    why = why[:WHY_CHARS].encode("utf-8", "replace").decode()  # a text may hold characters that UTF-8 cannot encode
-    if key is not None and len(key) > KEY_BYTES:
-        why = f"{why}; the first {KEY_BYTES} of its key's {len(key)} bytes are kept here"
-        key = key[:KEY_BYTES]
-    if value is not None and len(value) > most:
-        why = f"{why}; its {len(value)} bytes are left out here"
-        value = None
-    return key, value, why
 
 
 def _where(message: Any) -> str:

@@ -100,7 +100,8 @@ class Pipeline:
         self.firing = TimerLoop(
             names, self._source, self.table, writer, self.topics, self._ownership, self._caught_up, step
         )
-        self._record_reader = RecordReader(names, decoder, self._source, self.firing.now_ms)
+        letter_bytes = min(settings.max_record_bytes, writer.most_bytes)
+        self._record_reader = RecordReader(names, decoder, self._source, self.firing.now_ms, letter_bytes)
         self._inbox: deque[Any] = deque()
         self._arrived, self._room = asyncio.Event(), asyncio.Event()
         self._plans: deque[PlannedWrites] = deque()
@@ -276,10 +277,9 @@ class Pipeline:
         self._step("acknowledged")
 
     def _released(self, releases: Sequence[Kept], outcomes: Outcomes) -> None:
-        received = now_us()
         for row, outcome in zip(releases, outcomes, strict=False):
             if isinstance(outcome, Delivered):
-                self.firing.clock.observe(received, outcome.appended_ms)
+                self.firing.clock.observe(outcome.appended_ms)
                 self._metrics.released(outcome.appended_ms / 1000 - row.due / 1_000_000)
         error = first_error(outcomes)
         if error is not None:

@@ -8,6 +8,7 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 
 from jobledger.errors import JobledgerError
+from jobledger.kafka.broker_clock import BrokerClock
 from jobledger.kafka.topic_names import Names
 from jobledger.log.writer import Outgoing
 from jobledger.process.identity import now_us
@@ -17,7 +18,7 @@ from jobledger.streams.coordinator.faust.async_producer import AckedWriter, Deli
 from jobledger.streams.coordinator.ownership import Ownership
 from jobledger.streams.coordinator.rules.derived_events import release_decided
 from jobledger.streams.coordinator.rules.schedule_rows import Kept
-from jobledger.streams.coordinator.rules.timers import BrokerClock, Timers, wake_at
+from jobledger.streams.coordinator.rules.timers import Timers, wake_at
 from jobledger.streams.coordinator.table import Table
 from jobledger.streams.coordinator.work_topics import WorkTopics
 
@@ -73,11 +74,11 @@ class TimerLoop:
     def overdue(self) -> float:
         """Seconds since the earliest timer was due; 0 if none is due."""
         at = self.next_due
-        return 0.0 if at is None else max(0.0, (self.clock.now(now_us()) - at) / 1_000_000)
+        return 0.0 if at is None else max(0.0, (self.clock.us() - at) / 1_000_000)
 
     def now_ms(self) -> int:
         """Return the estimated time of the broker's clock, ms."""
-        return self.clock.now(now_us()) // 1000
+        return int(self.clock.ms())
 
     def take_over(self, timers: Mapping[int, Timers]) -> None:
         """Replace all timers. Decisions that were not read back may be written again."""
@@ -107,7 +108,7 @@ class TimerLoop:
                 await self._ownership.confirm()
                 await asyncio.sleep(DISPUTED_PAUSE)
                 continue
-            now = self.clock.now(now_us())
+            now = self.clock.us()
             due: list[tuple[int, bytes]] = []
             pause = 1.0
             for partition, timers in self._timers.items():
@@ -173,12 +174,11 @@ class TimerLoop:
         self._room.release()
         if sent.cancelled():
             return
-        received = now_us()
         outcomes = sent.result()
         self._step("decisions-acknowledged")
         self._failure = self._failure or first_error(outcomes)
         for outcome in outcomes:
             if isinstance(outcome, Delivered):
-                self.clock.observe(received, outcome.appended_ms)
+                self.clock.observe(outcome.appended_ms)
         if self._failure is not None:
             self._armed.set()

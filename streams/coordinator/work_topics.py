@@ -30,6 +30,7 @@ class WorkTopics:
         self._names, self._settings = names, settings
         self._known = dict(known)
         self._missing: dict[str, tuple[float, float]] = {}  # by topic: time of the next search, pause after that
+        self._unanswered: set[str] = set()  # those of `_missing` about which no broker answered
 
     @property
     def known(self) -> list[str]:
@@ -39,7 +40,7 @@ class WorkTopics:
     @property
     def missing(self) -> list[str]:
         """The missing topics, for which releases wait, sorted."""
-        return sorted(self._missing)
+        return sorted(self._missing.keys() - self._unanswered)
 
     def is_open(self, lane: str) -> bool:
         """Return whether the topic of a lane (a queue, or one of its priorities) is known to exist."""
@@ -80,12 +81,19 @@ class WorkTopics:
         _, pause = self._missing.get(topic, (0.0, RETRY))
         try:
             limit = await asyncio.get_running_loop().run_in_executor(None, self._ask, topic)
-        except (TopicMissing, BrokerUnavailable) as exc:
+        except BrokerUnavailable as exc:
+            self._missing[topic] = (time.monotonic() + RETRY, pause)
+            self._unanswered.add(topic)
+            LOG.warning("releases to %s are held back until a broker answers: %s", topic, exc)
+            return False
+        except TopicMissing as exc:
             self._missing[topic] = (time.monotonic() + pause, min(pause * 2, RETRY_MOST))
+            self._unanswered.discard(topic)
             LOG.error("releases are held back until their topic exists: %s", exc)
             return False
         if self._missing.pop(topic, None) is not None:
-            LOG.warning("%s exists now: releases to it continue", topic)
+            LOG.warning("%s: releases to it continue", topic)
+        self._unanswered.discard(topic)
         self._known[topic] = limit
         return True
 

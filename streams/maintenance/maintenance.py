@@ -38,6 +38,7 @@ from jobledger.process.extras import missing
 from jobledger.process.identity import now_us, source
 from jobledger.process.logger import get_logger
 from jobledger.schemas import codec
+from jobledger.schemas.event_factory import derived
 from jobledger.schemas.events import (
     JobDue,
     JobEvent,
@@ -49,7 +50,6 @@ from jobledger.schemas.events import (
     later,
 )
 from jobledger.streams.coordinator.decoding import check_head
-from jobledger.streams.coordinator.rules.derived_events import derived_id
 from jobledger.streams.maintenance import cancels
 from jobledger.streams.maintenance.trim import Partition, Readers, plan
 from jobledger.streams.projections.projection_store import folded
@@ -78,6 +78,8 @@ ASKED = Counter(
 )
 TRIMMED = Counter("jobledger_trimmed_records", "Records deleted past the retention age.", ["namespace", "topic"])
 
+#: Largest number of seconds from the start to the first round: a process that is started again every hour trims, too.
+FIRST_S = 300.0
 #: Largest number of overdue releases that one round of the watchdog checks.
 OVERDUE_PAGE = 1_000
 #: Timeout in seconds of a request to delete records.
@@ -135,7 +137,7 @@ class Maintenance:
             ("trimming", self.cadence.trim_every, self.trim),
             ("cancels", self.cadence.trim_every, self.forget_cancels),
         ]
-        due = {name: time.monotonic() + every for name, every, _ in rounds}
+        due = {name: time.monotonic() + min(every, FIRST_S) for name, every, _ in rounds}
         try:
             while not stop.wait(max(0.05, min(due.values()) - time.monotonic())):
                 for name, every, work in rounds:
@@ -208,23 +210,10 @@ class Maintenance:
             return None
         origin, spec = origin_and_spec
         # Use the id from the log: the table stores a long id as its first characters and a digest.
-        job_id, home = origin.job_id, origin.home or origin.job_id
-        event = JobEvent(
-            derived_id(job_id, overdue.run, overdue.release, "overdue"),
-            job_id,
-            overdue.run,
-            overdue.attempt,
-            overdue.release,
-            now_us(),
-            origin.task,
-            origin.queue,
-            origin.key,
-            origin.home,
-            self._source,
-            origin.trace,
-            ReleaseOverdue(spec, max(overdue.due_ms, 0) * 1000),  # a record may contain any number
-        )
-        return Outgoing(self.names.coordination, codec.encode(event), home)
+        release = msgspec.structs.replace(origin, run=overdue.run, attempt=overdue.attempt, release=overdue.release)
+        fact = ReleaseOverdue(spec, max(overdue.due_ms, 0) * 1000)  # a record may contain any number
+        event = derived(release, "overdue", fact, now_us(), self._source)
+        return Outgoing(self.names.coordination, codec.encode(event), origin.home or origin.job_id)
 
     def _event_at(self, log: LogReader, position: Position) -> tuple[JobEvent, JobSpec] | None:
         message = log.at(position)
@@ -285,40 +274,18 @@ class Maintenance:
         """Delete the records past the retention age that every reader has read. Return the new log start of each
         trimmed partition."""
         cutoff_ms = int((time.time() - self.cadence.retention) * 1000)
-        jobs = {self.names.jobs(q): q for q in self.queues}
-        bases = group_offsets.worker_commits(self.settings, self.names, self.queues)
-        coordinator = group_offsets.group_offsets(self.settings, self.names.coordinator_group, self.names.coordination)
-        aged: dict[Partition, int] = {}
-        starts: dict[Partition, int] = {}
-        with LogReader(self.settings) as log:
-            for topic in self._topics():
-                for partition in range(partitions_of(self.settings, topic)):
-                    starts[topic, partition] = log.watermarks(topic, partition)[0]
-                    aged[topic, partition] = log.offset_at(topic, partition, cutoff_ms)
-        aged = {place: offset for place, offset in aged.items() if offset > starts[place]}
+        commits = {
+            **group_offsets.worker_commits(self.settings, self.names, self.queues),
+            **group_offsets.group_offsets(self.settings, self.names.coordinator_group, self.names.coordination),
+        }
+        starts, aged = self._aged(cutoff_ms)
         if not aged:
             return {}
-        workers: dict[Partition, int] = {}
-        for place in aged:
-            topic, partition = place
-            if topic in jobs:
-                if place in bases:
-                    workers[place] = bases[place].base
-            elif topic == self.names.lifecycle:
-                # Every queue that has this partition number must have committed its takeover floor.
-                commits = [bases.get((t, partition)) for t in jobs if (t, partition) in starts]
-                floors = [c.floor for c in commits if c is not None and c.floor is not None]
-                if commits and len(floors) == len(commits):
-                    workers[place] = min(floors)
-            elif topic == self.names.coordination:
-                if place in coordinator:
-                    workers[place] = coordinator[place].base
-            else:
-                workers[place] = aged[place]
         # Get the readers' offsets before the unfinished jobs: a job that the table reads in between would otherwise be
         # missed. Wait until the table is live: a job that is unfinished in an outdated table may have ended, and would
         # run again if its submission were sent again.
-        readers = Readers.least(aged, self._reader.offsets(), workers, *self._followers(aged))
+        done = self._done(aged, starts, commits)
+        readers = Readers.least(aged, self._reader.offsets(), done, *self._followers(aged))
         if not self._table_is_current(self._topics()):
             LOG.info("the status table is behind the log: nothing is trimmed")
             return {}
@@ -336,6 +303,39 @@ class Maintenance:
         for (topic, partition), limit in limits.items():
             TRIMMED.labels(self.names.namespace, topic).inc(limit - starts[topic, partition])
         return limits
+
+    def _aged(self, cutoff_ms: int) -> tuple[dict[Partition, int], dict[Partition, int]]:
+        """Return the first offset of every partition; and of each partition with records from before ``cutoff_ms``,
+        the offset at this time."""
+        starts: dict[Partition, int] = {}
+        aged: dict[Partition, int] = {}
+        with LogReader(self.settings) as log:
+            for topic in self._topics():
+                for partition in range(partitions_of(self.settings, topic)):
+                    starts[topic, partition] = log.watermarks(topic, partition)[0]
+                    aged[topic, partition] = log.offset_at(topic, partition, cutoff_ms)
+        return starts, {place: offset for place, offset in aged.items() if offset > starts[place]}
+
+    def _done(
+        self,
+        aged: Mapping[Partition, int],
+        existing: Collection[Partition],
+        commits: Mapping[Partition, group_offsets.Committed],
+    ) -> dict[Partition, int]:
+        """Return the offset up to which the workers and the coordinator need no more records, for each partition of
+        ``aged``. A partition is left out if it is not known. ``existing``: all partitions."""
+        work = [self.names.jobs(queue) for queue in self.queues]
+        done: dict[Partition, int] = {}
+        for topic, partition in aged:
+            if topic == self.names.lifecycle:
+                # Every queue that has this partition number must have committed its takeover floor.
+                owners = [commits.get((t, partition)) for t in work if (t, partition) in existing]
+                floors = [c.floor for c in owners if c is not None and c.floor is not None]
+                if owners and len(floors) == len(owners):
+                    done[topic, partition] = min(floors)
+            elif (topic, partition) in commits:
+                done[topic, partition] = commits[topic, partition].base
+        return done
 
     def _followers(self, aged: Mapping[Partition, int]) -> Iterator[Mapping[Partition, int]]:
         """Yield, for each projection and each group of `App.lifecycle`, the next offsets in the partitions of ``aged``.

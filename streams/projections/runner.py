@@ -34,6 +34,7 @@ from jobledger.kafka.topic_names import Names
 from jobledger.log.reading import LogReader
 from jobledger.process import greenlets
 from jobledger.process.logger import get_logger
+from jobledger.process.retrying import retry_until
 from jobledger.streams.projections.fold import Fold, Reading
 from jobledger.streams.projections.projection_store import ProjectionStore, offsets_table, topics_table
 from jobledger.streams.status.log_feed import identities
@@ -48,8 +49,8 @@ AWAY_S = 1.0
 LOOK_S = 10.0
 #: Seconds within which the broker must return the ids of the topics before their records are folded.
 IDENTIFY_S = 10.0
-#: Number of retries while the database is unavailable; after them the error is raised.
-AWAY_TRIES = 30
+#: Seconds for which operations are retried while the database is unavailable, from their first error.
+AWAY_PATIENCE_S = 30.0
 
 Partition = tuple[str, int]
 
@@ -108,21 +109,21 @@ class ProjectionRunner:
     # -- the database ---------------------------------------------------------------------------------------------
 
     def _retry(self, stop: threading.Event, work: Callable[[], None]) -> None:
-        """Call ``work``; retry up to `AWAY_TRIES` times while the database is unavailable. Raises `StoreError`."""
-        tries = 0
-        while True:
-            try:
+        """Call ``work``; retry for up to `AWAY_PATIENCE_S` seconds while the database is unavailable. Raises
+        `StoreError`."""
+
+        def explained() -> None:
+            with self._explained():
                 work()
-                return
-            except (sqlalchemy.exc.DBAPIError, StoreError) as exc:
-                if isinstance(exc, Overtaken):
-                    raise
-                error = self._store.explain(exc, f"projection {self.projection.name}")
-                tries += 1
-                if not isinstance(error, StoreUnavailable) or tries > AWAY_TRIES or stop.is_set():
-                    raise error from exc
-                LOG.warning("%s; trying again", error)
-                stop.wait(AWAY_S)
+
+        retry_until(
+            lambda: time.monotonic() + AWAY_PATIENCE_S,
+            explained,
+            StoreUnavailable,
+            pause=AWAY_S,
+            stop=stop,
+            on_retry=lambda error, seconds: LOG.warning("%s; trying again", error),
+        )
 
     @contextmanager
     def _explained(self) -> Iterator[None]:

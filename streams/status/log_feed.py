@@ -27,7 +27,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # the module 
 from jobledger.config import Settings
 from jobledger.errors import BrokerUnavailable
 from jobledger.kafka.auth import AuthMonitor, denied, read
-from jobledger.kafka.clients import PASSING, admin, answer_of, consumer, consumer_config, translate
+from jobledger.kafka.clients import ELECTING, PASSING, admin, answer_of, consumer, consumer_config, translate
 from jobledger.kafka.topic_names import Names
 from jobledger.process.logger import get_logger
 from jobledger.streams.status.store.protocol import Partition
@@ -44,12 +44,7 @@ _OUT_OF_RANGE = (KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE)
 _TRANSPORT = (KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN, KafkaError._RESOLVE, KafkaError._TIMED_OUT)
 #: Errors of a partition that has just been created or moved. In answers to admin requests librdkafka does not mark
 #: these errors as retriable.
-_ELECTING = (
-    KafkaError.NOT_LEADER_FOR_PARTITION,
-    KafkaError.LEADER_NOT_AVAILABLE,
-    KafkaError.UNKNOWN_TOPIC_OR_PART,
-    KafkaError.REQUEST_TIMED_OUT,
-)
+_ELECTING = (*ELECTING, KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError.REQUEST_TIMED_OUT)
 
 
 class LogFeed:

@@ -33,20 +33,19 @@ from jobledger.errors import (
     UnknownFact,
 )
 from jobledger.kafka import acls
-from jobledger.kafka.clients import position_of
+from jobledger.kafka.clients import batch_limits, position_of
 from jobledger.kafka.outage import log_missed
 from jobledger.kafka.topic_names import Names
 from jobledger.kafka.topic_watch import TopicWatch
 from jobledger.log.schema_lookup import decoder
 from jobledger.log.writer import LogWriter, Outgoing
-from jobledger.process import greenlets, identity
+from jobledger.process import greenlets
 from jobledger.process.extras import missing
-from jobledger.process.identity import now_us
+from jobledger.process.identity import now_us, source
 from jobledger.process.logger import get_logger
-from jobledger.schemas import codec
-from jobledger.schemas.events import JobEvent, RecordRejected
-from jobledger.streams.coordinator.decoding import bounded
-from jobledger.streams.coordinator.rules.derived_events import derived_id
+from jobledger.process.retrying import retry_until
+from jobledger.schemas.dead_letters import rejection
+from jobledger.schemas.ids import derived_id
 from jobledger.streams.status.batch_size import BatchSize, in_batches
 from jobledger.streams.status.log_feed import LogFeed, bounds
 from jobledger.streams.status.metrics import TableMetrics
@@ -77,10 +76,8 @@ STAND_BY_S = 0.5
 RENEW_S = 2.0
 #: Seconds for which operations are retried while the database is unavailable.
 STORE_PATIENCE_S = 30.0
-#: Largest value of a rejected record, in bytes, that its dead letter includes: the dead letter must fit into a record,
-#: too.
-REJECT_BYTES = 700_000
-
+#: Bytes that a batch with one dead letter has beside the record's value, at most.
+BATCH_OVERHEAD = 200
 #: Rejected records of one batch that are logged as warnings; the others are logged at DEBUG. The metric counts all.
 SAY_REJECTS = 5
 
@@ -119,6 +116,7 @@ class Materializer:
         #: The next offset of every partition, as committed to the table.
         self._offsets: Mapping[Partition, int] = {}
         self._writer: LogWriter | None = None
+        self._letter_bytes = self._settings.max_record_bytes
         #: `_known`: the committed ids of the topics to which `_offsets` belong. `_new_ids`: ids still to be written.
         self._known: dict[str, str] = {}
         self._new_ids: dict[str, str] = {}
@@ -328,7 +326,7 @@ class Materializer:
     def _dead_letter(self, folded: Folded) -> None:
         """Send unreadable records of the lifecycle topic to the dead letters, because no other process checks that
         topic. Log the unreadable records of every topic."""
-        letters = []
+        copied = []
         for number, each in enumerate(folded.rejected):
             level = logging.WARNING if number < SAY_REJECTS else logging.DEBUG
             position = position_of(each.message)
@@ -338,24 +336,40 @@ class Materializer:
                 LOG.log(
                     level, "%s is not an event and is copied to %s: %s", position, self._names.dead_letter, each.error
                 )
-                letters.append(self._letter(each.message, each.error))
+                copied.append(each)
             else:
                 LOG.log(level, "%s is skipped: %s", position, each.error)
-        if letters:
+        if copied:
             if self._writer is None:
+                self._letter_bytes = self._accepted_bytes()
                 self._writer = LogWriter(self._settings, self._names)
             # Send the dead letters before the offsets are written: if this process dies in between, the same dead
             # letters are sent again with the same ids.
-            self._writer.send(letters)
+            self._writer.send([self._letter(each.message, each.error) for each in copied])
+
+    def _accepted_bytes(self) -> int:
+        """Return the largest size of a dead letter that its topic accepts, if this is known, and at most
+        ``max_record_bytes``."""
+        topic, most = self._names.dead_letter, self._settings.max_record_bytes
+        accepted = batch_limits(self._settings, [topic]).get(topic)
+        return most if accepted is None else min(most, accepted - BATCH_OVERHEAD)
 
     def _letter(self, message: Message, error: SchemaError) -> Outgoing:
-        position = position_of(message)
-        raw_key, raw, why = bounded(_raw(message.key()), _raw(message.value()), str(error), REJECT_BYTES)
-        fact = RecordRejected(position.topic, position.partition, position.offset, raw_key, raw, why)
-        event_id = derived_id(position.topic, position.partition, position.offset, "rejected")
-        source = identity.source("materializer")
-        event = JobEvent(event_id, "", 0, 0, 0, now_us(), "", "", None, None, source, None, fact)
-        return Outgoing(self._names.dead_letter, codec.encode(event), event_id)
+        at = position_of(message)
+        event_id = derived_id(at.topic, at.partition, at.offset, "rejected")
+        value = rejection(
+            at.topic,
+            at.partition,
+            at.offset,
+            _raw(message.key()),
+            _raw(message.value()),
+            str(error),
+            event_id=event_id,
+            at_us=now_us(),
+            source=source("materializer"),
+            limit=self._letter_bytes,
+        )
+        return Outgoing(self._names.dead_letter, value, event_id)
 
     def _persist(
         self,
@@ -371,23 +385,29 @@ class Materializer:
         ``raising`` are raised at once.
         """
         never: tuple[type[BaseException], ...] = (LeaseLost, CommitUnknown, *raising)
-        deadline: float | None = None
-        pause = 0.1
-        while True:
-            try:
-                return act()
-            except never:
-                raise
-            except (passing, BrokerUnavailable) as exc:
-                now = time.monotonic()
-                deadline = deadline or now + self._store_patience
-                if now + pause > deadline:
-                    raise
-                LOG.warning("trying again in %g s: %s", pause, exc)
-                self.metrics.retries.inc()
-                if stop.wait(pause):
-                    return None
-                pause = min(2.0, pause * 2)
+
+        def again(error: StoreError | BrokerUnavailable) -> bool:
+            return not isinstance(error, never)
+
+        def on_retry(error: StoreError | BrokerUnavailable, seconds: float) -> None:
+            LOG.warning("trying again in %.2g s: %s", seconds, error)
+            self.metrics.retries.inc()
+
+        try:
+            return retry_until(
+                lambda: time.monotonic() + self._store_patience,
+                act,
+                (passing, BrokerUnavailable),
+                pause=0.1,
+                pause_most=2.0,
+                again=again,
+                stop=stop,
+                on_retry=on_retry,
+            )
+        except (passing, BrokerUnavailable) as exc:
+            if stop.is_set() and again(exc):
+                return None
+            raise
 
 
 def behind(settings: Settings, names: Names, offsets: Mapping[Partition, int]) -> dict[Partition, int]:

@@ -238,32 +238,17 @@ def _fold_log(
 
     with LogFeed(settings, names) as feed:
         span = _span(settings, names, feed, offsets)
-        ids = feed.identities({topic for topic, _ in span.low})
-        unidentified = {topic for topic, _ in span.low} - ids.keys()
-        if offsets is None and unidentified:  # the offsets of the new table would belong to no known topic
-            raise BrokerUnavailable(
-                away(
-                    settings,
-                    f"did not return the ids of {', '.join(sorted(unidentified))} in time; nothing has changed",
-                )
-            )
-        later = {topic for topic, topic_id in ids.items() if topics.get(topic, topic_id) != topic_id}
-        for topic_partition in [p for p in span.low if p[0] in later]:
+        ids = _topic_ids(settings, feed, span, needed=offsets is None)
+        recreated = {topic for topic, topic_id in ids.items() if topics.get(topic, topic_id) != topic_id}
+        for topic_partition in [p for p in span.low if p[0] in recreated]:
             del span.low[topic_partition], span.high[topic_partition]
-        feed.add(
-            {topic_partition: low for topic_partition, low in span.low.items() if low < span.high[topic_partition]}
-        )
-        unbegun = set(feed.assigned)
-        total, renewed = span.records, time.monotonic()
+        feed.add({partition: low for partition, low in span.low.items() if low < span.high[partition]})
+        partitions, total, renewed = len(feed.assigned), span.records, time.monotonic()
         for messages in read_until(feed, span.high, BATCH):
             if feed.resets:
                 lost = ", ".join(f"{topic}[{partition}]" for topic, partition in sorted(feed.resets))
                 raise StoreError(f"the log was trimmed while it was read ({lost}): try again")
-            for message in messages if unbegun else ():
-                topic_partition = (message.topic() or "", message.partition() or 0)
-                if topic_partition in unbegun:
-                    unbegun.discard(topic_partition)
-                    span.begins[topic_partition] = message.timestamp()[1]
+            _note_begins(span, partitions, messages)
             in_batches(messages, size, write, LOG)
             records += len(messages)
             if progress is not None:
@@ -274,6 +259,26 @@ def _fold_log(
     # Store the ends of partitions that no longer hold any record, too.
     store.write(Changes(offsets=dict(span.high), topics=ids))
     return span, records, rejected
+
+
+def _topic_ids(settings: Settings, feed: LogFeed, span: Span, *, needed: bool) -> dict[str, str]:
+    """Return the ids of the topics in ``span``, by name. Raises `BrokerUnavailable` if an id is ``needed`` and the
+    broker does not return it in time: the offsets of a new table would belong to no known topic."""
+    topics = {topic for topic, _ in span.low}
+    ids = feed.identities(topics)
+    unidentified = topics - ids.keys()
+    if needed and unidentified:
+        missing = ", ".join(sorted(unidentified))
+        raise BrokerUnavailable(away(settings, f"did not return the ids of {missing} in time; nothing has changed"))
+    return ids
+
+
+def _note_begins(span: Span, partitions: int, messages: Sequence[Message]) -> None:
+    """Store the append time of the first message of each partition in ``span``, until all ``partitions`` have one."""
+    for message in messages if len(span.begins) < partitions else ():
+        partition = (message.topic() or "", message.partition() or 0)
+        if partition not in span.begins:
+            span.begins[partition] = message.timestamp()[1]
 
 
 def _span(settings: Settings, names: Names, feed: LogFeed, offsets: Mapping[Partition, int] | None) -> Span:

@@ -10,66 +10,79 @@ import enum
 
 
 class Promise(enum.Enum):
-    """One promise. ``says``: what is promised; ``limits``: its limits, as in the documentation."""
+    """One promise. ``says``: what is promised, as in docs/promises.md; ``limits``: its most important limits. That page
+    has all of them."""
 
     AT_LEAST_ONCE = (
-        "Every accepted job ends: its code is run until an end of it is in the log, whatever dies in between.",
+        "Every job whose submission was acknowledged gets an outcome: it succeeds, fails for good, is cancelled or expires.",
         (
-            "A job whose code was cut off runs again, so it may run more than once. One that took its process down three "
-            "times is failed as crashed."
+            "A job's code may run more than once, because a worker can be killed after the code did its work and before the "
+            "outcome is in the log. A record that the cluster has lost is lost."
         ),
     )
     NO_RERUN_AFTER_SUCCESS = (
-        "A job whose end is in the log when a worker takes over is not run again, kill -9 of its worker included.",
+        "A job whose success is in the log when another worker takes over its partition is not run again.",
         (
-            "A worker that was paused beyond its session (SIGSTOP, a suspended machine) had not ended what it ran: another "
-            "runs it again, and both ends may stand in the log. A work record that was written twice is recognised within 10 minutes or "
-            "100,000 records of its partition, whichever is less."
+            "The jobs that a worker was running when it was paused may run twice, and so may a job that runs longer than the "
+            "handover of its partition. Both outcomes may then be in the log. A second work record of a job is recognised "
+            "for 10 minutes or 100,000 records of its partition, whichever is less."
         ),
     )
     KEY_ORDER = (
-        "Jobs of one key run one at a time, in the order of their submission, retries included.",
+        "Jobs of one key run one at a time, in the order of their submission.",
         (
-            "After a kill the one job of a key that was running runs again. A job that its worker continues after a pause, or "
-            "longer than the handover of its partition takes, may run while the next owner runs it again. Adding partitions "
-            "moves keys."
+            "After a kill, the one job of a key that was running is run again. If a worker is paused, or a job runs longer "
+            "than the handover of its partition, the job continues while the next owner runs it again. Adding partitions "
+            "moves keys to other partitions."
         ),
     )
     NEVER_EARLY = (
-        "No job is let go or started before it is due, on the broker's clock, from the append of what asked for it.",
-        "The broker's clock counts, not the submitter's. If brokers of a cluster disagree, so do their partitions.",
+        "No delayed job and no retry starts before its time, by the broker's clock.",
+        (
+            "The lateness of a release is not promised. On a topic with message.timestamp.type=CreateTime, the records carry "
+            "the clocks of their writers."
+        ),
     )
     STATUS_CONVERGES = (
-        "Once everything has been read, the status table says what a fold of the whole log says, whatever was killed.",
         (
-            "Until then it is behind, and a query can ask for a position it shall have reached. Jobs older than the log's "
-            "retention are as they were copied."
+            "The status table equals a fold of the log: the state computed from all facts. Order, duplicates and restarts "
+            "make no difference."
+        ),
+        (
+            "The table lags behind the log. A query can wait until the table has read a position. Rows of jobs whose records "
+            "are not in the log any more are kept as they are."
         ),
     )
     POISON_IS_CONTAINED = (
         (
-            "A job that takes its process down is failed as crashed at the third start, and the jobs beside it run once "
-            "more at most. Bytes that are no event are kept in the dead letters with their place and counted; nothing waits "
-            "for them and nothing is lost. A fact from the future on a topic that must be acted on is waited for, never passed."
+            "A job that kills its process fails with the reason `crashed` after its third start, and the worker's other "
+            "jobs run at most once more. Records that are not valid events are copied to the dead letters, and the jobs "
+            "behind them continue."
         ),
         (
-            "A job that dies before its first start is in the log, or when that lies 20,000 facts back, may be started a "
-            "fourth time. An app that children cannot "
-            "import has no witness: there the worker dies three times. Of a record at the size limit only the beginning may "
-            "be kept."
+            "A job may be started four times if the fact of one of its starts was never sent, or lies more than 20,000 facts "
+            "back in the log. If child processes cannot import the app, the worker itself dies three times. Several poison "
+            "jobs at once, or a fourth start, may cost the other jobs one more run each. Of a very long record only the "
+            "beginning is kept, or nothing."
         ),
     )
     GRACEFUL_STOP = (
-        "SIGTERM ends a process without running any job twice: a rolling restart reruns nothing.",
-        "Jobs that outlive the grace time of the stop are cut off and run again.",
+        "A rolling restart runs no job twice.",
+        (
+            "Jobs that run longer than the grace time are interrupted and run again. A job that runs longer than the handover "
+            "of a partition between running workers may run on both."
+        ),
     )
     BOUNDED_MEMORY = (
-        "The memory of a process does not grow with what waits for it.",
-        "The coordinator keeps a timer in memory for each job that waits for a time.",
+        "The memory of no process grows with the backlog.",
+        "The coordinator's memory grows with the number of delayed jobs. Objects that the app keeps stay in memory.",
     )
     NOTHING_PASSED_OVER = (
-        "Every work record below a committed base has its end in the log or its bytes in the dead letters.",
-        "None: the continuous audit's metric must be 0.",
+        (
+            "Each work record below the committed offset of its worker group has a closing fact or, for a long job, a job "
+            "lease. Or it was rejected, and is in the dead letters."
+        ),
+        "None: the metric jobledger_audit_unclosed_records must be 0.",
     )
 
     def __init__(self, says: str, limits: str) -> None:

@@ -182,27 +182,41 @@ def begun_by_others(fleet: Fleet, pid: int) -> set[str]:
     return {job for job, _, process, _ in map(str.split, fleet.lines()) if int(process) != pid}
 
 
+#: Milliseconds after the end of a pause in which the job begins that the event loop was starting when it was paused.
+INSTANT_MS = 1_000
+
+
 def judge_pause(fleet: Fleet, seen: Seen) -> set[str]:
     """Check what is promised about a worker that was paused beyond its session: no job that had ended before runs
     again, and when the worker continues, it starts no job that other workers have. Return the jobs whose code other
     workers began meanwhile."""
     window = fleet.windows[-1]
     again: list[str] = []
+    woken = [r for r in seen.starts if written_by(r, window.pid) and 0 <= begun_at(r) - window.end < INSTANT_MS]
+    # The limit of the promise: the one job that the event loop was starting when the process was paused.
+    was_starting = {r.release for r in sorted(woken, key=begun_at)[:1]}
     for start in seen.begun_after_success():
+        if start.release in was_starting and written_by(start, window.pid):
+            continue
         success = seen.succeeded[start.release]
         if written_by(start, window.pid) and begun_at(start) < window.end:
             continue  # the Kafka client of the paused worker had queued this record, and sent it after the pause
         if not (success.at >= window.begin and written_by(success, window.pid)):
-            again.append(f"{rawlog.show(start)} after {rawlog.show(success)}")
+            when = (
+                f"{begun_at(start) - window.begin:.0f} ms after the pause of {window.end - window.begin:.0f} ms began"
+            )
+            writers = f"by {start.head['source']} {when}, after one by {success.head['source']}; paused: {window.pid}"
+            again.append(f"{rawlog.show(start)} after {rawlog.show(success)}: {writers}")
     Promise.NO_RERUN_AFTER_SUCCESS.hold(not again, again[:5])
     elsewhere: dict[str, int] = {}
     for job, _, pid, at in map(str.split, fleet.lines()):
         if int(pid) != window.pid and int(at) >= window.begin:
             elsewhere.setdefault(job, int(at))
     on_waking = [
-        rawlog.show(r)
+        f"{rawlog.show(r)}, {begun_at(r) - window.end:.0f} ms after the pause"
         for r in seen.starts
         if written_by(r, window.pid)
+        and r.release not in was_starting
         and begun_at(r) >= window.begin
         and elsewhere.get(r.head["job_id"], sys.maxsize) < begun_at(r)
     ]

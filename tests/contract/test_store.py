@@ -147,7 +147,7 @@ def test_a_written_job_is_read_back_completely(store: Store, reader: StatusReade
         "a": life(
             tagged, ev.JobStarted("h:1", "t", 0), ev.JobProgressed(1, 1, 2, "half"), ev.JobSucceeded(b'{"n": 1}', 5)
         ),
-        "b": life(tagged, ev.JobStarted("h:1", "t", 0), ev.JobFailed("exhausted", BAD, 2_000_000)),
+        "b": life(tagged, ev.JobStarted("h:1", "t", 0), ev.JobFailedFact("exhausted", BAD, 2_000_000)),
     }
     write(store, lives)
     for job_id, each in lives.items():
@@ -223,7 +223,7 @@ def test_filters_combine(store: Store, reader: StatusReader) -> None:
     for n in range(24):
         facts: list[ev.Fact] = [ev.JobSubmitted(ev.JobSpec(b"{}", {"tenant": f"t{n % 3}", "n": str(n)}))]
         if n % 2:
-            facts.append(ev.JobFailed("exhausted", BAD))
+            facts.append(ev.JobFailedFact("exhausted", BAD))
         lives[f"{n:02}"] = life(
             *facts, ms=1_000 * n, offset=10 * n, task="send" if n % 4 < 2 else "call", queue=f"q{n % 2}"
         )
@@ -271,7 +271,7 @@ def test_late_jobs_are_those_that_could_have_started(store: Store, reader: Statu
             "due": life(delayed, ev.JobDue(SPEC, 6_500_000), release=1, ms=1_500, offset=30),
             "in place": life(submitted, ev.JobRetried(BAD, 1, in_place=True), ms=1_000, offset=40),
             "running": life(submitted, ev.JobStarted("h:1", "t", 0), ms=1_000, offset=50),
-            "failed": life(submitted, ev.JobFailed("exhausted", BAD), ms=1_000, offset=60),
+            "failed": life(submitted, ev.JobFailedFact("exhausted", BAD), ms=1_000, offset=60),
         },
     )
 
@@ -569,7 +569,7 @@ def test_texts_of_any_kind_are_stored(store: Store, reader: StatusReader) -> Non
     long, zero = "ü" * 5_000, "a\0b"
     error = ev.ErrorInfo(zero, zero + long, "trace\0")
     for number, text in enumerate((long, zero, "\u2028 '\"\\N\t\n%s ?")):
-        facts = (ev.JobSubmitted(ev.JobSpec(b"\0", {text: text, "n": text})), ev.JobFailed("exhausted", error))
+        facts = (ev.JobSubmitted(ev.JobSpec(b"\0", {text: text, "n": text})), ev.JobFailedFact("exhausted", error))
         each = life(*facts, task=text, queue=text, offset=10 * number)
         write(store, {key_text(text): each})
         assert reader.job(text) == job.status(key_text(text), each)

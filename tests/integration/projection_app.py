@@ -12,7 +12,7 @@ from sqlalchemy import BigInteger, Column, Integer, MetaData, String, Table
 
 from jobledger import App, Settings
 from jobledger.definitions.projection import Where
-from jobledger.schemas.events import JobFailed, JobSucceeded, Recorded
+from jobledger.schemas.events import JobFailedFact, JobSucceeded, Recorded, fact_name
 
 Row = Mapping[str, Any] | None
 
@@ -76,7 +76,7 @@ def build(namespace: str, settings: Settings) -> App:
     later = Table("later", MetaData(), Column("user", String, primary_key=True), Column("numbers", Integer))
     app.projection(Happened, table=people, key=lambda event: event.user)(count_by_user)
     app.projection(
-        facts=(JobSucceeded, JobFailed), table=kinds, key=lambda recorded: type(recorded.event.fact).__name__
+        facts=(JobSucceeded, JobFailedFact), table=kinds, key=lambda recorded: fact_name(recorded.event.fact)
     )(ends)
     app.projection(Happened, table=later, key=lambda event: event.user, start=dt.datetime(2100, 1, 1, tzinfo=dt.UTC))(
         not_yet

@@ -204,17 +204,17 @@ def plant(log: Planter) -> dict[str, list[str]]:
     run("unclosed")
     wanted["submission-missing"] = run("nobody", work=False)[:1]
     _, _, succeeded = run("both")
-    wanted["ends-contradict"] = [succeeded, log.fact(LIFE, ev.JobCancelled("ann", None), "both")]
+    wanted["ends-contradict"] = [succeeded, log.fact(LIFE, ev.JobCancelledFact("ann", None), "both")]
     _, _, succeeded = run("again")
     wanted["started-after-end"] = [log.fact(LIFE, STARTED, "again"), succeeded]
     run("twice")
     first = log.fact(WORK, ev.JobSubmitted(SPEC), "two", event_id="two")
     wanted["work-twice"] = [first, log.fact(WORK, ev.JobSubmitted(SPEC), "two", event_id="other")]
     run("two", work=False)
-    wanted["dead-letter-missing"] = run("no-letter", end=ev.JobFailed("never", ERROR))[-1:]
+    wanted["dead-letter-missing"] = run("no-letter", end=ev.JobFailedFact("never", ERROR))[-1:]
     run("lettered")
     wanted["dead-letter-without-failure"] = [log.fact(DEAD, ev.DeadLettered(SPEC, "never", ERROR), "lettered")]
-    run("letters", end=ev.JobFailed("never", ERROR))
+    run("letters", end=ev.JobFailedFact("never", ERROR))
     wanted["dead-letter-twice"] = [log.fact(DEAD, ev.DeadLettered(SPEC, "never", ERROR), "letters") for _ in range(2)]
     # The job is due in an hour, but released at once.
     event = ev.JobEvent(

@@ -16,7 +16,7 @@ from jobledger.errors import JobledgerError
 from jobledger.kafka.topics import ensure
 from jobledger.schemas.events import (
     DeadLettered,
-    JobFailed,
+    JobFailedFact,
     JobRetried,
     JobSucceeded,
     Leased,
@@ -164,7 +164,7 @@ def test_a_failing_check_of_arguments_fails_only_its_job(
         if currency == "EUR":
             assert isinstance(fact, JobSucceeded), task
         else:
-            assert isinstance(fact, JobFailed)
+            assert isinstance(fact, JobFailedFact)
             assert fact.reason == "bad-arguments"
             assert "KeyError: 'SEK'" in fact.error.message
             assert '{"currency":"SEK"}' in fact.error.message
@@ -189,7 +189,7 @@ def test_a_timeout_error_without_text_is_still_a_timeout(broker: str, namespace:
         fact = until(lambda: closings(app).get(handle.job_id))[0].event.fact
         assert worker.dispatcher is not None
         until(lambda: not worker.dispatcher.running)  # type: ignore[union-attr]  # set, as asserted above
-    assert isinstance(fact, JobFailed)
+    assert isinstance(fact, JobFailedFact)
     assert fact.reason == "timeout"
     assert "str() of this exception raised" in fact.error.message
 

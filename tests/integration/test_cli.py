@@ -500,7 +500,7 @@ def test_unusual_records_break_no_command(shop: Shop) -> None:
         (ids[2], ev.JobSucceeded(deep, far), 0),
         (ids[3], ev.JobRetried(ev.ErrorInfo("\x1b[2J", "\x07\r"), far), 0),
         (ids[4], ev.JobSnoozed(-far, None, -far), 0),
-        (ids[5], ev.JobExpired(-far), 0),
+        (ids[5], ev.JobExpiredFact(-far), 0),
     ]
     producer = Producer({"bootstrap.servers": shop.environ["JOBLEDGER_BOOTSTRAP"]})
     for job_id, fact, occurred in found:
@@ -522,7 +522,7 @@ def test_unusual_records_break_no_command(shop: Shop) -> None:
         assert (code, err) == (0, ""), words
         assert [json.loads(line) for line in out.splitlines()]
     shown = {(line.get("job_id"), line.get("fact", {}).get("type")) for line in shop.events("--from", "start")}
-    assert shown >= {(job_id, type(fact).__name__) for job_id, fact, _ in found} | {(None, None)}
+    assert shown >= {(job_id, ev.fact_name(fact)) for job_id, fact, _ in found} | {(None, None)}
     assert table.stop() == 0
 
 
@@ -558,7 +558,7 @@ def test_the_stream_processor_recovers_from_kill_9_of_a_part_or_of_itself(shop: 
 def test_one_command_runs_several_worker_processes(shop: Shop) -> None:
     """``--processes 2`` runs two workers that share the queues and stop together."""
     shop.json("topics", "apply", shop.target, "--yes")
-    both = shop.start("worker", shop.target, "--processes", "2", "--queues", "mail", "--grace", "2")
+    both = shop.start("worker", shop.target, "--processes", "2", "--queue", "mail", "--grace", "2")
     both.wait_for_line("worker-1 ", "serves mail")
     both.wait_for_line("worker-2 ", "serves mail")
     assert both.stop(signal.SIGINT) == 0
@@ -580,7 +580,7 @@ def test_dev_runs_everything_and_reloads_on_change(shop: Shop) -> None:
     dev.wait_for_line("dev", "SyntaxError")
     dev.wait_for_line("dev", "the old code keeps running")
     shop.source.write_text(good.replace("return a + b", "return (a + b) * 100") + NEW_TASK)
-    dev.wait_for_line("dev", "reloading the worker")
+    dev.wait_for_line("dev", "restarting worker")
     dev.wait_for_line("worker", "queue new: assigned")
     assert shop.json("submit", shop.target, "add", "a=1", "--wait")["result"] == 200
     # In a new process, because this one has the old module.

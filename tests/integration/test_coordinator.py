@@ -40,7 +40,7 @@ from jobledger.schemas.events import (
     Fact,
     JobDue,
     JobEvent,
-    JobFailed,
+    JobFailedFact,
     JobSpec,
     JobSubmitted,
     RecordRejected,
@@ -417,7 +417,7 @@ def test_a_release_too_large_for_its_work_topic_fails_only_its_job(lab: Lab) -> 
     wait_for(lambda: lab.messages(lab.names.lifecycle) and lab.messages(lab.names.dead_letter))
     (failed,) = lab.events(lab.names.lifecycle)
     (letter,) = lab.events(lab.names.dead_letter)
-    assert isinstance(failed.fact, JobFailed)
+    assert isinstance(failed.fact, JobFailedFact)
     assert isinstance(letter.fact, DeadLettered)
     assert [(e.job_id, e.run, e.release) for e in (failed, letter)] == [(large, 1, 1)] * 2
     assert (failed.fact.reason, letter.fact.reason) == ("too-large", "too-large")

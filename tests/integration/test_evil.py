@@ -13,7 +13,7 @@ import pytest
 from jobledger import App, ResourceFailed, Settings
 from jobledger.consumers.worker.worker import Worker
 from jobledger.kafka.topics import ensure
-from jobledger.schemas.events import JobFailed, JobRetried, JobSucceeded, Recorded
+from jobledger.schemas.events import JobFailedFact, JobRetried, JobSucceeded, Recorded
 from tests.evil import EXCEPTIONS
 from tests.integration import evil_app as evil
 from tests.integration.worker_app import closings, facts_of, log_of, until, working
@@ -66,7 +66,7 @@ def test_a_job_whose_error_result_or_argument_raises_when_read_fails(
     """The job fails once, with the reason for its kind of error and an error message that can be encoded."""
     (end,) = outcomes[0][place, kind, name]
     fact = end.event.fact
-    assert isinstance(fact, JobFailed)
+    assert isinstance(fact, JobFailedFact)
     reasons = {"raise": ("exhausted", "never"), "return": ("bad-result",), "take": ("bad-arguments",)}
     assert fact.reason in reasons[kind]
     assert fact.error.type
@@ -86,7 +86,7 @@ def test_the_worker_still_runs_jobs_in_all_places_afterwards(app: App, outcomes:
     assert all(isinstance(found[h.job_id][-1].event.fact, JobSucceeded) for h in handles)
     assert worker.dispatcher is not None
     until(lambda: not worker.dispatcher.running)  # type: ignore[union-attr]
-    assert worker.dispatcher.threads.running == worker.dispatcher.processes.running == 0
+    assert worker.dispatcher.pipe.tasks.threads.running == worker.dispatcher.pipe.tasks.processes.running == 0
     children = worker.health()["children"]
     assert (children["died"], children["killed"]) == (0, 0)
 
@@ -149,7 +149,7 @@ def test_a_failing_hook_or_resource_fails_at_most_its_job(broker: str, namespace
         found = closings(app)
         for (_, how), handle in handles.items():
             (end,) = found[handle.job_id]
-            assert isinstance(end.event.fact, JobFailed if how == "fails" else JobSucceeded)
+            assert isinstance(end.event.fact, JobFailedFact if how == "fails" else JobSucceeded)
     assert worker.error is None
 
 

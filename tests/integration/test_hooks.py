@@ -14,7 +14,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from jobledger import NO_RETRY, App, Depends, JobContext, ResourceFailed, Retry, Settings, current_job
 from jobledger.kafka.topics import ensure
-from jobledger.schemas.events import JobFailed
+from jobledger.schemas.events import JobFailedFact, fact_name
 from tests.integration.worker_app import Unprintable, closings, until, working
 from tests.patience import PATIENCE
 
@@ -129,9 +129,9 @@ def test_resources_are_open_before_jobs_and_closed_after_them(broker: str, names
         until(lambda: worker.control is not None)
         assert said == ["open client", "open pool"]
         ids = [work.submit(1).job_id, work_in_thread.submit(2).job_id]
-        until(lambda: worker.dispatcher is not None and worker.dispatcher.starter.started == 2)
+        until(lambda: worker.dispatcher is not None and worker.dispatcher.pipe.running.started == 2)
     assert said == ["open client", "open pool", "job", "job", "close pool", "close client"]
-    assert {type(found[0].event.fact).__name__ for found in closings(app).values()} == {"JobSucceeded"}
+    assert {fact_name(found[0].event.fact) for found in closings(app).values()} == {"JobSucceeded"}
     assert set(closings(app)) == set(ids)
     app.close()
 
@@ -253,7 +253,7 @@ def test_tracing_an_exception_without_a_text_does_not_change_the_outcome(
     with working(app):
         until(lambda: handle.job_id in closings(app))
     (closing,) = closings(app)[handle.job_id]
-    assert isinstance(closing.event.fact, JobFailed)
+    assert isinstance(closing.event.fact, JobFailedFact)
     assert closing.event.fact.error.type.endswith("Unprintable")
     (span,) = [s for s in spans.get_finished_spans() if s.name == "run wordless"]
     assert [dict(e.attributes or {}).get("exception.type") for e in span.events] == ["Unprintable"]

@@ -28,9 +28,9 @@ from jobledger.kafka.topics import ensure
 from jobledger.log.writer import Outgoing
 from jobledger.schemas.codec import encode
 from jobledger.schemas.events import (
-    JobCancelled,
+    JobCancelledFact,
     JobEvent,
-    JobFailed,
+    JobFailedFact,
     JobProgressed,
     JobRetried,
     JobSnoozed,
@@ -114,13 +114,13 @@ def test_an_error_in_a_child_process_has_the_same_outcome_as_elsewhere(
     """Retries, rejections, bad results and exits result in the same facts as in the worker's process, with type, text
     and traceback."""
     handle = tasks.fails.submit(how)
-    fact = next(f for f in _until_fact(app, handle.job_id, JobRetried | JobFailed))
+    fact = next(f for f in _until_fact(app, handle.job_id, JobRetried | JobFailedFact))
     if kind == "exhausted":
         assert isinstance(fact, JobRetried)
         assert says in fact.error.message
         assert "isolated_app.py" in (fact.error.traceback or "")
     else:
-        assert isinstance(fact, JobFailed)
+        assert isinstance(fact, JobFailedFact)
         assert (fact.reason, says in fact.error.message) == (kind, True)
 
 
@@ -153,7 +153,7 @@ def test_a_timeout_is_raised_in_the_code_and_then_kills_the_process(
         blocking = tasks.hangs_async.submit("blocks")
         for handle in (waits, cleans, coroutine, blocking):
             fact = end_of(app, handle.job_id)
-            assert isinstance(fact, JobFailed)
+            assert isinstance(fact, JobFailedFact)
             assert (fact.reason, fact.error.type) == ("timeout", "TimeoutError")
             assert "ran longer than its timeout of 3 s" in fact.error.message
             assert "was killed" not in fact.error.message
@@ -161,7 +161,7 @@ def test_a_timeout_is_raised_in_the_code_and_then_kills_the_process(
         assert result_of(app, returns.job_id) == "in time after all"
         assert path.read_text() == "cleaned up\n"
         fact = end_of(app, deaf.job_id)
-        assert isinstance(fact, JobFailed)
+        assert isinstance(fact, JobFailedFact)
         assert fact.reason == "timeout"
         assert "its process was killed" in fact.error.message
         assert fact.duration_us / 1e6 >= 8.0
@@ -177,11 +177,11 @@ def test_a_job_cannot_use_more_than_max_memory(app: App, worker: Worker) -> None
     `MemoryError`. A job that allocates less is not affected."""
     slow, fast, fine = tasks.takes.submit(400, False), tasks.takes.submit(4000, True), tasks.takes.submit(100, False)
     fact = end_of(app, slow.job_id)
-    assert isinstance(fact, JobFailed)
+    assert isinstance(fact, JobFailedFact)
     assert fact.error.type == "MemoryError"
     assert "may use max_memory=200 MiB" in fact.error.message
     fact = end_of(app, fast.job_id)
-    assert isinstance(fact, JobFailed)
+    assert isinstance(fact, JobFailedFact)
     assert fact.error.type == "MemoryError"
     assert result_of(app, fine.job_id) == 10
 
@@ -202,7 +202,7 @@ def test_a_job_that_kills_its_process_fails_with_the_last_output(
     }
     for how, (ended, words) in said.items():
         fact = end_of(app, ways[how].job_id)
-        assert isinstance(fact, JobFailed)
+        assert isinstance(fact, JobFailedFact)
         assert (fact.reason, fact.error.type) == ("crashed", "ProcessDied")
         assert ended in fact.error.message
         assert words in (fact.error.traceback or "")
@@ -235,7 +235,7 @@ def test_a_cancel_reaches_running_code(
     until(path.exists, what="its begin")
     handle.cancel("changed my mind")
     fact = end_of(app, handle.job_id, 10.0)
-    assert isinstance(fact, JobCancelled)
+    assert isinstance(fact, JobCancelledFact)
     assert fact.reason == "changed my mind"
     assert path.read_text().endswith("told\n")
 
@@ -245,7 +245,7 @@ def test_a_timeout_is_raised_in_a_job_thread(app: App, worker: Worker) -> None:
     thread then runs other jobs."""
     raises, returns = tasks.hangs_in_thread.submit("raises"), tasks.hangs_in_thread.submit("returns")
     fact = end_of(app, raises.job_id)
-    assert isinstance(fact, JobFailed)
+    assert isinstance(fact, JobFailedFact)
     assert (fact.reason, fact.error.type) == ("timeout", "TimeoutError")
     assert fact.duration_us / 1e6 >= 3.0
     assert result_of(app, returns.job_id) == "in time after all"
@@ -308,7 +308,7 @@ def test_a_worker_leaves_no_process_behind(app: App, tmp_path: Path) -> None:
     with working(app, children=2, grace=0.5):
         until(lambda: len(path.read_text().split()) > 1, what="its second run")
         handle.cancel("enough")
-        assert isinstance(end_of(app, handle.job_id), JobCancelled)
+        assert isinstance(end_of(app, handle.job_id), JobCancelledFact)
 
 
 def test_an_app_that_cannot_be_imported_is_refused(broker: str, namespace: str) -> None:
@@ -386,7 +386,7 @@ def test_without_child_processes_a_suspect_runs_in_the_worker(app: App, monkeypa
         assert worker.error is None
     starts = [f.takeover for f in facts_of(app, jobs[1].job_id) if isinstance(f, JobStarted)]
     assert starts == [0, 1, 1], "said for a child that there was not to be, and again; it counts as one"
-    assert isinstance(failed, JobFailed)
+    assert isinstance(failed, JobFailedFact)
     assert failed.reason == "crashed"
 
 
@@ -403,7 +403,7 @@ def test_a_process_forked_by_a_dead_child_process_delays_nothing(app: App, worke
     path = tmp_path / "forks"
     handle = tasks.leaves_a_fork.submit(str(path))
     failed = end_of(app, handle.job_id)
-    assert isinstance(failed, JobFailed)
+    assert isinstance(failed, JobFailedFact)
     assert failed.reason == "crashed"
     until(lambda: not any(alive(int(pid)) for pid in path.read_text().split()), 10.0, "the forks' end")
     assert result_of(app, tasks.where.submit(1).job_id)["n"] == 1
@@ -413,7 +413,7 @@ def test_an_invalid_progress_report_fails_the_job(app: App, worker: Worker) -> N
     """A progress message that is no text fails the attempt, and the error says what is wrong. The process is not
     regarded as dead."""
     failed = end_of(app, tasks.reports_nonsense.submit().job_id)
-    assert isinstance(failed, JobFailed)
+    assert isinstance(failed, JobFailedFact)
     assert failed.reason == "exhausted"
     assert "progress(message=3) is not a text" in failed.error.message
 
@@ -459,17 +459,17 @@ def test_a_coroutine_that_a_plain_function_returns_is_awaited(
     assert found["job"] == handle.job_id
     assert (found["here"] == os.getpid()) == (task == "wrapped")
     failed = end_of(app, run.submit("raises", str(path)).job_id)
-    assert isinstance(failed, JobFailed)
+    assert isinstance(failed, JobFailedFact)
     assert (failed.error.type, failed.error.message) == ("ValueError", "in the coroutine")
     late = end_of(app, briefly.submit("waits", str(path)).job_id)
-    assert isinstance(late, JobFailed)
+    assert isinstance(late, JobFailedFact)
     assert (late.reason, late.error.type) == ("timeout", "TimeoutError")
     assert path.read_text().split("\n") == ["began", "cleaned up", ""]
     path.unlink()
     handle = run.submit("waits", str(path))
     until(path.exists, what="its first line")
     handle.cancel("changed my mind")
-    assert isinstance(end_of(app, handle.job_id), JobCancelled)
+    assert isinstance(end_of(app, handle.job_id), JobCancelledFact)
     assert path.read_text().split("\n") == ["began", "cleaned up", ""]
 
 
@@ -486,7 +486,7 @@ def test_a_returned_coroutine_that_blocks_the_event_loop_is_logged(
     assert result_of(app, handle.job_id)["job"] == handle.job_id
     assert "in _coroutine\n    blocks_until(path)" in caplog.text
     assert worker.dispatcher is not None
-    assert worker.dispatcher.plans["wrapped"].blocked == 1
+    assert worker.dispatcher.pipe.tasks.plans["wrapped"].blocked == 1
 
 
 def test_hooks_surround_a_coroutine_that_a_plain_function_returns(app: App, worker: Worker, tmp_path: Path) -> None:

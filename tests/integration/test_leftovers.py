@@ -21,7 +21,7 @@ from jobledger.kafka.topics import ensure
 from jobledger.log.reading import LogReader, recorded
 from jobledger.log.schema_lookup import decoder
 from jobledger.process.process_exit import EXIT_S, HARD_S
-from jobledger.schemas.events import CLOSING, JobFailed
+from jobledger.schemas.events import CLOSING, JobFailedFact
 from tests.acceptance.fleet import Fleet
 from tests.integration import leftover_app
 from tests.integration.leftover_app import LEFT_S
@@ -192,7 +192,7 @@ def test_a_coroutine_that_blocks_the_loop_is_named_and_ended_at_its_timeout(flee
     fleet.until(lambda: named in worker.output(), 90, "the name of what blocks without a limit")
     seen.touch()
     fact = end_of(client, blocking)
-    assert isinstance(fact, JobFailed), fact
+    assert isinstance(fact, JobFailedFact), fact
     assert fact.reason == "timeout"
     assert "block_the_loop() ran longer than its timeout of 1 s" in fact.error.message
     assert "time.sleep(seconds)" in (fact.error.traceback or "")
@@ -232,13 +232,13 @@ def test_a_blocking_coroutine_that_cannot_be_interrupted_times_out_when_it_retur
         try:
             until(begun.is_set, what="its begin")
             assert worker.dispatcher is not None
-            executor = worker.dispatcher.executor
+            executor = worker.dispatcher.pipe.executor
             until(lambda: executor.due, what="the notice that its time is over")
         finally:
             noticed.set()
         fact = end_of(app, handle)
     app.close()
-    assert isinstance(fact, JobFailed), fact
+    assert isinstance(fact, JobFailedFact), fact
     assert fact.reason == "timeout"
 
 
@@ -248,7 +248,7 @@ def test_a_coroutine_that_blocks_the_loop_of_its_child_process_is_interrupted(fl
     blocks = client.tasks["block_the_loop_of_a_child"]
     assert end_of(client, blocks.submit(0.0)).result == b'"succeeded"'  # starts the child's event loop
     fact = end_of(client, blocks.submit(LEFT_S))
-    assert isinstance(fact, JobFailed), fact
+    assert isinstance(fact, JobFailedFact), fact
     assert fact.reason == "timeout"
     assert "ran longer than its timeout of 3 s" in fact.error.message
     assert "was killed" not in fact.error.message

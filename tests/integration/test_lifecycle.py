@@ -22,7 +22,7 @@ from jobledger.schemas import codec
 from jobledger.schemas.events import (
     CancelRequested,
     JobEvent,
-    JobFailed,
+    JobFailedFact,
     JobStarted,
     JobSubmitted,
     JobSucceeded,
@@ -30,6 +30,7 @@ from jobledger.schemas.events import (
     QueuePaused,
     QueueResumed,
     Recorded,
+    fact_name,
 )
 from tests.integration.test_worker import future_fact
 from tests.integration.worker_app import closings, until, working
@@ -57,7 +58,7 @@ def app(broker: str, namespace: str) -> Iterator[App]:
 
 
 def kinds(records: list[Recorded]) -> Counter[str]:
-    return Counter(type(r.event.fact).__name__ for r in records)
+    return Counter(fact_name(r.event.fact) for r in records)
 
 
 def read_at_least(stream: LifecycleStream, least: int) -> list[Recorded]:
@@ -85,7 +86,7 @@ def test_a_group_reads_everything_once_and_continues_where_it_stopped(app: App) 
     app.tasks["work"].submit(1)
     with app.lifecycle("billing", timeout=60.0) as stream:
         assert kinds(read_at_least(stream, 1)) == {"JobSubmitted": 1}
-    with app.lifecycle("audit", timeout=60.0, facts=(JobSucceeded, JobFailed)) as stream:
+    with app.lifecycle("audit", timeout=60.0, facts=(JobSucceeded, JobFailedFact)) as stream:
         assert kinds(read_at_least(stream, 40)) == {"JobSucceeded": 30, "JobFailed": 10}
 
 

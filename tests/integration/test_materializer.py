@@ -109,7 +109,7 @@ class World:
             facts: list[ev.Fact] = [ev.JobSubmitted(SPEC)]
             if n % 7:
                 facts += [ev.JobStarted("h:1", self.names.jobs("mail"), n)]
-                facts += [ev.JobFailed("exhausted", BAD) if n % 5 == 0 else ev.JobSucceeded(b"1", 5)]
+                facts += [ev.JobFailedFact("exhausted", BAD) if n % 5 == 0 else ev.JobSucceeded(b"1", 5)]
             for fact in facts:
                 topic = self.names.jobs("mail") if isinstance(fact, ev.JobSubmitted) else self.names.lifecycle
                 records.append((topic, job_id, self.event(job_id, fact), n % PARTITIONS))

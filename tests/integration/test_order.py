@@ -21,13 +21,14 @@ from jobledger.consumers.state.work import JobRun, WaitQueue
 from jobledger.consumers.worker.worker import Worker
 from jobledger.kafka.topics import ensure
 from jobledger.schemas.events import (
-    JobCancelled,
-    JobExpired,
-    JobFailed,
+    JobCancelledFact,
+    JobExpiredFact,
+    JobFailedFact,
     JobRetried,
     JobSnoozed,
     JobStarted,
     JobSucceeded,
+    fact_name,
 )
 from tests.integration.worker_app import closings, facts_of, log_of, until, working
 
@@ -188,7 +189,7 @@ def fetched_records(worker: Worker, level: str) -> int:
     """Return the number of records of a priority that the worker has fetched and may choose from."""
     if worker.dispatcher is None:
         return 0
-    stages = [stage for stage in worker.dispatcher.stages.values() if stage.level == level]
+    stages = [stage for stage in worker.dispatcher.pipe.lanes.by_topic.values() if stage.level == level]
     return sum(len(partition.raw) for stage in stages for partition in list(stage.parts))
 
 
@@ -260,14 +261,14 @@ def test_each_attempt_in_place_has_its_own_time_limit(app: App, seen: Seen) -> N
     """A coroutine blocks the event loop beyond its time limit and is retried in place. The second attempt times out as
     the first one did."""
     with working(app) as worker:
-        seen.blocked = lambda: worker.dispatcher is not None and worker.dispatcher.executor.due is not None
+        seen.blocked = lambda: worker.dispatcher is not None and worker.dispatcher.pipe.executor.due is not None
         handle = app.tasks["blocks"].submit("k")
         facts = wait_for_outcomes(app, 1)
     assert seen.names() == [("k", 1), ("k", 2)]
     retried = next(f for f in facts_of(app, handle.job_id) if isinstance(f, JobRetried))
     assert retried.in_place
     (failed,) = facts[handle.job_id]
-    assert isinstance(failed, JobFailed), failed
+    assert isinstance(failed, JobFailedFact), failed
     assert failed.reason == "timeout"
 
 
@@ -279,7 +280,7 @@ def test_a_key_is_held_for_a_bounded_time(app: App, seen: Seen, how: str, text: 
     with working(app):
         facts = wait_for_outcomes(app, 2)
     (failed,) = facts[first.job_id]
-    assert isinstance(failed, JobFailed)
+    assert isinstance(failed, JobFailedFact)
     assert failed.reason == "key-held"
     assert text in failed.error.message
     assert isinstance(facts[second.job_id][0], JobSucceeded)
@@ -501,7 +502,10 @@ def test_limits_are_changed_at_run_time_and_hold_for_workers_that_come_later(app
         wait_for_outcomes(app, 500)
         assert seen.began[-1][1] - seen.began[0][1] < 20.0, "the code's limits take longer"
         app.limit(queue="slow", rate="5/s")
-        until(lambda: worker.dispatcher is not None and worker.dispatcher.scopes["slow"].rate == 5.0, what="the order")
+        until(
+            lambda: worker.dispatcher is not None and worker.dispatcher.pipe.lanes.limiters["slow"].rate == 5.0,
+            what="the order",
+        )
         began = time.monotonic()
         app.submit_many(app.tasks["call"].job(n) for n in range(500, 530))
         time.sleep(2.0)
@@ -558,7 +562,7 @@ def test_a_cancelled_job_is_never_started(app: App, seen: Seen) -> None:
     assert sorted(n for _, n in seen.names()) == list(range(1, 20, 2))
     for handle in [*handles[::2], keyed]:
         (fact,) = facts[handle.job_id]
-        assert isinstance(fact, JobCancelled)
+        assert isinstance(fact, JobCancelledFact)
         assert fact.reason == "wrong list"
         assert "@" in fact.by
 
@@ -572,8 +576,8 @@ def test_a_running_job_is_cancelled(app: App, seen: Seen) -> None:
         running.cancel("enough")
         held.cancel()
         facts = wait_for_outcomes(app, 2, timeout=10.0)
-        assert isinstance(facts[running.job_id][0], JobCancelled)
-        assert isinstance(facts[held.job_id][0], JobCancelled)
+        assert isinstance(facts[running.job_id][0], JobCancelledFact)
+        assert isinstance(facts[held.job_id][0], JobCancelledFact)
         seen.open.set()
         assert isinstance(wait_for_outcomes(app, 3)[other.job_id][0], JobSucceeded)
 
@@ -586,8 +590,8 @@ def test_an_expired_job_is_not_started(app: App, seen: Seen) -> None:
     time.sleep(0.8)
     with working(app):
         facts = wait_for_outcomes(app, 3)
-    assert isinstance(facts[late.job_id][0], JobExpired)
-    assert isinstance(facts[keyed.job_id][0], JobExpired)
+    assert isinstance(facts[late.job_id][0], JobExpiredFact)
+    assert isinstance(facts[keyed.job_id][0], JobExpiredFact)
     assert isinstance(facts[intime.job_id][0], JobSucceeded)
     assert seen.names() == [("free", 2)]
 
@@ -607,6 +611,6 @@ def test_an_open_circuit_uses_no_attempts(app: App, seen: Seen) -> None:
         most = 3 + 1 + int(time.monotonic() - seen.began[2][1])
         # The retried jobs wait for a coordinator, which does not run here. All other jobs succeed.
         facts = until(lambda: len(found := closings(app)) == 30 and found, 20.0)
-    kinds = Counter(type(r.event.fact).__name__ for of in facts.values() for r in of)
+    kinds = Counter(fact_name(r.event.fact) for of in facts.values() for r in of)
     assert 3 <= kinds["JobRetried"] <= most, kinds
     assert kinds["JobSucceeded"] == 30 - kinds["JobRetried"]

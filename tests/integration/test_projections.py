@@ -32,7 +32,7 @@ from jobledger.kafka.clients import admin, partitions_of, producer, producer_con
 from jobledger.kafka.topics import ensure
 from jobledger.log.reading import LogReader
 from jobledger.log.writer import LogWriter, Outgoing
-from jobledger.schemas.events import CancelRequested, JobSucceeded, QueuePaused
+from jobledger.schemas.events import CancelRequested, JobSucceeded, QueuePaused, fact_name
 from jobledger.streams.projections import runner as projection_runner
 from jobledger.streams.projections.projection_store import ProjectionStore, database_of
 from jobledger.streams.projections.runner import ProjectionRunner
@@ -374,9 +374,9 @@ def test_control_commands_are_folded_too(app: App) -> None:
     def given(row: Any, found: Any) -> Any:
         return {"count": (row["count"] if row else 0) + 1}
 
-    app.projection(
-        facts=(QueuePaused, CancelRequested), table=orders, key=lambda found: type(found.event.fact).__name__
-    )(given)
+    app.projection(facts=(QueuePaused, CancelRequested), table=orders, key=lambda found: fact_name(found.event.fact))(
+        given
+    )
     app.pause(queue="default")
     app.resume(queue="default")
     app.cancel("0192e4a0-0000-7000-8000-000000000001")
@@ -587,7 +587,7 @@ def test_an_invalid_projection_is_refused_at_its_declaration(app: App) -> None:
         (fold, {"table": good, "name": "No"}, "lowercase letters"),
         (fold, {"table": good, "start": dt.datetime(2026, 1, 1)}, "time zone"),  # intended
         (one, {"table": good}, "parameters"),
-        (fold, {"table": app.registry.projections["ends"].table}, "already registered"),
+        (fold, {"table": app.registry.projections["ends"].table}, "already used"),
     ]
     for function, options, why in cases:
         with pytest.raises(ConfigError, match=why):
@@ -605,7 +605,7 @@ def test_a_database_outage_loses_nothing(
 ) -> None:
     """PostgreSQL crashes twice while events are emitted, and is started again. The projection continues by itself, and
     its table is exact."""
-    monkeypatch.setattr(projection_runner, "AWAY_TRIES", 300)  # a busy machine may start the server slowly
+    monkeypatch.setattr(projection_runner, "AWAY_PATIENCE_S", 300.0)  # a busy machine may start the server slowly
     app = projection_app.build(namespace, Settings(bootstrap=broker, status_url=postgres_server.url))
     ensure(app, app.settings)
     stop, runner = threading.Event(), runner_of(app)

@@ -36,7 +36,15 @@ from jobledger.log.schema_lookup import decoder
 from jobledger.log.schema_registry import COMPATIBILITY, SchemaRegistry
 from jobledger.log.writer import LogWriter, Outgoing
 from jobledger.schemas import codec, confluent_frame
-from jobledger.schemas.events import ErrorInfo, JobEvent, JobFailed, JobSpec, JobSubmitted, JobSucceeded, RecordRejected
+from jobledger.schemas.events import (
+    ErrorInfo,
+    JobEvent,
+    JobFailedFact,
+    JobSpec,
+    JobSubmitted,
+    JobSucceeded,
+    RecordRejected,
+)
 from jobledger.streams.coordinator.coordinator import Coordinator, supervise
 from jobledger.streams.coordinator.faust.faust_app import Options
 from jobledger.streams.status.materializer import Materializer
@@ -247,7 +255,7 @@ def _ended(app: App) -> set[str]:
     return {
         job
         for job, facts in closings(app).items()
-        if any(isinstance(r.event.fact, JobSucceeded | JobFailed) for r in facts)
+        if any(isinstance(r.event.fact, JobSucceeded | JobFailedFact) for r in facts)
     }
 
 
@@ -291,7 +299,7 @@ def test_a_takeover_reads_both_framings(broker: str, registry_url: str, namespac
     registered = with_registry(plain, registry_url)
     names = plain.names
     done, fresh = [submission() for _ in range(4)], [submission(args=b'{"a":7}') for _ in range(2)]
-    facts = [JobSucceeded(b"2", 5), JobFailed("rejected", ErrorInfo("X", "no", None))] * 2
+    facts = [JobSucceeded(b"2", 5), JobFailedFact("rejected", ErrorInfo("X", "no", None))] * 2
     for app, jobs, ends in ((plain, done[:2], facts[:2]), (registered, done[2:], facts[2:])):
         send_events(app, names.jobs("default"), *jobs)
         send_events(

@@ -17,6 +17,7 @@ from jobledger import App, ConfigError
 from jobledger.consumers.worker.worker import Worker, WorkerOptions
 from jobledger.kafka.topics import ensure
 from jobledger.log.schema_lookup import SchemaLookup
+from jobledger.schemas.events import JobSucceeded
 from tests.integration.worker_app import build, closings, facts_of, log_of, until, working
 
 pytestmark = pytest.mark.kafka
@@ -124,7 +125,7 @@ def test_jobs_are_read_with_the_schema_that_the_log_has_for_their_id(lab: Lab) -
         later = restored.tasks["add"].submit(7).job_id
         until(lambda: later in closings(restored))
     for job in [*jobs, later]:
-        assert type(facts_of(restored, job)[-1]).__name__ == "JobSucceeded"
+        assert isinstance(facts_of(restored, job)[-1], JobSucceeded)
     assert log_of(restored, restored.names.dead_letter) == []
     restored.close()
 

@@ -9,9 +9,10 @@ import pytest
 from confluent_kafka import Message
 
 from jobledger import App, Queue, Settings
-from jobledger.consumers.partitions.range_reader import LogRanges, partition_of
+from jobledger.consumers.partitions.range_reader import LogRanges
 from jobledger.kafka import topics, topology
 from jobledger.kafka.clients import admin
+from jobledger.kafka.partitioner import partition_of
 from jobledger.kafka.topic_names import Names
 from jobledger.kafka.topics import ensure
 from jobledger.log.writer import LogWriter, Outgoing
@@ -91,7 +92,7 @@ def test_without_committed_offsets_jobs_with_an_outcome_are_not_run_again(broker
         put(names.lifecycle, job, ev.JobSucceeded(), 2, None)
     for job in cancelled:  # retried, and cancelled before the retry was due
         put(names.lifecycle, job, ev.JobRetried(ev.ErrorInfo("E", "m"), 60_000))
-        put(names.lifecycle, job, ev.JobCancelled("me"), 2, None)
+        put(names.lifecycle, job, ev.JobCancelledFact("me"), 2, None)
     writer.close()
     assert len(places) > 1, "eight ids on one of four partitions"
 

@@ -14,7 +14,7 @@ from jobledger import App, PayloadTooLarge, Settings
 from jobledger.kafka.clients import batch_room, partitions_of
 from jobledger.kafka.topics import ensure
 from jobledger.log.reading import LogReader
-from jobledger.schemas.events import JobSubmitted
+from jobledger.schemas.events import JobSubmitted, JobSucceeded
 from tests.integration.worker_app import closings, limit_records, log_of, until, working
 
 pytestmark = pytest.mark.kafka
@@ -157,7 +157,7 @@ def test_of_many_results_only_the_large_one_fails_its_job(app: App, lower: Calla
             handles += app.submit_many(keep.job("z" * 30_000 if n == 50 else "y" * 500) for n in range(100))
         until(lambda: {h.job_id for h in handles} <= set(closings(app)))
     ended = closings(app)
-    failed = {n for n, h in enumerate(handles) if type(ended[h.job_id][-1].event.fact).__name__ != "JobSucceeded"}
+    failed = {n for n, h in enumerate(handles) if not isinstance(ended[h.job_id][-1].event.fact, JobSucceeded)}
     assert failed <= {50, 150}
     assert {50 if lower is known_limit else 150} <= failed
 

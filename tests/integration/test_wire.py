@@ -18,7 +18,7 @@ from confluent_kafka import Producer
 
 from jobledger import App, Queue, Settings
 from jobledger.kafka.topics import ensure
-from jobledger.schemas.events import JobCancelled, JobSucceeded
+from jobledger.schemas.events import JobCancelledFact, JobSucceeded
 from tests.integration.worker_app import closings, log_of, until, working
 
 pytestmark = pytest.mark.kafka
@@ -165,7 +165,7 @@ def test_control_commands_of_another_program_are_in_force(lab: tuple[App, Strang
         stranger.send("coordination", waiting.job_id, cancel)
         until(lambda: waiting.job_id in closings(app))
         (end,) = closings(app)[waiting.job_id]
-        assert end.event.fact == JobCancelled("stranger", "no")
+        assert end.event.fact == JobCancelledFact("stranger", "no")
         assert ran == []
         resume = stranger.event("QueueResumed", {"by": "stranger", "reason": None}, task="send")
         stranger.send("control", "pause:task:send", resume)

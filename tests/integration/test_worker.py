@@ -32,7 +32,7 @@ from jobledger.schemas.events import (
     DeadLettered,
     JobDue,
     JobEvent,
-    JobFailed,
+    JobFailedFact,
     JobProgressed,
     JobRetried,
     JobSnoozed,
@@ -135,7 +135,7 @@ def test_reject_and_snooze_work_inside_a_task_group(ran: Ran) -> None:
     """`Reject` and `Snooze` have the same effect inside an `asyncio.TaskGroup` as outside."""
     app, jobs, _ = ran
     rejected, snoozed = facts_of(app, jobs["reject_in_a_group"])[-1], facts_of(app, jobs["snooze_in_a_group"])[-1]
-    assert isinstance(rejected, JobFailed)
+    assert isinstance(rejected, JobFailedFact)
     assert rejected.reason == "rejected"
     assert "ValueError: beside it; Reject: no such city" in rejected.error.message
     assert isinstance(snoozed, JobSnoozed)
@@ -176,7 +176,7 @@ def test_a_job_that_cannot_succeed_fails_and_is_dead_lettered(ran: Ran, name: st
     """Every kind of final failure has its own reason and error, in the fact and in the dead letter."""
     app, jobs, _ = ran
     fact = facts_of(app, jobs[name])[-1]
-    assert isinstance(fact, JobFailed)
+    assert isinstance(fact, JobFailedFact)
     assert (fact.reason, fact.error.type) == (reason, error)
     dead = [r.event.fact for r in log_of(app, app.names.dead_letter) if r.event.job_id == jobs[name]]
     assert [(d.reason, d.error.type) for d in dead if isinstance(d, DeadLettered)] == [(reason, error)]
@@ -292,13 +292,13 @@ def test_jobs_of_other_versions_and_unreadable_records_stop_nothing(broker: str,
     assert isinstance(snoozed, JobSnoozed)
     assert (snoozed.reason, snoozed.delay_ms) == ("unknown-task", 30_000)
     failed = ends[snoozed_out].fact
-    assert isinstance(failed, JobFailed)
+    assert isinstance(failed, JobFailedFact)
     assert failed.reason == "unknown-task"
     request = next(r.event.fact for r in log_of(app, app.names.coordination) if r.event.job_id == lost)
     assert isinstance(request, ReleaseRequested)
     assert request.spec.tags == {"tenant": "acme", "jl-unknown-task": "1"}
     misfit = ends[bad].fact
-    assert isinstance(misfit, JobFailed)
+    assert isinstance(misfit, JobFailedFact)
     assert misfit.reason == "bad-arguments"
     assert '{"c":1}' in misfit.error.message
     assert "(a: int, b: int = 1)" in misfit.error.message
@@ -526,7 +526,7 @@ def test_a_takeover_finds_releases_that_have_a_closing_fact(broker: str, namespa
         done: JobSucceeded(b"1"),
         retried: JobRetried(delay_ms=60_000, **error),
         snoozed: JobSnoozed(30_000, "unknown-task"),
-        failed: JobFailed("never", **error),
+        failed: JobFailedFact("never", **error),
     }
     start = JobStarted("other:1", topic, 0, 0)
     send(app, *(Outgoing(topic, codec.encode(event_of(j, "add", b'{"a":1}')), j, 0) for j in ends))
@@ -577,7 +577,7 @@ def test_a_result_the_broker_refuses_fails_the_job(broker: str, namespace: str) 
         until(lambda: {large, small} <= set(closings(app)))
         until(lambda: all_done(app, worker))
     fact = facts_of(app, large)[-1]
-    assert isinstance(fact, JobFailed)
+    assert isinstance(fact, JobFailedFact)
     assert fact.reason == "bad-result"
     assert "max.message.bytes" in fact.error.message
     assert isinstance(facts_of(app, small)[-1], JobSucceeded)
@@ -610,7 +610,7 @@ def test_a_stopping_worker_waits_for_running_jobs_and_leaves_the_rest(
     with working(app, grace=120.0, threads=1) as worker:
         until(lambda: len(app.ran) == 3)  # type: ignore[attr-defined]
         worker.stop()
-        until(lambda: worker.dispatcher is not None and not worker.dispatcher.starter.accepting)
+        until(lambda: worker.dispatcher is not None and not worker.dispatcher.pipe.running.accepting)
         gates["ends"].set()
         gates["thread"].set()
         until(lambda: len(closings(app)) == 2)
@@ -673,7 +673,7 @@ def test_objects_of_an_ended_job_are_freed_without_the_garbage_collector(broker:
             # Each of the two threads still refers to its last job.
             until(lambda: works() <= before + 2, 5.0, "their freeing")
             assert worker.dispatcher is not None
-            assert worker.dispatcher.starter.started == 20 * (len(kinds) + 1)
+            assert worker.dispatcher.pipe.running.started == 20 * (len(kinds) + 1)
         finally:
             gc.enable()
     app.close()

@@ -36,7 +36,7 @@ from jobledger.schemas.events import (
     Fact,
     JobDue,
     JobEvent,
-    JobFailed,
+    JobFailedFact,
     JobRetried,
     JobSpec,
     JobStarted,
@@ -222,7 +222,7 @@ def test_a_job_with_two_outcomes_counts_as_neither_succeeded_nor_failed() -> Non
     assert life.failed is None
 
 
-def lived(fact: JobSucceeded | JobFailed) -> Life:
+def lived(fact: JobSucceeded | JobFailedFact) -> Life:
     return fold(
         [event("a", 1, 0, JobSubmitted(SPEC)), event("a", 1, 1, JobStarted("w", "t", 0)), event("a", 1, 2, fact)]
     )["a"]
@@ -233,7 +233,7 @@ def balanced() -> tuple[list[Airport], dict[str, int], list[str], list[Row], dic
     zone = zones()[GOOD.tz]
     metres = round(distance_m(GOOD.lat, GOOD.lon, zone.lat, zone.lon))
     saved = Row(GOOD.icao, GOOD.name, GOOD.city, "CH", GOOD.tz, GOOD.lat, GOOD.lon, 431.9, metres)
-    lives = {"a": lived(JobSucceeded(b"1", 1)), "b": lived(JobFailed("rejected", ErrorInfo("Reject", NO_CITY), 1))}
+    lives = {"a": lived(JobSucceeded(b"1", 1)), "b": lived(JobFailedFact("rejected", ErrorInfo("Reject", NO_CITY), 1))}
     return [GOOD, bad], {"succeeded": 1, "failed": 1}, [NO_CITY], [saved], lives
 
 

@@ -441,6 +441,22 @@ def test_missing_records_of_a_trimmed_log_are_no_fault(log: Audited) -> None:
     assert fault.kind == "started-after-end"
 
 
+def test_the_report_of_a_leased_job_may_overtake_the_start(log: Audited) -> None:
+    """The worker writes the start and the report to different topics. If the worker's own times show that the job was
+    started after its report, that is a fault."""
+    log.submit("l")
+    log.add(LIFE, "JobLeased", {"worker": "w", "lease_ms": 5000}, job="l")
+    log.add(COORD, "Leased", {"spec": SPEC, "worker": "w", "lease_ms": 5000, "crashes": 0}, job="l")
+    end = log.succeed("l", partition=3)
+    log.start("l")
+    (fault,) = faults_of(log.judge().found)
+    assert fault.kind == "started-after-end"
+    at = log.last("JobStarted", "l")
+    head = {**log.records[at].head, "occurred_at": end.head["occurred_at"] - 1}
+    log.records[at] = log.records[at]._replace(head=head)
+    assert faults_of(log.judge().found) == []
+
+
 def test_a_fact_of_a_later_version_is_not_judged(log: Audited) -> None:
     """The audit does not know the meaning of the fact. On a work topic the fact may hand over a job."""
     log.add(LIFE, "JobFromTheFuture", {}, job="f")
@@ -460,12 +476,14 @@ def test_records_with_their_writers_time_are_not_judged_by_time(log: Audited) ->
 def test_a_dead_letter_may_hold_only_the_beginning_of_a_large_record(log: Audited) -> None:
     """A shorter value is allowed only if the dead letter says so."""
     bad = log.add(WORK, None, raw=b"x" * 100)
-    rejected(log, bad, b"x" * 10, "no event (the first 10 of 100 bytes are kept here)")
+    rejected(log, bad, b"x" * 10, "no event; the first 10 of its value's 100 bytes are kept here")
     assert faults_of(log.judge().found) == []
-    other = log.add(WORK, None, raw=b"x" * 100)
-    rejected(log, other, b"x" * 10)
-    (fault,) = faults_of(log.judge().found)
-    assert fault.kind == "rejected-altered"
+    for error in ("no event", "no event; the first 4096 of its key's 5000 bytes are kept here"):
+        other = log.add(WORK, None, raw=b"x" * 100)
+        rejected(log, other, b"x" * 10, error)
+        (fault,) = faults_of(log.judge().found)
+        assert fault.kind == "rejected-altered"
+        del log.records[-2:]
 
 
 def test_a_rejection_of_a_record_that_the_audit_did_not_read_is_not_judged(log: Audited) -> None:
@@ -661,7 +679,7 @@ def test_the_audits_decoder_reads_what_the_codec_writes() -> None:
     for fact in facts():
         event = ev.JobEvent("e", "j", 2, 3, 4, 1_700_000_000_000_001, "t", "q", None, "h", "s", None, fact)
         head, name, body = Schemas().decode(codec.encode(event))
-        assert name == type(fact).__name__
+        assert name == ev.fact_name(fact)
         assert {**head, "fact": None} == {**msgspec.structs.asdict(event), "fact": None}
         assert body == msgspec.to_builtins(fact, builtin_types=(bytes,))
 

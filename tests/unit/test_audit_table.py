@@ -25,10 +25,10 @@ SCHEMAS = Schemas()
 OUTCOMES: Sequence[ev.Fact | None] = (
     None,
     ev.JobSucceeded(b"7", 1),
-    ev.JobFailed("exhausted", ERROR, 1),
+    ev.JobFailedFact("exhausted", ERROR, 1),
     ev.JobRetried(ERROR, 5, 1),
     ev.JobSnoozed(5, None, 1),
-    ev.JobCancelled("ann", None),
+    ev.JobCancelledFact("ann", None),
 )
 
 
@@ -114,7 +114,7 @@ def test_a_success_that_is_reported_after_the_lease_changes_nothing() -> None:
     running = Final("running", "render", "mail", 1, 1, 2)
     assert log.folded() == log.audited() == running
     for topic in (COORD, LIFE):
-        log.add(topic, ev.JobFailed("never", ERROR, 1), release=2)
+        log.add(topic, ev.JobFailedFact("never", ERROR, 1), release=2)
     failed = Final("failed", "render", "mail", 1, 1, 2, None, "ValueError")
     assert log.folded() == log.audited() == failed
 

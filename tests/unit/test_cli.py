@@ -28,7 +28,7 @@ from jobledger.cli.events import Line, _json_line, _Printer, newest
 from jobledger.cli.job_views import fields, row, status_json
 from jobledger.cli.kafka import in_lines
 from jobledger.cli.main import cli, main
-from jobledger.cli.output import MEANINGS, Exit, duration, exit_code, relative
+from jobledger.cli.output import MEANINGS, Exit, counted, duration, exit_code, relative
 from jobledger.cli.submit import read_value
 from jobledger.errors import JobFailed, JobledgerError
 from jobledger.kafka.topic_names import Names
@@ -36,6 +36,7 @@ from jobledger.schemas import events as ev
 from jobledger.schemas.codec import Decoder
 from jobledger.streams.projections.projection_store import ProjectionStore, offsets_table
 from jobledger.streams.status.row_folder import RowFolder
+from jobledger.streams.status.store.rows import key_text
 from jobledger.streams.status.store.sqlite import SqliteStore
 
 UUID = "00000000-0000-7000-8000-000000000000"
@@ -177,7 +178,7 @@ SHOP = ["--namespace", "shop"]
         ([*SUBMIT, "--args", "{"], "--args '{' is not JSON"),
         ([*SUBMIT, "a=1", "--queue", "nope"], "queue 'nope' is not declared"),
         ([*SUBMIT, "a=1", "--priority", "urgent"], "is not 'high', 'normal' or 'low'"),
-        (["worker", "cli_shop:app", "--queues", "default,nope"], "--queues: queue 'nope' is not declared by app 'shop'"),
+        (["worker", "cli_shop:app", "--queue", "default", "--queue", "nope"], "--queue: queue 'nope' is not declared by app 'shop'"),
         (["emit", "cli_shop:app", "Nope"], "app 'shop' has no event 'Nope'; its events: none"),
         (["backfill", "cli_shop:app", "nope"], "no handler is called 'nope'"),
         (["projections", "verify", "cli_shop:app", "nope"], "app 'shop' has no projection 'nope'; its projections: none"),
@@ -307,6 +308,23 @@ def test_a_shell_completes_names(words: str, offered: list[str], tmp_path: Path)
             lives.append((f"01a2{number}000-0000-7000-8000-000000000000", life))
         store.write(RowFolder(store, Decoder()).merge(lives).changes)
     assert _completed(words, tmp_path) == offered
+
+
+@pytest.mark.parametrize("words", [["--where", "task=old"], ["x" * 300]])
+def test_cancel_skips_a_job_whose_id_the_table_has_shortened(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A cancel with the shortened id would have no effect, so a note says that the job is not cancelled."""
+    with SqliteStore(f"sqlite:///{tmp_path}/home/status/shop.db", "shop") as store:
+        assert store.acquire()
+        event = msgspec.structs.replace(_job(ev.JobSubmitted(SPEC)), task="old")
+        life = fold.apply(None, ev.Recorded(event, ev.Position("shop.jobs.mail", 0, 0), 1_700_000_000_000))
+        assert life is not None
+        store.write(RowFolder(store, Decoder()).merge([(key_text("x" * 300), life)]).changes)
+    assert main(["jobs", "cancel", "--namespace", "shop", *words, "--dry-run", "--json"]) == Exit.OK
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["jobs"] == []
+    assert "more than 200 characters" in answer["notes"][0]
 
 
 def test_a_traceback_is_shown_when_it_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
@@ -582,6 +600,15 @@ def test_a_duration_is_shown_in_the_largest_fitting_unit(seconds: float) -> None
     assert not re.match(r"(1000 ms|60(\.0)? s|60 min)", duration(seconds))
 
 
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0, "0 jobs"), (1, "1 job"), (2, "2 jobs"), (1234, "1,234 jobs"), (1.0, "1 job"), (0.5, "0.5 jobs")],
+)
+def test_a_count_has_the_singular_only_for_one(number: float, text: str) -> None:
+    """A number is shown with its noun, in the plural unless the number is 1."""
+    assert counted(number, "job") == text
+
+
 def test_times_are_shown_relative_to_now() -> None:
     """A past time has "ago", a future time has "in", and a missing time is a dash."""
     assert relative(1_000_000, 13_000_000) == "12.0 s ago"
@@ -632,9 +659,9 @@ FACTS: list[tuple[ev.Fact, str]] = [
     (ev.JobRetried(ERROR, 2000, 5000), "ValueError: no such thing after 5 ms, again in 2.0 s"),
     (ev.JobSnoozed(2000, "closed"), "again in 2.0 s: closed"),
     (ev.JobSucceeded(b"42", 5000), "42 after 5 ms"),
-    (ev.JobFailed("exhausted", ERROR, 0), "exhausted: ValueError: no such thing"),
-    (ev.JobCancelled("ann", "why not"), "by ann: why not"),
-    (ev.JobExpired(0), "at 19"),
+    (ev.JobFailedFact("exhausted", ERROR, 0), "exhausted: ValueError: no such thing"),
+    (ev.JobCancelledFact("ann", "why not"), "by ann: why not"),
+    (ev.JobExpiredFact(0), "at 19"),
     (ev.ReleaseRequested(SPEC, 10), "in 10 ms"),
     (ev.ReleaseDecided(0), "due 19"),
     (ev.ReleaseOverdue(SPEC, 0), "due 19"),
@@ -647,6 +674,7 @@ FACTS: list[tuple[ev.Fact, str]] = [
     (ev.QueuePaused("ann", "they are down"), "by ann: they are down"),
     (ev.QueueResumed("ann"), "by ann"),
     (ev.QueueLimited(5.0, 3, "ann"), "5 starts/s and 3 jobs at once, by ann"),
+    (ev.QueueLimited(1.0, 1, "ann"), "1 start/s and 1 job at once, by ann"),
 ]
 
 
@@ -661,7 +689,7 @@ def test_a_fact_is_one_line_and_one_json_object(fact: ev.Fact, text: str) -> Non
     # a due time of 0 is in 1969 or 1970, by the time zone of this machine
     assert facts.describe(fact).startswith(text)
     assert "\n" not in facts.describe(fact)
-    assert json.loads(json.dumps(facts.fact_json(fact)))["type"] == type(fact).__name__
+    assert json.loads(json.dumps(facts.fact_json(fact)))["type"] == ev.fact_name(fact)
 
 
 #: Unusual values that a well-formed record may have.
@@ -690,7 +718,7 @@ def odd(value: Any) -> list[Any]:
     return variants
 
 
-@pytest.mark.parametrize("fact", [fact for fact, _ in FACTS], ids=lambda fact: type(fact).__name__)
+@pytest.mark.parametrize("fact", [fact for fact, _ in FACTS], ids=ev.fact_name)
 @pytest.mark.parametrize("zone", ["UTC", "Pacific/Kiritimati", "America/Los_Angeles"])
 def test_an_odd_record_is_shown_as_far_as_it_can_be(
     fact: ev.Fact, zone: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -713,13 +741,13 @@ def test_an_odd_record_is_shown_as_far_as_it_can_be(
             text = capsys.readouterr().out
             assert len(text.splitlines()) == 1
             text.encode()  # no lone surrogates
-            assert json.loads(text)["fact"]["type"] == type(fact).__name__
+            assert json.loads(text)["fact"]["type"] == ev.fact_name(fact)
     finally:
         monkeypatch.undo()
         time.tzset()
 
 
-@pytest.mark.parametrize("fact", [fact for fact, _ in FACTS], ids=lambda fact: type(fact).__name__)
+@pytest.mark.parametrize("fact", [fact for fact, _ in FACTS], ids=ev.fact_name)
 def test_an_odd_job_is_shown_as_far_as_it_can_be(fact: ev.Fact, capsys: pytest.CaptureFixture[str]) -> None:
     """For any values in a job's records, `jobs list` and `jobs show` print a row and fields, as text and as JSON."""
     event = _job(fact)

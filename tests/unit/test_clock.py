@@ -1,4 +1,4 @@
-"""A worker's estimate of the broker's clock, also when the clock of the worker's machine is changed."""
+"""The estimate of the broker's clock, also when the clock of this machine is changed."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ from typing import cast
 
 import pytest
 from confluent_kafka import TIMESTAMP_CREATE_TIME, TIMESTAMP_LOG_APPEND_TIME, Message
+from hypothesis import given
+from hypothesis import strategies as st
 
-from jobledger.consumers.state import broker_clock
-from jobledger.consumers.state.broker_clock import BrokerClock
+from jobledger.kafka import broker_clock
+from jobledger.kafka.broker_clock import BrokerClock
 
 #: The broker's time at the beginning of each test, in seconds.
 BEGAN = 1_790_000_000.0
 
 
 class Machine:
-    """Clocks that a test sets: the broker's clock, and the worker's clocks, which may be changed or stop in a sleep."""
+    """Clocks that a test sets: the broker's clock, and this machine's clocks, which may be changed or stop in a
+    sleep."""
 
     def __init__(self) -> None:
         self.broker, self.wall, self.monotonic = BEGAN, BEGAN, 100.0
@@ -26,13 +29,17 @@ class Machine:
         self.wall += seconds
         self.monotonic += 0.0 if asleep else seconds
 
+    def plug_into(self, patch: pytest.MonkeyPatch) -> None:
+        """Give the tested module these clocks."""
+        times = SimpleNamespace(time=lambda: self.wall, monotonic=lambda: self.monotonic)
+        patch.setattr(broker_clock, "time", times)
+
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     """The machine whose clocks the tested estimate uses."""
     made = Machine()
-    times = SimpleNamespace(time=lambda: made.wall, monotonic=lambda: made.monotonic)
-    monkeypatch.setattr(broker_clock, "time", times)
+    made.plug_into(monkeypatch)
     return made
 
 
@@ -96,3 +103,34 @@ def test_only_an_append_time_corrects_the_estimate(
     estimate.heard(cast(Message, report))
     machine.wall += 600
     assert (behind(estimate, machine) == 0) is counts
+
+
+@given(st.integers(-(10**6), 10**6), st.lists(st.integers(0, 5_000), min_size=1, max_size=20))
+def test_the_estimate_is_never_ahead_and_late_by_the_least_latency(ahead_ms: int, latencies_ms: list[int]) -> None:
+    """For any difference between the clocks. Append times are whole milliseconds, which adds up to 1 ms."""
+    machine = Machine()
+    with pytest.MonkeyPatch.context() as patch:
+        machine.plug_into(patch)
+        machine.wall += ahead_ms / 1000
+        estimate = BrokerClock()
+        for latency in latencies_ms:
+            machine.passes(1.0)
+            appended = int(machine.broker * 1000)
+            machine.passes(latency / 1000)
+            estimate.observe(appended)
+            assert estimate.us() <= machine.broker * 1e6 + 1  # times are floats
+        assert estimate.us() >= machine.broker * 1e6 - min(latencies_ms) * 1000 - 1001
+
+
+def test_the_time_by_which_this_machine_is_ahead(machine: Machine) -> None:
+    """It is 0 until a record shows the broker's time, and after a reset, when this machine's own clock counts again."""
+    estimate = BrokerClock()
+    machine.wall += 5
+    assert estimate.ahead_s == 0
+    estimate.observe(round(machine.broker * 1000))
+    assert estimate.ahead_s == pytest.approx(5)
+    machine.wall -= 8
+    assert estimate.ahead_s == pytest.approx(-3)
+    estimate.reset()
+    assert estimate.ahead_s == 0
+    assert estimate.ms() == machine.wall * 1000

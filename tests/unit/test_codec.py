@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jobledger import errors
 from jobledger.errors import NotAnEvent, SchemaError, UnknownFact, UnknownSchema
 from jobledger.schemas import codec, confluent_frame
 from jobledger.schemas import events as ev
@@ -29,9 +30,9 @@ FACTS: st.SearchStrategy[Any] = st.one_of(
     st.builds(ev.JobRetried, ERRORS, LONG, LONG),
     st.builds(ev.JobSnoozed, LONG, st.none() | TEXT, LONG),
     st.builds(ev.JobSucceeded, st.none() | st.binary(max_size=80), LONG),
-    st.builds(ev.JobFailed, TEXT, ERRORS, LONG),
-    st.builds(ev.JobCancelled, TEXT, st.none() | TEXT),
-    st.builds(ev.JobExpired, LONG),
+    st.builds(ev.JobFailedFact, TEXT, ERRORS, LONG),
+    st.builds(ev.JobCancelledFact, TEXT, st.none() | TEXT),
+    st.builds(ev.JobExpiredFact, LONG),
     st.builds(ev.ReleaseRequested, SPECS, st.none() | LONG, st.none() | LONG),
     st.builds(ev.ReleaseDecided, LONG),
     st.builds(ev.ReleaseOverdue, SPECS, LONG),
@@ -73,11 +74,24 @@ def test_types_and_schema_agree() -> None:
     schema = json.loads(codec.SCHEMA_TEXT)
     assert [f["name"] for f in schema["fields"]] == list(ev.JobEvent.__struct_fields__)
     facts = schema["fields"][-1]["type"]
-    assert [r["name"] for r in facts] == [c.__name__ for c in ev.Fact.__args__]
+    kinds: dict[str, Any] = {ev.fact_name(kind): kind for kind in ev.Fact.__args__}
+    assert [r["name"] for r in facts] == list(kinds)
     for record in codec._records(schema)[1:]:
-        kind: Any = getattr(ev, record["name"])
+        kind = kinds.get(record["name"]) or getattr(ev, record["name"])
         assert [f["name"] for f in record["fields"]] == list(kind.__struct_fields__)
         assert all(f.get("doc") for f in record["fields"]), f"{record['name']}: a field is not explained"
+
+
+def test_no_fact_has_the_name_of_an_exception() -> None:
+    """A program can import the facts and the exceptions by their own names. The names of facts in the log stay."""
+    names = {kind.__name__: ev.fact_name(kind) for kind in ev.Fact.__args__}
+    assert not names.keys() & vars(errors).keys()
+    assert {name: short for name, short in names.items() if name != short} == {
+        "JobFailedFact": "JobFailed",
+        "JobCancelledFact": "JobCancelled",
+        "JobExpiredFact": "JobExpired",
+    }
+    assert ev.fact_name(ev.JobExpiredFact(1)) == "JobExpired"
 
 
 def test_every_released_schema_can_be_read() -> None:

@@ -8,10 +8,12 @@ import stat
 from pathlib import Path
 from typing import Any
 
+import platformdirs
 import pytest
 
 from jobledger.config import KAFKA_PREFIX, KNOWN, PREFIX, Settings
 from jobledger.errors import BrokerUnavailable, ConfigError
+from jobledger.kafka.embedded.defaults import default_home
 from jobledger.kafka.topic_names import Names
 
 
@@ -37,6 +39,16 @@ def test_settings_are_read_from_the_environment(tmp_path: Path) -> None:
     assert settings.kafka == {"security.protocol": "SSL"}
     assert settings.librdkafka()["bootstrap.servers"] == "a:1,b:2"
     assert settings.resolve_status_url("shop") == "sqlite:///x.db"
+
+
+def test_the_home_folder_is_read_in_one_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``~`` is expanded, an empty value does not count, and a given environment is used instead of this process's."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("JOBLEDGER_HOME", "~/here")
+    assert default_home() == Settings().home == Settings.from_env().home == tmp_path / "here"
+    assert Settings.from_env({"JOBLEDGER_HOME": "~/there"}).home == tmp_path / "there"
+    for environ in ({}, {"JOBLEDGER_HOME": ""}):
+        assert Settings.from_env(environ).home == Path(platformdirs.user_data_dir("jobledger"))
 
 
 def test_a_misspelt_variable_is_refused() -> None:

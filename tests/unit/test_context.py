@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import sys
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -117,3 +118,11 @@ def test_a_hook_after_an_outcome_cannot_report_progress() -> None:
     assert job.child_id("t", b"{}")
     with pytest.raises(JobEnded):
         job.progress(1)
+
+
+def test_a_job_whose_id_is_no_uuid_may_submit_jobs() -> None:
+    """The ids of its child jobs are UUIDs, and a rerun has the same ones."""
+    first, again = (running_job("order-7", "t", None) for _ in range(2))
+    ids = [first.child_id("t", b"{}") for _ in range(2)]
+    assert [again.child_id("t", b"{}") for _ in range(2)] == ids
+    assert len({*map(uuid.UUID, ids)}) == 2

@@ -11,23 +11,26 @@ from typing import Any
 
 import msgspec
 import pytest
-from aiokafka.errors import KafkaConnectionError
+from aiokafka.errors import KafkaConnectionError, SaslAuthenticationFailed
 from hypothesis import given
 from hypothesis import strategies as st
 
 from jobledger.config import Settings
-from jobledger.errors import SchemaError
+from jobledger.errors import BrokerUnavailable, NotAuthenticated, SchemaError, TopicMissing
 from jobledger.kafka.topic_names import Names
 from jobledger.schemas import codec
+from jobledger.schemas.dead_letters import KEY_BYTES
 from jobledger.schemas.events import JobEvent, JobSpec, JobSubmitted, RecordRejected
-from jobledger.streams.coordinator.decoding import KEY_BYTES, RecordReader
-from jobledger.streams.coordinator.faust import faust_app
+from jobledger.streams.coordinator.decoding import RecordReader
+from jobledger.streams.coordinator.faust import async_producer, faust_app
+from jobledger.streams.coordinator.faust.async_producer import AckedWriter
 from jobledger.streams.coordinator.faust.faust_app import Options, changelog, faust_settings
 from jobledger.streams.coordinator.faust.instance_dir import InstanceDir, take_place
 from jobledger.streams.coordinator.faust.local_store import MemoryRows, RocksRows, merged
 from jobledger.streams.coordinator.faust.log_filters import RateLimit, Unheard
 from jobledger.streams.coordinator.ownership import GAP, Ownership, Superseded
 from jobledger.streams.coordinator.rules.schedule_rows import Floor, Released, decode_row, encode_row
+from jobledger.streams.coordinator.work_topics import RETRY, WorkTopics
 
 
 def test_faust_reads_nothing_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,6 +187,10 @@ def test_restoring_deletes_rows_and_stores_its_offset(rows: Any) -> None:
 # -- decoding --------------------------------------------------------------------------------------------------------
 
 
+#: Largest size of a dead letter, bytes.
+LETTER_BYTES = 600_000
+
+
 def test_a_record_with_its_writers_time_counts_as_appended_now() -> None:
     """Only a time that the broker set is a time of the broker's clock. With another time, a delayed job could be
     released early."""
@@ -195,7 +202,9 @@ def test_a_record_with_its_writers_time_counts_as_appended_now() -> None:
         )
         for n in (0, 1)
     ]
-    read, _ = asyncio.run(RecordReader(Names("shop"), codec.Decoder(), "test", lambda: 7).decode(messages))
+    read, _ = asyncio.run(
+        RecordReader(Names("shop"), codec.Decoder(), "test", lambda: 7, LETTER_BYTES).decode(messages)
+    )
     assert [each.appended_ms for each in read] == [7, 5]
 
 
@@ -204,9 +213,11 @@ def taken_in(value: bytes | None, key: bytes | None = None) -> tuple[list[Any], 
     message = SimpleNamespace(
         topic="shop.coordination", partition=0, offset=3, timestamp=1, timestamp_type=1, key=key, value=value
     )
-    read, rejects = asyncio.run(RecordReader(Names("shop"), codec.Decoder(), "test", lambda: 7).decode([message]))
+    read, rejects = asyncio.run(
+        RecordReader(Names("shop"), codec.Decoder(), "test", lambda: 7, LETTER_BYTES).decode([message])
+    )
     facts = [codec.decode(each.value).fact for each in rejects]
-    assert all(len(each.value or b"") < 900_000 for each in rejects)
+    assert all(len(each.value or b"") <= LETTER_BYTES for each in rejects)
     return list(read), [fact for fact in facts if isinstance(fact, RecordRejected)]
 
 
@@ -216,8 +227,11 @@ def test_a_rejected_record_fits_the_dead_letters_whatever_its_key() -> None:
     _, (fact,) = taken_in(value, key)
     assert (fact.raw_key, fact.raw_value) == (key[:KEY_BYTES], value)
     assert f"the first {KEY_BYTES} of its key's 900000 bytes" in fact.error
-    _, (fact,) = taken_in(b"v" * 600_000, b"k")
-    assert (fact.raw_key, fact.raw_value) == (b"k", None)
+    value = b"v" * (LETTER_BYTES + 1)
+    _, (fact,) = taken_in(value, b"k")
+    assert fact.raw_key == b"k"
+    assert fact.raw_value == value[: len(fact.raw_value or b"")]
+    assert f"the first {len(fact.raw_value or b'')} of its value's {len(value)} bytes" in fact.error
     _, (fact,) = taken_in(None, key)
     assert (fact.raw_key, fact.raw_value) == (key[:KEY_BYTES], None)
 
@@ -355,3 +369,62 @@ def test_a_failed_request_of_a_stopped_client_is_logged_in_one_line() -> None:
     assert "Connection at 127.0.0.1:1 closed" in ours
     assert "Traceback" not in ours
     assert "Traceback" in other
+
+
+# -- work topics -----------------------------------------------------------------------------------------------------
+
+
+def test_a_topic_about_which_no_broker_answers_is_not_called_missing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its releases wait, the coordinator asks again soon, and no message says that the topic is missing."""
+    topics = WorkTopics(Names("shop"), Settings(), {})
+    answers: list[Exception | None] = [*[BrokerUnavailable("h:1 is away")] * 6, TopicMissing("no mail"), None]
+
+    def ask(topic: str) -> int | None:
+        answer = answers.pop(0)
+        if answer is not None:
+            raise answer
+        return 1000
+
+    monkeypatch.setattr(topics, "_ask", ask)
+
+    async def search() -> None:
+        for _ in range(6):
+            assert not await topics._look("shop.jobs.mail")
+            assert (topics.missing, topics.is_open("mail")) == ([], False)
+            assert 0 < topics.wait_for("mail") < 2 * RETRY
+        assert "topic exists" not in caplog.text
+        assert not await topics._look("shop.jobs.mail")
+        assert topics.missing == ["shop.jobs.mail"]
+        assert await topics._look("shop.jobs.mail")
+        assert (topics.missing, topics.is_open("mail"), topics.wait_for("mail")) == ([], True, 0.0)
+
+    asyncio.run(search())
+
+
+# -- the producer ----------------------------------------------------------------------------------------------------
+
+
+def test_a_refused_login_is_found_although_the_first_broker_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The producer connects to each address until a broker answers, to IPv6 addresses without their brackets."""
+    asked: list[tuple[str, int]] = []
+
+    async def connect(host: str, port: int, **more: Any) -> Any:
+        asked.append((host, port))
+        if host == "::1":
+            raise SaslAuthenticationFailed("SASL authentication failed")
+        raise ConnectionRefusedError
+
+    monkeypatch.setattr(async_producer, "create_conn", connect)
+
+    async def search() -> NotAuthenticated | None:
+        settings = Settings(bootstrap="127.0.0.1:9,[::1]:9,127.0.0.1:8")
+        writer = AckedWriter(settings, {}, 1.0)
+        try:
+            return await writer._refused()
+        finally:
+            await writer.stop(1.0)
+
+    assert "SASL authentication failed" in str(asyncio.run(search()))
+    assert asked == [("127.0.0.1", 9), ("::1", 9)]

@@ -75,6 +75,8 @@ class Group:
 class Writer:
     """A writer that takes each record when ``gate`` is open, and acknowledges it at the next offset of its topic."""
 
+    most_bytes = 1_000_000
+
     def __init__(self) -> None:
         self.gate = asyncio.Event()
         self.gate.set()

@@ -185,7 +185,7 @@ def test_an_alert_fires_when_the_last_instance_of_a_part_is_gone(
 
 
 def test_an_alert_fires_if_the_coordinator_or_the_materializer_never_ran(tmp_path: Path) -> None:
-    """No job with a delay and no status table works without them, so the alerts do not need an earlier value."""
+    """Delayed jobs and the status table do not work without them, so the alerts need no earlier value."""
     assert firing(tmp_path, gone(healthy(), "coordinator-1", "materializer-1", after=0)) == {
         *("JobledgerCoordinatorNotReady", "JobledgerNoMaterializer")
     }

@@ -26,27 +26,33 @@ from jobledger.consumers.isolation.child_handle import ChildHandle
 from jobledger.consumers.isolation.pool import ChildPool, ChildSettings
 from jobledger.consumers.partitions.committer import LOST_S, Committer
 from jobledger.consumers.recording.ack_tracker import AckTracker
+from jobledger.consumers.recording.recorder import Recorder
 from jobledger.consumers.recording.worker_events import WorkerEvents
 from jobledger.consumers.recording.worker_producer import WorkerProducer
-from jobledger.consumers.running.executor import Executor
-from jobledger.consumers.running.job_leases import JobLeases
-from jobledger.consumers.running.placement import UNSEEN_CRASHES, Placement
+from jobledger.consumers.running.placement import UNSEEN_CRASHES
 from jobledger.consumers.scheduling.dispatcher import Dispatcher
-from jobledger.consumers.state.broker_clock import BrokerClock
+from jobledger.consumers.scheduling.pipe import PipeOptions, build
+from jobledger.consumers.scheduling.wait_queues import Lookahead
 from jobledger.consumers.state.dedup import release_key
+from jobledger.consumers.state.event_loop import LoopCalls
 from jobledger.consumers.state.offset_tracker import PartitionOffsets, Restored, Snapshot, decode
 from jobledger.consumers.state.outcome import Cancelled
-from jobledger.consumers.state.work import Arrived, JobRun, OwnershipLease, Partition
+from jobledger.consumers.state.reports import Reports
+from jobledger.consumers.state.running import RunningJobs
+from jobledger.consumers.state.task_table import TaskTable
+from jobledger.consumers.state.work import JobRun, OwnershipLease, Partition
+from jobledger.definitions.policy import Limits
 from jobledger.definitions.retry import Retry
 from jobledger.errors import BrokerUnavailable, JobledgerError
+from jobledger.kafka.broker_clock import BrokerClock
 from jobledger.kafka.outage import outage_of
 from jobledger.schemas import codec, confluent_frame
 from jobledger.schemas.events import (
     ErrorInfo,
-    JobCancelled,
+    JobCancelledFact,
     JobEvent,
-    JobExpired,
-    JobFailed,
+    JobExpiredFact,
+    JobFailedFact,
     JobRetried,
     JobSnoozed,
     JobSpec,
@@ -135,80 +141,23 @@ class Bench:
 
     def __init__(self, app: App, *, decoder: codec.Decoder | None = None, **options: Any) -> None:
         self.kept, self.failed = Kept(), list[JobledgerError]()
-        self.app, self.arrived, self.hurried = app, Arrived(), 0
+        self.app, self.hurried = app, 0
         sender = cast(WorkerProducer, self.kept)
-        facts = WorkerEvents(app.registry, "worker@unit:1", LIMIT)
-        chosen: dict[str, Any] = {
-            "queues": list(app.registry.queues),
-            "concurrency": 10,
-            "threads": 4,
-            "children": 1,
-            "waiting_limit": 64,
-            "lookahead": 10_000,
-            "lookahead_bytes": 1 << 20,
-            **options,
-        }
-        self.dispatcher = Dispatcher(
-            app.registry,
-            facts,
-            sender,
-            decoder or codec.Decoder(),
-            self.arrived,
-            unknown_task_backoff=Retry(),
-            broker_ms=lambda: time.time() * 1000,
-            drain=lambda: self.settler.drain(),
-            hurry=self._hurry,
-            fail=self.failed.append,
-            **chosen,
+        calls = LoopCalls(self.failed.append)
+        calls.loop, reports = asyncio.get_running_loop(), Reports(calls)
+        self.arrived = reports.arrived
+        recorder = Recorder(WorkerEvents(app.registry, "worker@unit:1", LIMIT), sender, reports)
+        lookahead = Lookahead(options.get("lookahead", 10_000), options.get("lookahead_bytes", 1 << 20))
+        limits = PipeOptions(
+            options.get("queues", list(app.registry.queues)), options.get("concurrency", 10), lookahead
         )
-        d = self.dispatcher
-        self.settler = AckTracker(
-            Settings(),
-            sender,
-            self.arrived,
-            fail=self.failed.append,
-            too_large=lambda *about: None,
-            each_tick=lambda: None,
-            acknowledged=d.acknowledged,
-        )
-        executor = Executor(
-            facts,
-            sender,
-            app.names.lifecycle,
-            "worker@unit:1",
-            LIMIT,
-            ended=d.ended_here,
-            ended_in_thread=d.ended_in_thread,
-            fail=self.failed.append,
-            settle=self.settler.drain,
-        )
-        starter = d.starter
-        places = Placement(
-            executor,
-            d.threads,
-            d.processes,
-            None,
-            begin_again=starter.begin_again,
-            done=d.ended_in_child,
-            ours=starter.ours,
-            certain=starter.certain,
-            call=d.call,
-        )
-        self.leases = JobLeases(
-            facts,
-            sender,
-            app.names,
-            begin=starter.leased,
-            close_with=executor.close_with,
-            give_up=places.give_up,
-            ended=d.ended_in_child,
-            too_large=executor.refused_as_too_large,
-            call=d.call,
-            fail=self.failed.append,
-        )
-        executor.may_begin, executor.close_lease = places.may_begin, self.leases.close
-        d.wire(executor, places, self.leases)
-        d.start(asyncio.get_running_loop())
+        tasks = TaskTable(app.registry, options.get("threads", 4), options.get("children", 1), Retry())
+        pipe = build(app.registry, decoder or codec.Decoder(), sender, recorder, reports, tasks, limits)
+        self.settler = AckTracker(Settings(), sender, recorder, reports)
+        self.settler.hurry = self._hurry  # type: ignore[method-assign]  # its thread does not run
+        self.dispatcher = Dispatcher(pipe, sender, self.settler, options.get("waiting_limit", 64))
+        self.leases = pipe.leases
+        self.dispatcher.start()
 
     def _hurry(self) -> None:
         self.hurried += 1
@@ -322,18 +271,189 @@ def test_a_free_thread_goes_to_a_task_that_is_not_paused(monkeypatch: pytest.Mon
         bench = Bench(app, threads=1)
         partition = bench.partition()
         busy: list[Any] = []
-        monkeypatch.setattr(bench.dispatcher.executor, "submit", busy.append)  # the job's thread does not end
+        monkeypatch.setattr(bench.dispatcher.pipe.executor, "submit", busy.append)  # the job's thread does not end
         put(partition, [job("free", n=0), *(job(name, n=n) for n in range(1, 4) for name in ("paused", "free"))])
         bench.dispatcher.wake()
         await until(lambda: busy and partition.waiting == 6)
-        scope = bench.dispatcher.plans["paused"].scope
+        scope = bench.dispatcher.pipe.tasks.plans["paused"].limiter
         scope.paused = "by me"
-        for plan in bench.dispatcher.plans.values():
+        for plan in bench.dispatcher.pipe.tasks.plans.values():
             plan.regate()
         for n in range(4):
             await until(lambda n=n: len(busy) > n)  # type: ignore[misc]  # n is bound
-            bench.dispatcher.ended_in_thread(busy[n])
+            bench.dispatcher.pipe.reports.ended_in_thread(busy[n])
         assert [work.event.task for work in busy] == ["free"] * 4
+        bench.close()
+
+    run(test)
+
+
+@pytest.mark.parametrize("gate", ["task", "queue", "paused task", "paused queue", "breaker"])
+def test_a_gate_that_closes_while_a_job_waits_for_a_thread_holds_it_back(
+    gate: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gates were open when the job was taken. The worker checks them again when a thread is free."""
+    limit = 1 if gate == "queue" else None
+    app = App("shop", queues=[Queue("default", partitions=1), Queue("few", partitions=1, concurrency=limit)])
+
+    @app.task
+    def other(n: int) -> None: ...
+
+    @app.task(queue="few", concurrency=1 if gate == "task" else None, breaker=Breaker(1) if gate == "breaker" else None)
+    def held(n: int) -> None: ...
+
+    async def test() -> None:
+        bench = Bench(app, threads=4)
+        given: list[JobRun] = []
+        monkeypatch.setattr(bench.dispatcher.pipe.executor, "submit", given.append)
+        d = bench.dispatcher
+        first, second = bench.partition(), bench.partition(queue="few")
+        put(first, [job("other", n=n) for n in range(4)])
+        d.wake()
+        await until(lambda: len(given) == 4)
+        put(second, [job("held", queue="few", n=n) for n in range(6)])
+        d.wake()
+        await until(lambda: len(d.pipe.lanes.by_topic[second.topic].waiting.get("threads", ())) == 6)
+        if gate == "paused task":
+            d.pipe.control.paused["task", "held"] = "by me"
+            d.regate()
+        elif gate == "paused queue":
+            d.pipe.control.paused["queue", "few"] = "by me"
+            d.regate()
+        elif gate == "breaker":
+            breaker = d.pipe.tasks.plans["held"].breaker
+            assert breaker is not None
+            breaker._open_until = time.monotonic() + 3600
+        for work in given[:4]:
+            d.pipe.reports.ended_in_thread(work)
+        await asyncio.sleep(0.2)
+        begun = 1 if gate in ("task", "queue") else 0
+        assert len(given) == 4 + begun
+        if begun:  # each end lets the next job begin
+            for n in range(5):
+                d.pipe.reports.ended_in_thread(given[4 + n])
+                await until(lambda n=n: len(given) == 6 + n)  # type: ignore[misc]  # n is bound
+        elif gate != "breaker":
+            d.pipe.control.paused.clear()
+            d.regate()
+            await until(lambda: len(given) == 8)
+        assert not bench.failed
+        bench.close()
+
+    run(test)
+
+
+def test_jobs_whose_task_was_paused_while_they_waited_for_a_thread_do_not_wait_for_all_later_jobs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Records of another task are taken all the time. When the pause ends, the jobs join the jobs that wait for a
+    thread."""
+    app = App("shop", queues=[Queue("default", partitions=1)])
+
+    @app.task
+    def paused(n: int) -> None: ...
+
+    @app.task
+    def other(n: int) -> None: ...
+
+    async def test() -> None:
+        bench = Bench(app, threads=1)
+        d = bench.dispatcher
+        given: list[JobRun] = []
+        monkeypatch.setattr(d.pipe.executor, "submit", given.append)
+        partition = bench.partition()
+        put(partition, [job("other", n=0), *(job("paused", n=n) for n in range(3))])
+        d.wake()
+        await until(lambda: len(given) == 1 and len(d.pipe.lanes.all[0].waiting["threads"]) == 3)
+        d.pipe.control.paused["task", "paused"] = "by me"
+        d.regate()
+        put(partition, [job("other", n=n) for n in range(1, 1_500)])
+
+        async def ended(least: int) -> None:
+            while len(given) < least:
+                count = len(given)
+                d.pipe.reports.ended_in_thread(given[-1])
+                await until(lambda count=count: len(given) > count)  # type: ignore[misc]  # count is bound
+
+        await ended(10)
+        d.pipe.control.paused.clear()
+        d.regate()
+        await ended(400)
+        assert [work.plan.name for work in given if work.plan].count("paused") == 3
+        assert not bench.failed
+        bench.close()
+
+    run(test)
+
+
+def test_a_suspect_that_waits_for_a_slot_is_not_snoozed() -> None:
+    """The next release of a snoozed job would not be a suspect, so it would run beside other jobs."""
+    app = App("shop", queues=[Queue("default", partitions=1)])
+
+    @app.task
+    async def work(n: int) -> None: ...
+
+    async def test() -> None:
+        bench = Bench(app, lookahead=1)
+        d = bench.dispatcher
+        partition = bench.partition()
+        plan = d.pipe.tasks.plans["work"]
+        plan.limiter.paused = "by me"
+        plan.regate()
+        put(partition, [job("work", n=n) for n in range(60)])
+        d.wake()
+        await until(lambda: partition.waiting == 50)
+        assert d.wait_queues.half_full(partition)
+        waiting = partition.lines["task", "work"].works[0]
+        assert isinstance(waiting, JobRun)
+        one = JobRun(partition, 1_000, waiting.event, bench.arrived)
+        one.suspect = True
+        before = len(bench.kept.sent)
+        d.wait_queues.wait_for_gate(one, plan, ("task", "work"), time.monotonic())
+        assert (partition.waiting, len(bench.kept.sent)) == (51, before)
+        bench.close()
+
+    run(test)
+
+
+@pytest.mark.parametrize("kind", ["task", "queue"])
+def test_a_limit_counts_the_jobs_that_were_running_when_it_was_set(kind: str) -> None:
+    """No job begins until fewer jobs run than the limit allows. After all jobs have ended, the count is 0."""
+    app = App("shop", queues=[Queue("default", partitions=1)])
+    free, running = asyncio.Semaphore(0), 0
+
+    @app.task
+    async def held(n: int) -> None:
+        nonlocal running
+        running += 1
+        await free.acquire()
+        running -= 1
+
+    async def test() -> None:
+        bench = Bench(app)
+        d = bench.dispatcher
+        partition = bench.partition()
+        put(partition, [job("held", n=n) for n in range(5)])
+        d.wake()
+        await until(lambda: running == 5)
+        place = (kind, "held" if kind == "task" else "default")
+        d.pipe.control.limits[place] = Limits(None, 2)
+        d.regate()
+        put(partition, [job("held", n=n) for n in range(5)])
+        d.wake()
+        await asyncio.sleep(0.2)
+        assert running == 5
+        for left in (4, 3, 2, 2, 2):
+            free.release()
+            await until(lambda left=left: running == left)  # type: ignore[misc]  # left is bound
+            await asyncio.sleep(0.05)
+            assert running == left
+        for _ in range(5):
+            free.release()
+        await until(lambda: len(bench.kept.ended()) == 10)
+        scope = d.pipe.lanes.limiters["default"] if kind == "queue" else d.pipe.tasks.plans["held"].limiter
+        assert scope.running == 0
+        assert not bench.failed
         bench.close()
 
     run(test)
@@ -352,15 +472,15 @@ def test_room_is_made_although_the_longest_wait_queue_ends_with_a_suspect() -> N
     async def test() -> None:
         bench = Bench(app)
         partition = bench.partition()
-        for plan in bench.dispatcher.plans.values():
-            plan.scope.paused = "by me"
+        for plan in bench.dispatcher.pipe.tasks.plans.values():
+            plan.limiter.paused = "by me"
             plan.regate()
         put(partition, [*(job("many", n=n) for n in range(5)), *(job("few", n=n) for n in range(3))])
         bench.dispatcher.wake()
-        await until(lambda: partition.waiting == 8 and len(bench.dispatcher.lines.parking) == 2)
+        await until(lambda: partition.waiting == 8 and len(bench.dispatcher.wait_queues.parking) == 2)
         longest = partition.lines["task", "many"]
         longest.works[-1].suspect = True
-        bench.dispatcher.lines.make_room(partition)
+        bench.dispatcher.wait_queues.make_room(partition)
         assert (len(longest.works), len(partition.lines["task", "few"].works)) == (5, 1)
         assert [type(fact) for fact in bench.kept.facts()] == [JobSnoozed, JobSnoozed]
         assert not bench.failed
@@ -407,17 +527,17 @@ def test_a_cancel_before_the_first_step_of_a_coroutine_ends_the_job(monkeypatch:
         partition = bench.partition()
         value = job("work", n=1)
         job_id = codec.decode(value).job_id
-        starter = bench.dispatcher.starter
-        say = starter._say_started
+        places = bench.dispatcher.placement
+        begin = places.begin_code
 
         def ordered_meanwhile(*about: Any) -> None:
             bench.dispatcher.call(bench.dispatcher.cancelled, job_id, 1, Cancelled("me", "wrong list"))
-            say(*about)
+            begin(*about)
 
-        monkeypatch.setattr(starter, "_say_started", ordered_meanwhile)
+        monkeypatch.setattr(places, "begin_code", ordered_meanwhile)
         put(partition, [value])
         bench.dispatcher.wake()
-        await until(lambda: any(isinstance(fact, JobCancelled) for fact in bench.kept.facts()))
+        await until(lambda: any(isinstance(fact, JobCancelledFact) for fact in bench.kept.facts()))
         await until(lambda: not bench.dispatcher.running)
         bench.close()
 
@@ -617,8 +737,8 @@ def test_an_incomplete_exception_of_a_user_fails_only_its_job() -> None:
         bench = Bench(app)
         put(bench.partition(), [job("work", n=n) for n in range(3)])
         bench.dispatcher.wake()
-        await until(lambda: sum(isinstance(fact, JobFailed) for fact in bench.kept.facts()) == 3)
-        assert {fact.reason for fact in bench.kept.facts() if isinstance(fact, JobFailed)} == {"never"}
+        await until(lambda: sum(isinstance(fact, JobFailedFact) for fact in bench.kept.facts()) == 3)
+        assert {fact.reason for fact in bench.kept.facts() if isinstance(fact, JobFailedFact)} == {"never"}
         assert not bench.failed
         bench.close()
 
@@ -643,15 +763,11 @@ class FreeChildren:
     ``given``."""
 
     def __init__(self, bench: Bench) -> None:
-        places = bench.dispatcher.places
+        places = bench.dispatcher.placement
         self.given: list[JobRun] = []
         self.pool = ChildPool(
-            ChildSettings(1, 0, 10, "m:a", Settings()),
-            take=places.take,
-            said=places.said,
-            died=lambda *died: bench.dispatcher.call(places.died, *died),
-            ended=places.ended,
-            unusable=bench.failed.append,
+            ChildSettings(1, 0, 10, "m:a", Settings(), needed=True),
+            places,
         )
         self.pool._nursery._process = cast(Any, object())  # counts as started, and forks no child
         self.pool._give = lambda child, work: self.given.append(work)  # type: ignore[method-assign]  # no process
@@ -730,7 +846,7 @@ def test_a_job_whose_child_died_is_not_started_again_before_the_lease_is_confirm
         children.free()
         (work,) = children.given
         wake_late(partition)
-        bench.dispatcher.places.died(work, ErrorInfo("ProcessDied", "signal 9"), True)
+        bench.dispatcher.placement._died(work, ErrorInfo("ProcessDied", "signal 9"), True)
         assert (starts(bench), partition.lease.wanted) == (1, True)
         assert not partition.busy, "a hand-over does not wait for it"
         if lost:
@@ -773,7 +889,7 @@ def test_a_second_start_that_cannot_be_sent_ends_the_worker(monkeypatch: pytest.
         monkeypatch.setattr(bench.kept, "send", full)
         if paused:
             wake_late(partition)
-        children.pool._on_died(work, ErrorInfo("ProcessDied", "signal 9"), True)
+        bench.dispatcher.placement.died(work, ErrorInfo("ProcessDied", "signal 9"), True)
         if paused:
             await until(lambda: partition.lease.wanted)
             assert not bench.failed
@@ -800,12 +916,12 @@ def test_a_job_that_waits_for_a_thread_is_not_run_before_the_lease_is_confirmed(
         bench = Bench(app, threads=1)
         partition = bench.partition()
         given: list[JobRun] = []
-        monkeypatch.setattr(bench.dispatcher.executor, "submit", given.append)
+        monkeypatch.setattr(bench.dispatcher.pipe.executor, "submit", given.append)
         put(partition, [job("plain", n=n) for n in range(2)])
         bench.dispatcher.wake()
         await until(lambda: len(partition.live) == 2)
         wake_late(partition)
-        bench.dispatcher.ended_in_thread(given[0])
+        bench.dispatcher.pipe.reports.ended_in_thread(given[0])
         await until(lambda: partition.lease.wanted)
         assert (len(given), starts(bench)) == (1, 1)
         partition.lease.confirm(time.monotonic())
@@ -837,7 +953,9 @@ def noting(ran: list[int], *, timeout: float = 30, breaker: Breaker | None = Non
 
 @pytest.mark.parametrize("lost", [False, True])
 @pytest.mark.parametrize("task", ["coroutine", "function"])
-def test_code_that_did_not_begin_before_a_pause_waits_for_the_ownership_lease(task: str, lost: bool) -> None:
+def test_code_that_did_not_begin_before_a_pause_waits_for_the_ownership_lease(
+    monkeypatch: pytest.MonkeyPatch, task: str, lost: bool
+) -> None:
     """A worker is paused after it has sent the starts of jobs and before their code begins. After the pause no code
     begins before the group has confirmed the partition, also if the time limit is over by then. No code begins if
     another worker has the partition."""
@@ -846,27 +964,27 @@ def test_code_that_did_not_begin_before_a_pause_waits_for_the_ownership_lease(ta
 
     async def test() -> None:
         bench = Bench(app)
-        bench.dispatcher.executor.start_threads(1)
+        bench.dispatcher.pipe.executor.start_threads(1)
         partition = bench.partition()
         numbers = [0, 1, 2] if task == "coroutine" else [0]  # a thread begins its code at once
-        produce = bench.kept.produce
+        started = bench.dispatcher.pipe.recorder.started
 
-        def then_paused(*record: Any) -> None:
-            produce(*record)
+        def then_paused(*about: Any) -> None:
+            started(*about)
             if starts(bench) == len(numbers) and not partition.lease.wanted:
                 wake_late(partition)
                 if task == "function":
-                    bench.dispatcher.executor.late(*partition.live.values())
+                    bench.dispatcher.pipe.executor.late(*partition.live.values())
 
         asked: Counter[int] = Counter()
-        certain = bench.dispatcher.places._certain
+        certain = RunningJobs.certain
 
         def counted(work: JobRun) -> bool:
             asked[work.offset] += 1
             return certain(work)
 
-        bench.dispatcher.places._certain = counted
-        bench.dispatcher.starter._produce = then_paused
+        monkeypatch.setattr(RunningJobs, "certain", staticmethod(counted))
+        monkeypatch.setattr(bench.dispatcher.pipe.recorder, "started", then_paused)
         put(partition, [job(task, n=n) for n in numbers])
         bench.dispatcher.wake()
         await until(lambda: len(asked) == len(numbers) and min(asked.values()) >= 3)
@@ -880,14 +998,16 @@ def test_code_that_did_not_begin_before_a_pause_waits_for_the_ownership_lease(ta
         assert len(bench.kept.ended()) == (0 if lost else len(numbers))
         assert sum(isinstance(fact, JobSucceeded) for fact in bench.kept.facts()) == (0 if lost else len(numbers))
         assert (starts(bench), bench.failed) == (len(numbers), [])
-        bench.dispatcher.executor.close()
+        bench.dispatcher.pipe.executor.close()
         bench.close()
 
     run(test)
 
 
 @pytest.mark.parametrize("task", ["coroutine", "function"])
-def test_code_that_did_not_begin_before_its_partition_was_lost_does_not_run(task: str) -> None:
+def test_code_that_did_not_begin_before_its_partition_was_lost_does_not_run(
+    monkeypatch: pytest.MonkeyPatch, task: str
+) -> None:
     """The partition is lost after the starts of jobs are sent and before their code begins. The group confirms the
     lane's other partitions, so the common lease is valid, but no job of the lost partition begins. These jobs do not
     count as answers of the service behind a circuit breaker."""
@@ -896,20 +1016,20 @@ def test_code_that_did_not_begin_before_its_partition_was_lost_does_not_run(task
 
     async def test() -> None:
         bench = Bench(app)
-        bench.dispatcher.executor.start_threads(1)
+        bench.dispatcher.pipe.executor.start_threads(1)
         partition = bench.partition()
-        breaker = bench.dispatcher.plans[task].breaker
+        breaker = bench.dispatcher.pipe.tasks.plans[task].breaker
         assert breaker is not None
-        breaker.end(time.monotonic(), 0.0, False)
+        breaker.end(time.monotonic(), 0.0, False, 0.0)
         numbers = [0, 1, 2] if task == "coroutine" else [0]
-        produce = bench.kept.produce
+        started = bench.dispatcher.pipe.recorder.started
 
-        def then_lost(*record: Any) -> None:
-            produce(*record)
+        def then_lost(*about: Any) -> None:
+            started(*about)
             if starts(bench) == len(numbers):
                 lose(bench, partition)
 
-        bench.dispatcher.starter._produce = then_lost
+        monkeypatch.setattr(bench.dispatcher.pipe.recorder, "started", then_lost)
         put(partition, [job(task, n=n) for n in numbers])
         bench.dispatcher.wake()
         await until(lambda: starts(bench) == len(numbers) and not bench.dispatcher.running)
@@ -917,7 +1037,7 @@ def test_code_that_did_not_begin_before_its_partition_was_lost_does_not_run(task
         assert (ran, bench.kept.ended(), len(partition.live)) == ([], [], len(numbers))
         assert breaker.describe().endswith("open after 1 failures in a row")
         assert bench.failed == []
-        bench.dispatcher.executor.close()
+        bench.dispatcher.pipe.executor.close()
         bench.close()
 
     run(test)
@@ -927,7 +1047,7 @@ def test_code_that_did_not_begin_before_its_partition_was_lost_does_not_run(task
 @pytest.mark.parametrize("lease", ["held", "over", "lost, and then renewed"])
 @pytest.mark.parametrize("task", ["coroutine", "function"])
 def test_a_long_job_that_did_not_begin_before_a_pause_depends_on_its_job_lease(
-    task: str, lease: str, paused: bool
+    monkeypatch: pytest.MonkeyPatch, task: str, lease: str, paused: bool
 ) -> None:
     """A worker's process is paused before the code of a long job begins. After the pause the code begins if the worker
     still holds the job's lease, whether the group has confirmed the partition or not. If the coordinator may have given
@@ -940,12 +1060,12 @@ def test_a_long_job_that_did_not_begin_before_a_pause_depends_on_its_job_lease(
 
     async def test() -> None:
         bench = Bench(app)
-        bench.dispatcher.executor.start_threads(1)
+        bench.dispatcher.pipe.executor.start_threads(1)
         partition, leases = bench.partition(), bench.leases
-        produce = bench.kept.produce
+        started = bench.dispatcher.pipe.recorder.started
 
-        def then_paused(*record: Any) -> None:
-            produce(*record)
+        def then_paused(*about: Any) -> None:
+            started(*about)
             (work,) = bench.dispatcher.running
             assert work.lease is not None
             work.lease.renew_at = 0.0
@@ -959,7 +1079,7 @@ def test_a_long_job_that_did_not_begin_before_a_pause_depends_on_its_job_lease(
                 leases._look()
                 work.lease.until = time.monotonic() + JOB_LEASE_MS / 1000
 
-        bench.dispatcher.starter._produce = then_paused
+        monkeypatch.setattr(bench.dispatcher.pipe.recorder, "started", then_paused)
         put(partition, [job(task, n=0)])
         bench.dispatcher.wake()
         await until(lambda: bench.dispatcher.running)
@@ -971,7 +1091,7 @@ def test_a_long_job_that_did_not_begin_before_a_pause_depends_on_its_job_lease(
         assert (ran, succeeded, renewed) == ([0] * held, held, [JOB_LEASE_MS] + [0] * (not held))
         await until(lambda: leases.count == 0)
         assert (starts(bench), bench.failed) == (1, [])
-        bench.dispatcher.executor.close()
+        bench.dispatcher.pipe.executor.close()
         bench.close()
 
     run(test)
@@ -986,7 +1106,7 @@ def test_the_duration_of_a_suspect_does_not_include_a_pause_before_its_code() ->
 
     async def test() -> None:
         bench = Bench(app)
-        partition, places = bench.partition(), bench.dispatcher.places
+        partition, places = bench.partition(), bench.dispatcher.placement
         partition.scanned_to = partition.careful = 1
         go = places.go
 
@@ -1047,7 +1167,7 @@ def test_jobs_behind_thousands_of_jobs_of_one_key_run() -> None:
         assert partition.deferred > 30_000
         partition.give_up()
         bench.dispatcher.ended([partition])
-        await until(lambda: bench.dispatcher.lines.deferred_bytes == 0)
+        await until(lambda: bench.dispatcher.wait_queues.deferred_bytes == 0)
         bench.close()
 
     run(test)
@@ -1083,12 +1203,12 @@ def keyed_app(ran: list[Any]) -> App:
 
 WAYS: dict[str, tuple[bytes, type]] = {
     "success": (job("book", key="a", k="a"), JobSucceeded),
-    "failure": (job("fails", key="a", k="a"), JobFailed),
-    "result too large": (job("huge", key="a", k="a"), JobFailed),
-    "bad arguments": (job("book", key="a", nobody=1), JobFailed),
-    "expired": (job("book", key="a", k="a", expires_at=1), JobExpired),
-    "cancelled": (job("book", key="a", k="a"), JobCancelled),
-    "crashed": (job("book", key="a", k="a"), JobFailed),
+    "failure": (job("fails", key="a", k="a"), JobFailedFact),
+    "result too large": (job("huge", key="a", k="a"), JobFailedFact),
+    "bad arguments": (job("book", key="a", nobody=1), JobFailedFact),
+    "expired": (job("book", key="a", k="a", expires_at=1), JobExpiredFact),
+    "cancelled": (job("book", key="a", k="a"), JobCancelledFact),
+    "crashed": (job("book", key="a", k="a"), JobFailedFact),
 }
 
 
@@ -1110,7 +1230,7 @@ def test_the_next_job_of_a_key_begins_when_the_outcome_of_the_previous_job_is_in
         partition = bench.partition()
         event = codec.decode(value)
         if how == "cancelled":
-            d.control.cancels[event.job_id, 1] = Cancelled("me", "wrong list")
+            d.pipe.control.cancels[event.job_id, 1] = Cancelled("me", "wrong list")
         if how == "crashed":
             partition.starts, partition.scanned_to = {release_key(event.job_id, 1, 1): UNSEEN_CRASHES}, 10_000
         waiting = [job("holds", key="h", k="h") for _ in range(60 if deferred else 0)]
@@ -1176,7 +1296,7 @@ def test_an_otherwise_idle_worker_sends_the_facts_of_a_keyed_job_at_once() -> No
         partition = bench.partition()
         put(partition, [job("book", key="a", k="a", n=n) for n in range(5)])
         d.wake()
-        await until(lambda: len(ran) == 5 and not d.lines.unacknowledged)  # the last outcome is acknowledged, too
+        await until(lambda: len(ran) == 5 and not d.wait_queues.unacknowledged)  # the last outcome is acknowledged, too
         assert bench.hurried >= 4
         put(partition, [job("holds", key="h", k="h")])
         d.wake()
@@ -1205,10 +1325,10 @@ def test_the_next_job_of_a_key_waits_for_the_acknowledgement_and_the_end_of_the_
         await until(lambda: d.running)
         (work,) = d.running
         assert work.line is not None
-        d.acknowledged(work)
+        d.pipe.reports.attempt_acknowledged(work)
         await until(lambda: work.line is not None and work.line.over == 1)
         assert work.line.busy
-        d.executor.stop(work, Cancelled("me", "enough"))
+        d.placement.stop(work, Cancelled("me", "enough"))
         await until(lambda: ran)
         bench.close()
 

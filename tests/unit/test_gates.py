@@ -83,7 +83,7 @@ def test_concurrency_counts_what_runs() -> None:
     scope.begin(0)
     scope.begin(0)
     assert scope.free(0) == 0
-    scope.end(1, 1.0, True)
+    scope.end(1, 1.0, True, 0)
     assert scope.free(1) == 1
 
 
@@ -114,7 +114,7 @@ def run(gate: AdaptiveGate, seconds: float, latency: float, good: bool = True) -
             begun += 1
         now += latency
         for _ in range(begun):
-            gate.end(now, latency, good)
+            gate.end(now, latency, good, now - latency)
     run.now = now  # type: ignore[attr-defined]  # an attribute of the function
 
 
@@ -139,7 +139,7 @@ def test_adaptive_concurrency_does_not_grow_while_it_is_not_used() -> None:
     before = gate.limit
     for n in range(200):
         gate.begin(n)
-        gate.end(n + 0.1, 0.1, True)
+        gate.end(n + 0.1, 0.1, True, n)
     assert gate.limit == before
 
 
@@ -149,25 +149,46 @@ def test_a_breaker_opens_after_failures_in_a_row_and_lets_one_try() -> None:
     gate = BreakerGate("task t", Breaker(failures=3, reset=10))
     for good in (False, False, True, False, False):
         gate.begin(0)
-        gate.end(0, 0.1, good)
+        gate.end(0, 0.1, good, 0)
     assert gate.free(0) == ENDLESS
     gate.begin(1)
-    gate.end(1, 0.1, False)
+    gate.end(1, 0.1, False, 1)
     assert gate.is_open
     assert (gate.free(5), gate.wait(5)) == (0, 6.0)
     assert gate.free(11) == 1
     gate.begin(11)
     assert gate.free(11) == 0, "one tries, the others wait"
-    gate.end(12, 0.1, False)
+    gate.end(12, 0.1, False, 11)
     assert gate.free(21) == 0
     assert gate.free(22) == 1
     gate.begin(22)
-    gate.end(23, 0.1, None)
+    gate.end(23, 0.1, None, 22)
     assert gate.free(23) == 1, "what was cancelled said nothing: another tries"
     gate.begin(23)
-    gate.end(24, 0.1, True)
+    gate.end(24, 0.1, True, 23)
     assert gate.free(24) == ENDLESS
     assert gate.trips == 2
+
+
+@pytest.mark.parametrize("good", [True, False, None])
+def test_only_the_trial_decides_about_an_open_circuit(good: bool | None) -> None:
+    """A job that began before the circuit opened changes nothing when it ends: before, during or after a trial."""
+    gate = BreakerGate("task t", Breaker(failures=2, reset=10))
+    for _ in range(6):
+        gate.begin(0)
+    gate.end(1, 1.0, False, 0)
+    gate.end(1, 1.0, False, 0)
+    assert (gate.is_open, gate.free(2)) == (True, 0)
+    gate.end(3, 3.0, good, 0)
+    assert (gate.is_open, gate.free(10.9), gate.free(11)) == (True, 0, 1)
+    gate.end(12, 12.0, good, 0)
+    assert (gate.is_open, gate.free(12)) == (True, 1)
+    gate.begin(12)
+    gate.end(13, 13.0, good, 0)
+    assert (gate.is_open, gate.free(13)) == (True, 0), "the trial is still running"
+    gate.end(14, 2.0, False, 12)
+    gate.end(25, 25.0, good, 0)
+    assert (gate.is_open, gate.free(25), gate.trips) == (True, 1, 2)
 
 
 def test_the_first_closed_gate_is_named() -> None:

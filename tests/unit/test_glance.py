@@ -26,7 +26,7 @@ FACTS: st.SearchStrategy[ev.Fact] = st.one_of(
     ),
     st.builds(ev.JobStarted, TEXT, TEXT, LONG | st.integers(0, 10**6), st.integers(0, 70)),
     st.builds(ev.JobSucceeded, st.none() | st.binary(max_size=80), LONG | st.integers(0, 10**6)),
-    st.builds(ev.JobExpired, LONG),
+    st.builds(ev.JobExpiredFact, LONG),
 )
 IDS = st.uuids().map(str) | TEXT
 NUMBERS = st.integers(-2, 70)
@@ -121,4 +121,4 @@ def test_the_fast_path_reads_the_facts_of_a_plain_job() -> None:
 def test_the_types_of_facts_are_in_the_order_of_the_schema() -> None:
     """The fast path reads the type of a fact by its number in the schema's union."""
     union = json.loads(codec.SCHEMA_TEXT)["fields"][-1]["type"]
-    assert [record["name"] for record in union] == [kind.__name__ for kind in ev.Fact.__args__]
+    assert [record["name"] for record in union] == [ev.fact_name(kind) for kind in ev.Fact.__args__]

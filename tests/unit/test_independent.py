@@ -176,5 +176,5 @@ def test_a_run_without_an_end_in_the_side_log_was_cut_off(tmp_path: Path) -> Non
 def test_the_error_of_a_broken_promise_has_the_promise_and_the_evidence() -> None:
     """A promise that holds raises nothing."""
     Promise.NEVER_EARLY.hold(True)
-    with pytest.raises(PromiseBroken, match=r"NEVER_EARLY: No job is let go.*\n.*3 ms"):
+    with pytest.raises(PromiseBroken, match=r"NEVER_EARLY: No delayed job.*\n.*3 ms"):
         Promise.NEVER_EARLY.hold(False, "3 ms")

@@ -17,7 +17,7 @@ import uvloop
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobledger import App, ConfigError, Settings, TaskTimedOut
+from jobledger import App, ConfigError, Retry, Settings, TaskTimedOut
 from jobledger.consumers.isolation.app_target import find_target
 from jobledger.consumers.isolation.child_handle import ChildHandle, LastOutput, last_words
 from jobledger.consumers.isolation.child_main import has_unread
@@ -34,8 +34,10 @@ from jobledger.consumers.isolation.protocol import (
 from jobledger.consumers.partitions.takeover import _started_at
 from jobledger.consumers.running.interrupts import Interrupts
 from jobledger.consumers.running.placement import CRASHES, UNSEEN_CRASHES, Placement
-from jobledger.consumers.state.limiters import Slots
+from jobledger.consumers.state.event_loop import LoopCalls
 from jobledger.consumers.state.outcome import Failed, Outcome, Retried, Snoozed, Succeeded
+from jobledger.consumers.state.reports import Reports
+from jobledger.consumers.state.task_table import TaskTable
 from jobledger.consumers.state.work import JobRun
 from jobledger.schemas.codec import encode
 from jobledger.schemas.events import ErrorInfo, JobEvent, JobStarted
@@ -149,17 +151,10 @@ def test_a_takeover_reads_offset_and_topic_from_the_end_of_a_start() -> None:
 def places(children: object | None) -> Placement:
     """Return a placement, with or without child processes."""
     nothing = cast(Any, None)
-    return Placement(
-        nothing,
-        Slots("threads", 1),
-        Slots("processes", 1),
-        cast(Any, children),
-        begin_again=nothing,
-        done=nothing,
-        ours=nothing,
-        certain=nothing,
-        call=nothing,
-    )
+    reports = Reports(LoopCalls(nothing))
+    placement = Placement(nothing, nothing, nothing, TaskTable(App("shop").registry, 1, 1, Retry()), None, reports)
+    placement.children = cast(Any, children)
+    return placement
 
 
 def test_a_job_fails_after_3_crashes_or_after_10_if_child_processes_are_available() -> None:
@@ -179,14 +174,9 @@ def test_a_child_that_is_announced_twice_gets_one_job() -> None:
     """The pid and the connection of a child may come in either order, and the second of them may be reported twice. A
     child gets one job at a time; otherwise the result of one job could be taken for another's."""
     given: list[tuple[ChildHandle, JobRun]] = []
-    nothing = cast(Any, None)
     pool = ChildPool(
         ChildSettings(2, 0, 10, "m:a", Settings()),
-        take=lambda work: True,
-        said=nothing,
-        died=nothing,
-        ended=nothing,
-        unusable=nothing,
+        cast(Any, SimpleNamespace(take=lambda work: True)),
     )
     pool._give = lambda child, work: given.append((child, work))  # type: ignore[method-assign]
     nursery = pool._nursery

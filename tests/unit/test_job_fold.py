@@ -35,9 +35,9 @@ FACT_OF: dict[type[Any], st.SearchStrategy[Any]] = {
         ev.JobSnoozed, st.integers(0, 10_000), st.none() | st.text(max_size=2), SMALL, st.booleans()
     ),
     ev.JobSucceeded: st.builds(ev.JobSucceeded, st.none() | st.just(b"[1]"), SMALL),
-    ev.JobFailed: st.builds(ev.JobFailed, st.just("exhausted"), ERROR, SMALL),
-    ev.JobCancelled: st.builds(ev.JobCancelled, st.just("ann"), st.none() | st.just("no need")),
-    ev.JobExpired: st.builds(ev.JobExpired, st.integers(0, 10**15)),
+    ev.JobFailedFact: st.builds(ev.JobFailedFact, st.just("exhausted"), ERROR, SMALL),
+    ev.JobCancelledFact: st.builds(ev.JobCancelledFact, st.just("ann"), st.none() | st.just("no need")),
+    ev.JobExpiredFact: st.builds(ev.JobExpiredFact, st.integers(0, 10**15)),
     ev.ReleaseRequested: st.builds(ev.ReleaseRequested, SPEC, DELAY, st.none()),
     ev.ReleaseDecided: st.builds(ev.ReleaseDecided, st.integers(0, 10**15)),
     ev.DeadLettered: st.builds(ev.DeadLettered, SPEC, st.just("exhausted"), ERROR),
@@ -224,9 +224,9 @@ def test_success_wins_over_every_other_outcome() -> None:
     """If a run has several outcomes, a success is shown first, then a failure, then a cancellation. Of equal outcomes
     the first in the log is shown."""
     ends = [
-        recorded(ev.JobExpired(1), 1, 1, 1, at(2), 3_000),
-        recorded(ev.JobCancelled("ann"), 1, 1, 1, at(3), 3_000),
-        recorded(ev.JobFailed("exhausted", BAD, 5), 1, 1, 1, at(4), 3_000),
+        recorded(ev.JobExpiredFact(1), 1, 1, 1, at(2), 3_000),
+        recorded(ev.JobCancelledFact("ann"), 1, 1, 1, at(3), 3_000),
+        recorded(ev.JobFailedFact("exhausted", BAD, 5), 1, 1, 1, at(4), 3_000),
         recorded(ev.JobSucceeded(b'"late"'), 1, 2, 2, at(6), 2_500),
         recorded(ev.JobSucceeded(b'"first"'), 1, 1, 1, at(5), 3_000),
     ]
@@ -267,8 +267,14 @@ def test_a_job_that_was_snoozed_in_place_runs_again_with_its_next_start() -> Non
 
 @pytest.mark.parametrize(
     "closing",
-    [ev.JobCancelled("ann"), ev.JobExpired(1), ev.JobFailed("crashed", BAD), ev.JobSucceeded(None), ev.JobSnoozed(1)],
-    ids=lambda fact: type(fact).__name__,
+    [
+        ev.JobCancelledFact("ann"),
+        ev.JobExpiredFact(1),
+        ev.JobFailedFact("crashed", BAD),
+        ev.JobSucceeded(None),
+        ev.JobSnoozed(1),
+    ],
+    ids=ev.fact_name,
 )
 def test_without_a_duration_an_attempt_took_from_its_start_to_its_closing_fact(closing: ev.Fact) -> None:
     """An attempt that was never started has no duration."""
@@ -283,7 +289,7 @@ def test_without_a_duration_an_attempt_took_from_its_start_to_its_closing_fact(c
 
 def test_a_later_run_replaces_an_earlier_one() -> None:
     """The status shows no value of the earlier run, but the positions of its facts are kept for the timeline."""
-    failed = recorded(ev.JobFailed("exhausted", BAD), 1, 1, 1, at(2), 3_000)
+    failed = recorded(ev.JobFailedFact("exhausted", BAD), 1, 1, 1, at(2), 3_000)
     again = recorded(ev.JobSubmitted(ev.JobSpec(b"{}")), 2, 1, 1, at(9, "shop.jobs.mail"), 9_000)
     seen = job.status("j", fact_list(again, SUBMITTED, STARTED, failed))
     assert (seen.state, seen.run, seen.error, seen.tags) == (State.QUEUED, 2, None, {})

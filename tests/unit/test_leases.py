@@ -18,10 +18,10 @@ from jobledger.schemas.events import (
     DeadLettered,
     ErrorInfo,
     Fact,
-    JobCancelled,
+    JobCancelledFact,
     JobEvent,
-    JobExpired,
-    JobFailed,
+    JobExpiredFact,
+    JobFailedFact,
     JobRetried,
     JobSnoozed,
     JobSpec,
@@ -33,7 +33,7 @@ from jobledger.schemas.events import (
     ReleaseOverdue,
     ReleaseRequested,
 )
-from jobledger.streams.coordinator.rules.decisions import LEASES_LOST, Decision, decide
+from jobledger.streams.coordinator.rules.decisions import LEASES_LOST, Decision, DecisionBatch, decide
 from jobledger.streams.coordinator.rules.schedule_rows import (
     NO_FLOOR,
     Held,
@@ -45,7 +45,9 @@ from jobledger.streams.coordinator.rules.schedule_rows import (
     encode_row,
     is_marker,
     of_unknown_kind,
+    row_key,
 )
+from jobledger.streams.coordinator.rules.timers import wake_at
 
 SPEC = JobSpec(b'{"n": 1}', {"tenant": "acme"}, None)
 JOB = str(uuid.UUID(int=1))
@@ -120,6 +122,23 @@ def test_a_job_lease_that_is_given_back_counts_as_no_crash() -> None:
     assert (made.release.release, CRASHES_TAG in made.release.tags) == (2, False)
 
 
+@pytest.mark.parametrize(("how", "crashes"), [("given back", 0), ("lost", 1)])
+def test_a_lease_that_ends_while_the_work_topic_is_missing_counts_as_it_ended(how: str, crashes: int) -> None:
+    """The next release is scheduled, and is sent as soon as the topic exists: a lease that was given back is no crash."""
+    row, at = held(), T0 + LEASE_MS
+    end = LeaseRenewed("w1", 0) if how == "given back" else ReleaseDecided(row.due)
+    batch = DecisionBatch(lambda partition, key: row, lambda partition: NO_FLOOR, lambda lane: False)
+    batch.add(event(end), 0, 9, at)
+    kept = batch.rows[0, row_key(JOB)]
+    assert isinstance(kept, Scheduled)
+    assert (kept.release, kept.offset, kept.due) == (2, 9, at * 1000)
+    assert (batch.releases, batch.verdicts, batch.waiting[0]) == ([], {"held-back": 1}, 0)
+    assert batch.timers == [(0, row_key(JOB), wake_at(kept.due))]
+    made = on(kept, ReleaseDecided(kept.due), 2, 10, at)
+    assert (made.verdict, made.release) == ("released", kept)
+    assert kept.tags.get(CRASHES_TAG, "0") == str(crashes)
+
+
 def test_too_many_lost_leases_fail_the_job() -> None:
     """The dead letter has the whole job, and no later fact releases the job again."""
     row = held(crashes=LEASES_LOST - 1)
@@ -127,7 +146,7 @@ def test_too_many_lost_leases_fail_the_job() -> None:
     assert made.verdict == "crashed"
     assert made.release is None
     failed, letter = (fact_event.fact for fact_event in made.facts)
-    assert isinstance(failed, JobFailed)
+    assert isinstance(failed, JobFailedFact)
     assert (failed.reason, f"started {LEASES_LOST} times" in failed.error.message) == ("crashed", True)
     assert isinstance(letter, DeadLettered)
     assert letter.spec == row.spec
@@ -138,13 +157,13 @@ def test_too_many_lost_leases_fail_the_job() -> None:
     assert on(made.row, JobSubmitted(SPEC, 5), run=2, release=0, offset=32).verdict == "scheduled", "another run"
 
 
-@pytest.mark.parametrize("fact", [JobSucceeded(b"1"), JobCancelled("ann"), JobFailed("exhausted", ERROR)])
+@pytest.mark.parametrize("fact", [JobSucceeded(b"1"), JobCancelledFact("ann"), JobFailedFact("exhausted", ERROR)])
 def test_the_outcome_of_a_leased_job_is_written_unchanged(fact: Any) -> None:
     """The coordinator writes the event of the report itself, and for a failure also the dead letter."""
     report = event(fact)
     made = decide(held(), NO_FLOOR, report, 0, 9, T0 + 1)
     assert made.facts[0] is report
-    assert [type(f.fact) for f in made.facts[1:]] == ([DeadLettered] if isinstance(fact, JobFailed) else [])
+    assert [type(f.fact) for f in made.facts[1:]] == ([DeadLettered] if isinstance(fact, JobFailedFact) else [])
     assert made.row == Released(0, 9, 1, 1, T0 + 1, True)
 
 
@@ -165,7 +184,7 @@ def test_a_cancel_ends_a_waiting_job_and_no_job_at_the_workers() -> None:
     assert isinstance(row, Scheduled)
     made = on(row, CancelRequested("ann", "no need"), release=0)
     assert made.verdict == "cancelled"
-    assert [(f.fact, f.release, f.attempt) for f in made.facts] == [(JobCancelled("ann", "no need"), 1, 1)]
+    assert [(f.fact, f.release, f.attempt) for f in made.facts] == [(JobCancelledFact("ann", "no need"), 1, 1)]
     assert made.row == Released(0, 9, 1, 1, T0, True)
     assert on(made.row, ReleaseDecided(row.due), offset=10, at=T0 + 60_000).verdict == "ended"
     for other in (None, Released(0, 5, 1, 1, T0), held()):
@@ -180,7 +199,7 @@ def test_a_job_that_expires_while_it_waits_ends_at_its_expiry() -> None:
     assert row.acts_at == (T0 + 1_000) * 1000
     assert on(row, ReleaseDecided(row.acts_at), at=T0 + 999).verdict == "early"
     made = on(row, ReleaseDecided(row.acts_at), at=T0 + 1_000)
-    assert (made.verdict, [f.fact for f in made.facts]) == ("expired", [JobExpired((T0 + 1_000) * 1000)])
+    assert (made.verdict, [f.fact for f in made.facts]) == ("expired", [JobExpiredFact((T0 + 1_000) * 1000)])
     soon = on(None, JobSubmitted(JobSpec(b"{}", {}, None, 90_000), 60_000), release=0, offset=4).row
     assert isinstance(soon, Scheduled)
     assert on(soon, ReleaseDecided(soon.due), at=T0 + 60_000).verdict == "released"
@@ -190,7 +209,9 @@ FACTS = st.one_of(
     st.just(Leased(SPEC, "w", LEASE_MS)),
     st.sampled_from([LeaseRenewed("w", LEASE_MS), LeaseRenewed("w", 0)]),
     st.just(ReleaseDecided(0)),
-    st.sampled_from([JobSucceeded(b"1"), JobFailed("never", ERROR), JobCancelled("ann"), JobRetried(ERROR, 10)]),
+    st.sampled_from(
+        [JobSucceeded(b"1"), JobFailedFact("never", ERROR), JobCancelledFact("ann"), JobRetried(ERROR, 10)]
+    ),
     st.just(CancelRequested("ann")),
     st.just(ReleaseRequested(SPEC, 10)),
     st.just(ReleaseOverdue(SPEC, 0)),
@@ -211,7 +232,11 @@ def test_a_run_has_at_most_one_outcome(steps: list[tuple[Fact, int, int]], crash
         made = decide(row, NO_FLOOR, event(fact, release), 0, offset, at)
         if crash:
             assert decide(row, NO_FLOOR, event(fact, release), 0, offset, at) == made, "a function of what stands there"
-        terminal = [f for f in made.facts if isinstance(f.fact, JobSucceeded | JobFailed | JobCancelled | JobExpired)]
+        terminal = [
+            f
+            for f in made.facts
+            if isinstance(f.fact, JobSucceeded | JobFailedFact | JobCancelledFact | JobExpiredFact)
+        ]
         for outcome in terminal:
             ends[outcome.event_id if outcome.event_id != "id" else f"{offset}"] += 1
         if made.release is not None and made.verdict != "sent-again":

@@ -9,12 +9,10 @@ import pytest
 from confluent_kafka import KafkaError
 
 from jobledger import App
-from jobledger.consumers.recording.worker_events import WorkerEvents
-from jobledger.consumers.recording.worker_producer import WorkerProducer
 from jobledger.consumers.running.job_leases import TICK_S, JobLeases
 from jobledger.consumers.state.work import JobRun
 from jobledger.errors import BrokerUnavailable
-from tests.unit.test_dispatching import LIMIT, Bench, job, put, run, until
+from tests.unit.test_dispatching import Bench, job, put, run, until
 
 
 def breaks(*args: object) -> None:
@@ -44,7 +42,7 @@ def close_again(leases: JobLeases, work: JobRun) -> None:
 
 def close_after(leases: JobLeases, work: JobRun) -> None:
     """Send the outcome, as after the acknowledgement of the records before it."""
-    leases.call(leases._send_close, work, b"")
+    leases._calls.call(leases._send_close, work, b"")
 
 
 @pytest.mark.parametrize(
@@ -70,24 +68,13 @@ def test_an_error_that_would_lose_a_leased_job_ends_the_worker(
     @app.task(long=True)
     async def slow() -> None: ...
 
-    def nothing(*args: object) -> None: ...
-
     async def test() -> None:
         bench = Bench(app)
-        sender = cast(WorkerProducer, bench.kept)
-        leases = JobLeases(
-            WorkerEvents(app.registry, "worker@unit:1", LIMIT),
-            sender,
-            app.names,
-            begin=begin or nothing,
-            close_with=nothing,
-            give_up=give_up or nothing,
-            ended=nothing,
-            too_large=nothing,
-            call=bench.dispatcher.call,
-            fail=bench.failed.append,
-        )
-        bench.dispatcher.starter.leases = leases
+        leases, places = bench.leases, bench.dispatcher.placement
+        if begin is not None:
+            monkeypatch.setattr(places, "begin_code", begin)
+        if give_up is not None:
+            monkeypatch.setattr(places, "give_up", give_up)
         partition = bench.partition()
         put(partition, [job("slow")])
         bench.dispatcher.wake()

@@ -90,7 +90,7 @@ SETS_UP = """
 import logging, logging.config, sys
 from jobledger.cli import logs
 from jobledger.consumers.state.outcome import Failed, Retried, error_info
-from jobledger.consumers.running.outcome_log import log_outcome
+from jobledger.consumers.recording.outcome_log import log_outcome
 from jobledger.schemas.events import JobEvent
 
 {theirs}

@@ -20,8 +20,7 @@ def app_of(**options: Any) -> App:
 
 def task_of(app: App, fn: Any = None, **options: Any) -> Any:
     """Return a task; the options may be some that ``App.task`` does not have."""
-    given = {"name": None, "queue": "default", "retry": None, "timeout": None, "fallback": None, **options}
-    return app.registry.add(fn or ship, **given)
+    return app.registry.add(fn or ship, **options)
 
 
 async def ship(order: str, to: str = "home") -> None:

@@ -70,7 +70,7 @@ def stream(chance: random.Random, jobs: int) -> list[Message]:
         ends: list[ev.Fact] = [
             ev.JobSucceeded(b"1"),
             ev.JobRetried(BAD, 5),
-            ev.JobFailed("never", BAD),
+            ev.JobFailedFact("never", BAD),
             ev.JobProgressed(1, 1),
         ]
         facts: list[ev.Fact] = [

@@ -274,7 +274,7 @@ class Endpoint:
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, str]] = []
-        self.lasts = 3600
+        self.lasts, self.status = 3600, 0
         outer = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -283,7 +283,7 @@ class Endpoint:
                 outer.asked.append((self.headers["Authorization"], form))
                 good = self.headers["Authorization"] == "Basic am9iczpzM2NyZXQ="  # jobs:s3cret
                 body: Any = {"access_token": f"token-{len(outer.asked)}", "expires_in": outer.lasts} if good else {}
-                self.send_response(200 if good else 401)
+                self.send_response(outer.status or (200 if good else 401))
                 self.end_headers()
                 self.wfile.write(json.dumps(body).encode())
 
@@ -361,11 +361,46 @@ def test_a_secret_is_sent_with_tls_or_to_this_machine(url: str) -> None:
     Settings(bootstrap="h:1", kafka=kafka).librdkafka()
 
 
-def test_an_unreachable_token_endpoint_is_an_error() -> None:
-    """The error is raised within a bounded time."""
-    away = {**OIDC, "sasl.oauthbearer.token.endpoint.url": "http://127.0.0.1:9/token"}
-    with pytest.raises(NotAuthenticated, match="gives no token"):
+def test_an_unreachable_token_endpoint_is_no_refusal() -> None:
+    """The error is raised within a bounded time. aiokafka tries again after a `ConnectionError`, but not after a
+    `NotAuthenticated`."""
+    away = {**OIDC, "sasl.oauthbearer.token.endpoint.url": f"http://127.0.0.1:{free_port()}/token"}
+    with pytest.raises(ConnectionError, match=r"the token endpoint http://127\.0\.0\.1:.* does not answer"):
         ClientCredentials(away).fetch()
+
+
+@pytest.mark.parametrize("runs", [True, False])
+def test_a_client_without_a_token_is_refused_only_if_the_endpoint_can_be_reached(
+    endpoint: Endpoint, runs: bool
+) -> None:
+    """An unreachable endpoint is an outage, and each part retries as long as for an unreachable broker."""
+    url = endpoint.url if runs else f"http://127.0.0.1:{free_port()}/token"
+    kafka = {**OIDC, "sasl.oauthbearer.token.endpoint.url": url, "sasl.oauthbearer.client.secret": "wrong"}
+    with pytest.raises(NotAuthenticated if runs else BrokerUnavailable) as caught:
+        auth.knock(Settings(bootstrap="127.0.0.1:9", kafka=kafka))
+    assert url in str(caught.value)
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_busy_token_endpoint_is_no_refusal(endpoint: Endpoint, status: int) -> None:
+    """A token that is still valid is used until its end."""
+    kafka = {**OIDC, "sasl.oauthbearer.token.endpoint.url": endpoint.url}
+    provider = ClientCredentials(kafka)
+    assert provider.fetch() == "token-1"
+    endpoint.status, provider._until = status, 0.0
+    assert provider.fetch() == "token-1"
+    with pytest.raises(ConnectionError, match=f"answers {status}"):
+        ClientCredentials(kafka).fetch()
+    endpoint.status = 0
+    assert provider.fetch() == "token-4"
+
+
+@pytest.mark.parametrize("setting", [{"https.ca.location": "/nowhere/ca.pem"}, {"https.ca.pem": "no PEM"}])
+def test_an_unusable_certificate_file_is_a_refusal(setting: dict[str, str]) -> None:
+    """A retry does not help."""
+    kafka = {**OIDC, "sasl.oauthbearer.token.endpoint.url": "https://127.0.0.1:9/token", **setting}
+    with pytest.raises(NotAuthenticated, match="gives no token"):
+        ClientCredentials(kafka).fetch()
 
 
 def test_a_topic_is_not_called_missing_if_no_broker_was_reached(monkeypatch: pytest.MonkeyPatch) -> None:

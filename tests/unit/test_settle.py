@@ -8,9 +8,11 @@ from typing import Any, cast
 
 from jobledger.config import Settings
 from jobledger.consumers.recording.ack_tracker import AckTracker
-from jobledger.consumers.state.broker_clock import BrokerClock
+from jobledger.consumers.state.event_loop import LoopCalls
 from jobledger.consumers.state.offset_tracker import PartitionOffsets, Restored
-from jobledger.consumers.state.work import Arrived, JobRun, OwnershipLease, Partition
+from jobledger.consumers.state.reports import Reports
+from jobledger.consumers.state.work import JobRun, OwnershipLease, Partition
+from jobledger.kafka.broker_clock import BrokerClock
 from jobledger.log.writer import Outgoing
 
 
@@ -30,18 +32,23 @@ class Report:
         return 2, 1_000
 
 
+def made_reports() -> Reports:
+    """Return reports that no dispatcher reads."""
+    reports = Reports(LoopCalls(lambda error: None))
+    reports.awake = True
+    return reports
+
+
 def test_an_acknowledgement_without_an_offset_closes_a_record() -> None:
     """If a leader dies after it wrote a record, the acknowledgement has no offset. The work record is done, and the
     floor stays below the closing fact."""
-    arrived = Arrived()
+    reports = made_reports()
+    arrived = reports.arrived
     settler = AckTracker(
         Settings(),
         cast(Any, SimpleNamespace(clock=BrokerClock())),
-        arrived,
-        fail=lambda error: None,
-        too_large=lambda work, size, where: None,
-        each_tick=lambda: None,
-        acknowledged=lambda work: None,
+        cast(Any, None),
+        reports,
     )
     partition = Partition("shop.jobs.mail", 0, OwnershipLease(3.0), -1, None)
     offsets = partition.offsets = PartitionOffsets(Restored(0), start_floor=50)
@@ -68,18 +75,16 @@ def test_an_acknowledgement_without_an_offset_closes_a_record() -> None:
 def test_derived_records_wait_until_the_ownership_of_the_partition_is_confirmed() -> None:
     """After a pause a worker requests no retry before the group has confirmed its partition. If another worker has the
     partition, no retry is requested, because the other worker may have closed the job."""
-    arrived, sent = Arrived(), []
+    reports, sent = made_reports(), list[str]()
+    arrived = reports.arrived
     sender = SimpleNamespace(
         polled_at=float("inf"), clock=BrokerClock(), check=lambda: None, send=lambda topic, *_: sent.append(topic)
     )
     settler = AckTracker(
         Settings(),
         cast(Any, sender),
-        arrived,
-        fail=lambda error: None,
-        too_large=lambda work, size, where: None,
-        each_tick=lambda: None,
-        acknowledged=lambda work: None,
+        cast(Any, None),
+        reports,
     )
     lease = OwnershipLease(3600.0)  # this lease is over
     partition = Partition("shop.jobs.mail", 0, lease, -1, None)

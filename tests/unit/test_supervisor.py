@@ -100,6 +100,38 @@ def test_output_has_the_childs_name_and_a_stop_ends_all_children() -> None:
     assert not any(psutil.pid_exists(pid) for name in "ab" for pid in both.pids(name))
 
 
+NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=lambda number: number.name)
+def test_in_the_main_thread_a_signal_stops_the_children(number: signal.Signals) -> None:
+    """Afterwards the signals are handled as before."""
+    before = [signal.getsignal(each) for each in NUMBERS]
+    supervisor = Supervisor(
+        [Child("a", python(PATIENT))],
+        lambda name, line: os.kill(os.getpid(), number) if line.startswith("up ") else None,
+    )
+    assert supervisor.run() == 0
+    assert [signal.getsignal(each) for each in NUMBERS] == before
+
+
+def test_an_ignored_hangup_stays_ignored() -> None:
+    """As ``nohup`` sets it. The other signals stop the children."""
+    seen: list[object] = []
+
+    def say(name: str, line: str) -> None:
+        if line.startswith("up "):
+            seen.append(signal.getsignal(signal.SIGHUP))
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert Supervisor([Child("a", python(PATIENT))], say).run() == 0
+        assert (seen, signal.getsignal(signal.SIGHUP)) == ([signal.SIG_IGN], signal.SIG_IGN)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_killed_child_is_started_again() -> None:
     """After kill -9 a new child is started, and the signal is in the output. The other child is not restarted."""
     both = Running(Child("a", python(PATIENT)), Child("b", python(PATIENT)), restarts=lambda: Restarts(initial=0.01))

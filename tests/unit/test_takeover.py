@@ -7,12 +7,10 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import pytest
-from aiokafka.partitioner import murmur2
 from hypothesis import given
 from hypothesis import strategies as st
 
 from jobledger.config import Settings
-from jobledger.consumers.partitions.range_reader import partition_of
 from jobledger.consumers.partitions.takeover import UNSEEN_MS, Takeover, _Scan
 from jobledger.consumers.recording.worker_producer import UNACKNOWLEDGED_LIMIT
 from jobledger.consumers.scheduling.dispatcher import may_be_unsent
@@ -28,9 +26,9 @@ LEASED, SUCCEEDED = ev.JobLeased("w", 5_000), ev.JobSucceeded(b"1", 7)
 STARTED = ev.JobStarted("w", "shop.jobs.slow", 0)
 ENDS: list[ev.Fact] = [
     SUCCEEDED,
-    ev.JobFailed("exhausted", ERROR),
-    ev.JobCancelled("me"),
-    ev.JobExpired(1),
+    ev.JobFailedFact("exhausted", ERROR),
+    ev.JobCancelledFact("me"),
+    ev.JobExpiredFact(1),
     ev.JobRetried(ERROR, 5),
     ev.JobSnoozed(5),
 ]
@@ -138,12 +136,6 @@ def test_the_records_that_derive_from_a_failure_are_always_sent_again() -> None:
     """Later facts do not change this."""
     assert noted_end(scanned((1, ENDS[1]), (2, STARTED)))[2] == ENDS[1]
     assert noted_end(scanned((1, ENDS[1]), (1, SUCCEEDED)))[2] == ENDS[1]
-
-
-@given(st.binary(max_size=50), st.integers(1, 1_000))
-def test_the_partition_of_a_key_is_that_of_kafkas_producers(key: bytes, count: int) -> None:
-    """The computation is compared with aiokafka's, which is taken from Kafka's Java client."""
-    assert partition_of(key, count) == (murmur2(key) & 0x7FFFFFFF) % count
 
 
 @given(

@@ -34,14 +34,13 @@ def registry(**options: Any) -> TaskRegistry:
 
 def task_of(fn: Any, **options: Any) -> Task[Any, Any]:
     """Return a task with the function ``fn``."""
-    defaults: dict[str, Any] = {"name": None, "queue": "mail", "retry": None, "timeout": None, "fallback": None}
-    return registry().add(fn, **(defaults | options))
+    return add(registry(), fn, **options)
 
 
 def add(to: TaskRegistry, fn: Any, **options: Any) -> Task[Any, Any]:
-    """Register ``fn`` with the defaults of ``@app.task``."""
-    defaults: dict[str, Any] = {"name": None, "queue": "mail", "retry": None, "timeout": None, "fallback": None}
-    return to.add(fn, **(defaults | options))
+    """Register ``fn``, in the queue ``mail`` if the options name none."""
+    given: dict[str, Any] = {"queue": "mail", **options}
+    return to.add(fn, **given)
 
 
 def send(to: str, template: str = "welcome", *, copies: int = 1) -> str:

@@ -21,9 +21,10 @@ def test_the_list_of_timing_names_existing_tests() -> None:
         file, _, name = row.test.partition("::")
         assert re.search(rf"^(async )?def {name}\(", (ROOT / file).read_text("utf-8"), re.MULTILINE), row.test
         assert row.depends
-        passed = re.fullmatch(r"(\d+) of (\d+), \d{4}-\d\d-\d\d", row.passed)
-        assert passed, row
-        assert int(passed[1]) == int(passed[2]) >= 50, row
+        if row.passed != "not yet":
+            passed = re.fullmatch(r"(\d+) of (\d+), \d{4}-\d\d-\d\d", row.passed)
+            assert passed, row
+            assert int(passed[1]) == int(passed[2]) > 0, row
 
 
 def test_each_test_has_one_tier(request: pytest.FixtureRequest) -> None:

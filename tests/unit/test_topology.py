@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import Future
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+from confluent_kafka import KafkaError, KafkaException
+from confluent_kafka.admin import AdminClient
 from hypothesis import given
 from hypothesis import strategies as st
 
 from jobledger import App, Queue, Settings
 from jobledger.errors import ConfigError
+from jobledger.kafka import topics
 from jobledger.kafka.topic_names import Names, colliding
 from jobledger.kafka.topology import (
+    Change,
     Growth,
     Step,
     TopicPlan,
@@ -285,3 +292,40 @@ def test_the_standing_topics_are_those_that_are_made() -> None:
     names = Names("shop")
     made = {spec.name for spec in desired(names, {"mail": 2}, partitions=2, replication=1)}
     assert set(names.standing) == made - {names.jobs("mail"), changelog(names)}
+
+
+class Growing:
+    """An admin client that adds partitions, but whose first answer is lost, so that the request is sent twice."""
+
+    def __init__(self, count: int, after: int) -> None:
+        self.count, self._after, self.asked = count, after, 0
+
+    def create_partitions(self, grown: list[Any], request_timeout: float) -> dict[str, Future[Any]]:
+        self.asked += 1
+        lost = self.asked == 1
+        self.count = self._after
+        answer: Future[Any] = Future()
+        code = KafkaError.REQUEST_TIMED_OUT if lost else KafkaError.INVALID_PARTITIONS
+        answer.set_exception(KafkaException(KafkaError(code, "Topic already has 6 partition(s).")))
+        return {"shop.jobs.mail": answer}
+
+    def describe_topics(self, names: object, request_timeout: float) -> dict[str, Future[Any]]:
+        answer: Future[Any] = Future()
+        answer.set_result(SimpleNamespace(partitions=[SimpleNamespace(replicas=[1], leader=1)] * self.count))
+        return {"shop.jobs.mail": answer}
+
+
+@pytest.mark.parametrize(("after", "made"), [(6, True), (7, False)])
+def test_partitions_that_were_added_already_are_no_refusal(
+    monkeypatch: pytest.MonkeyPatch, after: int, made: bool
+) -> None:
+    """By an earlier attempt whose answer was lost, or by another process. Another number than planned is refused."""
+    monkeypatch.setattr(topics, "RETRY_PAUSE_S", 0.0)
+    admin = Growing(3, after)
+    plan = TopicPlan((Change(Step.PARTITIONS, "topic", "shop.jobs.mail", (3, 6)),))
+    if made:
+        assert topics.apply(cast(AdminClient, admin), plan) == ()
+    else:
+        with pytest.raises(ConfigError, match="the cluster refused"):
+            topics.apply(cast(AdminClient, admin), plan)
+    assert admin.asked == 2

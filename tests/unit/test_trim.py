@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import threading
+from typing import Any, cast
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jobledger.config import Settings
 from jobledger.consumers.state import offset_tracker
 from jobledger.job import Life, apply
 from jobledger.kafka.topic_names import Names
 from jobledger.log.group_offsets import floor_of
 from jobledger.schemas import events as ev
-from jobledger.streams.maintenance.maintenance import work_position
+from jobledger.streams.maintenance import maintenance
+from jobledger.streams.maintenance.maintenance import Maintenance, work_position
 from jobledger.streams.maintenance.trim import Readers, plan
 
 WORK, LIFE, COORD = ("shop.jobs.mail", 0), ("shop.lifecycle", 0), ("shop.coordination", 0)
@@ -147,3 +153,20 @@ def test_the_work_record_of_a_job_is_its_last_release() -> None:
     assert work_position(SCHEDULED, names) is None
     released = life((ev.JobSubmitted(SPEC), WORK, 5, 1, 1), (ev.JobDue(SPEC, 0), WORK, 70, 2, 2))
     assert work_position(released, names) == ev.Position("shop.jobs.mail", 0, 70)
+
+
+def test_a_process_that_is_started_again_every_hour_trims(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first round follows soon after the start."""
+    monkeypatch.setattr(maintenance, "FIRST_S", 0.1)
+    upkeep = Maintenance(Names("shop"), Settings(bootstrap="127.0.0.1:1"), [], cast(Any, None))
+    for name in ("watch", "audit", "forget_cancels"):
+        monkeypatch.setattr(upkeep, name, lambda: None)
+    stop, trimmed = threading.Event(), threading.Event()
+    monkeypatch.setattr(upkeep, "trim", trimmed.set)
+    thread = threading.Thread(target=upkeep.run, args=(stop,))
+    thread.start()
+    try:
+        assert trimmed.wait(20)
+    finally:
+        stop.set()
+        thread.join()

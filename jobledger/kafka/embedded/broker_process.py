@@ -226,10 +226,29 @@ def launch(files: Files, wanted: Launch, *, detach: bool, timeout: float, report
     answer. ``report``: called at each step. Raises `KafkaStartFailed`; then no process and no pid file remain.
     """
     java = _java()
-    port = wanted.port
     files.log4j.write_text(LOG4J.format(log=_escaped(str(files.log))), "ascii")
     files.settings.write_text(_properties(wanted), "ascii")
-    base = [
+    base = _jvm(java, files, wanted)
+    _format(files, base, wanted, report)
+
+    report("boot", 0, 0)
+    process = _spawn([*base[:-2], files.mark, *base[-2:], "kafka.Kafka", str(files.settings)], files)
+    _write_pid(files, process.pid, wanted)
+    try:
+        if not detach:
+            if not _leashes:
+                atexit.register(_end_leashed, os.getpid())
+            _leashes[process.pid] = _leash(process.pid)
+        _await_ready(process, wanted.port, files, timeout)
+    except BaseException:
+        end(process.pid, timeout=0)
+        files.pid.unlink(missing_ok=True)
+        raise
+
+
+def _jvm(java: Path, files: Files, wanted: Launch) -> list[str]:
+    """Return the beginning of a command line for a program of Kafka. Its last two words are the class path."""
+    return [
         str(java),
         f"-Xmx{wanted.heap_mb}m",
         "-XX:+UseSerialGC",  # starts faster than G1 on two cores, and has short pauses with a heap of this size
@@ -244,14 +263,14 @@ def launch(files: Files, wanted: Launch, *, detach: bool, timeout: float, report
         "-cp",
         os.pathsep.join(map(str, wanted.classpath)),
     ]
-    _format(files, base, wanted, report)
 
-    report("boot", 0, 0)
+
+def _spawn(command: list[str], files: Files) -> subprocess.Popen[bytes]:
+    """Start the broker's process with new log files."""
     for leftover in (files.log, files.out):
         # Each start has a new log, so that the end of an older log is not shown as the reason for a new failure.
         if leftover.exists():
             leftover.replace(leftover.with_name(leftover.name + ".previous"))
-    command = [*base[:-2], files.mark, *base[-2:], "kafka.Kafka", str(files.settings)]
     with files.out.open("wb") as out:
         process = subprocess.Popen(
             command,
@@ -262,20 +281,14 @@ def launch(files: Files, wanted: Launch, *, detach: bool, timeout: float, report
             start_new_session=True,  # Ctrl+C or a closed terminal of the starting process must not stop the broker
         )
     _children[process.pid] = process
-    record = {"pid": process.pid, "port": port, "data": str(wanted.data), "version": wanted.version}
+    return process
+
+
+def _write_pid(files: Files, pid: int, wanted: Launch) -> None:
+    record = {"pid": pid, "port": wanted.port, "data": str(wanted.data), "version": wanted.version}
     part = files.pid.with_suffix(".part")
     part.write_text(json.dumps(record), "utf-8")
     part.replace(files.pid)
-    try:
-        if not detach:
-            if not _leashes:
-                atexit.register(_end_leashed, os.getpid())
-            _leashes[process.pid] = _leash(process.pid)
-        _await_ready(process, port, files, timeout)
-    except BaseException:
-        end(process.pid, timeout=0)
-        files.pid.unlink(missing_ok=True)
-        raise
 
 
 def cluster_id() -> str:

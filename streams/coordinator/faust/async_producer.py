@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ from jobledger.log.framing import Framing
 from jobledger.log.reading import LogReader
 from jobledger.log.writer import Outgoing
 from jobledger.process.extras import missing
+from jobledger.process.retrying import retry_until
 from jobledger.streams.coordinator.faust.log_filters import quieten
 
 try:
@@ -43,6 +45,8 @@ REQUEST_TIMEOUT_MS, METADATA_AGE_MS = 8_000, 5_000
 #: Largest overhead in bytes of a batch with one record, without key, value and headers; largest overhead in bytes of a
 #: header, without name and value.
 _OVERHEAD, _HEADER_OVERHEAD = 61 + 26, 10
+#: Largest size in bytes of a short key: an id has 36 bytes.
+_KEY_BYTES = 100
 
 _DENIED = (
     (aioerrors.TopicAuthorizationFailedError, "topic"),
@@ -78,6 +82,8 @@ class AckedWriter:
     including outages. ``max_batch``: size in bytes of the largest batch that every topic accepts. If a broker refused a
     batch for its size, the producer's sequence numbers would have a gap, and the broker would refuse all later batches.
     ``framing``: the framing of events for a Schema Registry; None: no Schema Registry.
+
+    ``most_bytes``: the largest value, in bytes, that every topic accepts in a record with a short key and no headers.
     """
 
     def __init__(
@@ -89,6 +95,7 @@ class AckedWriter:
         framing: Framing | None = None,
     ) -> None:
         self._settings, self._framing, self._security = settings, framing, security
+        self.most_bytes = max_batch - _OVERHEAD - _KEY_BYTES
         self._producer = AIOKafkaProducer(
             bootstrap_servers=settings.resolve_bootstrap(),
             client_id=settings.kafka.get("client.id", "jobledger-coordinator"),
@@ -121,23 +128,26 @@ class AckedWriter:
     async def _refused(self) -> NotAuthenticated | None:
         """Return why a connection is refused; None if it is not refused.
 
-        The producer itself only reports that it has no connection.
+        The producer itself only reports that it has no connection. The first broker that answers decides.
         """
-        host, _, port = self._settings.resolve_bootstrap().split(",")[0].strip().rpartition(":")
-        try:
-            connection = await create_conn(host, int(port), **self._security, request_timeout_ms=10_000)
-        except NotAuthenticated as exc:
-            return exc
-        except (ssl.SSLError, *_REFUSED) as exc:
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(None, refusal, self._settings, str(exc))
-        except (OSError, aioerrors.KafkaError, TimeoutError):
-            tls_problem = await asyncio.get_running_loop().run_in_executor(
-                None, trouble, self._settings.resolve_bootstrap(), self._settings.kafka
-            )
-            return None if tls_problem is None else NotAuthenticated(tls_problem)
-        connection.close()
-        return None
+        loop = asyncio.get_running_loop()
+        addresses = self._settings.resolve_bootstrap()
+        for address in addresses.split(","):
+            host, _, port = address.strip().rpartition(":")
+            try:
+                connection = await create_conn(
+                    host.strip("[]"), int(port), **self._security, request_timeout_ms=REQUEST_TIMEOUT_MS
+                )
+            except NotAuthenticated as exc:
+                return exc
+            except (ssl.SSLError, *_REFUSED) as exc:
+                return await loop.run_in_executor(None, refusal, self._settings, str(exc))
+            except (OSError, aioerrors.KafkaError, TimeoutError):
+                continue
+            connection.close()
+            return None
+        tls_problem = await loop.run_in_executor(None, trouble, addresses, self._settings.kafka)
+        return None if tls_problem is None else NotAuthenticated(tls_problem)
 
     async def stop(self, timeout: float) -> None:
         """Flush within ``timeout`` seconds and close the connections."""
@@ -288,7 +298,7 @@ class Ends:
     def __init__(self, settings: Settings, patience: float) -> None:
         self._settings, self._patience = settings, patience
         self._reader: LogReader | None = None
-        self._closed = False
+        self._closed = threading.Event()
         # One thread, because threads must not share the reader.
         self._thread = ThreadPoolExecutor(1, "jobledger-ends")
 
@@ -317,17 +327,12 @@ class Ends:
         if self._reader is None:
             self._reader = LogReader(self._settings)
         deadline = time.monotonic() + self._patience
-        while True:
-            try:
-                return question(self._reader)
-            except BrokerUnavailable:
-                if self._closed or time.monotonic() > deadline:
-                    raise
-                time.sleep(0.2)
+        ask = partial(question, self._reader)
+        return retry_until(deadline, ask, BrokerUnavailable, pause=0.2, stop=self._closed)
 
     def close(self) -> None:
         """Close the connection. Does not wait for a request in progress."""
-        self._closed = True
+        self._closed.set()
         if self._reader is not None:
             self._thread.submit(self._reader.close)
         self._thread.shutdown(wait=False)

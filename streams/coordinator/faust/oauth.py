@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import http.client
 import json
 import ssl
 import threading
@@ -40,6 +41,8 @@ KNOWN = {_METHOD, _ID, _SECRET, _URL, _SCOPE, _EXTENSIONS, _CA, _CA_PEM}
 TIMEOUT_S = 10.0
 #: Share of a token's lifetime after which a new one is requested.
 RENEW_AT = 0.8
+#: Status codes below 500 after which a later request may succeed: request timeout, too many requests.
+BUSY = (408, 429)
 
 
 class ClientCredentials(AbstractTokenProvider):  # type: ignore[misc]  # aiokafka ships no types
@@ -66,10 +69,14 @@ class ClientCredentials(AbstractTokenProvider):  # type: ignore[misc]  # aiokafk
         self._extensions = _pairs(kafka.get(_EXTENSIONS, ""))
         self._ca = (kafka.get(_CA), kafka.get(_CA_PEM))
         self._lock = threading.Lock()
-        self._token, self._until = "", 0.0
+        self._token, self._until, self._ends = "", 0.0, 0.0
 
     async def token(self) -> str:
-        """Return a token that is still valid. Request a new one if needed. Raises `NotAuthenticated`."""
+        """Return a token that is still valid. Request a new one if needed.
+
+        Raises `NotAuthenticated` if the endpoint refuses the request, and `ConnectionError`, which aiokafka treats as
+        an unavailable broker, if the endpoint does not answer.
+        """
         return await asyncio.get_running_loop().run_in_executor(None, self.fetch)
 
     def extensions(self) -> dict[str, str]:
@@ -80,8 +87,14 @@ class ClientCredentials(AbstractTokenProvider):  # type: ignore[misc]  # aiokafk
         """Return a token as `token` does, but block the calling thread. Callable from any thread."""
         with self._lock:
             if time.monotonic() >= self._until:
-                self._token, lasts = self._ask()
-                self._until = time.monotonic() + lasts * RENEW_AT
+                try:
+                    self._token, lasts = self._ask()
+                except ConnectionError:
+                    if time.monotonic() >= self._ends:
+                        raise
+                    return self._token  # the next call asks again
+                now = time.monotonic()
+                self._until, self._ends = now + lasts * RENEW_AT, now + lasts
             return self._token
 
     def _ask(self) -> tuple[str, float]:
@@ -103,7 +116,11 @@ class ClientCredentials(AbstractTokenProvider):  # type: ignore[misc]  # aiokafk
         except urllib.error.HTTPError as exc:
             with exc:
                 problem = f"answers {exc.code} {exc.reason}"
-        except (OSError, ValueError, KeyError, TypeError) as exc:
+                if exc.code in BUSY or exc.code >= 500:
+                    raise ConnectionError(f"the token endpoint {self._url} {problem}") from None
+        except (OSError, ValueError, KeyError, TypeError, http.client.HTTPException) as exc:
+            if _is_away(exc):
+                raise ConnectionError(f"the token endpoint {self._url} does not answer ({exc})") from exc
             problem = f"gives no token ({exc})"
         raise NotAuthenticated(f"the token endpoint {self._url} {problem}: check {setting(_ID)} and {setting(_SECRET)}")
 
@@ -112,6 +129,16 @@ class ClientCredentials(AbstractTokenProvider):  # type: ignore[misc]  # aiokafk
             return None
         ca_file, ca_text = self._ca
         return ssl.create_default_context(cafile=ca_file if ca_file != "probe" else None, cadata=ca_text)
+
+
+def _is_away(error: Exception) -> bool:
+    """Return whether a request failed because the connection failed: a later request may succeed.
+
+    A certificate that is not accepted is not such a failure, and neither is a certificate file that cannot be read.
+    """
+    if isinstance(error, urllib.error.URLError):
+        return not isinstance(error.reason, ssl.SSLCertVerificationError)
+    return isinstance(error, TimeoutError | ConnectionError | http.client.HTTPException)
 
 
 def _pairs(text: str) -> dict[str, str]:

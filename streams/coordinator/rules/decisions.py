@@ -32,16 +32,17 @@ from collections.abc import Callable
 
 import msgspec
 
+from jobledger.schemas.event_factory import derived
 from jobledger.schemas.events import (
     CRASHES_TAG,
     CancelRequested,
     DeadLettered,
     ErrorInfo,
     Fact,
-    JobCancelled,
+    JobCancelledFact,
     JobEvent,
-    JobExpired,
-    JobFailed,
+    JobExpiredFact,
+    JobFailedFact,
     JobRetried,
     JobSnoozed,
     JobSpec,
@@ -56,7 +57,6 @@ from jobledger.schemas.events import (
     lasting,
     later,
 )
-from jobledger.streams.coordinator.rules.derived_events import derived_id
 from jobledger.streams.coordinator.rules.schedule_rows import Floor, Held, Kept, Released, Row, Scheduled, row_key
 from jobledger.streams.coordinator.rules.timers import wake_at
 
@@ -122,7 +122,7 @@ def decide(row: Row | None, floor: int, event: JobEvent, partition: int, offset:
             return _renewed(row, event, fact, partition, offset, appended_ms)
         case CancelRequested():
             return _cancelled(row, event, fact, partition, offset, appended_ms)
-        case JobRetried() | JobSnoozed() | JobSucceeded() | JobFailed() | JobCancelled():
+        case JobRetried() | JobSnoozed() | JobSucceeded() | JobFailedFact() | JobCancelledFact():
             return _closed(row, event, fact, partition, offset, appended_ms)
         case _:
             return _UNEXPECTED
@@ -161,7 +161,7 @@ def _decided(row: Row | None, event: JobEvent, partition: int, offset: int, appe
     if isinstance(row, Held):
         return _lost(row, partition, offset, appended_ms)
     if row.expires_at is not None and appended_ms * 1000 >= row.expires_at:
-        return _ended(row, "expired", JobExpired(row.expires_at), partition, offset, appended_ms)
+        return _ended(row, "expired", JobExpiredFact(row.expires_at), partition, offset, appended_ms)
     marker = Released(partition, offset, row.run, row.release, appended_ms)
     return Decision("released", row=marker, release=row)
 
@@ -248,7 +248,7 @@ def _lost(row: Held, partition: int, offset: int, appended_ms: int) -> Decision:
             f"its code was started {crashes} times and its lease ended each time, last with {row.worker}: the worker died, "
             "stopped responding, or could not reach the broker",
         )
-        return _ended(row, "crashed", JobFailed("crashed", error), partition, offset, appended_ms)
+        return _ended(row, "crashed", JobFailedFact("crashed", error), partition, offset, appended_ms)
     tags = {**row.tags, CRASHES_TAG: str(crashes)}
     return _again("lease-lost", row, tags, partition, offset, appended_ms)
 
@@ -285,7 +285,7 @@ def _following(row: Held, attempt: int, due: int, partition: int, offset: int, t
 def _closed(
     row: Row | None,
     event: JobEvent,
-    fact: JobRetried | JobSnoozed | JobSucceeded | JobFailed | JobCancelled,
+    fact: JobRetried | JobSnoozed | JobSucceeded | JobFailedFact | JobCancelledFact,
     partition: int,
     offset: int,
     appended_ms: int,
@@ -300,7 +300,7 @@ def _closed(
         return Decision("lease-closed", row=following, wake_at=wake_at(following.acts_at), facts=(event,))
     marker = Released(partition, offset, row.run, row.release, appended_ms, True)
     facts: tuple[JobEvent, ...] = (event,)
-    if isinstance(fact, JobFailed):
+    if isinstance(fact, JobFailedFact):
         facts += (_derived_event(row, "dead-letter", DeadLettered(row.spec, fact.reason, fact.error), appended_ms),)
     return Decision("lease-closed", row=marker, facts=facts)
 
@@ -311,36 +311,27 @@ def _cancelled(
     """Cancel a release that is scheduled here. Workers handle the cancellation of other releases."""
     if not isinstance(row, Scheduled) or row.run != event.run:
         return _PASSED
-    return _ended(row, "cancelled", JobCancelled(fact.by, fact.reason), partition, offset, appended_ms)
+    return _ended(row, "cancelled", JobCancelledFact(fact.by, fact.reason), partition, offset, appended_ms)
 
 
 def _ended(
-    row: Kept, verdict: str, fact: JobCancelled | JobExpired | JobFailed, partition: int, offset: int, appended_ms: int
+    row: Kept,
+    verdict: str,
+    fact: JobCancelledFact | JobExpiredFact | JobFailedFact,
+    partition: int,
+    offset: int,
+    appended_ms: int,
 ) -> Decision:
     """End a run in the coordinator, with the event for the lifecycle topic and, for a failure, the dead letter."""
     marker = Released(partition, offset, row.run, row.release, appended_ms, True)
     facts: tuple[JobEvent, ...] = (_derived_event(row, verdict, fact, appended_ms),)
-    if isinstance(fact, JobFailed):
+    if isinstance(fact, JobFailedFact):
         facts += (_derived_event(row, "dead-letter", DeadLettered(row.spec, fact.reason, fact.error), appended_ms),)
     return Decision(verdict, row=marker, facts=facts)
 
 
 def _derived_event(row: Kept, what: str, fact: Fact, appended_ms: int) -> JobEvent:
-    return JobEvent(
-        derived_id(row.job_id, row.run, row.release, what),
-        row.job_id,
-        row.run,
-        row.attempt,
-        row.release,
-        appended_ms * 1000,
-        row.task,
-        row.queue,
-        row.key,
-        row.home,
-        "",
-        row.trace,
-        fact,
-    )
+    return derived(row, what, fact, appended_ms * 1000, "")
 
 
 def _schedule(
@@ -403,9 +394,12 @@ class DecisionBatch:
         decision = decide(row, self._floor(partition), event, partition, offset, appended_ms)
         released = decision.release
         if released is not None and not self._is_open(released.lane):
-            # Do not change the row. If the row is kept, its timer tries again once the work topic exists.
+            # Release nothing. If the row is kept, its timer tries again once the work topic exists.
             self.closed.add(released.lane)
             self.verdicts["held-back"] += 1
+            if isinstance(row, Held) and isinstance(released, Scheduled):
+                # The job lease has ended now. Schedule the next release, or the end of the lease would count as a crash.
+                row = self.rows[partition, key] = released
             if isinstance(row, Kept):
                 self.timers.append((partition, key, wake_at(row.acts_at)))
             return

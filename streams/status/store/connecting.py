@@ -15,6 +15,7 @@ from sqlalchemy.dialects.postgresql import psycopg as dialect
 from sqlalchemy.exc import ArgumentError, DBAPIError
 
 from jobledger.errors import ConfigError, StoreError, StoreTooSlow, StoreUnavailable
+from jobledger.process.retrying import retry_until
 from jobledger.streams.status.store.address import shown
 
 #: First and longest pause in seconds between two attempts.
@@ -80,17 +81,16 @@ class Address:
         """
         # Use the arguments with which an engine would connect, and retry. The dialect has no type annotations.
         options = dialect.PGDialect_psycopg().create_connect_args(self._url)[1]  # type: ignore[no-untyped-call]
-        deadline, pause = time.monotonic() + patience, PAUSE_FIRST_S
-        while True:
+        more = {"prepare_threshold": None} if shared else {}
+
+        def connected() -> psycopg.Connection[Any]:
             try:
-                more = {"prepare_threshold": None} if shared else {}
                 return psycopg.connect(**{**_DEFAULTS, **options, **more})
             except psycopg.Error as exc:
-                error = self.explain(exc, "reached")
-                if not isinstance(error, StoreUnavailable) or time.monotonic() + pause > deadline:
-                    raise error from exc
-            time.sleep(pause)
-            pause = min(PAUSE_MOST_S, pause * 2)
+                raise self.explain(exc, "reached") from exc
+
+        deadline = time.monotonic() + patience
+        return retry_until(deadline, connected, StoreUnavailable, pause=PAUSE_FIRST_S, pause_most=PAUSE_MOST_S)
 
     def explain(self, exc: BaseException, doing: str) -> StoreError:
         """Turn the driver's error into a `StoreError`. ``doing``: a participle that says what cannot be done to the

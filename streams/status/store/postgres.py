@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import psycopg
@@ -22,6 +23,7 @@ from sqlalchemy.schema import CreateIndex, CreateTable
 
 from jobledger.errors import CommitUnknown, StoreError, StoreUnavailable
 from jobledger.process.logger import get_logger
+from jobledger.process.retrying import retry_until
 from jobledger.streams.status.store.connecting import Address, lock_number, schema_beside
 from jobledger.streams.status.store.protocol import Changes, Partition
 from jobledger.streams.status.store.reader import judge
@@ -338,17 +340,19 @@ class PostgresStore(SqlStore):
         granted on the old tables are granted on the new tables. Raises `StoreError` if views depend on the tables: the
         views would be dropped.
         """
-        deadline = time.monotonic() + SWAP_PATIENCE_S
-        while True:
-            try:
-                self._swap(other)
-                return
-            except StoreUnavailable as exc:
-                if not isinstance(exc.__cause__, errors.LockNotAvailable) or time.monotonic() > deadline:
-                    raise
-                LOG.info("the new table has not replaced the status table yet: %s", exc)
+
+        def on_retry(error: StoreUnavailable, seconds: float) -> None:
+            LOG.info("the new table has not replaced the status table yet: %s", error)
             self.renew()
-            time.sleep(0.5)  # lets the readers run that waited for the swap's lock
+
+        retry_until(
+            time.monotonic() + SWAP_PATIENCE_S,
+            partial(self._swap, other),
+            StoreUnavailable,
+            pause=0.5,  # lets the readers run that waited for the swap's lock
+            again=lambda error: isinstance(error.__cause__, errors.LockNotAvailable),
+            on_retry=on_retry,
+        )
 
     def _swap(self, other: Self) -> None:
         with self._transaction():

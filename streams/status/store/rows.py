@@ -58,6 +58,11 @@ def key_text(text: str) -> str:
     return plain(text)
 
 
+def is_changed(text: str) -> bool:
+    """Return whether a key of the table is not the text that it stands for, because `key_text` had to change it."""
+    return "\ufffd" in text or (len(text) == KEY_MOST and text[KEY_MOST - 33] == "…")
+
+
 def row(job_id: str, life: Life, seen: Visible) -> Row:
     """Return the row of a job. ``seen``: the projection of ``life``."""
     end, error = life.end, seen.error

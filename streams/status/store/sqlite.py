@@ -27,6 +27,7 @@ from sqlalchemy.schema import CreateIndex, CreateTable
 
 from jobledger.errors import ConfigError, StoreError
 from jobledger.process import forks
+from jobledger.process.retrying import retry_until
 from jobledger.streams.status.store.protocol import Changes
 from jobledger.streams.status.store.reader import SqlReader, foreign, judge, not_found
 from jobledger.streams.status.store.rows import COLUMNS, Row
@@ -162,15 +163,13 @@ class SqliteStore(SqlStore):
     def _set(self, pragma: str) -> None:
         """Run a PRAGMA; retry while the file is busy. If two processes create a file at the same time, SQLite refuses
         to change the journal mode in one of them, and does not wait."""
-        deadline = time.monotonic() + BUSY_TIMEOUT_S
-        while True:
-            try:
-                self._db.execute("PRAGMA " + pragma).fetchall()
-                return
-            except sqlite3.OperationalError as exc:
-                if exc.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
-                    raise
-                time.sleep(0.01)
+        retry_until(
+            time.monotonic() + BUSY_TIMEOUT_S,
+            lambda: self._db.execute("PRAGMA " + pragma).fetchall(),
+            sqlite3.OperationalError,
+            pause=0.01,
+            again=lambda error: error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY,
+        )
 
     def _make(self) -> None:
         with self._transaction():

@@ -1,5 +1,5 @@
-"""Estimates the broker's clock from the append times of records. The worker decides by this clock whether a job has
-expired."""
+"""Estimates the broker's clock from the append times of records. By this clock a worker decides whether a job has
+expired, and the coordinator when to look at a scheduled release."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ class BrokerClock:
     """Estimates the broker's time. The estimate is never ahead of that time, because this process learns of a record
     after the broker has appended the record.
 
+    An observation is the append time minus this process's time of receipt, so it is the difference of the clocks minus
+    a latency. The largest one is the best estimate (as in NTP's clock filter, RFC 5905, section 10).
+
     Between records the estimate advances with the monotonic clock, which is never set. If that clock is paused while
-    the machine is suspended, the estimate is behind until the next record. Before the first record, this machine's own
-    clock is used.
+    the machine is suspended, the estimate is behind until the next record, or until `reset`. Before the first record,
+    this machine's own clock is used.
     """
 
     __slots__ = ("_before", "_now", "_since")
@@ -52,3 +55,17 @@ class BrokerClock:
         """Return the broker's time, in milliseconds since the epoch."""
         known = [d for d in (self._now, self._before) if d is not None]
         return time.monotonic() * 1000 + max(known) if known else time.time() * 1000
+
+    def us(self) -> int:
+        """Return the broker's time, in microseconds since the epoch, rounded down."""
+        return int(self.ms() * 1000)
+
+    @property
+    def ahead_s(self) -> float:
+        """Upper bound of the seconds by which this machine's clock is ahead of the broker's; negative if it is behind;
+        0 before the first record."""
+        return 0.0 if self._now is None and self._before is None else time.time() - self.ms() / 1000
+
+    def reset(self) -> None:
+        """Drop all observations, because this process was paused or a clock was set."""
+        self._now = self._before = None
