@@ -97,7 +97,7 @@ class Recorder:
         event, partition = work.event, work.partition
         assert event is not None
         started = encode(
-            JobEvent(
+            JobEvent(  # not by `event_factory.about`: one more call for each job costs too much
                 str(_uuid7()),
                 event.job_id,
                 event.run,
@@ -156,7 +156,7 @@ class Recorder:
         duration = _monotonic() - work.began
         try:
             fact = encode(
-                JobEvent(
+                JobEvent(  # as in `started`, without a call of the factory
                     str(_uuid7()),
                     source.job_id,
                     source.run,
