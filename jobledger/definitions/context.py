@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -12,6 +11,7 @@ from operator import index
 
 from jobledger.errors import ConfigError, JobEnded
 from jobledger.schemas.events import JobProgressed
+from jobledger.schemas.ids import derived_id
 
 
 class JobContext:
@@ -108,12 +108,7 @@ class JobContext:
         if self._children is None:
             self._children = {}
         nth = next(self._children.setdefault(what, count(1)))
-        name = f"{self.run}/{task}/{what[-16:].hex()}/{nth}"
-        try:
-            space = uuid.UUID(self.job_id)
-        except ValueError:  # other writers may use ids that are not UUIDs
-            space = uuid.uuid5(uuid.NAMESPACE_OID, self.job_id)
-        return str(uuid.uuid5(space, name))
+        return derived_id(self.job_id, self.run, task, what[-16:].hex(), nth)
 
     def _over(self, what: str) -> JobEnded:
         return JobEnded(
