@@ -50,7 +50,7 @@ class OfBadMeta(Exception, metaclass=BadMeta):
 
 
 class OddName(Exception):
-    """An exception whose ``__module__`` is no text."""
+    """An exception whose ``__module__`` is not text."""
 
 
 OddName.__module__ = OfBadMeta("no text")  # type: ignore[assignment]

@@ -44,7 +44,7 @@ NAMESPACE = "shop"
 
 
 class Clock:
-    """A clock that stands still until a test moves it."""
+    """A clock that changes only when a test moves it."""
 
     now = 1_700_000_000.0
 
@@ -598,7 +598,7 @@ def test_sqlite_a_dead_writer_of_this_machine_is_replaced_at_once(tmp_path: Path
 
 
 def test_sqlite_foreign_files_are_refused(tmp_path: Path) -> None:
-    """A file that is no database, or a database of another program or version, is refused and not changed."""
+    """A file that is not a database, or a database of another program or version, is refused and not changed."""
     (tmp_path / "text.db").write_bytes(b"not a database, but long enough to be looked at" * 10)
     with sqlite3.connect(tmp_path / "other.db") as other:
         other.execute("CREATE TABLE meals (name TEXT)")

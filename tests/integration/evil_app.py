@@ -117,7 +117,7 @@ async def leaves_a_broken_callback() -> None:
 
 @app.task(retry=3)
 async def spoils_its_tags() -> None:
-    """Add a tag that is no text, and fail."""
+    """Add a tag that is not text, and fail."""
     current_job().tags["n"] = 5  # type: ignore[index]
     raise ValueError("spoilt")
 

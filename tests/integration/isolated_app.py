@@ -125,7 +125,7 @@ def leaves_a_fork(path: str) -> None:
 
 @app.task(isolation="process", retry=NO_RETRY)
 def reports_nonsense() -> None:
-    """Report progress with a message that is no text."""
+    """Report progress with a message that is not text."""
     current_job().progress(1, 2, 3)  # type: ignore[arg-type]  # intended
 
 

@@ -32,7 +32,7 @@ def leave_a_pool() -> None:
 
 @app.task
 async def leave_a_thread() -> None:
-    """Leave a thread that is no daemon."""
+    """Leave a thread that is not a daemon."""
     threading.Thread(target=time.sleep, args=(LEFT_S,), name="left-thread").start()
 
 

@@ -371,7 +371,7 @@ def freed() -> None:
 
 
 def threads_end() -> None:
-    """Start a thread that is no daemon and submits for the first time when the main thread has ended."""
+    """Start a thread that is not a daemon and submits for the first time when the main thread has ended."""
 
     def later() -> None:
         threading.main_thread().join()

@@ -149,7 +149,7 @@ def test_the_error_about_a_taken_port_names_the_process(home: Path) -> None:
 
 @pytest.mark.parametrize("port", [-1, 65_536])
 def test_an_invalid_port_is_refused(home: Path, port: int) -> None:
-    """A number that is no port is an error of the caller."""
+    """A number that is not a port is an error of the caller."""
     with pytest.raises(ConfigError, match=f"port={port}"):
         embedded.start(home, port=port)
 

@@ -410,7 +410,7 @@ def test_a_process_forked_by_a_dead_child_process_delays_nothing(app: App, worke
 
 
 def test_an_invalid_progress_report_fails_the_job(app: App, worker: Worker) -> None:
-    """A progress message that is no text fails the attempt, and the error says what is wrong. The process is not
+    """A progress message that is not text fails the attempt, and the error says what is wrong. The process is not
     regarded as dead."""
     failed = end_of(app, tasks.reports_nonsense.submit().job_id)
     assert isinstance(failed, JobFailedFact)

@@ -327,7 +327,7 @@ def until(done: Callable[[], bool], alive: threading.Thread) -> None:
 
 
 def garbage(world: World) -> None:
-    """Write a record to the lifecycle topic that is no event."""
+    """Write a record that is not an event to the lifecycle topic."""
     from jobledger.log.writer import LogWriter, Outgoing
 
     writer = LogWriter(world.settings(None), None)

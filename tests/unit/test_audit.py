@@ -709,7 +709,7 @@ def test_a_fact_without_fields_of_a_later_schema_is_judged(log: Audited) -> None
 
 @pytest.mark.parametrize("value", [None, b"", b"\xc3\x01short", b"garbage of some length", b"\xc3\x01" + b"\0" * 30])
 def test_a_value_that_is_no_event_is_refused(value: bytes | None) -> None:
-    """A value without the frame of an event, or of an unknown schema, is no event."""
+    """A value without the frame of an event, or of an unknown schema, is not an event."""
     with pytest.raises(ValueError, match=r"no value|not the head of an event|unknown schema|damaged"):
         Schemas().decode(value)
 

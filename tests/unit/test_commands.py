@@ -38,7 +38,7 @@ class Topic:
 def test_a_command_whose_schema_cannot_be_looked_up_is_not_left_out(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without the error, the list would show a paused queue as open. A record that is no event, and a null value, are
+    """Without the error, the list would show a paused queue as open. A record that is not an event, and a null value, are
     left out."""
     topic = Topic()
     monkeypatch.setattr(commands, "LogReader", lambda settings: topic)

@@ -91,7 +91,7 @@ def marker(offset: int) -> bytes:
 
 
 def test_the_row_of_the_later_event_wins_in_any_order_of_writes() -> None:
-    """The late write of a paused coordinator undoes nothing. A value that is no row is ignored."""
+    """The late write of a paused coordinator undoes nothing. A value that is not a row is ignored."""
     assert merged(None, marker(3)) == marker(3)
     assert merged(marker(3), marker(4)) == marker(4)
     assert merged(marker(4), marker(3)) is None

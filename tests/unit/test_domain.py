@@ -489,7 +489,7 @@ def test_a_truncated_event_is_no_event() -> None:
 
 
 def test_json_objects_on_a_foreign_topic_are_events() -> None:
-    """Any other JSON value is no event."""
+    """Any other JSON value is not an event."""
     kind = kind_of(Shipped, topic="warehouse.shipped", format="json")
     assert kind.decode(b'{"order_id": "a", "weight": 1.0}', lambda mark: None) == {"order_id": "a", "weight": 1.0}
     for nested in (b"[" * 100_000, b'{"a":' * 100_000):
@@ -633,7 +633,7 @@ def test_a_foreign_avro_schema_that_does_not_fit_the_class_stops_the_reader(
 
 
 def test_a_null_that_the_class_does_not_allow_makes_one_record_unreadable() -> None:
-    """A schema may allow null although no record has it. Only a record with null is no event."""
+    """A schema may allow null although no record has it. Only a record with null is not an event."""
     ours = kind_of(msgspec.defstruct("Order", [("value", str)]), topic="theirs", format="avro")
     schema = record("OrderPlaced", value=["null", "string"])
 

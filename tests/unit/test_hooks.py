@@ -303,7 +303,7 @@ def test_the_error_of_a_resource_that_cannot_be_opened_names_it() -> None:
 
 def test_wrong_uses_of_resources_are_refused_at_the_declaration() -> None:
     """The wrong uses are an async resource for a plain function, a resource before other parameters, a parameter
-    without a value, and a function that is no resource."""
+    without a value, and a function that is not a resource."""
     app = app_of()
 
     @app.resource

@@ -105,7 +105,7 @@ def test_loading_an_app_checks_the_whole_app(write: Write) -> None:
 
 
 def test_the_error_of_a_wrong_attribute_names_the_apps_of_the_module(write: Write) -> None:
-    """A misspelled attribute, an attribute that is no app, and a module without an app have different errors."""
+    """A misspelled attribute, an attribute that is not an app, and a module without an app have different errors."""
     write("two_shops.py", GOOD + "application = App('other')\nlabel = 'x'\n")
     assert "did you mean two_shops:application?" in refused("two_shops:aplication")
     assert "is a str, not a jobledger.App; the module's apps are 'app', 'application'" in refused("two_shops:label")

@@ -161,7 +161,7 @@ def test_an_unreadable_map_means_not_done(text: str | None) -> None:
 
 @given(st.text(max_size=80))
 def test_any_text_in_the_metadata_can_be_read(text: str) -> None:
-    """For any text in the metadata that is no map, no record is done."""
+    """For any text in the metadata that is not a completion map, no record is done."""
     assert decode(7, text, LOG_END) == Restored(7)
 
 

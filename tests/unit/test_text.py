@@ -17,7 +17,7 @@ from jobledger.definitions.queues import Queue
 from jobledger.errors import BadArguments, BadEvent, ConfigError, JobledgerError
 from jobledger.kafka.topic_names import check_text
 
-#: Text as Python reads a file's name that is no UTF-8.
+#: Text as Python reads a file's name that is not UTF-8.
 ODD = b"caf\xe9".decode("utf-8", "surrogateescape")
 NUL = "a\0b"
 #: No broker listens at this address, so a value that is not refused before a client connects raises another error.
