@@ -39,6 +39,7 @@ from jobledger.log.writer import Outgoing
 from jobledger.process import greenlets
 from jobledger.process.identity import now_us, source
 from jobledger.process.logger import get_logger
+from jobledger.process.retrying import retry_until
 from jobledger.schemas import codec
 from jobledger.schemas.event_factory import submission
 from jobledger.schemas.events import JobSpec
@@ -232,6 +233,7 @@ class Router:
     def _prepare(self) -> WorkerProducer:
         """Check rights and topics, and that the handlers' event classes can read the earlier schemas. Publish this
         version's schema, and return the producer."""
+        knock(self.settings)
         queues = {self.names.jobs(lane(handler.task.queue, handler.task.policy.priority)) for handler in self._handlers}
         names = self.names
         acls.check(self.settings, names.namespace, [*self.routes.topics, *queues, names.dead_letter, names.schemas])
@@ -246,24 +248,19 @@ class Router:
             raise
         return sender
 
-    def _patiently(self, stop: threading.Event) -> WorkerProducer:
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while True:
-            try:
-                knock(self.settings)
-                return self._prepare()
-            except BrokerUnavailable:
-                if stop.is_set() or time.monotonic() > deadline:
-                    raise
-                LOG.warning("no broker answers yet")
-                stop.wait(1.0)
-
     # -- run ------------------------------------------------------------------------------------------------------
 
     def run(self, stop: threading.Event) -> None:
         """Route events until ``stop`` is set. Only events whose jobs were acknowledged are committed. Raises the error
         because of which the router cannot continue."""
-        sender = self._patiently(stop)
+        sender = retry_until(
+            time.monotonic() + START_TIMEOUT_S,
+            self._prepare,
+            BrokerUnavailable,
+            pause=1.0,
+            stop=stop,
+            on_retry=lambda error, _: LOG.warning("waiting: %s", error),
+        )
         consumer = make_consumer(
             consumer_config(
                 self.settings,

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from jobledger.config import Settings
 from jobledger.consumers.isolation import fork_server
@@ -67,10 +67,13 @@ from jobledger.process import greenlets
 from jobledger.process.extras import missing
 from jobledger.process.identity import source
 from jobledger.process.logger import get_logger, loop_error
+from jobledger.process.retrying import retry_until
 
 __all__ = ["EXIT_BROKEN", "EXIT_OK", "Worker", "WorkerOptions"]
 
 LOG = get_logger("jobledger.worker")
+
+T = TypeVar("T")
 
 #: 77 is EX_NOPERM of sysexits.h: the cluster refuses this worker, and a restart alone does not help.
 EXIT_OK, EXIT_BROKEN, EXIT_DENIED = 0, 1, 77
@@ -175,7 +178,7 @@ class Worker:
         """
         sender: WorkerProducer | None = None
         try:
-            self._patiently(lambda: knock(self.settings))
+            self._retrying(lambda: knock(self.settings))
             sender = self.sender = WorkerProducer(self.settings, self.registry.names, self.options.linger_ms)
             self._check_topics(sender)
             with _new_runner() as runner:
@@ -244,13 +247,13 @@ class Worker:
 
     def _check_topics(self, sender: WorkerProducer) -> None:
         names = self.registry.names
-        self._patiently(lambda: acls.check(self.settings, names.namespace, self._topics()))
-        lifecycle = self._patiently(lambda: partitions_of(self.settings, names.lifecycle))
+        self._retrying(lambda: acls.check(self.settings, names.namespace, self._topics()))
+        lifecycle = self._retrying(lambda: partitions_of(self.settings, names.lifecycle))
         for topic in (names.coordination, names.dead_letter, names.schemas, names.control):
-            self._patiently(partial(partitions_of, self.settings, topic))
+            self._retrying(partial(partitions_of, self.settings, topic))
         for lane in self.lanes:
             topic = names.jobs(lane)
-            count = self._patiently(partial(partitions_of, self.settings, topic))
+            count = self._retrying(partial(partitions_of, self.settings, topic))
             if count > lifecycle:
                 raise ConfigError(lifecycle_too_small(topic, count, names.lifecycle, lifecycle))
         self._lifecycle_partitions = lifecycle
@@ -260,20 +263,19 @@ class Worker:
         followers = [tasks[t.fallback] for t in tasks.values() if t.fallback is not None]
         fallbacks = {lane_of(task.queue, task.policy.priority) for task in followers}
         written = [names.lifecycle, names.coordination, names.dead_letter, *map(names.jobs, sorted(fallbacks))]
-        self._patiently(lambda: sender.prepare(written))
+        self._retrying(lambda: sender.prepare(written))
 
-    def _patiently(self, ask: Callable[[], Any]) -> Any:
+    def _retrying(self, ask: Callable[[], T]) -> T:
         """Return what ``ask()`` returns. While the broker is unavailable, retry until ``start_timeout`` seconds after
         the worker's creation. Then raise `BrokerUnavailable`."""
-        deadline = self.started_at + self.options.start_timeout
-        while True:
-            try:
-                return ask()
-            except BrokerUnavailable as exc:
-                if time.monotonic() >= deadline or self._stopping.is_set():
-                    raise
-                LOG.warning("waiting: %s", exc)
-                self._stopping.wait(0.5)
+        return retry_until(
+            self.started_at + self.options.start_timeout,
+            ask,
+            BrokerUnavailable,
+            pause=0.5,
+            stop=self._stopping,
+            on_retry=lambda error, _: LOG.warning("waiting: %s", error),
+        )
 
     async def _main(self, sender: WorkerProducer) -> None:
         loop = self._loop = asyncio.get_running_loop()
