@@ -40,8 +40,9 @@ from jobledger.schemas.events import ErrorInfo, Position, Recorded
 #: The last millisecond of the year 9999.
 _FAR_MS = 253_402_300_799_999
 
-#: The end of the name of the topic on which the facts that close a release count (`Names.lifecycle`).
-LIFECYCLE = ".lifecycle"
+#: The name, without the namespace and its dot, of the topic on which the facts that close a release count
+#: (`Names.lifecycle`). A namespace has no dot, and the work topic of a queue with this name is another topic.
+LIFECYCLE = "lifecycle"
 
 #: Maximum number of positions of a job that are kept: of the earliest, and of the latest.
 FIRST, LAST = 64, 192
@@ -217,7 +218,7 @@ def of(run: int, release: int, attempt: int, task: str, queue: str, fact: ev.Fac
     if make is None:
         return None
     life = make(run, release, attempt, task, queue, fact, at)
-    if (life.end is not None or life.close is not None) and not at[1].endswith(LIFECYCLE):
+    if (life.end is not None or life.close is not None) and at[1].partition(".")[2] != LIFECYCLE:
         return Life(run, life.head, positions=life.positions)
     return life
 

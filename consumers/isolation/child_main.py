@@ -92,6 +92,8 @@ class JobProcess:
         self._inside = False  # the code of a plain function is running
         self._late = False  # the running attempt exceeded its timeout
         self._told: type[TaskInterrupted] | None = None  # the error that interrupted the running code
+        self._sends = False  # the running code sends a message, which no interrupt may cut
+        self._postponed: int | None = None  # the signal that arrived meanwhile
         self._most: int | None = None  # the memory limit now set, in bytes
         self._reported_at = 0.0
         self._unsent: JobProgressed | None = None
@@ -290,6 +292,9 @@ class JobProcess:
         return found
 
     def _interrupted(self, number: int, frame: FrameType | None) -> None:
+        if self._sends:
+            self._postponed = number
+            return
         self._told = TaskTimedOut if number == LATE else TaskCancelled
         self._late = number == LATE
         if self._running is not None and self._loop is not None:
@@ -344,7 +349,18 @@ class JobProcess:
 
     def _send_progress(self, said: JobProgressed) -> None:
         self._unsent = None
-        self._connection.sendall(frame(ProgressMessage(said.sequence, said.done, said.total, said.message)))
+        message = frame(ProgressMessage(said.sequence, said.done, said.total, said.message))
+        if threading.current_thread() is not threading.main_thread():  # signals do not interrupt this thread
+            self._connection.sendall(message)
+            return
+        self._postponed, self._sends = None, True
+        try:
+            # After a part of a message, the worker could not read any of the following messages.
+            self._connection.sendall(message)
+        finally:
+            self._sends = False
+            if self._postponed is not None:
+                signal.raise_signal(self._postponed)
 
     def _close(self) -> None:
         with contextlib.suppress(Exception):  # `close` logs errors, and the process ends in any case

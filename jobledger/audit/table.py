@@ -53,7 +53,7 @@ class Final(NamedTuple):
 def feeds(record: Record) -> bool:
     """Return whether a record affects its job's state."""
     if record.fact in _ON_LIFECYCLE:
-        return record.topic.endswith(".lifecycle")
+        return record.topic.partition(".")[2] == "lifecycle"  # not "shop.jobs.lifecycle"
     return record.fact in _PHASE
 
 

@@ -29,6 +29,7 @@ from jobledger.schemas.event_factory import standalone
 from jobledger.schemas.events import (
     CLOSING,
     CancelRequested,
+    JobEvent,
     QueueLimited,
     QueuePaused,
     QueueResumed,
@@ -165,31 +166,43 @@ class Commands:
     def standing(self) -> list[Standing]:
         """Return the pauses and limits in force, sorted by kind and name. Raises `BrokerUnavailable`, `TopicMissing`, or
         `ConfigError` if a Schema Registry is needed and not configured."""
-        decode = decoder(self._settings, self._names).decode
         in_force: dict[tuple[str, str], Standing] = {}
+        for event in self._last_of_each_key():
+            kind: Kind = "queue" if event.queue else "task"
+            name = event.queue or event.task
+            known = in_force.get((kind, name), Standing(kind, name))
+            paused, limits, limited = known.paused, known.limits, known.limited
+            match event.fact:
+                case QueuePaused(by=by, reason=why):
+                    paused = said(by, why)
+                case QueueResumed():
+                    paused = None
+                case QueueLimited(rate=rate, concurrency=concurrency, by=by, reason=why):
+                    limits = Limits(rate, concurrency) or None
+                    limited = said(by, why) if limits else None
+                case _:
+                    continue
+            in_force[kind, name] = Standing(kind, name, paused, limits, limited)
+        return [in_force[key] for key in sorted(in_force) if in_force[key].paused or in_force[key].limits]
+
+    def _last_of_each_key(self) -> list[JobEvent]:
+        """Return the last event of each key of the control topic, in log order. A key whose last record is a tombstone
+        has none, as in a worker; a record that is not an event does not count."""
+        decode = decoder(self._settings, self._names).decode
+        last: dict[bytes | str | None, JobEvent] = {}
         with LogReader(self._settings) as log:
             for message in log.read(self._names.control, 0, 0):
-                value = message.value()
+                key, value = message.key(), message.value()
+                if value is None:
+                    last.pop(key, None)
+                    continue
                 try:
                     event = decode(value if isinstance(value, bytes) else None)
                 except SchemaError:
-                    continue  # a tombstone, or a record that is not an event
-                kind: Kind = "queue" if event.queue else "task"
-                name = event.queue or event.task
-                known = in_force.get((kind, name), Standing(kind, name))
-                paused, limits, limited = known.paused, known.limits, known.limited
-                match event.fact:
-                    case QueuePaused(by=by, reason=why):
-                        paused = said(by, why)
-                    case QueueResumed():
-                        paused = None
-                    case QueueLimited(rate=rate, concurrency=concurrency, by=by, reason=why):
-                        limits = Limits(rate, concurrency) or None
-                        limited = said(by, why) if limits else None
-                    case _:
-                        continue
-                in_force[kind, name] = Standing(kind, name, paused, limits, limited)
-        return [in_force[key] for key in sorted(in_force) if in_force[key].paused or in_force[key].limits]
+                    continue
+                last.pop(key, None)  # so that the order is the one of the last records
+                last[key] = event
+        return list(last.values())
 
 
 def said(by: str, reason: str | None) -> str:

@@ -150,3 +150,19 @@ def keyed(draw: st.DrawFn) -> Log:
 def test_the_row_of_a_keyed_job_is_what_the_audit_expects_in_any_order(log: Log, chance: random.Random) -> None:
     """STATUS_CONVERGES for attempts in place: the row and the audit show the last start or pause of an attempt."""
     assert differences("job", log.audited(), log.folded(chance)) == []
+
+
+def test_an_outcome_counts_on_the_lifecycle_topic_only() -> None:
+    """The work topic of a queue that is named ``lifecycle`` is another topic."""
+    log = Log()
+    log.add("shop.jobs.lifecycle", ev.JobSubmitted(SPEC))
+    log.add("shop.jobs.lifecycle", ev.JobSucceeded(b"7", 1))
+    state = log.audited()
+    assert state is not None
+    assert state.state == "queued"
+    assert state == log.folded()
+    log.add(LIFE, ev.JobSucceeded(b"7", 1))
+    ended = log.audited()
+    assert ended is not None
+    assert ended.state == "succeeded"
+    assert ended == log.folded()

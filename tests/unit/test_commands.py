@@ -10,6 +10,7 @@ import pytest
 from jobledger.client import commands
 from jobledger.client.commands import Commands
 from jobledger.config import Settings
+from jobledger.definitions.policy import Limits
 from jobledger.errors import NotAnEvent, RegistryUnavailable
 from jobledger.kafka.topic_names import Names
 from jobledger.log.writer import Outgoing
@@ -20,10 +21,10 @@ class Topic:
     """The control topic: the writer and the reader of `Commands`."""
 
     def __init__(self) -> None:
-        self.values: list[bytes | None] = []
+        self.records: list[tuple[object, bytes | None]] = []
 
     def send(self, records: list[Outgoing]) -> None:
-        self.values += [record.value for record in records]
+        self.records += [(record.key, record.value) for record in records]
 
     def __enter__(self) -> Self:
         return self
@@ -31,7 +32,7 @@ class Topic:
     def __exit__(self, *exc: object) -> None: ...
 
     def read(self, *place: object) -> list[Any]:
-        return [SimpleNamespace(value=lambda value=value: value) for value in self.values]
+        return [SimpleNamespace(key=lambda k=key: k, value=lambda v=value: v) for key, value in self.records]
 
 
 @pytest.mark.parametrize("error", [NotAnEvent("no event"), RegistryUnavailable("the Schema Registry does not answer")])
@@ -44,7 +45,7 @@ def test_a_command_whose_schema_cannot_be_looked_up_is_not_left_out(
     monkeypatch.setattr(commands, "LogReader", lambda settings: topic)
     orders = Commands(Settings(), Names("shop"), lambda: cast(Any, topic))
     orders.pause("queue", "mail", "lunch", "ann")
-    topic.values += [None, b"?"]
+    topic.records += [("other", None), (None, b"?")]
     assert [(each.kind, each.name) for each in orders.standing()] == [("queue", "mail")]
 
     def decode(value: bytes | None) -> Any:
@@ -58,3 +59,20 @@ def test_a_command_whose_schema_cannot_be_looked_up_is_not_left_out(
     else:
         with pytest.raises(RegistryUnavailable):
             orders.standing()
+
+
+def test_a_pause_and_a_limit_are_in_force_until_a_null_value_under_their_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The list shows what the workers hold: they drop a command at the null value under its key."""
+    topic = Topic()
+    monkeypatch.setattr(commands, "LogReader", lambda settings: topic)
+    orders = Commands(Settings(), Names("shop"), lambda: cast(Any, topic))
+    orders.pause("queue", "mail", "lunch", "ann")
+    orders.limit("queue", "mail", Limits(5.0, None), None, "ann")
+    topic.records.append((topic.records[0][0], None))
+    (standing,) = orders.standing()
+    assert standing.paused is None
+    assert standing.limits == Limits(5.0, None)
+    topic.records.append((topic.records[1][0], None))
+    assert orders.standing() == []
+    orders.pause("queue", "mail", None, "bob")
+    assert [each.paused for each in orders.standing()] == ["by bob"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
+import socket
 import sys
 import threading
 import time
@@ -20,7 +22,7 @@ from hypothesis import strategies as st
 from jobledger import App, ConfigError, Retry, Settings, TaskTimedOut
 from jobledger.consumers.isolation.app_target import find_target
 from jobledger.consumers.isolation.child_handle import ChildHandle, LastOutput, last_words
-from jobledger.consumers.isolation.child_main import has_unread
+from jobledger.consumers.isolation.child_main import LATE, JobProcess, has_unread
 from jobledger.consumers.isolation.pool import ChildPool, ChildSettings
 from jobledger.consumers.isolation.protocol import (
     RunMessage,
@@ -40,7 +42,7 @@ from jobledger.consumers.state.reports import Reports
 from jobledger.consumers.state.task_table import TaskTable
 from jobledger.consumers.state.work import JobRun
 from jobledger.schemas.codec import encode
-from jobledger.schemas.events import ErrorInfo, JobEvent, JobStarted
+from jobledger.schemas.events import ErrorInfo, JobEvent, JobProgressed, JobStarted
 from jobledger.schemas.fast_path import glance
 
 texts = st.text(max_size=30)
@@ -135,6 +137,41 @@ def test_an_interrupt_is_raised_in_the_jobs_function_or_not_at_all() -> None:
         sum(range(1000))
     assert raised + returned == 300
     assert not interrupts.interrupt(work_of(lambda: None), TaskTimedOut), "nobody runs it"
+
+
+def test_an_interrupt_does_not_cut_a_message_to_the_worker() -> None:
+    """A time limit that is over while the job sends its progress is raised as soon as the whole message is sent."""
+    assert threading.current_thread() is threading.main_thread()  # only this thread is interrupted by signals
+    ours, theirs = socket.socketpair()
+    process = JobProcess(module_app.registry, ours)
+    received: list[bytes] = []
+
+    def worker() -> None:
+        splitter = Splitter()
+        received.append(theirs.recv(1_000))
+        assert theirs.recv(1, socket.MSG_PEEK)  # the rest is larger than all buffers, so it is being sent
+        os.kill(os.getpid(), LATE)
+        bodies = list(splitter.feed(received[0]))
+        while not bodies:
+            bodies = list(splitter.feed(theirs.recv(1 << 20)))
+        received[:] = bodies
+
+    reader = threading.Thread(target=worker, daemon=True)
+    previous = signal.signal(LATE, process._interrupted)
+    try:
+        process._inside = True  # as while the code of a plain function runs
+        reader.start()
+        with pytest.raises(TaskTimedOut):
+            process._send_progress(JobProgressed(1, 1, None, "x" * 8_000_000))
+        reader.join(60)
+    finally:
+        signal.signal(LATE, previous)
+        ours.close()
+        theirs.close()
+    assert not reader.is_alive()
+    (body,) = received
+    message = decode_said(body)
+    assert cast(Any, message).message == "x" * 8_000_000
 
 
 def test_a_takeover_reads_offset_and_topic_from_the_end_of_a_start() -> None:
