@@ -5,7 +5,7 @@ of the facts of a plain job's life. It skips key, home and trace, which the fold
 `glance` returns None, and the caller uses the full decoder (`codec.Decoder.decode`). `glance` reads the same values
 from the same bytes as fastavro, and returns None for bytes that fastavro refuses. A test with Hypothesis, which also
 damages the bytes, checks this. `glance` is hand-written because the full decoder takes 10 µs per event and `glance`
-2 µs (docs/adr/0001-encoding-by-pieces.md describes the same method for encoding).
+2 µs (docs/adr/0002-reading-plain-events-at-a-glance.md).
 """
 
 from __future__ import annotations

@@ -353,14 +353,15 @@ class JobProcess:
         if threading.current_thread() is not threading.main_thread():  # signals do not interrupt this thread
             self._connection.sendall(message)
             return
-        self._postponed, self._sends = None, True
+        self._sends = True
         try:
             # After a part of a message, the worker could not read any of the following messages.
             self._connection.sendall(message)
         finally:
             self._sends = False
-            if self._postponed is not None:
-                signal.raise_signal(self._postponed)
+            number, self._postponed = self._postponed, None
+            if number is not None:
+                signal.raise_signal(number)
 
     def _close(self) -> None:
         with contextlib.suppress(Exception):  # `close` logs errors, and the process ends in any case

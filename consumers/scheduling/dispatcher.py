@@ -140,7 +140,9 @@ class Dispatcher:
         """Ask a job to end if this worker runs it, because its cancellation was requested."""
         for work in list(self.running):
             event = work.event
-            if event is not None and event.job_id == job_id and event.run == run and work.stop_outcome is None:
+            if event is None or event.job_id != job_id or event.run != run:
+                continue
+            if work.stop_outcome is None and work not in self._reports.finished:
                 LOG.info("job %s (%s) is cancelled by %s while it runs", job_id, event.task, outcome.by)
                 self.placement.stop(work, outcome)
 

@@ -61,7 +61,7 @@ from jobledger.streams.coordinator.rules.schedule_rows import Floor, Held, Kept,
 from jobledger.streams.coordinator.rules.timers import wake_at
 
 #: A run fails after this number of job leases that ended without an outcome. Each time the worker died, stopped
-#: responding or could not reach the cluster, perhaps not because of the job (docs/adr/0009-suspects.md). If only a
+#: responding or could not reach the cluster, perhaps not because of the job (docs/adr/0010-leases.md). If only a
 #: child process dies, the worker itself judges the job, after `CRASHES` starts
 #: (`jobledger.consumers.running.placement`).
 LEASES_LOST = 10
