@@ -37,6 +37,7 @@ from jobledger.errors import ConfigError
 from jobledger.job import JobStatus, State
 from jobledger.kafka.topic_names import Names, check_utf8
 from jobledger.process import forks
+from jobledger.process.wording import counted
 from jobledger.schemas.events import Position
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ class App:
         self._lock = forks.Lock()
 
     def __repr__(self) -> str:
-        return f"<App {self.names.namespace}: {len(self.tasks)} tasks, queues {sorted(self.queues)}>"
+        return f"<App {self.names.namespace}: {counted(len(self.tasks), 'task')}, queues {sorted(self.queues)}>"
 
     @property
     def names(self) -> Names:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 
 from jobledger.process.signals import SignalHandlers
+from jobledger.process.wording import counted
 
 #: Default time in seconds between asking a child to stop and killing it. This time is longer than the worker's own
 #: grace time.
@@ -228,7 +229,7 @@ class Supervisor:
         pause = each.restarts.died(lived)
         if pause is None:
             self.say(
-                f"{name} ended with {how(code)}; it died {each.restarts.deaths} times in a row and is not started again"
+                f"{name} ended with {how(code)}; it died {counted(each.restarts.deaths, 'time')} in a row and is not started again"
             )
             self._code = 1
             self._begin_stop(force=False)

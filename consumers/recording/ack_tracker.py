@@ -21,6 +21,7 @@ from jobledger.consumers.state.reports import Reports
 from jobledger.consumers.state.work import JobRun
 from jobledger.errors import AccessDenied, BrokerUnavailable, JobledgerError, PayloadTooLarge
 from jobledger.process.logger import get_logger
+from jobledger.process.wording import counted
 
 LOG = get_logger("jobledger.worker")
 
@@ -154,7 +155,7 @@ class AckTracker(threading.Thread):
         if error.fatal() or work.tries >= RESENDS or not isinstance(value, bytes):
             self._fail(
                 BrokerUnavailable(
-                    f"a record for {topic} could not be delivered ({error.str()}; sent {work.tries + 1} times): "
+                    f"a record for {topic} could not be delivered ({error.str()}; sent {counted(work.tries + 1, 'time')}): "
                     f"{self._settings.bootstrap or 'the embedded broker'} does not take it. Nothing was committed for "
                     "its job; another worker, or this one started again, takes it up"
                 )

@@ -40,6 +40,7 @@ from jobledger.process import greenlets
 from jobledger.process.identity import now_us, source
 from jobledger.process.logger import get_logger
 from jobledger.process.retrying import retry_until
+from jobledger.process.wording import counted
 from jobledger.schemas import codec
 from jobledger.schemas.event_factory import submission
 from jobledger.schemas.events import JobSpec
@@ -160,7 +161,7 @@ class EventBatch:
                         self._send(origin, record, tries, alone=True)
                 elif error.fatal() or tries >= RESENDS:
                     raise BrokerUnavailable(
-                        f"a record for {record.topic} could not be delivered ({error.str()}; sent {tries + 1} times): "
+                        f"a record for {record.topic} could not be delivered ({error.str()}; sent {counted(tries + 1, 'time')}): "
                         f"{self._address} does not accept it. Its event was not committed; the next router handles it again"
                     )
                 else:

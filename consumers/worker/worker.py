@@ -371,7 +371,8 @@ class Worker:
         began = time.monotonic()
         self._must_end_in(self.options.grace + LEAVING_S)
         LOG.info(
-            "worker %s stops; %d jobs run, and have %g s", self.identity, len(dispatcher.running), self.options.grace
+            "worker %s stops; running jobs: %d, grace time: %g s",
+            *(self.identity, len(dispatcher.running), self.options.grace),
         )
         dispatcher.take_no_more()
         for fetcher in self.fetchers:
@@ -380,7 +381,7 @@ class Worker:
         await self._wait_idle(dispatcher, began + (0.0 if self.error is not None else self.options.grace))
         left = list(dispatcher.running)
         if left:
-            LOG.warning("%d jobs did not end within the grace time; they are run again elsewhere", len(left))
+            LOG.warning("jobs that did not end within the grace time, and are run again elsewhere: %d", len(left))
             for work in left:
                 work.abandoned = True
                 dispatcher.placement.give_up(work)
@@ -469,7 +470,7 @@ class Worker:
             if left:
                 self.fail(
                     BrokerUnavailable(
-                        f"{left} records were not acknowledged within {FLUSH_S:g} s of the stop; their jobs are not "
+                        f"records not acknowledged within {FLUSH_S:g} s of the stop: {left}; their jobs are not "
                         "committed, and another worker takes them up"
                     )
                 )

@@ -14,8 +14,9 @@ from jobledger.cli import output
 from jobledger.cli.commands import among, moment_ms
 from jobledger.cli.loading import load_app
 from jobledger.cli.options import Bootstrap, Json, Queues, StatusUrl, Target, moment
-from jobledger.cli.output import Cell, Exit, counted
+from jobledger.cli.output import Cell, Exit
 from jobledger.cli.table import progress_bar
+from jobledger.process.wording import counted
 
 if TYPE_CHECKING:
     from jobledger.audit.run import AuditReport

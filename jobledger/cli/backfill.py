@@ -14,7 +14,8 @@ from jobledger.cli import completion, output
 from jobledger.cli.commands import judged, moment_ms
 from jobledger.cli.loading import load_app
 from jobledger.cli.options import Bootstrap, Json, StatusUrl, Target, moment
-from jobledger.cli.output import Cell, Exit, counted
+from jobledger.cli.output import Cell, Exit
+from jobledger.process.wording import counted
 
 if TYPE_CHECKING:
     from jobledger.consumers.router.backfill import BackfillPlan, BackfillProgress

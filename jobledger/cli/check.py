@@ -12,8 +12,9 @@ import typer
 from jobledger.cli import output
 from jobledger.cli.loading import load_app
 from jobledger.cli.options import Bootstrap, Json, Target
-from jobledger.cli.output import Cell, Exit, counted
+from jobledger.cli.output import Cell, Exit
 from jobledger.cli.table import progress_bar
+from jobledger.process.wording import counted
 
 if TYPE_CHECKING:
     from confluent_kafka import Message

@@ -18,9 +18,9 @@ import typer
 
 from jobledger.cli.loading import load_app, module_name
 from jobledger.cli.options import Bootstrap, LogFormat, StatusUrl, Target, repeatable
-from jobledger.cli.output import counted
 from jobledger.cli.running import Prefixed, command, passed_on, stream_children
 from jobledger.process.extras import need
+from jobledger.process.wording import counted
 
 if TYPE_CHECKING:
     from jobledger.app import App

@@ -15,8 +15,8 @@ from jobledger.cli import completion, output
 from jobledger.cli.commands import CommandGroup, moment_ms, words_of
 from jobledger.cli.loading import find_app
 from jobledger.cli.options import TIMES, AppOption, AppWord, Bootstrap, Json, Namespace, repeatable
-from jobledger.cli.output import counted
 from jobledger.errors import BrokerUnavailable, RegistryNeeded, SchemaError, TopicMissing
+from jobledger.process.wording import counted
 
 if TYPE_CHECKING:
     from confluent_kafka import Message

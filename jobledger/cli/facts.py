@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from jobledger.cli import output
-from jobledger.cli.output import clock, counted, duration, jsonable, shorten
+from jobledger.cli.output import clock, duration, jsonable, shorten
+from jobledger.process.wording import counted
 from jobledger.schemas import events as e
 
 #: One colour for each fact. Facts that are not listed are only internal to Jobledger; they are dim.

@@ -26,8 +26,8 @@ from jobledger.cli.options import (
     repeatable,
     timespan,
 )
-from jobledger.cli.output import counted
 from jobledger.cli.waiting import showing_progress
+from jobledger.process.wording import counted
 
 if TYPE_CHECKING:
     from jobledger.app import App, JobFilter

@@ -16,8 +16,9 @@ import typer
 
 from jobledger.cli.commands import CommandGroup
 from jobledger.cli.options import Json, timespan
-from jobledger.cli.output import Exit, console, counted, duration, print_fields, print_json
+from jobledger.cli.output import Exit, console, duration, print_fields, print_json
 from jobledger.kafka.embedded import defaults
+from jobledger.process.wording import counted
 
 if TYPE_CHECKING:
     from jobledger.kafka.embedded import KafkaStatus

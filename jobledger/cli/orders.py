@@ -12,9 +12,10 @@ from jobledger.cli import completion, output
 from jobledger.cli.commands import CommandGroup, among, judged, words_of
 from jobledger.cli.loading import find_app
 from jobledger.cli.options import AppOption, AppWord, Bootstrap, Json, Namespace, Reason, StatusUrl
-from jobledger.cli.output import Cell, counted
+from jobledger.cli.output import Cell
 from jobledger.definitions.policy import Limits
 from jobledger.definitions.queues import Queue
+from jobledger.process.wording import counted
 
 if TYPE_CHECKING:
     from jobledger.app import App

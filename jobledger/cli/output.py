@@ -272,12 +272,6 @@ def state_cell(state: str) -> Cell:
     return state, STATE_STYLES.get(state, "")
 
 
-def counted(number: float, noun: str) -> str:
-    """Format a number with its noun, in the plural unless the number is 1: ``1 job``, ``1,200 jobs``."""
-    text = f"{number:,}" if isinstance(number, int) else f"{number:g}"
-    return f"{text} {noun}" if number == 1 else f"{text} {noun}s"
-
-
 def duration(seconds: float) -> str:
     """Format a duration as people write it: ``340 ms``, ``12.4 s``, ``3 min 20 s``, ``2 h 5 min``, ``4 d 3 h``."""
     if seconds < 0:

@@ -13,12 +13,13 @@ from jobledger.cli import completion, logs, output
 from jobledger.cli.commands import CommandGroup, among
 from jobledger.cli.loading import load_app
 from jobledger.cli.options import Bootstrap, Json, LogFormat, Metrics, StatusUrl, Target, Yes
-from jobledger.cli.output import Cell, Exit, counted
+from jobledger.cli.output import Cell, Exit
 from jobledger.cli.running import stopping
 from jobledger.cli.table import progress_bar
 from jobledger.errors import ConfigError, JobledgerError, text_of, type_of
 from jobledger.process.extras import need
 from jobledger.process.logger import get_logger
+from jobledger.process.wording import counted
 
 if TYPE_CHECKING:
     from jobledger.app import App

@@ -12,7 +12,8 @@ import typer
 from jobledger.cli import output
 from jobledger.cli.loading import load_app
 from jobledger.cli.options import Bootstrap, Json, StatusUrl, Target, Yes
-from jobledger.cli.output import Cell, Exit, counted
+from jobledger.cli.output import Cell, Exit
+from jobledger.process.wording import counted
 
 _EQUAL: Cell = ("yes", "bold green")
 _DIFFERS: Cell = ("NO", "bold red")

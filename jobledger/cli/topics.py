@@ -14,7 +14,8 @@ import typer
 from jobledger.cli.commands import CommandGroup, Wrong, judged
 from jobledger.cli.loading import load_app
 from jobledger.cli.options import Bootstrap, Json, Target, Yes
-from jobledger.cli.output import Cell, Exit, console, counted, print_json, print_table
+from jobledger.cli.output import Cell, Exit, console, print_json, print_table
+from jobledger.process.wording import counted
 
 if TYPE_CHECKING:
     from confluent_kafka.admin import AdminClient

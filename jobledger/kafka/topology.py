@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from jobledger.errors import ConfigError
 from jobledger.kafka.topic_names import Names, lane
+from jobledger.process.wording import counted
 
 #: Milliseconds after which a worker that died without leaving the group loses its partitions; and milliseconds between
 #: two heartbeats, through which members learn of each step of a rebalance. The broker's defaults are 45 s and 5 s.
@@ -305,7 +306,7 @@ def lifecycle_too_small(topic: str, partitions: int, lifecycle: str, there: int)
     ``partitions``: the partition count of the work topic ``topic``. ``there``: that of the topic ``lifecycle``.
     """
     return (
-        f"{topic} has {partitions} partitions and {lifecycle} only {there}: the facts of a job are written to the "
+        f"{topic} has {counted(partitions, 'partition')} and {lifecycle} only {there}: the facts of a job are written to the "
         f"lifecycle partition with the number of its work record's partition. Raise the count of {lifecycle} with "
         f"`kafka-topics.sh --alter --topic {lifecycle} "
         f"--partitions {partitions}` and start the workers again; partitions of {topic} cannot be removed"
@@ -428,7 +429,7 @@ def _named(queues: Mapping[str, int]) -> list[tuple[str, int]]:
 def _refusal(spec: TopicSpec, counts: tuple[int, int], why: str) -> Change:
     current, declared = counts
     reason = (
-        f"topic {spec.name!r} has {current} partitions and the app asks for {declared}: {why}. Declare the existing "
+        f"topic {spec.name!r} has {counted(current, 'partition')} and the app asks for {declared}: {why}. Declare the existing "
         "count, "
         "or use a new namespace (for a work topic: a new queue), and wait until the jobs of the old one have ended."
     )

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from jobledger.log.writer import Outgoing
 from jobledger.process.logger import get_logger
+from jobledger.process.wording import counted
 from jobledger.streams.coordinator.faust.async_producer import AckedWriter, Delivered, Ends, first_error
 from jobledger.streams.coordinator.faust.faust_app import Group
 from jobledger.streams.coordinator.ownership import Ownership, Superseded
@@ -190,10 +191,10 @@ class Table:
         """
         floor = Floor(partition, self.floor(partition), last + 1)
         LOG.error(
-            "partition %d of the coordination topic ends at %d, and the coordinator's table is ahead of it by %d records: "
+            "partition %d of the coordination topic ends at %d, and the coordinator's table is ahead of it by %s: "
             "the topic was recreated, or lost its end. Every event in it is treated as new, so releases of the last "
             "minutes may be repeated; information that was only in the lost records is lost",
-            *(partition, end, last - self.at(partition, end) + 1),
+            *(partition, end, counted(last - self.at(partition, end) + 1, "record")),
         )
         await self._write([(partition, floor_key(partition), encode_row(floor))])
         self._shifts[partition] = floor.shift

@@ -37,6 +37,7 @@ from jobledger.log.writer import LogWriter, Outgoing
 from jobledger.process.extras import missing
 from jobledger.process.identity import now_us, source
 from jobledger.process.logger import get_logger
+from jobledger.process.wording import counted
 from jobledger.schemas import codec
 from jobledger.schemas.event_factory import derived
 from jobledger.schemas.events import (
@@ -360,10 +361,10 @@ class Maintenance:
             behind = sorted(place for place in aged if read[place] < aged[place])
             if behind:
                 LOG.warning(
-                    "trimming waits for %s: it has not read the records past the retention age on %d partitions (the first: "
+                    "trimming waits for %s: it has not read the records past the retention age on %s (the first: "
                     "%s[%d] from offset %d on). Run it. If it no longer exists, see \"keep the log from growing\" in "
                     "docs/how-to.md",
-                    follower, len(behind), *behind[0], read[behind[0]],
+                    follower, counted(len(behind), "partition"), *behind[0], read[behind[0]],
                 )  # fmt: skip
             yield read
 

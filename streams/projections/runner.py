@@ -35,6 +35,7 @@ from jobledger.log.reading import LogReader
 from jobledger.process import greenlets
 from jobledger.process.logger import get_logger
 from jobledger.process.retrying import retry_until
+from jobledger.process.wording import counted
 from jobledger.streams.projections.fold import Fold, Reading
 from jobledger.streams.projections.projection_store import ProjectionStore, offsets_table, topics_table
 from jobledger.streams.status.log_feed import identities
@@ -257,9 +258,9 @@ class ProjectionRunner:
                     raise self._offsets_went_back(partition, known[partition], f"ends at {high}")
                 if known[partition] < low:
                     LOG.error(
-                        "projection %s: %s[%d] was trimmed up to offset %d before %d records of it were folded: they "
-                        "are lost",
-                        self.projection.name, *partition, low, low - known[partition],
+                        "projection %s: %s[%d] was trimmed up to offset %d, and %s of it had not been folded and "
+                        "cannot be read any more",
+                        self.projection.name, *partition, low, counted(low - known[partition], "record"),
                     )  # fmt: skip
             consumer.assign([TopicPartition(t, p, known.get((t, p), OFFSET_BEGINNING)) for t, p in partitions])
             look_at = time.monotonic() + LOOK_S

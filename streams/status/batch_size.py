@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from jobledger.errors import StoreTooSlow
+from jobledger.process.wording import counted
 
 T = TypeVar("T")
 
@@ -50,7 +51,7 @@ def in_batches(
             if len(part) == 1:
                 raise
             size.halve(len(part))
-            log.warning("%s; trying again with %d records instead of %d", exc, size.now, len(part))
+            log.warning("%s; trying again with %s instead of %d", exc, counted(size.now, "record"), len(part))
             continue
         size.done()
         begin += len(part)

@@ -28,10 +28,11 @@ from jobledger.cli.events import Line, _json_line, _Printer, newest
 from jobledger.cli.job_views import fields, row, status_json
 from jobledger.cli.kafka import in_lines
 from jobledger.cli.main import cli, main
-from jobledger.cli.output import MEANINGS, Exit, counted, duration, exit_code, relative
+from jobledger.cli.output import MEANINGS, Exit, duration, exit_code, relative
 from jobledger.cli.submit import read_value
 from jobledger.errors import JobFailed, JobledgerError
 from jobledger.kafka.topic_names import Names
+from jobledger.process.wording import counted
 from jobledger.schemas import events as ev
 from jobledger.schemas.codec import Decoder
 from jobledger.streams.projections.projection_store import ProjectionStore, offsets_table

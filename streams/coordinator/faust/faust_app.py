@@ -25,6 +25,7 @@ from jobledger.kafka.auth import read
 from jobledger.kafka.topic_names import Names
 from jobledger.process.extras import missing
 from jobledger.process.logger import get_logger
+from jobledger.process.wording import counted
 from jobledger.streams.coordinator.faust.async_producer import METADATA_AGE_MS, create_no_topics
 from jobledger.streams.coordinator.faust.instance_dir import InstanceDir
 from jobledger.streams.coordinator.faust.local_store import Rows, RowTable
@@ -132,7 +133,7 @@ def check_topics(settings: Settings, names: Names, partitions: int) -> None:
         count = clients.partitions_of(settings, topic, need=read(topic))
         if count != partitions:
             raise ConfigError(
-                f"{topic} has {count} partitions, not {partitions}: the app's partitions, those of "
+                f"{topic} has {counted(count, 'partition')}, not {partitions}: the app's partitions, those of "
                 f"{names.coordination} "
                 f"and those of {changelog(names)} must be equal; see `jobledger topics plan`"
             )
