@@ -63,10 +63,16 @@ def check_partitions(count: object, what: str) -> int:
 def check_shares(what: str, queue: Queue, limits: Limits, partitions: int) -> None:
     """Raise `ConfigError` if a concurrency limit is less than the number of partitions of the queue's work topics."""
     count = (queue.partitions or partitions) * len(queue.levels)
-    if limits.concurrency is not None and limits.concurrency < count:
-        of = "partitions" if not queue.priorities else "partitions, those of all priorities counted,"
-        raise ConfigError(
-            f"{what}: concurrency={limits.concurrency} is less than the {count} {of} of queue {queue.name!r}, and each "
-            f"partition gets a share of the limit: give a limit of {count} or more, or use a queue with fewer partitions, for "
-            f"example Queue({queue.name!r}, partitions={max(1, limits.concurrency // len(queue.levels))})"
-        )
+    if limits.concurrency is None or limits.concurrency >= count:
+        return
+    of = "partitions" if not queue.priorities else "partitions, those of all priorities counted,"
+    fitting = limits.concurrency // len(queue.levels)
+    smaller = (
+        f"a queue with fewer partitions, for example Queue({queue.name!r}, partitions={fitting})"
+        if fitting
+        else "a queue without priorities"
+    )
+    raise ConfigError(
+        f"{what}: concurrency={limits.concurrency} is less than the {count} {of} of queue {queue.name!r}, and each "
+        f"partition gets a share of the limit: give a limit of {count} or more, or use {smaller}"
+    )

@@ -4,6 +4,7 @@ with a remedy."""
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import Any
 
 import pytest
@@ -189,6 +190,16 @@ def test_a_wait_in_place_is_limited_by_the_longest_time_for_a_key() -> None:
     unknown = holding(Snoozed(9000, "unknown-task"), 0.0, 5.0, "k")
     assert isinstance(unknown, Failed)
     assert unknown.reason == "unknown-task"
+
+
+@pytest.mark.parametrize(
+    ("concurrency", "advice"),
+    [(2, "use a queue without priorities"), (5, "for example Queue('mail', partitions=1)")],
+)
+def test_the_advice_for_a_limit_that_is_too_low_helps(concurrency: int, advice: str) -> None:
+    """A queue with priorities has at least three partitions, so fewer partitions cannot help a limit of two."""
+    with pytest.raises(ConfigError, match=re.escape(advice)):
+        app_of(queues=[Queue("mail", 2, priorities=True, concurrency=concurrency)]).check()
 
 
 def test_only_success_and_failure_count_as_answers_of_the_called_service() -> None:
