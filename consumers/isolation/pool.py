@@ -267,9 +267,9 @@ class ChildPool:
     # -- one job ------------------------------------------------------------------------------------------------------
 
     def _give(self, child: ChildHandle, work: JobRun) -> None:
-        event, plan, context = work.event, work.plan, work.context
+        event, runtime, context = work.event, work.runtime, work.context
         assert event is not None
-        assert plan is not None
+        assert runtime is not None
         assert context is not None
         work.context = None
         child.work, child.why, child.peak = work, None, 0
@@ -292,14 +292,14 @@ class ChildPool:
                 )
             )
         )
-        limit = plan.task.timeout
+        limit = runtime.task.timeout
         if limit is not None:
             # A coroutine has its own `asyncio.timeout`. The signal is sent later, and has an effect only if the
             # coroutine blocks the child's event loop.
-            told = limit + BLOCKED_S if plan.is_async else limit
+            told = limit + BLOCKED_S if runtime.is_async else limit
             child.timers.append(self._loop.call_later(told, child.signal, LATE))
             child.timers.append(self._loop.call_later(limit + SOFT_S, self._kill, child, "timeout"))
-        if plan.task.policy.max_memory is not None:
+        if runtime.task.policy.max_memory is not None:
             if not self._watched:
                 self._loop.call_later(WATCH_S, self._watch)
             self._watched.add(child)
@@ -307,7 +307,7 @@ class ChildPool:
     def _watch(self) -> None:
         for child in list(self._watched):
             work = child.work
-            if work is None or work.plan is None or (most := work.plan.task.policy.max_memory) is None:
+            if work is None or work.runtime is None or (most := work.runtime.task.policy.max_memory) is None:
                 self._watched.discard(child)
                 continue
             child.peak = child.memory()
@@ -337,8 +337,8 @@ class ChildPool:
         if child.why is not None:  # the job ended just before the kill, but the kill ends the child
             child.leaving = True
         most = None
-        if child.work is not None and child.work.plan is not None:
-            most = child.work.plan.task.policy.max_memory
+        if child.work is not None and child.work.runtime is not None:
+            most = child.work.runtime.task.policy.max_memory
         work = self._release(child)
         child.jobs += 1
         full = most is not None and child.memory() > most * REPLACE_AT
@@ -379,19 +379,19 @@ class ChildPool:
             if not expected and not self._closing:
                 LOG.warning("an idle child process ended by itself: %s", end_of(child.status))
             return
-        plan = work.plan
-        assert plan is not None
+        runtime = work.runtime
+        assert runtime is not None
         if child.why == "timeout":
-            limit = plan.task.timeout
+            limit = runtime.task.timeout
             error: BaseException = TimeoutError(
-                f"{plan.name}() ran longer than its timeout of {limit:g} s and continued for {SOFT_S:g} s after it was told "
+                f"{runtime.name}() ran longer than its timeout of {limit:g} s and continued for {SOFT_S:g} s after it was told "
                 "to end; its process was killed"
             )
             self._jobs.ended(work, "timeout", error)
         elif child.why == "memory":
-            most = plan.task.policy.max_memory or 0
+            most = runtime.task.policy.max_memory or 0
             error = MemoryError(
-                f"{plan.name}() used {child.peak / 2**20:,.0f} MiB and may use max_memory={most / 2**20:,.0f} MiB; its "
+                f"{runtime.name}() used {child.peak / 2**20:,.0f} MiB and may use max_memory={most / 2**20:,.0f} MiB; its "
                 "process was killed"
             )
             self._jobs.ended(work, "memory", error)

@@ -37,15 +37,15 @@ class Committer:
         consumer: Consumer,
         group: str,
         lease: OwnershipLease,
-        settler: AckTracker,
+        ack_tracker: AckTracker,
         fail: Callable[[JobledgerError], None],
     ) -> None:
         self._group = group
-        self._settings, self._consumer, self._lease, self._settler, self._fail = (
+        self._settings, self._consumer, self._lease, self._ack_tracker, self._fail = (
             settings,
             consumer,
             lease,
-            settler,
+            ack_tracker,
             fail,
         )
         self.commits = self.errors = 0
@@ -61,7 +61,7 @@ class Committer:
         committed as it was found, if it was found clean. A failed commit is not repeated: the next commit covers the
         partitions that are still owned then.
         """
-        self._settler.drain()
+        self._ack_tracker.drain()
         taken: list[tuple[Partition, Snapshot]] = []
         for partition in partitions:
             if partition.offsets is None or not partition.ready:
@@ -84,7 +84,7 @@ class Committer:
 
     def commit_snapshots(self, taken: list[tuple[Partition, Snapshot]]) -> bool:
         """Commit these snapshots. Return whether the group coordinator accepted all of them."""
-        if self._settler.broken or not taken:
+        if self._ack_tracker.broken or not taken:
             return False
         asked_at = self._asked_at = time.monotonic()
         parts = [TopicPartition(p.topic, p.number, s.offset, s.metadata) for p, s in taken]

@@ -83,13 +83,13 @@ class Fetcher(threading.Thread):
         settings: Settings,
         names: Names,
         lane: str,
-        settler: AckTracker,
+        ack_tracker: AckTracker,
         limits: LaneLimits,
         events: LaneEvents,
     ) -> None:
         super().__init__(name=f"jobledger-fetch-{lane}", daemon=True)
         self.queue, self.topic = lane, names.jobs(lane)
-        self._settings, self._settler, self._prefetch = settings, settler, limits.prefetch
+        self._settings, self._ack_tracker, self._prefetch = settings, ack_tracker, limits.prefetch
         self._assigned, self._ended = events.on_assigned, events.on_ended
         self.wake_dispatcher, self._fail = events.on_messages, events.on_failure
         self.lease = OwnershipLease(limits.lease, events.on_messages)
@@ -120,7 +120,7 @@ class Fetcher(threading.Thread):
             },
         )
         self.consumer = consumer(conf)
-        self.committer = Committer(settings, self.consumer, self._group, self.lease, settler, self._fail)
+        self.committer = Committer(settings, self.consumer, self._group, self.lease, ack_tracker, self._fail)
         self._commit_at = self._missing_at = 0.0
         self._requests: deque[CommitRequest] = deque()
 
@@ -394,7 +394,7 @@ class Fetcher(threading.Thread):
             return
         settled = self._settle(parts)
         self._tell_missing(parts, time.monotonic())
-        if not self._settler.broken:
+        if not self._ack_tracker.broken:
             self.committer.commit(parts, final=True)
         for partition in parts:
             partition.gone = True
@@ -411,9 +411,9 @@ class Fetcher(threading.Thread):
         deadline = time.monotonic() + self._handover
         while any(p.busy for p in parts):
             now = time.monotonic()
-            if self._settler.broken or now >= deadline:
+            if self._ack_tracker.broken or now >= deadline:
                 return False
-            self._settler.serve()
+            self._ack_tracker.serve()
             # The jobs of other partitions continue meanwhile, so the ownership lease must be renewed.
             self._commit_if_due(now)
             time.sleep(0.005)

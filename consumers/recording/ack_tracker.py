@@ -102,7 +102,7 @@ class AckTracker(threading.Thread):
             if not work.remaining:
                 offsets.done(work.offset)
         if closing:
-            if work.line is not None and work.line.serial:
+            if work.wait_queue is not None and work.wait_queue.serial:
                 self._acknowledged(work)
             if work.derived and not self._uncertain(work):
                 self._send_derived(work)

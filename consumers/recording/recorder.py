@@ -81,11 +81,11 @@ class Recorder:
     def takes_arguments(self, work: JobRun) -> bool:
         """Decode the arguments of a job that is to run, and return True. If the arguments do not fit the task, close
         the job as failed and return False. For an unknown task nothing is decoded."""
-        plan, event = work.plan, work.event
-        if plan is not None:
+        runtime, event = work.runtime, work.event
+        if runtime is not None:
             assert event is not None
             try:
-                work.kwargs = plan.decode_args(event.fact.spec.args)  # type: ignore[union-attr]  # from a work topic
+                work.kwargs = runtime.decode_args(event.fact.spec.args)  # type: ignore[union-attr]  # from a work topic
             except BadArguments as exc:
                 self.close_with(work, Failed("bad-arguments", error_info(exc)))
                 return False
@@ -135,9 +135,9 @@ class Recorder:
 
     def returned(self, work: JobRun, value: object) -> None:
         """Record the success of code that returned ``value``."""
-        plan = work.plan
-        assert plan is not None
-        task = plan.task
+        runtime = work.runtime
+        assert runtime is not None
+        task = runtime.task
         try:
             result = None if value is None else task.encode_result(value)
         except BaseException as error:  # noqa: BLE001  # the result's own methods may raise anything
@@ -147,8 +147,8 @@ class Recorder:
 
     def succeeded(self, work: JobRun, result: bytes | None) -> None:
         """Send the closing fact of a success. ``result``: the result as JSON, or None."""
-        plan = work.plan
-        assert plan is not None
+        runtime = work.runtime
+        assert runtime is not None
         partition = work.partition
         source = work.event
         assert source is not None
@@ -186,9 +186,9 @@ class Recorder:
         except Exception as exc:  # noqa: BLE001  # whatever it is, the job must not count as done
             self.broken(work, exc)
             return
-        plan.succeeded += 1
-        plan.seconds += duration
-        plan.runs[bisect_left(RUN_BOUNDS_S, duration)] += 1
+        runtime.succeeded += 1
+        runtime.seconds += duration
+        runtime.runs[bisect_left(RUN_BOUNDS_S, duration)] += 1
 
     def raised(self, work: JobRun, error: BaseException, late: bool) -> None:
         """Record the outcome of code that raised ``error``. ``late``: the attempt's time limit was over. This method
@@ -196,12 +196,12 @@ class Recorder:
         trace = traceback_of(error)
         if trace is not None:  # drop the first frame, which belongs to `Executor`
             BaseException.with_traceback(error, trace.tb_next or trace)
-        event, plan = work.event, work.plan
+        event, runtime = work.event, work.runtime
         assert event is not None
-        assert plan is not None
+        assert runtime is not None
         outcome = work.stop_outcome
         if outcome is None:
-            task = plan.task
+            task = runtime.task
             late = late and ran_out(error)
             error = timed_out(event.task, task.timeout, error) if late else error
             if self._hooks is not None:
@@ -218,7 +218,7 @@ class Recorder:
         event = work.event
         assert event is not None
         if event.key is not None and isinstance(outcome, Retried | Snoozed):
-            most = KEY_HOLD_MAX_S if work.plan is None else work.plan.task.policy.key_hold_max
+            most = KEY_HOLD_MAX_S if work.runtime is None else work.runtime.task.policy.key_hold_max
             outcome = holding(outcome, _monotonic() - work.held_since if work.held_since else 0.0, most, event.key)
         if isinstance(outcome, Retried | Snoozed) and outcome.in_place:
             self._goes_on(work, event, outcome)
@@ -345,19 +345,19 @@ class Recorder:
 
 
 def _count(work: JobRun, outcome: Outcome, duration: float) -> None:
-    plan = work.plan
-    if plan is None:
+    runtime = work.runtime
+    if runtime is None:
         return
-    plan.seconds += duration
+    runtime.seconds += duration
     if work.began:
-        plan.runs[bisect_left(RUN_BOUNDS_S, duration)] += 1
+        runtime.runs[bisect_left(RUN_BOUNDS_S, duration)] += 1
     if isinstance(outcome, Retried):
-        plan.retried += 1
+        runtime.retried += 1
     elif isinstance(outcome, Snoozed):
-        plan.snoozed += 1
+        runtime.snoozed += 1
     elif isinstance(outcome, Failed):
-        plan.failed += 1
+        runtime.failed += 1
     elif isinstance(outcome, Cancelled):
-        plan.cancelled += 1
+        runtime.cancelled += 1
     elif isinstance(outcome, Expired):
-        plan.expired += 1
+        runtime.expired += 1

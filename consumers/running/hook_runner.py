@@ -61,10 +61,10 @@ class HookRunner(threading.Thread):
     def tell(self, work: JobRun, outcome: Outcome) -> None:
         """Queue the hook calls for an attempt's outcome, if the outcome is a retry or a failure. Any thread."""
         error = self._errors.pop(work, None)
-        if work.plan is None or not isinstance(outcome, Retried | Failed):
+        if work.runtime is None or not isinstance(outcome, Retried | Failed):
             return
         wanted = "retry" if isinstance(outcome, Retried) else "failure"
-        hooks = [hook for hook in self._hooks.get(work.plan.name, ()) if hook.name == wanted]
+        hooks = [hook for hook in self._hooks.get(work.runtime.name, ()) if hook.name == wanted]
         if not hooks:
             return
         if self._todo.qsize() > MOST:

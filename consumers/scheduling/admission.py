@@ -84,7 +84,7 @@ class Admission:
             wait_queues,
             lanes.by_topic,
         )
-        self._tasks, self._plans, self._recorder, self._reports = tasks, tasks.plans, recorder, reports
+        self._tasks, self._runtimes, self._recorder, self._reports = tasks, tasks.runtimes, recorder, reports
         self._start = starter.start
         self._fair = bool(lanes.filled)
         self.schema_resolver = SchemaResolver(decoder, partial(reports.calls.call, self.resolved), reports.calls.fail)
@@ -200,7 +200,7 @@ class Admission:
         if spec.tags and (crashes := crashes_of(spec.tags)):
             work.takeover += crashes
             work.suspect = True
-        plan = work.plan = self._plans.get(event.task)
+        runtime = work.runtime = self._runtimes.get(event.task)
         lane = self._by_topic[partition.topic]
         tenant = "" if lane.fair_by is None else spec.tags.get(lane.fair_by, "")
         if event.key is not None:  # also a job that must not start: the job is closed in its turn
@@ -212,13 +212,15 @@ class Admission:
         if work.takeover and (crashed := self._placement.crashed(work.takeover)) is not None:
             self._recorder.close_with(work, crashed)
             return
-        if plan is None:
+        if runtime is None:
             self._recorder.close_with(work, self._tasks.unknown(event))
             return
         if lane.fair_by is not None:
-            self._wait_queues.wait_for_gate(work, plan, _of_tenant(tenant, plan), now, tenant)
-        elif plan.gates and (("task", plan.name) in partition.lines or closed_gate(plan.gates, now) is not None):
-            self._wait_queues.wait_for_gate(work, plan, ("task", plan.name), now)
+            self._wait_queues.wait_for_gate(work, runtime, _of_tenant(tenant, runtime), now, tenant)
+        elif runtime.gates and (
+            ("task", runtime.name) in partition.wait_queues or closed_gate(runtime.gates, now) is not None
+        ):
+            self._wait_queues.wait_for_gate(work, runtime, ("task", runtime.name), now)
         elif (ended := self._starter.refused(work)) is not None:
             self._recorder.close_with(work, ended)
         else:
@@ -233,22 +235,22 @@ class Admission:
             key = release_key(event.job_id, event.run, event.release)
             if key in partition.starts or key in partition.held:
                 return False
-        lane, plan = self._by_topic[partition.topic], self._plans.get(event.task)
-        if (event.key is None and (lane.fair_by is None or plan is None)) or (spec.tags and crashes_of(spec.tags)):
+        lane, runtime = self._by_topic[partition.topic], self._runtimes.get(event.task)
+        if (event.key is None and (lane.fair_by is None or runtime is None)) or (spec.tags and crashes_of(spec.tags)):
             return False
         tenant = "" if lane.fair_by is None else spec.tags.get(lane.fair_by, "")
         if event.key is not None:
             identity: tuple[str, ...] = ("key", event.key)
         else:
-            assert plan is not None
-            if plan.gates and self._wait_queues.half_full(partition) and closed_gate(plan.gates, now) is not None:
+            assert runtime is not None
+            if runtime.gates and self._wait_queues.half_full(partition) and closed_gate(runtime.gates, now) is not None:
                 return False
-            identity = _of_tenant(tenant, plan)
+            identity = _of_tenant(tenant, runtime)
         offset, value = message.offset() or 0, message.value()
         # Keep the record's bytes, unless they have another schema or framing, or the expiry was made a point in time.
         if not isinstance(value, bytes) or not value.startswith(_OWN) or spec.expires_at is not None:
             value = codec.encode(event)
-        one = ParkedRecord(offset, message.timestamp()[1], value, plan, offset < partition.careful)
+        one = ParkedRecord(offset, message.timestamp()[1], value, runtime, offset < partition.careful)
         self._wait_queues.defer(partition, identity, one, serial=event.key is not None, tenant=tenant)
         return True
 
@@ -320,10 +322,10 @@ def _note_starts(work: JobRun, starts: int) -> None:
             partition.offsets.note(offset, partition.floor)
 
 
-def _of_tenant(tenant: str, plan: TaskRuntime) -> tuple[str, ...]:
+def _of_tenant(tenant: str, runtime: TaskRuntime) -> tuple[str, ...]:
     """Return the identity of the wait queue for a tenant's jobs of one task. Each task has its own wait queue, because
     a paused task must not block the others."""
-    return ("tag", tenant, plan.name)
+    return ("tag", tenant, runtime.name)
 
 
 def _expiring(event: JobEvent, spec: JobSpec, appended_ms: int) -> JobEvent:

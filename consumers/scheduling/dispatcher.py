@@ -63,8 +63,8 @@ class Dispatcher:
     taken; it is one for lanes of a queue with priorities.
     """
 
-    def __init__(self, pipe: Pipe, sender: WorkerProducer, acks: AckTracker, waiting_limit: int) -> None:
-        self.pipe, self._sender, self._acks, self._waiting_limit = pipe, sender, acks, waiting_limit
+    def __init__(self, pipe: Pipe, sender: WorkerProducer, ack_tracker: AckTracker, waiting_limit: int) -> None:
+        self.pipe, self._sender, self._ack_tracker, self._waiting_limit = pipe, sender, ack_tracker, waiting_limit
         self._reports, self._calls, self._lanes = pipe.reports, pipe.reports.calls, pipe.lanes
         self.starter, self.wait_queues, self.placement, self.admission = (
             pipe.starter,
@@ -78,7 +78,7 @@ class Dispatcher:
         self._aged_at = self._first_at = 0.0
         self._resting = self._polling = False
         self.idle = asyncio.Event()
-        self._reports.on_wake, self._reports.on_settle, acks.on_tick = self._pump, acks.drain, self.tick
+        self._reports.on_wake, self._reports.on_settle, ack_tracker.on_tick = self._pump, ack_tracker.drain, self.tick
         self.wake, self.call = self._reports.wake, self._calls.call
 
     def start(self) -> None:
@@ -153,8 +153,8 @@ class Dispatcher:
     def _count_running(self) -> None:
         """Let the limits count the jobs that began while their queue or task had no limits and no pause."""
         for work in self.running:
-            assert work.plan is not None
-            for limiter in (self._lanes.by_topic[work.partition.topic].limiter, work.plan.limiter):
+            assert work.runtime is not None
+            for limiter in (self._lanes.by_topic[work.partition.topic].limiter, work.runtime.limiter):
                 if limiter.active and limiter not in work.gates:
                     work.gates = (*work.gates, limiter)
                     limiter.running += 1
@@ -185,7 +185,7 @@ class Dispatcher:
         if begun and (self._lanes.filled or len(self.running) < self._running.concurrency):
             self._reports.wake_soon()
         if self.wait_queues.unacknowledged and not begun and not self.running:
-            self._acks.hurry()  # no other job can begin before an acknowledgement arrives
+            self._ack_tracker.hurry()  # no other job can begin before an acknowledgement arrives
         for fetcher in self.fetchers:
             fetcher.taken()
 
@@ -199,7 +199,7 @@ class Dispatcher:
                 work.slots.running -= 1
             if work.timer is not None:
                 work.timer.cancel()
-            if work.line is not None or work.gates:
+            if work.wait_queue is not None or work.gates:
                 self.wait_queues.left(work)
         while acknowledged:
             self.wait_queues.acknowledged(acknowledged.popleft())
@@ -233,7 +233,7 @@ class Dispatcher:
         the delivery reports at once; otherwise the ack tracker takes them every 0.1 s."""
         self._sender.poll()
         if self.wait_queues.unacknowledged:
-            self._acks.drain()
+            self._ack_tracker.drain()
 
     def _take_turns(self, budget: int) -> int:
         # A worker that has just started begins jobs no faster than its records are acknowledged.

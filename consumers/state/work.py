@@ -103,26 +103,26 @@ class ParkedRecord:
     """A job far back in a wait queue, of which only the record is kept: a tenth of the memory of a `JobRun`.
 
     ``value``: the event, encoded with this version's schema. ``appended``: when the record was appended, in ms of the
-    broker's clock. ``plan``: None if this worker does not know the task. ``suspect``: see `JobRun`.
+    broker's clock. ``runtime``: None if this worker does not know the task. ``suspect``: see `JobRun`.
     """
 
-    __slots__ = ("appended", "offset", "plan", "suspect", "value")
+    __slots__ = ("appended", "offset", "runtime", "suspect", "value")
 
     #: Bytes of memory that a parked record takes in addition to its value, including its entry in `PartitionOffsets`.
     OVERHEAD = 300
 
-    def __init__(self, offset: int, appended: int, value: bytes, plan: TaskRuntime | None, suspect: bool) -> None:
-        self.offset, self.appended, self.value, self.plan, self.suspect = offset, appended, value, plan, suspect
+    def __init__(self, offset: int, appended: int, value: bytes, runtime: TaskRuntime | None, suspect: bool) -> None:
+        self.offset, self.appended, self.value, self.runtime, self.suspect = offset, appended, value, runtime, suspect
 
     def revive(self, partition: Partition, arrived: Arrived) -> JobRun:
         """Create the `JobRun` of the record. The job's arguments are not decoded yet."""
         event = plain_submission(self.value) or codec.decode(self.value)
         spec = event.fact.spec  # type: ignore[union-attr]  # only `JobSubmitted` and `JobDue` are accepted
         work = JobRun(partition, self.offset, event, arrived)
-        work.expires_at, work.appended, work.plan, work.suspect = (
+        work.expires_at, work.appended, work.runtime, work.suspect = (
             spec.expires_at,
             self.appended,
-            self.plan,
+            self.runtime,
             self.suspect,
         )
         partition.live[self.offset] = work
@@ -193,7 +193,7 @@ class Partition:
         #: begins here.
         self.found_clean: Snapshot | None = None
         #: The partition's wait queues, by (kind, name, …).
-        self.lines: dict[tuple[str, ...], WaitQueue] = {}
+        self.wait_queues: dict[tuple[str, ...], WaitQueue] = {}
         #: The number of jobs in the wait queues, how many of these are parked records, and the memory of the parked
         #: records, in bytes.
         self.waiting = self.deferred = self.deferred_bytes = 0
@@ -382,15 +382,14 @@ class JobRun:
         "interrupted",
         "kwargs",
         "lease",
-        "line",
         "noted",
         "offset",
         "outcome",
         "partition",
-        "plan",
         "progressed",
         "remaining",
         "reported_at",
+        "runtime",
         "send_progress",
         "shortened",
         "slots",
@@ -400,6 +399,7 @@ class JobRun:
         "timer",
         "tries",
         "unsent",
+        "wait_queue",
         "waiting",
     )
 
@@ -421,7 +421,7 @@ class JobRun:
         # Its code does not run: the job waits in a wait queue, for slots, for a child process, for the acknowledgement
         # of its start, or for its next attempt.
         self.waiting = False
-        self.line: WaitQueue | None = None  # the wait queue in which the job waits, or which the job keeps busy
+        self.wait_queue: WaitQueue | None = None  # the wait queue in which the job waits, or which the job keeps busy
         self.gates: tuple[Gate, ...] = ()  # the gates that count the job while it runs
         self.counted_at = 0.0  # when these gates counted the job as begun (`time.monotonic`)
         self.expires_at: int | None = None  # µs of the broker's clock
@@ -437,7 +437,7 @@ class JobRun:
         self.outcome: Outcome | None = None  # None also stands for a success
         self.unsent: JobProgressed | None = None
         self.reported_at = 0.0
-        self.plan: TaskRuntime | None = None  # None: this worker does not know the task
+        self.runtime: TaskRuntime | None = None  # None: this worker does not know the task
         self.context: JobContext | None = None  # until its code begins
         self.kwargs: dict[str, Any]
         self.send_progress: Callable[[JobRun, JobProgressed], None]

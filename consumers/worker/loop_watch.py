@@ -97,10 +97,10 @@ class LoopWatch(threading.Thread):
         """Handle `SIGNAL`, between two bytecodes of the loop's thread. Raises `TaskTimedOut` in the code of the job
         whose time limit is over."""
         work = self._executor.due
-        if work is None or work.plan is None or asyncio.current_task(self._loop) is not work.handle:
+        if work is None or work.runtime is None or asyncio.current_task(self._loop) is not work.handle:
             return
         # The job's code may have returned just before the thread chose the job: then this may be its next attempt.
-        if self._overdue(work) and runs_inside(frame, RUN, work.plan.fn):
+        if self._overdue(work) and runs_inside(frame, RUN, work.runtime.fn):
             self._executor.due = None
             work.interrupted = TaskTimedOut
             raise TaskTimedOut
@@ -139,9 +139,11 @@ class LoopWatch(threading.Thread):
 
     @staticmethod
     def _overdue(work: JobRun) -> bool:
-        if work.plan is None or work.handle is None:  # a plain function's coroutine: its thread is interrupted instead
+        if (
+            work.runtime is None or work.handle is None
+        ):  # a plain function's coroutine: its thread is interrupted instead
             return False
-        limit = work.plan.task.timeout
+        limit = work.runtime.task.timeout
         return limit is not None and work.interrupted is None and time.monotonic() - work.began >= limit
 
     def _end(self, work: JobRun | None) -> None:
@@ -167,7 +169,7 @@ class LoopWatch(threading.Thread):
         if not stack:
             return False  # no Python code runs there, or no longer this job's code: the loop may wait for the CPU
         where = "".join(traceback.format_list(stack)).rstrip()
-        if work is None or work.plan is None or work.event is None:
+        if work is None or work.runtime is None or work.event is None:
             self.blocked_by_others += 1
             LOG.warning(
                 "the event loop is blocked for %.1f s: no coroutine of this worker continues until this returns\n%s",
@@ -175,15 +177,15 @@ class LoopWatch(threading.Thread):
                 where,
             )
             return True
-        work.plan.blocked += 1
+        work.runtime.blocked += 1
         LOG.warning(
             "task %s blocks the event loop: job %s has not awaited anything for %.1f s, and no other coroutine of this worker "
             "can run. Await what takes time, or make it a plain function (def), which runs in a thread\n%s",
-            work.plan.name,
+            work.runtime.name,
             work.event.job_id,
             late,
             where,
-            extra={"job_id": work.event.job_id, "task": work.plan.name},
+            extra={"job_id": work.event.job_id, "task": work.runtime.name},
         )
         return True
 

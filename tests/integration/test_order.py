@@ -218,9 +218,9 @@ def test_jobs_of_one_key_run_one_at_a_time_in_the_order_of_submission(
     hold = WaitQueues._hold
     again: list[Callable[[], None]] = []
 
-    def hold_on(lines: WaitQueues, work: JobRun, line: WaitQueue, seconds: float) -> None:
-        hold(lines, work, line, 3600.0)  # the test ends the wait
-        again.append(lambda: lines._again(work, line, 0.0))
+    def hold_on(wait_queues: WaitQueues, work: JobRun, wait_queue: WaitQueue, seconds: float) -> None:
+        hold(wait_queues, work, wait_queue, 3600.0)  # the test ends the wait
+        again.append(lambda: wait_queues._again(work, wait_queue, 0.0))
 
     monkeypatch.setattr(WaitQueues, "_hold", hold_on)
     book = app.tasks["book"]

@@ -86,7 +86,7 @@ def test_messages_are_split_correctly_for_any_chunks_of_bytes(bodies: list[bytes
 def work_of(function: Any) -> JobRun:
     """Return a `JobRun` with the fields that `Interrupts` needs."""
     work = JobRun(cast(Any, None), 0, None, cast(Any, None))
-    work.plan, work.kwargs = cast(Any, SimpleNamespace(fn=function)), {}
+    work.runtime, work.kwargs = cast(Any, SimpleNamespace(fn=function)), {}
     return work
 
 
