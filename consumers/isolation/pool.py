@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from jobledger.config import Settings
-from jobledger.consumers.isolation.child_handle import ChildHandle, end_of, last_words
+from jobledger.consumers.isolation.child_handle import ChildHandle, end_of, process_died
 from jobledger.consumers.isolation.child_main import LATE, STOP
 from jobledger.consumers.isolation.fork_client import AGAIN_S, ForkClient, Told
 from jobledger.consumers.isolation.protocol import RunMessage, frame
@@ -64,14 +64,14 @@ class ChildSettings:
 class ChildJobs(Protocol):
     """Decides about the jobs that run in a pool, and records their outcomes.
 
-    For each call of `ChildPool.run`, one of `said`, `died` and `ended` is called once, when no child has the job any
+    For each call of `ChildPool.run`, one of `outcome_reported`, `died` and `ended` is called once, when no child has the job any
     more.
     """
 
     def take(self, work: JobRun) -> bool:
         """Return whether the job may run now, because a child is free. If not, nothing else is called for the job."""
 
-    def said(self, work: JobRun, outcome: Outcome) -> None:
+    def outcome_reported(self, work: JobRun, outcome: Outcome) -> None:
         """Handle the outcome with which the job's code ended."""
 
     def died(self, work: JobRun, error: ErrorInfo, blamed: bool) -> None:
@@ -134,10 +134,10 @@ class ChildPool:
     def forget(self, gone: Callable[[JobRun], bool]) -> list[JobRun]:
         """Remove and return the jobs that wait for a child and for which ``gone(work)`` is true. No callback is called
         for these jobs any more."""
-        found = [work for work in self._waiting if gone(work)]
-        for work in found:
+        removed = [work for work in self._waiting if gone(work)]
+        for work in removed:
             self._waiting.remove(work)
-        return found
+        return removed
 
     def stop(self, work: JobRun) -> None:
         """Signal the job to end, and kill its process if the job still runs after `SOFT_S` seconds. If the job waits
@@ -274,7 +274,7 @@ class ChildPool:
         work.context = None
         child.work, child.why, child.peak = work, None, 0
         self._of[work] = child
-        child.words.forget(child.unread)  # what earlier jobs wrote does not explain this job's end
+        child.last_output.forget(child.unread)  # what earlier jobs wrote does not explain this job's end
         spec = event.fact.spec  # type: ignore[union-attr]  # a work topic holds only such facts
         child.send(
             frame(
@@ -296,8 +296,8 @@ class ChildPool:
         if limit is not None:
             # A coroutine has its own `asyncio.timeout`. The signal is sent later, and has an effect only if the
             # coroutine blocks the child's event loop.
-            told = limit + BLOCKED_S if runtime.is_async else limit
-            child.timers.append(self._loop.call_later(told, child.signal, LATE))
+            soft_limit = limit + BLOCKED_S if runtime.is_async else limit
+            child.timers.append(self._loop.call_later(soft_limit, child.signal, LATE))
             child.timers.append(self._loop.call_later(limit + SOFT_S, self._kill, child, "timeout"))
         if runtime.task.policy.max_memory is not None:
             if not self._watched:
@@ -333,7 +333,7 @@ class ChildPool:
             self._of.pop(work, None)
         return work
 
-    def said(self, child: ChildHandle, outcome: Outcome) -> None:
+    def outcome_reported(self, child: ChildHandle, outcome: Outcome) -> None:
         if child.why is not None:  # the job ended just before the kill, but the kill ends the child
             child.leaving = True
         most = None
@@ -348,7 +348,7 @@ class ChildPool:
         else:
             self._use(child)
         if work is not None:
-            self._jobs.said(work, outcome)
+            self._jobs.outcome_reported(work, outcome)
 
     def lost(self, child: ChildHandle) -> None:
         """Handle the end of the child's connection: the child has exited, or is about to."""
@@ -399,7 +399,7 @@ class ChildPool:
             self._jobs.ended(work, "stop", ChildProcessError("its process was killed"))
         else:
             self.deaths += not child.orphan
-            self._jobs.died(work, last_words(child.status, child.words.kept), not child.orphan)
+            self._jobs.died(work, process_died(child.status, child.last_output.kept), not child.orphan)
 
     def _forget(self, child: ChildHandle) -> None:
         self._all.discard(child)

@@ -97,10 +97,10 @@ class Committer:
         finally:
             self._asked_at = None
         self.commits += 1
-        for partition, said in taken:
+        for partition, snapshot in taken:
             error = errors.get(partition.number)
             if error is None:
-                partition.last_commit = (said.offset, said.metadata)
+                partition.last_commit = (snapshot.offset, snapshot.metadata)
             else:
                 if partition.offsets is not None:
                     partition.offsets.changed = True

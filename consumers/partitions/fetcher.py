@@ -105,11 +105,11 @@ class Fetcher(threading.Thread):
         self.moved = {"assigned": 0, "revoked": 0, "lost": 0}
         self.error: str | None = None
         self._group = names.worker_group(lane)
-        self._door = AuthMonitor(settings)
+        self._auth_monitor = AuthMonitor(settings)
         conf = consumer_config(
             settings,
             group=self._group,
-            door=self._door,
+            auth_monitor=self._auth_monitor,
             **{
                 "group.protocol": "consumer",
                 "group.remote.assignor": "range",
@@ -199,7 +199,7 @@ class Fetcher(threading.Thread):
                 self._await_room()
                 continue
             if now >= steer_at:
-                self._door.check()
+                self._auth_monitor.check()
                 self._steer()
                 steer_at = now + POLL_S
             # If no messages fit, the poll is for rebalances, which are served first. The poll may return one message,
@@ -299,9 +299,9 @@ class Fetcher(threading.Thread):
 
     def _message_error(self, error: KafkaError) -> None:
         code = error.code()
-        found = self._translated(error)
-        if error.fatal() or code == KafkaError._FATAL or isinstance(found, AccessDenied):
-            raise found
+        translated = self._translated(error)
+        if error.fatal() or code == KafkaError._FATAL or isinstance(translated, AccessDenied):
+            raise translated
         if code in (KafkaError.UNSUPPORTED_VERSION, KafkaError._UNSUPPORTED_FEATURE, KafkaError.UNSUPPORTED_ASSIGNOR):
             raise ConfigError(
                 f"the broker does not know the consumer group protocol that workers need ({error.str()}): "
@@ -363,10 +363,10 @@ class Fetcher(threading.Thread):
         deadline = time.monotonic() + COMMITTED_TIMEOUT_S
         while True:
             try:
-                found = consumer.committed(assigned, timeout=5.0)
-                errors = [f.error for f in found if f.error is not None]
+                committed = consumer.committed(assigned, timeout=5.0)
+                errors = [each.error for each in committed if each.error is not None]
                 if not errors:
-                    return found
+                    return committed
                 problem: Any = errors[0]
             except KafkaException as exc:
                 problem = exc.args[0]

@@ -213,9 +213,9 @@ class Takeover(threading.Thread):
         self._log.read(ranges, lambda m: _first(times, m), first_only=True)
         asked = [TopicPartition(self._names.lifecycle, number, stamp) for number, stamp in times.items()]
         if asked:
-            found = self._log.offsets_at(asked)
+            offsets = self._log.offsets_at(asked)
             for scan in scans:
-                offset = found.get(scan.partition.number, -1)
+                offset = offsets.get(scan.partition.number, -1)
                 if offset >= 0:
                     scan.floor = offset
 
@@ -407,9 +407,9 @@ class Takeover(threading.Thread):
                 return
             if end is not None:
                 (job_id, run, release), fact = end
-                found = wanted.get(release_key(*end[0])) or wanted.get(release_key(job_id, run, release - 1))
-                if found is not None:
-                    self._note_end(found, end[0], fact, found.floor, message.timestamp()[1])
+                scan = wanted.get(release_key(*end[0])) or wanted.get(release_key(job_id, run, release - 1))
+                if scan is not None:
+                    self._note_end(scan, end[0], fact, scan.floor, message.timestamp()[1])
 
         self._log.read(ranges, take, wanted=lambda: any(p.partition.owned for p in scans))
 

@@ -235,7 +235,7 @@ class Recorder:
             work.outcome = outcome
             if work.lease is not None and work.lease.granted:
                 work.lease.leases.close(work, value, self.facts.fallback(event, outcome))
-                self._told(work, event, outcome, duration)
+                self._count_and_tell(work, event, outcome, duration)
                 return
             # The derived records are sent only when the closing fact is acknowledged. If both were sent together and
             # this process died, the closing fact could be missing in the log. The next owner would then run the job
@@ -247,7 +247,7 @@ class Recorder:
         except Exception as exc:  # noqa: BLE001  # whatever it is, the job must not count as done
             self.broken(work, exc)
             return
-        self._told(work, event, outcome, duration)
+        self._count_and_tell(work, event, outcome, duration)
 
     def _end_delivered(self, work: JobRun, error: KafkaError | None, message: Message) -> None:
         """Handle the delivery of a closing fact with derived records: request that its report is taken soon. Any
@@ -255,7 +255,7 @@ class Recorder:
         work.closing_delivered(error, message)
         self._reports.settle_soon()
 
-    def _told(self, work: JobRun, event: JobEvent, outcome: Outcome, duration: float) -> None:
+    def _count_and_tell(self, work: JobRun, event: JobEvent, outcome: Outcome, duration: float) -> None:
         """Count and log an outcome that was sent, and pass it to the hooks. Raises nothing, because an exception here
         would be taken for an outcome that was not sent."""
         try:
@@ -286,7 +286,7 @@ class Recorder:
         except Exception as exc:  # noqa: BLE001  # as in `close_with`
             self.broken(work, exc)
             return
-        self._told(work, event, outcome, duration)  # before `work` is changed for its next attempt
+        self._count_and_tell(work, event, outcome, duration)  # before `work` is changed for its next attempt
         work.outcome = outcome
         work.event = msgspec.structs.replace(event, attempt=event.attempt + isinstance(outcome, Retried))
         work.again_s = outcome.delay_ms / 1000

@@ -214,7 +214,7 @@ class Placement:
 
     # -- reports from children ----------------------------------------------------------------------------------------
 
-    def said(self, work: JobRun, outcome: Outcome) -> None:
+    def outcome_reported(self, work: JobRun, outcome: Outcome) -> None:
         """Record the outcome of code that ended in a child process."""
         if not work.abandoned:
             if isinstance(outcome, Succeeded):
@@ -266,14 +266,14 @@ class Placement:
                 self._move(work, runtime.slots)  # the task's usual slots; a worker with isolated tasks stops
             work.suspect = work.waiting = True
             starts = work.takeover + (not blamed)
-            said = f"job {event.job_id} ({event.task}), started {starts} times, is started again: {error.message}"
-            self._start_again(said, work)
+            text = f"job {event.job_id} ({event.task}), started {starts} times, is started again: {error.message}"
+            self._start_again(text, work)
 
-    def _start_again(self, said: str, work: JobRun) -> None:
+    def _start_again(self, text: str, work: JobRun) -> None:
         """Start a job again whose process died, if the job is still this worker's. If not, the job's next owner finds
-        the starts in the log. ``said``: the message to log."""
-        if self._may_start(work, partial(self._start_again, said)):
-            LOG.warning("%s", said)
+        the starts in the log. ``text``: the message to log."""
+        if self._may_start(work, partial(self._start_again, text)):
+            LOG.warning("%s", text)
             work.began = _monotonic()
             work.context = context_of(work)
             self._running.started += 1

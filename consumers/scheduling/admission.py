@@ -167,7 +167,7 @@ class Admission:
             self.reject(partition, message, _why_no_job(event), fresh)
             return
         key = release_key(event.job_id, event.run, event.release)
-        found = partition.closed.pop(key, None) if partition.closed else None
+        prior_fact = partition.closed.pop(key, None) if partition.closed else None
         if not partition.memory.add(key):
             self.counts.duplicates += 1
             if fresh:
@@ -183,7 +183,7 @@ class Admission:
         waits = event.key is not None or self._fair
         if (
             waits
-            and found is None
+            and prior_fact is None
             and self._wait_queues.crowded(partition)
             and self._deferred(partition, message, event, now)
         ):
@@ -192,8 +192,8 @@ class Admission:
         work.expires_at = spec.expires_at
         work.appended = appended
         partition.live[offset] = work
-        if found is not None:
-            self._settle_found(work, found)
+        if prior_fact is not None:
+            self._settle_prior(work, prior_fact)
             return
         if partition.scanned_to:
             _note_starts(work, partition.starts.pop(key, 0))
@@ -254,35 +254,37 @@ class Admission:
         self._wait_queues.defer(partition, identity, one, serial=event.key is not None, tenant=tenant)
         return True
 
-    def _settle_found(self, work: JobRun, found: PriorFact) -> None:
-        """Send the records again that derive from ``found``, the fact with which the log settles the release already.
+    def _settle_prior(self, work: JobRun, prior_fact: PriorFact) -> None:
+        """Send the records again that derive from ``prior_fact``, the fact with which the log settles the release already.
         The job is not run."""
         self.counts.found_closed += 1
         event = work.event
         assert event is not None
-        fact = found.fact
+        fact = prior_fact.fact
         if isinstance(fact, JobLeased):
-            self._recorder.resend(work, [self._recorder.facts.leased(event, fact.worker, fact.lease_ms)], found.offset)
+            self._recorder.resend(
+                work, [self._recorder.facts.leased(event, fact.worker, fact.lease_ms)], prior_fact.offset
+            )
             return
         outcome: Outcome = Succeeded()
         due_at: int | None = None
         if isinstance(fact, JobRetried):
             outcome = Retried(fact.error, fact.delay_ms)
-            due_at = later(found.appended_ms, fact.delay_ms)
+            due_at = later(prior_fact.appended_ms, fact.delay_ms)
         elif isinstance(fact, JobSnoozed):
             tags: Mapping[str, str] | None = None
             if fact.reason == "unknown-task":
                 again = self._tasks.unknown(event, jitter=0.0)
                 tags = again.tags if isinstance(again, Snoozed) else None
             outcome = Snoozed(fact.delay_ms, fact.reason, tags)
-            due_at = later(found.appended_ms, fact.delay_ms)
+            due_at = later(prior_fact.appended_ms, fact.delay_ms)
         elif isinstance(fact, JobCancelledFact):
             outcome = Cancelled(fact.by, fact.reason)
         elif isinstance(fact, JobExpiredFact):
             outcome = Expired(fact.expired_at)
         elif isinstance(fact, JobFailedFact):
             outcome = Failed(fact.reason, fact.error)  # type: ignore[arg-type]  # a reason that a worker wrote
-        self._recorder.resend_derived(work, outcome, due_at, found.offset)
+        self._recorder.resend_derived(work, outcome, due_at, prior_fact.offset)
 
     def _done(self, partition: Partition, offset: int) -> None:
         assert partition.offsets is not None

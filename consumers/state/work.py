@@ -325,8 +325,8 @@ class TaskRuntime:
 
     def regate(self) -> None:
         """Choose the gates again, after limits or pauses have changed."""
-        found = (self.limiter if self.limiter.active else None, self.adaptive, self.breaker)
-        self.gates = tuple(gate for gate in found if gate is not None)
+        gates = (self.limiter if self.limiter.active else None, self.adaptive, self.breaker)
+        self.gates = tuple(gate for gate in gates if gate is not None)
 
 
 class LeaseKeeper(Protocol):

@@ -112,20 +112,20 @@ class LoopWatch(threading.Thread):
         # Count checks without a beat, not seconds of a clock: the whole process may have been suspended.
         seen, late, own = 0, 0.0, 0.0
         blocker: JobRun | None = None
-        told: set[JobRun | None] = set()
+        logged: set[JobRun | None] = set()
         while not self._closed.wait(LOOK_S):
             beats = self._beats
             if beats != seen:
                 seen, late, own, blocker = beats, 0.0, 0.0, None
-                told.clear()
+                logged.clear()
                 continue
             work = self._work()
             late, own, blocker = late + LOOK_S, own + LOOK_S if work is blocker else LOOK_S, work
             overdue = work is not None and self._overdue(work)
             # Several jobs may run in the time without a beat. Log the job that runs when `WARN_S` is over, and each
             # further job that blocks the loop for `WARN_S` by itself.
-            if overdue or (own if told else late) >= WARN_S:
-                self._tell_once(work, late, told)
+            if overdue or (own if logged else late) >= WARN_S:
+                self._tell_once(work, late, logged)
             if overdue:
                 self._end(work)
 
@@ -134,8 +134,8 @@ class LoopWatch(threading.Thread):
         task = asyncio.current_task(self._loop)
         if task is None:
             return None
-        found = next((work for work in list(self._jobs.jobs) if work.handle is task), None)
-        return found or self._executor.interrupts.work_of(task)
+        job_run = next((work for work in list(self._jobs.jobs) if work.handle is task), None)
+        return job_run or self._executor.interrupts.work_of(task)
 
     @staticmethod
     def _overdue(work: JobRun) -> bool:
@@ -152,15 +152,15 @@ class LoopWatch(threading.Thread):
             assert SIGNAL is not None
             signal.pthread_kill(self._thread_id, SIGNAL)
 
-    def _tell_once(self, work: JobRun | None, late: float, told: set[JobRun | None]) -> None:
-        if work in told:
+    def _tell_once(self, work: JobRun | None, late: float, logged: set[JobRun | None]) -> None:
+        if work in logged:
             return
         try:
             if self._tell(work, late):
-                told.add(work)
+                logged.add(work)
         except Exception:
             LOG.exception("the code that blocks the event loop could not be determined")
-            told.add(work)
+            logged.add(work)
 
     def _tell(self, work: JobRun | None, late: float) -> bool:
         frame = sys._current_frames().get(self._thread_id)

@@ -76,11 +76,11 @@ class LogEnds:
 
 def _histogram(counts: Sequence[int], bounds: Sequence[float]) -> list[tuple[str, float]]:
     """Return the counts as Prometheus expects them: cumulative, by upper bound in seconds."""
-    found, total = [], 0
+    buckets, total = [], 0
     for bound, count in zip([*bounds, float("inf")], counts, strict=True):
         total += count
-        found.append((repr(bound) if bound != float("inf") else "+Inf", float(total)))
-    return found
+        buckets.append((repr(bound) if bound != float("inf") else "+Inf", float(total)))
+    return buckets
 
 
 class WorkerMetrics(Collector):

@@ -57,7 +57,7 @@ from jobledger.errors import (
     type_of,
 )
 from jobledger.kafka import acls, outage
-from jobledger.kafka.auth import knock
+from jobledger.kafka.auth import check_connection
 from jobledger.kafka.clients import partitions_of
 from jobledger.kafka.topic_names import lane as lane_of
 from jobledger.kafka.topic_watch import TopicWatch
@@ -178,7 +178,7 @@ class Worker:
         """
         sender: WorkerProducer | None = None
         try:
-            self._retrying(lambda: knock(self.settings))
+            self._retrying(lambda: check_connection(self.settings))
             sender = self.sender = WorkerProducer(self.settings, self.registry.names, self.options.linger_ms)
             self._check_topics(sender)
             with _new_runner() as runner:

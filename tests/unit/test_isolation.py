@@ -19,14 +19,14 @@ from hypothesis import strategies as st
 
 from jobledger import App, ConfigError, Retry, Settings, TaskTimedOut
 from jobledger.consumers.isolation.app_target import find_target
-from jobledger.consumers.isolation.child_handle import ChildHandle, LastOutput, last_words
+from jobledger.consumers.isolation.child_handle import ChildHandle, LastOutput, process_died
 from jobledger.consumers.isolation.child_main import has_unread
 from jobledger.consumers.isolation.pool import ChildPool, ChildSettings
 from jobledger.consumers.isolation.protocol import (
     RunMessage,
     Splitter,
+    decode_child_message,
     decode_run,
-    decode_said,
     ended,
     frame,
     outcome_of,
@@ -66,7 +66,7 @@ def task_of_module(n: int) -> int:
 def test_an_outcome_reaches_the_worker_unchanged(outcome: Outcome) -> None:
     """A child sends an outcome as a message, and the worker decodes the same outcome."""
     (body,) = Splitter().feed(frame(ended(outcome)))
-    message = decode_said(body)
+    message = decode_child_message(body)
     assert not hasattr(message, "sequence")
     assert outcome_of(cast(Any, message)) == outcome
 
@@ -196,13 +196,13 @@ def test_a_child_that_is_announced_twice_gets_one_job() -> None:
 
 def test_the_error_of_a_dead_child_has_the_signal_and_the_last_line_of_output() -> None:
     """The cases are signals, exit codes, and a process without an exit status."""
-    killed = last_words(9, b"first\nlast \xff line\n")
+    killed = process_died(9, b"first\nlast \xff line\n")
     assert (
         killed.message == "the process that ran it ended by itself: signal 9 (SIGKILL); it said last: last \ufffd line"
     )
     assert killed.traceback == "first\nlast \ufffd line"
-    assert last_words(7 << 8, b"").message.endswith("exit code 7")
-    assert last_words(None, b"").message.endswith("it left no exit status")
+    assert process_died(7 << 8, b"").message.endswith("exit code 7")
+    assert process_died(None, b"").message.endswith("it left no exit status")
 
 
 def test_the_target_of_an_app_is_found_by_its_module() -> None:
