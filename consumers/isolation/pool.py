@@ -64,8 +64,8 @@ class ChildSettings:
 class ChildJobs(Protocol):
     """Decides about the jobs that run in a pool, and records their outcomes.
 
-    For each call of `ChildPool.run`, one of `outcome_reported`, `died` and `ended` is called once, when no child has the job any
-    more.
+    For each call of `ChildPool.run`, one of `outcome_reported`, `died` and `ended` is called once, when no child has
+    the job any more.
     """
 
     def take(self, work: JobRun) -> bool:

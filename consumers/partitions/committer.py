@@ -14,7 +14,8 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 from jobledger.config import Settings
 from jobledger.consumers.recording.ack_tracker import AckTracker
 from jobledger.consumers.state.offset_tracker import Snapshot
-from jobledger.consumers.state.work import OwnershipLease, Partition
+from jobledger.consumers.state.ownership_lease import OwnershipLease
+from jobledger.consumers.state.work import Partition
 from jobledger.errors import BrokerUnavailable, ConfigError, JobledgerError
 from jobledger.kafka.auth import denied, join, read
 from jobledger.kafka.outage import outage_of
@@ -67,11 +68,11 @@ class Committer:
             if partition.offsets is None or not partition.ready:
                 # If `final`: the partition was given up before its takeover was complete, so none of its records was
                 # begun or will be begun.
-                if final and partition.found_clean is not None:
-                    taken.append((partition, partition.found_clean))
+                if final and partition.prior.clean_commit is not None:
+                    taken.append((partition, partition.prior.clean_commit))
                 continue
             with partition.lock:
-                left = partition.busy or partition.closed or any(w.suspect for w in list(partition.live.values()))
+                left = partition.busy or partition.prior.closed or any(w.suspect for w in list(partition.live.values()))
                 clean = final and not left and partition.offsets.settled
                 snapshot = partition.offsets.snapshot(clean=clean)
             if snapshot is None:

@@ -19,7 +19,8 @@ from jobledger.config import Settings
 from jobledger.consumers.partitions.committer import COMMIT_INTERVAL_S, Committer
 from jobledger.consumers.recording.ack_tracker import AckTracker
 from jobledger.consumers.state.offset_tracker import Snapshot
-from jobledger.consumers.state.work import OwnershipLease, Partition
+from jobledger.consumers.state.ownership_lease import OwnershipLease
+from jobledger.consumers.state.work import Partition
 from jobledger.errors import AccessDenied, BrokerUnavailable, ConfigError, JobledgerError
 from jobledger.kafka.auth import AuthMonitor, denied, join, read
 from jobledger.kafka.clients import consumer, consumer_config, translate
@@ -349,7 +350,10 @@ class Fetcher(threading.Thread):
             self._parts[where.partition] = partition
             new.append(partition)
         consumer.incremental_assign(
-            [TopicPartition(p.topic, p.number, p.committed if p.committed >= 0 else OFFSET_BEGINNING) for p in new]
+            [
+                TopicPartition(p.topic, p.number, p.prior.committed if p.prior.committed >= 0 else OFFSET_BEGINNING)
+                for p in new
+            ]
         )
         # Messages fetched from now on wait until the takeover is done.
         LOG.info("queue %s: assigned partitions %s", self.queue, [p.number for p in new])

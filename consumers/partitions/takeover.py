@@ -23,7 +23,8 @@ from jobledger.consumers.partitions.range_reader import STALL_S, LogRanges
 from jobledger.consumers.recording.ack_tracker import AckTracker
 from jobledger.consumers.state.dedup import REMEMBERED, REMEMBERED_MS, end_of, key_of, release_key
 from jobledger.consumers.state.offset_tracker import PartitionOffsets, Restored, Snapshot, decode, encode
-from jobledger.consumers.state.work import NOTHING_FOLLOWS, Partition, PriorFact
+from jobledger.consumers.state.prior_state import NOTHING_FOLLOWS, PriorFact, PriorState
+from jobledger.consumers.state.work import Partition
 from jobledger.errors import BrokerUnavailable, JobledgerError, RegistryNeeded, SchemaError
 from jobledger.kafka.clients import translate
 from jobledger.kafka.partitioner import partition_of
@@ -147,7 +148,7 @@ class Takeover(threading.Thread):
         if self._closing:
             # The reads may be incomplete. The partitions were committed as dirty above, so the next owner reads the
             # log itself. A commit that was found clean is committed as clean again at the hand-over
-            # (`Partition.found_clean`).
+            # (`PriorState.clean_commit`).
             return
         # A stopped partition is not taken over: the next owner begins at the offset where this owner began.
         read = [p for p in scans if p.partition.stopped is None]
@@ -175,10 +176,10 @@ class Takeover(threading.Thread):
 
     def _judge(self, scan: _Scan) -> None:
         """Restore what the last owner committed, after a check against the present range of the log."""
-        partition = scan.partition
+        partition, prior = scan.partition, scan.partition.prior
         scan.low, scan.high = self._log.ends(partition.topic, partition.number)
         scan.lifecycle_low, scan.lifecycle_high = self._log.ends(self._names.lifecycle, partition.number)
-        base = partition.committed
+        base = prior.committed
         if base > scan.high:
             LOG.error(
                 "%r: the committed offset %d is beyond the log's end %d: was the topic recreated? Reading from its start",
@@ -192,10 +193,10 @@ class Takeover(threading.Thread):
             LOG.error("%r: records %d to %d were deleted before they were done", partition, base, scan.low - 1)
             scan.restored = Restored(scan.low)
         else:
-            scan.restored = decode(base, partition.metadata, scan.high)
-            if scan.restored.clean and partition.metadata is not None:
-                partition.found_clean = Snapshot(base, partition.metadata)
-            if partition.metadata and scan.restored.floor is None:
+            scan.restored = decode(base, prior.metadata, scan.high)
+            if scan.restored.clean and prior.metadata is not None:
+                prior.clean_commit = Snapshot(base, prior.metadata)
+            if prior.metadata and scan.restored.floor is None:
                 LOG.error("%r: the completion map cannot be read: nothing beyond %d counts as done", partition, base)
         scan.floor = scan.restored.floor if scan.restored.floor is not None else 0
 
@@ -292,7 +293,7 @@ class Takeover(threading.Thread):
         self._log.read(ranges, take, wanted=lambda: any(p.partition.owned for p in scans))
 
     def _scanned(self, scan: _Scan, message: Message) -> None:
-        partition = scan.partition
+        prior = scan.partition.prior
         value = message.value()
         raw = (self._decoder.own_form(value) or value) if isinstance(value, bytes) else None
         seen = None if raw is None else glance(raw)
@@ -305,7 +306,7 @@ class Takeover(threading.Thread):
                 self._passed(scan, job_id, run, release)
                 # `glance` leaves the fields of the fact empty. In the encoding that `glance` reads, the takeover count
                 # is the last byte.
-                self._note_start(partition, key, raw[-1] >> 1)
+                self._note_start(prior, key, raw[-1] >> 1)
                 self._begun_at(scan, *_started_at(raw), message.timestamp()[1])
             return
         try:
@@ -319,12 +320,13 @@ class Takeover(threading.Thread):
             self._note_end(scan, (job_id, run, release), other, message.offset() or 0, message.timestamp()[1])
         elif isinstance(other, JobRetried | JobSnoozed):  # in place: this attempt ended, and the next one follows
             attempt = event.attempt + isinstance(other, JobRetried)
-            if attempt >= partition.held.get(key, (0,))[0]:  # lower: a late fact of a former owner, which is ignored
-                partition.starts.pop(key, None)
-                partition.held[key] = (attempt, message.timestamp()[1] + other.delay_ms, message.offset() or 0)
+            # A lower attempt: a late fact of a former owner, which is ignored.
+            if attempt >= prior.next_attempts.get(key, (0,))[0]:
+                prior.starts.pop(key, None)
+                prior.next_attempts[key] = (attempt, message.timestamp()[1] + other.delay_ms, message.offset() or 0)
         elif isinstance(other, JobStarted):
             self._passed(scan, job_id, run, release)
-            self._note_start(partition, key, other.takeover)
+            self._note_start(prior, key, other.takeover)
             self._begun_at(scan, other.work_topic.encode(), other.work_offset, message.timestamp()[1])
 
     @staticmethod
@@ -333,9 +335,9 @@ class Takeover(threading.Thread):
             scan.begun = max(scan.begun, offset + 1)
             scan.lately.append(appended_ms)
 
-    def _note_start(self, partition: Partition, key: int, takeover: int) -> None:
-        if key not in partition.closed:
-            partition.starts[key] = max(partition.starts.get(key, 0), takeover) + 1
+    def _note_start(self, prior: PriorState, key: int, takeover: int) -> None:
+        if key not in prior.closed:
+            prior.starts[key] = max(prior.starts.get(key, 0), takeover) + 1
 
     def _note_end(self, scan: _Scan, of: tuple[str, int, int], fact: Fact, offset: int, appended_ms: int) -> None:
         """Note a fact that settles a release. A scan of the lifecycle partition from ``offset`` on finds it again.
@@ -343,22 +345,22 @@ class Takeover(threading.Thread):
         The first such fact counts, with two exceptions: an outcome replaces a fact of `OPEN`, and any other fact
         replaces a `JobLeased`.
         """
-        partition, key = scan.partition, release_key(*of)
-        known = partition.closed.get(key)
+        prior, key = scan.partition.prior, release_key(*of)
+        known = prior.closed.get(key)
         if (
             known is None
             or (isinstance(known.fact, OPEN) and not isinstance(fact, OPEN))
             or (isinstance(known.fact, JobLeased) and not isinstance(fact, JobLeased))
         ):
             # Keep the offset of the first fact: a scan from there finds both facts.
-            partition.closed[key] = PriorFact(offset if known is None else known.offset, appended_ms, fact)
+            prior.closed[key] = PriorFact(offset if known is None else known.offset, appended_ms, fact)
             if isinstance(fact, OPEN):
                 scan.open[key] = (of[0], appended_ms)
             else:
                 scan.open.pop(key, None)
         self._passed(scan, *of)
-        partition.starts.pop(key, None)
-        partition.held.pop(key, None)
+        prior.starts.pop(key, None)
+        prior.next_attempts.pop(key, None)
 
     @staticmethod
     def _passed(scan: _Scan, job_id: str, run: int, release: int) -> None:
@@ -368,8 +370,9 @@ class Takeover(threading.Thread):
         The coordinator may have forgotten this release by now, so a second request would release the job twice.
         """
         if release > 1 and scan.open and scan.open.pop(key := release_key(job_id, run, release - 1), None) is not None:
-            known = scan.partition.closed[key]
-            scan.partition.closed[key] = PriorFact(known.offset, known.appended_ms, NOTHING_FOLLOWS)
+            closed = scan.partition.prior.closed
+            known = closed[key]
+            closed[key] = PriorFact(known.offset, known.appended_ms, NOTHING_FOLLOWS)
 
     def _read_elsewhere(self, scans: list[_Scan]) -> None:
         """Read the facts that the coordinator wrote about releases that a fact of `OPEN` settles: the outcomes of
@@ -414,29 +417,27 @@ class Takeover(threading.Thread):
         self._log.read(ranges, take, wanted=lambda: any(p.partition.owned for p in scans))
 
     def _conclude(self, scan: _Scan) -> None:
-        partition = scan.partition
+        partition, prior = scan.partition, scan.partition.prior
         assert partition.offsets is not None
         # Most of the facts that the scan finds are about records below the base, which are done.
-        for key in [k for k in partition.closed if k in partition.memory]:
-            del partition.closed[key]
-        partition.scanned_to, partition.floor = scan.high, scan.floor
-        if not scan.restored.clean and partition.committed >= 0:
-            partition.careful = max(scan.begun, scan.restored.begun, scan.restored.base) + scan.unseen
-            partition.offsets.suspect(min(partition.careful, scan.high), scan.lifecycle_high)
-        if partition.closed or partition.held or partition.starts:
+        for key in [k for k in prior.closed if k in partition.memory]:
+            del prior.closed[key]
+        prior.scanned_to, prior.floor = scan.high, scan.floor
+        if not scan.restored.clean and prior.committed >= 0:
+            prior.suspect_below = max(scan.begun, scan.restored.begun, scan.restored.base) + scan.unseen
+            partition.offsets.suspect(min(prior.suspect_below, scan.high), scan.lifecycle_high)
+        if not prior.used_up:
             partition.offsets.hold(scan.floor)
         if scan.high <= scan.restored.base:
-            partition.closed.clear()
-            partition.starts.clear()
-            partition.held.clear()
+            prior.forget_releases()
             partition.offsets.hold(None)
-        self.found += len(partition.closed)
+        self.found += len(prior.closed)
         LOG.info(
             "%r: taken over at %d (%s), %d outcomes found beyond it",
             partition,
             scan.restored.base,
             "clean" if scan.restored.clean else f"lifecycle read from {scan.floor} to {scan.lifecycle_high}",
-            len(partition.closed),
+            len(prior.closed),
         )
 
 

@@ -34,7 +34,8 @@ from jobledger.consumers.state.outcome import (
     timed_out,
 )
 from jobledger.consumers.state.reports import Reports
-from jobledger.consumers.state.work import RUN_BOUNDS_S, JobRun
+from jobledger.consumers.state.task_runtime import RUN_BOUNDS_S
+from jobledger.consumers.state.work import JobRun
 from jobledger.definitions.policy import KEY_HOLD_MAX_S
 from jobledger.errors import BadArguments, JobledgerError, text_of, traceback_of, type_of
 from jobledger.log.writer import Outgoing

@@ -104,8 +104,8 @@ class HookRunner(threading.Thread):
     async def _await(
         self, hook: Hook, job: JobContext, more: tuple[Any, ...], returned: Awaitable[object] | None = None
     ) -> None:
-        """Call and await a coroutine hook, or await ``returned``, the awaitable that a plain hook returned. On the event
-        loop."""
+        """Call and await a coroutine hook, or await ``returned``, the awaitable that a plain hook returned. On the
+        event loop."""
         enter(job)
         try:
             await (hook.fn(job, *more) if returned is None else returned)

@@ -22,8 +22,9 @@ from jobledger.consumers.state.limiters import Slots
 from jobledger.consumers.state.outcome import Failed, Outcome, Succeeded
 from jobledger.consumers.state.reports import Reports
 from jobledger.consumers.state.running import RunningJobs
+from jobledger.consumers.state.task_runtime import TaskRuntime
 from jobledger.consumers.state.task_table import TaskTable
-from jobledger.consumers.state.work import JobRun, TaskRuntime
+from jobledger.consumers.state.work import JobRun
 from jobledger.errors import JobledgerError, TaskCancelled
 from jobledger.process.identity import now_us
 from jobledger.process.logger import get_logger

@@ -295,7 +295,7 @@ class Dispatcher:
                 break
             partition = parts[0]
             parts.rotate(-1)
-            got = self._take_slice(partition, min(of_each, most - served)) if partition.here else 0
+            got = self._take_slice(partition, min(of_each, most - served)) if partition.has_records else 0
             if got:
                 empty = 0
                 served += got
@@ -310,7 +310,7 @@ class Dispatcher:
         for _ in range(len(lane.parts)):
             partition = lane.parts[0]
             lane.parts.rotate(-1)
-            while filled < most and partition.here:
+            while filled < most and partition.has_records:
                 got = self._take_slice(partition, min(SLICE, most - filled))
                 if not got:
                     break
@@ -328,12 +328,13 @@ class Dispatcher:
             if _monotonic() > lease.until:  # also snooze no job: another worker may have run that job
                 lease.ask()
                 return 0
-            partition.full = partition.waiting > 0 and not self.wait_queues.room(partition)
-            if partition.full:
+            backlog = partition.backlog
+            backlog.full = backlog.count > 0 and not self.wait_queues.room(partition)
+            if backlog.full:
                 self.wait_queues.make_room(partition)
                 return 0
             with partition.lock:
-                offsets.postponed = partition.waiting
+                offsets.postponed = backlog.count
                 partition.braked = offsets.braked
             if partition.braked:
                 self.needs_tick = True
@@ -343,10 +344,10 @@ class Dispatcher:
                 if now > lease.until:
                     lease.ask()
                     break
-                if (back := partition.back) is not None:
-                    partition.back = None
+                if (resolved := partition.resolved) is not None:
+                    partition.resolved = None
                     taken += 1
-                    self.admission.judge(partition, *back, now)
+                    self.admission.judge(partition, *resolved, now)
                     continue
                 try:
                     message = raw.popleft()
@@ -354,7 +355,7 @@ class Dispatcher:
                     break
                 taken += 1
                 take_up(partition, message, now)
-            if partition.scanned_to:
+            if partition.prior.scanned_to:
                 self.admission.scan_passed(partition)
         finally:
             partition.taking = False

@@ -13,8 +13,9 @@ from collections.abc import Iterable, Sequence
 
 from jobledger.consumers.scheduling.control_reader import Control
 from jobledger.consumers.state.limiters import Limiter
+from jobledger.consumers.state.task_runtime import WAIT_BOUNDS_MS
 from jobledger.consumers.state.task_table import TaskTable
-from jobledger.consumers.state.work import WAIT_BOUNDS_MS, JobRun, Partition, WaitQueue
+from jobledger.consumers.state.work import JobRun, Partition, WaitQueue
 from jobledger.definitions.queues import Queue
 from jobledger.definitions.task_registry import TaskRegistry
 from jobledger.kafka.topic_names import lane as lane_name
@@ -104,8 +105,8 @@ class Lane:
         """Drop partitions that are no longer owned, with their wait queues."""
         self.parts = deque(p for p in self.parts if p not in gone)
         for partition in gone:
-            partition.wait_queues.clear()
-            partition.nothing_waits()
+            partition.backlog.wait_queues.clear()
+            partition.backlog.nothing_waits()
 
 
 class Turns:

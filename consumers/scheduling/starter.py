@@ -18,7 +18,8 @@ from jobledger.consumers.scheduling.control_reader import Control
 from jobledger.consumers.scheduling.lanes import Lanes
 from jobledger.consumers.state.outcome import Expired, Outcome
 from jobledger.consumers.state.running import RunningJobs
-from jobledger.consumers.state.work import WAIT_BOUNDS_MS, JobRun
+from jobledger.consumers.state.task_runtime import WAIT_BOUNDS_MS
+from jobledger.consumers.state.work import JobRun
 from jobledger.kafka.broker_clock import BrokerClock
 from jobledger.process.identity import now_us
 

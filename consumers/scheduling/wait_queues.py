@@ -20,8 +20,9 @@ from jobledger.consumers.scheduling.starter import Starter
 from jobledger.consumers.state.limiters import Gate, Slots, closed_gate
 from jobledger.consumers.state.outcome import Snoozed, answered
 from jobledger.consumers.state.reports import Reports
+from jobledger.consumers.state.task_runtime import TaskRuntime
 from jobledger.consumers.state.task_table import TaskTable
-from jobledger.consumers.state.work import JobRun, ParkedRecord, Partition, TaskRuntime, WaitQueue
+from jobledger.consumers.state.work import JobRun, ParkedRecord, Partition, WaitQueue
 from jobledger.kafka.broker_clock import BrokerClock
 
 _monotonic = time.monotonic
@@ -77,7 +78,7 @@ class WaitQueues:
         #: How many partitions share the lookahead.
         self.owned = 0
         #: Bytes of all parked records.
-        self.deferred_bytes = 0
+        self.parked_bytes = 0
 
     @property
     def window(self) -> int:
@@ -87,7 +88,8 @@ class WaitQueues:
     def crowded(self, partition: Partition) -> bool:
         """Return whether so many jobs of the partition wait that a new job that must wait is kept as a parked
         record."""
-        return partition.waiting - partition.deferred >= self.window // 4
+        backlog = partition.backlog
+        return backlog.count - backlog.parked >= self.window // 4
 
     def room(self, partition: Partition) -> bool:
         """Return whether more records of this partition may be taken.
@@ -96,10 +98,11 @@ class WaitQueues:
         of a full partition are taken again only when a quarter of its space is free, because after each pause of the
         partition the client must fetch its records again.
         """
-        part = 0.75 if partition.full else 1.0
-        if partition.waiting - partition.deferred >= self.window * part:
+        backlog = partition.backlog
+        part = 0.75 if backlog.full else 1.0
+        if backlog.count - backlog.parked >= self.window * part:
             return False
-        return self.deferred_bytes < self._bytes * part or partition.deferred_bytes < self._share * part
+        return self.parked_bytes < self._bytes * part or backlog.parked_bytes < self._share * part
 
     @property
     def _share(self) -> int:
@@ -108,9 +111,10 @@ class WaitQueues:
     def half_full(self, partition: Partition) -> bool:
         """Return whether the partition's waiting jobs use half of the space that they may use. Then new jobs at a
         closed gate are snoozed."""
-        if partition.waiting - partition.deferred >= self.window // 2:
+        backlog = partition.backlog
+        if backlog.count - backlog.parked >= self.window // 2:
             return True
-        return self.deferred_bytes >= self._bytes // 2 and partition.deferred_bytes >= self._share // 2
+        return self.parked_bytes >= self._bytes // 2 and backlog.parked_bytes >= self._share // 2
 
     def enqueue(self, work: JobRun, identity: tuple[str, ...], *, serial: bool, tenant: str = "") -> WaitQueue:
         work.wait_queue = wait_queue = self._join(work.partition, identity, work, serial, tenant)
@@ -120,16 +124,17 @@ class WaitQueues:
     def _join(
         self, partition: Partition, identity: tuple[str, ...], one: JobRun | ParkedRecord, serial: bool, tenant: str
     ) -> WaitQueue:
-        wait_queue = partition.wait_queues.get(identity)
+        backlog = partition.backlog
+        wait_queue = backlog.wait_queues.get(identity)
         if wait_queue is None:
-            wait_queue = partition.wait_queues[identity] = WaitQueue(partition, identity, serial, tenant)
+            wait_queue = backlog.wait_queues[identity] = WaitQueue(partition, identity, serial, tenant)
         wait_queue.works.append(one)
-        partition.waiting += 1
+        backlog.count += 1
         if not wait_queue.busy:
             self._by_topic[partition.topic].add(wait_queue)
         return wait_queue
 
-    def defer(
+    def add_parked(
         self, partition: Partition, identity: tuple[str, ...], one: ParkedRecord, *, serial: bool, tenant: str
     ) -> None:
         """Add a parked record to the end of its wait queue."""
@@ -137,17 +142,20 @@ class WaitQueues:
         self._count(partition, one, 1)
 
     def _count(self, partition: Partition, one: ParkedRecord, by: int) -> None:
-        partition.deferred += by
-        partition.deferred_bytes += by * one.size
-        self.deferred_bytes += by * one.size
+        backlog = partition.backlog
+        backlog.parked += by
+        backlog.parked_bytes += by * one.size
+        self.parked_bytes += by * one.size
 
-    def enqueue_keyed(self, work: JobRun, key: str, held: tuple[int, int, int] | None, tenant: str = "") -> None:
-        """Add a job behind the other jobs of its key. ``held``: the job's entry in `Partition.held`, if a former owner
-        retried or snoozed the job in place."""
+    def enqueue_keyed(
+        self, work: JobRun, key: str, next_attempt: tuple[int, int, int] | None, tenant: str = ""
+    ) -> None:
+        """Add a job behind the other jobs of its key. ``next_attempt``: the job's entry in
+        `PriorState.next_attempts`, if a former owner retried or snoozed the job in place."""
         wait_queue = self.enqueue(work, ("key", key), serial=True, tenant=tenant)
-        if held is None:
+        if next_attempt is None:
             return
-        attempt, due_ms, stands_at = held
+        attempt, due_ms, stands_at = next_attempt
         assert work.event is not None
         assert work.partition.offsets is not None
         work.event = msgspec.structs.replace(work.event, attempt=attempt)
@@ -156,7 +164,7 @@ class WaitQueues:
         wait_s = (due_ms - self._clock.ms()) / 1000
         if wait_s > 0 and wait_queue.works[0] is work:
             wait_queue.works.popleft()
-            work.partition.waiting -= 1
+            work.partition.backlog.count -= 1
             self._hold(work, wait_queue, wait_s)
 
     def wait_for_gate(
@@ -168,7 +176,8 @@ class WaitQueues:
         partition = work.partition
         gate = closed_gate(runtime.gates, now) if not work.suspect and self.half_full(partition) else None
         if gate is not None:
-            ahead = len(partition.wait_queues[identity].works) if identity in partition.wait_queues else 0
+            wait_queues = partition.backlog.wait_queues
+            ahead = len(wait_queues[identity].works) if identity in wait_queues else 0
             self._set_aside(work, gate, ahead)
             return
         self.enqueue(work, identity, serial=False, tenant=tenant)
@@ -209,7 +218,7 @@ class WaitQueues:
             else:
                 work, one.waiting = one, False
             wait_queue.works.pop()
-            partition.waiting -= 1
+            partition.backlog.count -= 1
             self._set_aside(work, gate, len(wait_queue.works))
         self._wake()
 
@@ -259,7 +268,7 @@ class WaitQueues:
             if gate is not None and not _joins_slot_queue(lane, wait_queue, gate):
                 return self._park(wait_queue, gate, now)
         wait_queue.works.popleft()
-        wait_queue.partition.waiting -= 1
+        wait_queue.partition.backlog.count -= 1
         wait_queue.gate = None
         work.waiting = False
         wait_queue.busy, wait_queue.over = wait_queue.serial, 0
@@ -286,7 +295,7 @@ class WaitQueues:
         if wait_queue.works:
             lane.add(wait_queue)
         else:
-            wait_queue.partition.wait_queues.pop(wait_queue.identity, None)
+            wait_queue.partition.backlog.wait_queues.pop(wait_queue.identity, None)
 
     @staticmethod
     def _keeping(runtime: TaskRuntime, slots: Slots | None, now: float) -> Gate | Slots | None:
@@ -309,7 +318,7 @@ class WaitQueues:
         gate.parked.append(wait_queue)
         self.parking[gate] = None
         self._wake_in(gate.wait(now))
-        if wait_queue.partition.full:  # the gate that keeps the partition full is known only now
+        if wait_queue.partition.backlog.full:  # the gate that keeps the partition full is known only now
             self._wake()
         return 0
 
@@ -391,14 +400,14 @@ class WaitQueues:
         work.outcome, work.takeover, work.suspect, work.slots, work.timer = None, 0, False, None, None
         work.interrupted = None  # each attempt has its own time limit
         wait_queue.works.appendleft(work)
-        partition.waiting += 1
+        partition.backlog.count += 1
         wait_queue.busy = False
         self._by_topic[partition.topic].add(wait_queue)
         self._wake()
 
     def forget(self, gone: set[Partition]) -> None:
         """Drop the wait queues of partitions that are no longer owned."""
-        self.deferred_bytes -= sum(partition.deferred_bytes for partition in gone)
+        self.parked_bytes -= sum(partition.backlog.parked_bytes for partition in gone)
         for wait_queue in [wait_queue for wait_queue in self.unacknowledged if wait_queue.partition in gone]:
             del self.unacknowledged[wait_queue]
         for gate in list(self.parking):
@@ -410,13 +419,13 @@ class WaitQueues:
         """Forget all waiting jobs. These jobs are not begun, so they belong to the next owner."""
         for lane in self._by_topic.values():
             for partition in lane.parts:
-                for wait_queue in partition.wait_queues.values():
+                for wait_queue in partition.backlog.wait_queues.values():
                     for one in wait_queue.works:
                         partition.live.pop(one.offset, None)
                     wait_queue.works.clear()
-                partition.nothing_waits()
+                partition.backlog.nothing_waits()
             lane.clear()
-        self.deferred_bytes = 0
+        self.parked_bytes = 0
 
 
 def _joins_slot_queue(lane: Lane, wait_queue: WaitQueue, gate: Gate | Slots) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from jobledger.consumers.state.limiters import Slots
 from jobledger.consumers.state.outcome import Outcome, unknown_task
-from jobledger.consumers.state.work import TaskRuntime
+from jobledger.consumers.state.task_runtime import TaskRuntime
 from jobledger.definitions.retry import Retry
 from jobledger.definitions.task_registry import TaskRegistry
 from jobledger.schemas.events import JobDue, JobEvent, JobSubmitted

@@ -17,7 +17,8 @@ from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-d
 
 from jobledger.config import Settings
 from jobledger.consumers.state.limiters import Limiter
-from jobledger.consumers.state.work import RUN_BOUNDS_S, WAIT_BOUNDS_MS, Partition
+from jobledger.consumers.state.task_runtime import RUN_BOUNDS_S, WAIT_BOUNDS_MS
+from jobledger.consumers.state.work import Partition
 from jobledger.kafka.clients import admin, answer_of
 from jobledger.process.extras import missing
 from jobledger.process.logger import get_logger
@@ -159,7 +160,7 @@ class WorkerMetrics(Collector):
             waits.add_metric(about, _histogram(lane.waits, [b / 1000 for b in WAIT_BOUNDS_MS]), lane.waited_ms / 1000)
             parts = list(lane.parts)
             rooms = sum(map(len, list(lane.waiting.values())))
-            waiting.add_metric(about, sum(p.waiting for p in parts) + rooms)
+            waiting.add_metric(about, sum(p.backlog.count for p in parts) + rooms)
             stamps = [stamp for p in parts if (stamp := p.oldest_ms()) is not None]
             oldest.add_metric(about, max(0.0, broker_ms - min(stamps)) / 1000 if stamps else 0.0)
         yield from (waits, waiting, oldest)
@@ -186,7 +187,7 @@ class WorkerMetrics(Collector):
                 continue
             about = [lane.queue, lane.level or "normal", str(part.number)]
             end = ends.get((part.topic, part.number))
-            offset, metadata = part.last_commit or (part.committed, part.metadata or "")
+            offset, metadata = part.last_commit or (part.prior.committed, part.prior.metadata or "")
             if end is not None:
                 lag.add_metric(about, max(0, end - max(0, offset)))
             size.add_metric(about, len(metadata))

@@ -1,6 +1,6 @@
 """The worker's loop in situations that a test cannot produce with a real broker. Dispatcher, wait queues, executor,
-ack tracker and offsets are the real ones; records for Kafka are kept in a list. The same parts run against a real broker in
-tests/integration and tests/acceptance."""
+ack tracker and offsets are the real ones; records for Kafka are kept in a list. The same parts run against a real
+broker in tests/integration and tests/acceptance."""
 
 from __future__ import annotations
 
@@ -37,10 +37,11 @@ from jobledger.consumers.state.dedup import release_key
 from jobledger.consumers.state.event_loop import LoopCalls
 from jobledger.consumers.state.offset_tracker import PartitionOffsets, Restored, Snapshot, decode
 from jobledger.consumers.state.outcome import Cancelled
+from jobledger.consumers.state.ownership_lease import OwnershipLease
 from jobledger.consumers.state.reports import Reports
 from jobledger.consumers.state.running import RunningJobs
 from jobledger.consumers.state.task_table import TaskTable
-from jobledger.consumers.state.work import JobRun, OwnershipLease, Partition
+from jobledger.consumers.state.work import JobRun, Partition
 from jobledger.definitions.policy import Limits
 from jobledger.definitions.retry import Retry
 from jobledger.errors import BrokerUnavailable, JobledgerError
@@ -175,8 +176,8 @@ class Bench:
         return made
 
     def reported(self, fact: object) -> bool:
-        """Process the delivery reports that have arrived, as the ack tracker's thread does. Return whether ``fact``, which
-        was computed before, is true."""
+        """Process the delivery reports that have arrived, as the ack tracker's thread does. Return whether ``fact``,
+        which was computed before, is true."""
         self.ack_tracker.serve()
         return bool(fact)
 
@@ -274,7 +275,7 @@ def test_a_free_thread_goes_to_a_task_that_is_not_paused(monkeypatch: pytest.Mon
         monkeypatch.setattr(bench.dispatcher.pipe.executor, "submit", busy.append)  # the job's thread does not end
         put(partition, [job("free", n=0), *(job(name, n=n) for n in range(1, 4) for name in ("paused", "free"))])
         bench.dispatcher.wake()
-        await until(lambda: busy and partition.waiting == 6)
+        await until(lambda: busy and partition.backlog.count == 6)
         scope = bench.dispatcher.pipe.tasks.runtimes["paused"].limiter
         scope.paused = "by me"
         for runtime in bench.dispatcher.pipe.tasks.runtimes.values():
@@ -402,15 +403,15 @@ def test_a_suspect_that_waits_for_a_slot_is_not_snoozed() -> None:
         runtime.regate()
         put(partition, [job("work", n=n) for n in range(60)])
         d.wake()
-        await until(lambda: partition.waiting == 50)
+        await until(lambda: partition.backlog.count == 50)
         assert d.wait_queues.half_full(partition)
-        waiting = partition.wait_queues["task", "work"].works[0]
+        waiting = partition.backlog.wait_queues["task", "work"].works[0]
         assert isinstance(waiting, JobRun)
         one = JobRun(partition, 1_000, waiting.event, bench.arrived)
         one.suspect = True
         before = len(bench.kept.sent)
         d.wait_queues.wait_for_gate(one, runtime, ("task", "work"), time.monotonic())
-        assert (partition.waiting, len(bench.kept.sent)) == (51, before)
+        assert (partition.backlog.count, len(bench.kept.sent)) == (51, before)
         bench.close()
 
     run(test)
@@ -477,11 +478,11 @@ def test_room_is_made_although_the_longest_wait_queue_ends_with_a_suspect() -> N
             runtime.regate()
         put(partition, [*(job("many", n=n) for n in range(5)), *(job("few", n=n) for n in range(3))])
         bench.dispatcher.wake()
-        await until(lambda: partition.waiting == 8 and len(bench.dispatcher.wait_queues.parking) == 2)
-        longest = partition.wait_queues["task", "many"]
+        await until(lambda: partition.backlog.count == 8 and len(bench.dispatcher.wait_queues.parking) == 2)
+        longest = partition.backlog.wait_queues["task", "many"]
         longest.works[-1].suspect = True
         bench.dispatcher.wait_queues.make_room(partition)
-        assert (len(longest.works), len(partition.wait_queues["task", "few"].works)) == (5, 1)
+        assert (len(longest.works), len(partition.backlog.wait_queues["task", "few"].works)) == (5, 1)
         assert [type(fact) for fact in bench.kept.facts()] == [JobSnoozed, JobSnoozed]
         assert not bench.failed
         bench.close()
@@ -1109,7 +1110,7 @@ def test_the_duration_of_a_suspect_does_not_include_a_pause_before_its_code() ->
     async def test() -> None:
         bench = Bench(app)
         partition, places = bench.partition(), bench.dispatcher.placement
-        partition.scanned_to = partition.careful = 1
+        partition.prior.scanned_to = partition.prior.suspect_below = 1
         go = places.go
 
         def then_paused(work: JobRun) -> None:
@@ -1166,10 +1167,10 @@ def test_jobs_behind_thousands_of_jobs_of_one_key_run() -> None:
         bench.dispatcher.wake()
         await until(lambda: len(ran) == 201, 30.0)
         assert ran.count("hot") == 1
-        assert partition.deferred > 30_000
+        assert partition.backlog.parked > 30_000
         partition.give_up()
         bench.dispatcher.ended([partition])
-        await until(lambda: bench.dispatcher.wait_queues.deferred_bytes == 0)
+        await until(lambda: bench.dispatcher.wait_queues.parked_bytes == 0)
         bench.close()
 
     run(test)
@@ -1234,7 +1235,10 @@ def test_the_next_job_of_a_key_begins_when_the_outcome_of_the_previous_job_is_in
         if how == "cancelled":
             d.pipe.control.cancels[event.job_id, 1] = Cancelled("me", "wrong list")
         if how == "crashed":
-            partition.starts, partition.scanned_to = {release_key(event.job_id, 1, 1): UNSEEN_CRASHES}, 10_000
+            partition.prior.starts, partition.prior.scanned_to = (
+                {release_key(event.job_id, 1, 1): UNSEEN_CRASHES},
+                10_000,
+            )
         waiting = [job("holds", key="h", k="h") for _ in range(60 if deferred else 0)]
         put(partition, [*waiting, value, job("book", key="a", k="next")])
         d.wake()
@@ -1243,7 +1247,7 @@ def test_the_next_job_of_a_key_begins_when_the_outcome_of_the_previous_job_is_in
         d.wake()
         await until(lambda: any(k == "other" for k, *_ in ran))
         await until(lambda: len(d.running) == deferred)
-        assert (partition.deferred > 0) == deferred
+        assert (partition.backlog.parked > 0) == deferred
         assert not any(k == "next" for k, *_ in ran)
         kept.frozen = False
         await until(lambda: any(k == "next" for k, *_ in ran))

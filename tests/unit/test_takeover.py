@@ -15,7 +15,8 @@ from jobledger.consumers.partitions.takeover import UNSEEN_MS, Takeover, _Scan
 from jobledger.consumers.recording.worker_producer import UNACKNOWLEDGED_LIMIT
 from jobledger.consumers.scheduling.dispatcher import may_be_unsent
 from jobledger.consumers.state.dedup import release_key
-from jobledger.consumers.state.work import OwnershipLease, Partition
+from jobledger.consumers.state.ownership_lease import OwnershipLease
+from jobledger.consumers.state.work import Partition
 from jobledger.kafka.topic_names import Names
 from jobledger.schemas import codec
 from jobledger.schemas import events as ev
@@ -81,7 +82,7 @@ def scanned(*facts: tuple[int, ev.Fact], framed: bool = False, attempts: Sequenc
 
 def noted_end(scan: _Scan, release: int = 1) -> tuple[int, int, ev.Fact]:
     """Return the noted end of a release: the lifecycle offset, the append time and the fact."""
-    end = scan.partition.closed[release_key(JOB, 1, release)]
+    end = scan.partition.prior.closed[release_key(JOB, 1, release)]
     return end.offset, end.appended_ms, end.fact
 
 
@@ -114,9 +115,9 @@ def test_a_late_retry_in_place_of_an_earlier_attempt_does_not_count() -> None:
     again = ev.JobRetried(ERROR, 5, in_place=True)
     partition = scanned((1, again), (1, STARTED), (1, again), attempts=(3, 4, 1)).partition
     key = release_key(JOB, 1, 1)
-    assert (partition.held[key][0], partition.starts[key]) == (4, 1)
+    assert (partition.prior.next_attempts[key][0], partition.prior.starts[key]) == (4, 1)
     partition = scanned((1, again), (1, STARTED), (1, again), attempts=(3, 4, 4)).partition
-    assert (partition.held[key][0], partition.starts) == (5, {})
+    assert (partition.prior.next_attempts[key][0], partition.prior.starts) == (5, {})
 
 
 @pytest.mark.parametrize("end", [LEASED, ev.JobRetried(ERROR, 5), ev.JobSnoozed(5)])
