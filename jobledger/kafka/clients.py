@@ -91,8 +91,8 @@ def producer_config(
     """Return the settings of a producer: idempotent, ``acks=all``, and the partitioner of all writers.
 
     ``linger_ms``: milliseconds for which librdkafka collects a batch. ``timeout``: seconds until a record must be
-    acknowledged; None: `Settings.submit_timeout`. ``auth_monitor``: receives the client's errors, as ``error_cb``. ``batch``:
-    bytes of the largest batch of several records, see `batch_room`; None: librdkafka's limit.
+    acknowledged; None: `Settings.submit_timeout`. ``auth_monitor``: receives the client's errors, as ``error_cb``.
+    ``batch``: bytes of the largest batch of several records, see `batch_room`; None: librdkafka's limit.
     """
     conf = {
         # A short timeout as in `jobledger.config.PATIENCE`, here for records that were sent to a frozen broker.
@@ -119,7 +119,8 @@ def consumer_config(
 ) -> dict[str, Any]:
     """Return the settings of a consumer with manual assignment and without commits.
 
-    ``auth_monitor``: receives the client's errors, as ``error_cb``. ``more``: settings that add to and override the others.
+    ``auth_monitor``: receives the client's errors, as ``error_cb``. ``more``: settings that add to and override the
+    others.
     """
     return {
         **settings.librdkafka(),
