@@ -107,9 +107,9 @@ def drained(namespace: str, bootstrap: str, task: str, jobs: int) -> dict[str, f
         while worker.dispatcher is None or not worker.dispatcher.pipe.running.started:
             time.sleep(0.001)
         began, used = time.perf_counter(), cpu_s()
-        plan = worker.dispatcher.pipe.tasks.plans[task]
+        runtime = worker.dispatcher.pipe.tasks.runtimes[task]
         assert worker.sender is not None
-        while plan.succeeded < jobs or worker.sender.unacknowledged:
+        while runtime.succeeded < jobs or worker.sender.unacknowledged:
             time.sleep(0.005)
         found.update(rate=jobs / (time.perf_counter() - began), cpu=(cpu_s() - used) / jobs * 1000)
 
@@ -130,16 +130,16 @@ def shared(namespace: str, bootstrap: str, task: str, pipe: Any) -> None:
         while not ready(worker):
             time.sleep(0.01)
         assert worker.dispatcher is not None
-        plan = worker.dispatcher.pipe.tasks.plans[task]
+        runtime = worker.dispatcher.pipe.tasks.runtimes[task]
         pipe.send("ready")
         pipe.recv()
         first = used = last = 0.0
         done, since = 0, time.monotonic()
         while time.monotonic() - since < (60.0 if not done else 2.0):
-            if plan.succeeded != done:
+            if runtime.succeeded != done:
                 if not done:
                     first = cpu_s()
-                done, since, last = plan.succeeded, time.monotonic(), cpu_s()
+                done, since, last = runtime.succeeded, time.monotonic(), cpu_s()
             time.sleep(0.005)
         used = last - first
         pipe.send((done, used))

@@ -170,12 +170,12 @@ def worked(
         while worker.dispatcher is None or not worker.dispatcher.pipe.running.started:
             time.sleep(0.001)
         began, used = time.perf_counter(), cpu_s()
-        plan = worker.dispatcher.pipe.tasks.plans[task]
+        runtime = worker.dispatcher.pipe.tasks.runtimes[task]
         memory = []
         assert worker.sender is not None
-        while plan.succeeded < jobs or worker.sender.unacknowledged:
+        while runtime.succeeded < jobs or worker.sender.unacknowledged:
             time.sleep(0.005)
-            if plan.succeeded > jobs // 4:
+            if runtime.succeeded > jobs // 4:
                 memory.append(rss_mb())
         found.update(figures(jobs, time.perf_counter() - began, cpu_s() - used))
         while any(p.offsets.pending for p in worker.partitions() if p.offsets):

@@ -9,13 +9,13 @@ import signal
 import sys
 from typing import Protocol
 
-from jobledger.consumers.isolation.protocol import ProgressMessage, Splitter, decode_said, outcome_of
+from jobledger.consumers.isolation.protocol import ProgressMessage, Splitter, decode_child_message, outcome_of
 from jobledger.consumers.state.outcome import MESSAGE_LIMIT, TRACEBACK_LIMIT, Outcome, printable
 from jobledger.consumers.state.work import JobRun
 from jobledger.schemas.events import ErrorInfo, JobProgressed
 
 #: Number of the last bytes of standard error that are kept.
-LAST_WORDS = 4_000
+LAST_OUTPUT_BYTES = 4_000
 
 PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 
@@ -23,7 +23,7 @@ PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 class Owner(Protocol):
     """The pool to which a child reports. Both methods run on the event loop."""
 
-    def said(self, child: ChildHandle, outcome: Outcome) -> None:
+    def outcome_reported(self, child: ChildHandle, outcome: Outcome) -> None:
         """Take the outcome of the child's job."""
 
     def lost(self, child: ChildHandle) -> None:
@@ -31,7 +31,7 @@ class Owner(Protocol):
 
 
 class LastOutput:
-    """Passes on the standard error of a process when it arrives, and keeps its last `LAST_WORDS` bytes.
+    """Passes on the standard error of a process when it arrives, and keeps its last `LAST_OUTPUT_BYTES` bytes.
 
     The pipe is not read through a transport, because uvloop's transport of a pipe closes its descriptor twice. At the
     second time the descriptor's number may belong to another file, for example one of a job in another thread
@@ -76,7 +76,7 @@ class LastOutput:
         if not data:
             self.close()
             return
-        self.kept = (self.kept + data)[-LAST_WORDS:]
+        self.kept = (self.kept + data)[-LAST_OUTPUT_BYTES:]
         with contextlib.suppress(Exception):  # a closed standard error of the worker must not fail the job
             sys.stderr.write(data.decode("utf-8", "replace"))
             sys.stderr.flush()
@@ -88,7 +88,7 @@ class ChildHandle(asyncio.Protocol):
     def __init__(self, owner: Owner) -> None:
         self._owner = owner
         self._split = Splitter()
-        self.words = LastOutput()
+        self.last_output = LastOutput()
         self.transport: asyncio.Transport | None = None
         self.pid = 0
         self.pidfd = -1
@@ -110,18 +110,20 @@ class ChildHandle(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         for body in self._split.feed(data):
             try:
-                said = decode_said(body)
+                message = decode_child_message(body)
             except Exception as exc:  # noqa: BLE001  # for example if the job's code writes to the connection
                 # The error that the worker records for the job shows this text.
-                self.words.kept = f"what the process said to its worker cannot be read: {exc!r}".encode()
+                self.last_output.kept = f"what the process said to its worker cannot be read: {exc!r}".encode()
                 self.kill()
                 return
-            if isinstance(said, ProgressMessage):
+            if isinstance(message, ProgressMessage):
                 if self.work is not None:
-                    self.work.report(None, JobProgressed(said.sequence, said.done, said.total, said.message))
+                    self.work.report(
+                        None, JobProgressed(message.sequence, message.done, message.total, message.message)
+                    )
             else:
-                self.unread = said.unread
-                self._owner.said(self, outcome_of(said))
+                self.unread = message.unread
+                self._owner.outcome_reported(self, outcome_of(message))
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._owner.lost(self)
@@ -167,10 +169,10 @@ def end_of(status: int | None) -> str:
         return f"signal {-code}"
 
 
-def last_words(status: int | None, errors: bytes) -> ErrorInfo:
+def process_died(status: int | None, errors: bytes) -> ErrorInfo:
     """Build the error of a child that ended by itself, from its exit status and its last standard error."""
     text = errors.decode("utf-8", "replace").strip()
-    said = f"the process that ran it ended by itself: {end_of(status)}"
+    summary = f"the process that ran it ended by itself: {end_of(status)}"
     if text:
-        said += f"; it said last: {text.splitlines()[-1]}"
-    return ErrorInfo("ProcessDied", printable(said, MESSAGE_LIMIT), printable(text, TRACEBACK_LIMIT) or None)
+        summary += f"; it said last: {text.splitlines()[-1]}"
+    return ErrorInfo("ProcessDied", printable(summary, MESSAGE_LIMIT), printable(text, TRACEBACK_LIMIT) or None)

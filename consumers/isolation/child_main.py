@@ -91,7 +91,7 @@ class JobProcess:
         self._clock: asyncio.Timeout | None = None
         self._inside = False  # the code of a plain function is running
         self._late = False  # the running attempt exceeded its timeout
-        self._told: type[TaskInterrupted] | None = None  # the error that interrupted the running code
+        self._interrupt: type[TaskInterrupted] | None = None  # the error that interrupted the running code
         self._sends = False  # the running code sends a message, which no interrupt may cut
         self._postponed: int | None = None  # the signal that arrived meanwhile
         self._most: int | None = None  # the memory limit now set, in bytes
@@ -118,11 +118,11 @@ class JobProcess:
         while (body := self._receive()) is not None:
             run = decode_run(body)
             try:
-                said = self._run(run)
+                message = self._run(run)
             except BaseException as broken:  # noqa: BLE001  # the last guard: no error ends the process
-                said = ended(Failed("never", error_info(broken)))
-            said.unread = has_unread(2)
-            self._connection.sendall(frame(said))
+                message = ended(Failed("never", error_info(broken)))
+            message.unread = has_unread(2)
+            self._connection.sendall(frame(message))
             # Between two jobs, check for garbage at most every `LOOK_S` seconds. `_receive` checks if no job arrives.
             now = time.monotonic()
             if now - self._looked_at >= LOOK_S:
@@ -151,7 +151,7 @@ class JobProcess:
     # -- one attempt --------------------------------------------------------------------------------------------------
 
     def _run(self, run: RunMessage) -> EndedMessage:
-        self._late, self._told = False, None
+        self._late, self._interrupt = False, None
         task = self._registry.tasks.get(run.task)
         if task is None:  # the code on disk differs from the code that the worker runs
             missing = LookupError(f"the child process has no task {run.task!r}: was the app changed under its worker?")
@@ -197,11 +197,11 @@ class JobProcess:
             self._most = task.policy.max_memory
             limit_memory(self._most)
         if task.is_async:
-            said: list[tuple[Any, BaseException | None]] = []
+            results: list[tuple[Any, BaseException | None]] = []
             self._runner().run(
-                self._await(function, context, kwargs, task.timeout, said), context=contextvars.copy_context()
+                self._await(function, context, kwargs, task.timeout, results), context=contextvars.copy_context()
             )
-            return said.pop()
+            return results.pop()
         return contextvars.copy_context().run(self._plainly, function, context, kwargs), None
 
     def _runner(self) -> asyncio.Runner:
@@ -216,9 +216,9 @@ class JobProcess:
         context: JobContext,
         kwargs: dict[str, Any],
         limit: float | None,
-        said: list[tuple[Any, BaseException | None]],
+        results: list[tuple[Any, BaseException | None]],
     ) -> None:
-        """Run the coroutine function and append its value and error to ``said``.
+        """Run the coroutine function and append its value and error to ``results``.
 
         Neither is returned or raised, because asyncio inspects what a task returns or raises: an object that raises
         when it is inspected would stop the loop.
@@ -227,13 +227,13 @@ class JobProcess:
         self._running, self._function = asyncio.current_task(), function
         clock = self._clock = asyncio.timeout(limit)
         try:
-            if self._told is TaskCancelled:  # the job was cancelled before its code started
+            if self._interrupt is TaskCancelled:  # the job was cancelled before its code started
                 raise asyncio.CancelledError
             async with clock:
                 value = await function(**kwargs)
-            said.append((value, None))
+            results.append((value, None))
         except BaseException as error:  # noqa: BLE001  # judged by the caller
-            said.append((None, error))
+            results.append((None, error))
         finally:
             self._running = self._clock = None
             self._late = self._late or clock.expired()
@@ -245,8 +245,8 @@ class JobProcess:
         returned = False
         try:
             self._inside = True
-            if self._told is not None:  # the signal arrived before the code started
-                raise self._told
+            if self._interrupt is not None:  # the signal arrived before the code started
+                raise self._interrupt
             value = settled(function(**kwargs))
             returned = True
             self._inside = False
@@ -265,37 +265,37 @@ class JobProcess:
 
         Raises what the awaitable raises; after an interrupt, the `TaskInterrupted` for it.
         """
-        said: list[tuple[Any, BaseException | None]] = []
+        results: list[tuple[Any, BaseException | None]] = []
 
         async def run() -> None:
             self._running = asyncio.current_task()
             try:
-                if self._told is not None:
+                if self._interrupt is not None:
                     raise asyncio.CancelledError
-                said.append((await value, None))
+                results.append((await value, None))
             except BaseException as error:  # noqa: BLE001  # raised again below
-                said.append((None, error))
+                results.append((None, error))
             finally:
                 self._running = None
 
         self._inside = False
         self._runner().run(run(), context=contextvars.copy_context())
-        found, error = said.pop()
+        result, error = results.pop()
         try:
-            if isinstance(error, asyncio.CancelledError) and self._told is not None:
-                raise self._told
+            if isinstance(error, asyncio.CancelledError) and self._interrupt is not None:
+                raise self._interrupt
             if error is not None:
                 raise error
         finally:
             error = None  # breaks a reference cycle, as in `_run`
         self._inside = True
-        return found
+        return result
 
     def _interrupted(self, number: int, frame: FrameType | None) -> None:
         if self._sends:
             self._postponed = number
             return
-        self._told = TaskTimedOut if number == LATE else TaskCancelled
+        self._interrupt = TaskTimedOut if number == LATE else TaskCancelled
         self._late = number == LATE
         if self._running is not None and self._loop is not None:
             if number == LATE and self._clock is not None:
@@ -304,7 +304,7 @@ class JobProcess:
             self._loop.get_loop().call_soon_threadsafe(self._running.cancel)
         elif self._inside:
             self._inside = False
-            raise self._told
+            raise self._interrupt
 
     def _tell_blocked(self, frame: FrameType | None) -> None:
         """Raise `TaskTimedOut` in a coroutine that is past its timeout, and that blocks the event loop so that
@@ -347,9 +347,9 @@ class JobProcess:
             if self._unsent is not None:
                 self._send_progress(self._unsent)
 
-    def _send_progress(self, said: JobProgressed) -> None:
+    def _send_progress(self, progress: JobProgressed) -> None:
         self._unsent = None
-        message = frame(ProgressMessage(said.sequence, said.done, said.total, said.message))
+        message = frame(ProgressMessage(progress.sequence, progress.done, progress.total, progress.message))
         if threading.current_thread() is not threading.main_thread():  # signals do not interrupt this thread
             self._connection.sendall(message)
             return

@@ -65,7 +65,7 @@ class ForkClient:
         self._by_pid: dict[int, ChildHandle] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         # Also the outputs of ended children, because processes that these children started may still write.
-        self._heard: weakref.WeakSet[LastOutput] = weakref.WeakSet()
+        self._outputs: weakref.WeakSet[LastOutput] = weakref.WeakSet()
 
     @property
     def running(self) -> bool:
@@ -97,15 +97,15 @@ class ForkClient:
         # Sent on standard input, not as an argument, because a URL may hold a password, and every user of the machine
         # can list the arguments of processes.
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError), self._process.stdin as told:
-            told.write(json.dumps(rest).encode())
+        with contextlib.suppress(BrokenPipeError), self._process.stdin as stdin:
+            stdin.write(json.dumps(rest).encode())
         ours.setblocking(False)
         self._control, self._ready, self._lines = ours, False, b""
-        self._loop.add_reader(ours, self._told)
-        self._words = LastOutput()
+        self._loop.add_reader(ours, self._on_message)
+        self._last_output = LastOutput()
         assert self._process.stderr is not None
         with self._process.stderr as errors:
-            self._words.listen(self._loop, os.dup(errors.fileno()))
+            self._last_output.listen(self._loop, os.dup(errors.fileno()))
 
     def fork(self, child: ChildHandle) -> None:
         """Ask the fork server to fork ``child``. `listens` must be true.
@@ -125,8 +125,8 @@ class ForkClient:
         # Only after the request was sent, because the fork server answers in the order of the requests.
         self._born.append(child)
         ours.setblocking(False)
-        child.words.listen(self._loop, read)
-        self._heard.add(child.words)
+        child.last_output.listen(self._loop, read)
+        self._outputs.add(child.last_output)
         task = self._loop.create_task(self._connect(child, ours))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -152,8 +152,8 @@ class ForkClient:
             except subprocess.TimeoutExpired:
                 process.kill()
                 await asyncio.to_thread(process.wait)
-        for words in self._heard:
-            words.close()
+        for output in self._outputs:
+            output.close()
 
     def abandon(self) -> None:
         """Kill the fork server at once. For use after the event loop has ended."""
@@ -172,7 +172,7 @@ class ForkClient:
             self._control.close()
             self._control = None
 
-    def _told(self) -> None:
+    def _on_message(self) -> None:
         assert self._control is not None
         try:
             data = self._control.recv(65536)
@@ -185,22 +185,22 @@ class ForkClient:
             return
         *lines, self._lines = (self._lines + data).split(b"\n")
         for line in lines:
-            told = json.loads(line)
-            if "born" in told:
-                self._is_born(told["born"])
-            elif "died" in told:
-                child = self._by_pid.pop(told["died"], None)
+            message = json.loads(line)
+            if "born" in message:
+                self._is_born(message["born"])
+            elif "died" in message:
+                child = self._by_pid.pop(message["died"], None)
                 if child is not None:
-                    child.status = told["status"]
+                    child.status = message["status"]
                     self._tell.died(child)
             else:
                 self._ready, self._again_s = True, AGAIN_S
-                if told["ready"] > 1:
+                if message["ready"] > 1:
                     LOG.warning(
                         "importing %s started %d threads; child processes are forked without them: start threads when a "
                         "job or a resource needs them",
                         self._target,
-                        told["ready"] - 1,
+                        message["ready"] - 1,
                     )
 
     def _has_ended(self) -> None:
@@ -230,9 +230,9 @@ class ForkClient:
         self._again_s = min(AGAIN_MOST_S, self._again_s * 2)
 
     def _give_up(self, code: int) -> None:
-        words = self._words.kept.decode("utf-8", "replace").strip()
+        output = self._last_output.kept.decode("utf-8", "replace").strip()
         self._tell.unusable(
-            ConfigError(f"no child processes: importing {self._target} in one failed with exit code {code}:\n{words}")
+            ConfigError(f"no child processes: importing {self._target} in one failed with exit code {code}:\n{output}")
         )
 
     def _start_again(self) -> None:

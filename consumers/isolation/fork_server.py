@@ -66,8 +66,8 @@ class ForkServer:
             for pid in self._children:
                 _kill(pid)
 
-    def _say(self, said: dict[str, int]) -> None:
-        self._control.sendall(json.dumps(said).encode() + b"\n")
+    def _say(self, message: dict[str, int]) -> None:
+        self._control.sendall(json.dumps(message).encode() + b"\n")
 
     def _ask(self) -> bool:
         """Handle one request. Return False if the worker has closed the socket."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from jobledger.config import Settings
-from jobledger.consumers.isolation.child_handle import ChildHandle, end_of, last_words
+from jobledger.consumers.isolation.child_handle import ChildHandle, end_of, process_died
 from jobledger.consumers.isolation.child_main import LATE, STOP
 from jobledger.consumers.isolation.fork_client import AGAIN_S, ForkClient, Told
 from jobledger.consumers.isolation.protocol import RunMessage, frame
@@ -64,14 +64,14 @@ class ChildSettings:
 class ChildJobs(Protocol):
     """Decides about the jobs that run in a pool, and records their outcomes.
 
-    For each call of `ChildPool.run`, one of `said`, `died` and `ended` is called once, when no child has the job any
-    more.
+    For each call of `ChildPool.run`, one of `outcome_reported`, `died` and `ended` is called once, when no child has
+    the job any more.
     """
 
     def take(self, work: JobRun) -> bool:
         """Return whether the job may run now, because a child is free. If not, nothing else is called for the job."""
 
-    def said(self, work: JobRun, outcome: Outcome) -> None:
+    def outcome_reported(self, work: JobRun, outcome: Outcome) -> None:
         """Handle the outcome with which the job's code ended."""
 
     def died(self, work: JobRun, error: ErrorInfo, blamed: bool) -> None:
@@ -134,10 +134,10 @@ class ChildPool:
     def forget(self, gone: Callable[[JobRun], bool]) -> list[JobRun]:
         """Remove and return the jobs that wait for a child and for which ``gone(work)`` is true. No callback is called
         for these jobs any more."""
-        found = [work for work in self._waiting if gone(work)]
-        for work in found:
+        removed = [work for work in self._waiting if gone(work)]
+        for work in removed:
             self._waiting.remove(work)
-        return found
+        return removed
 
     def stop(self, work: JobRun) -> None:
         """Signal the job to end, and kill its process if the job still runs after `SOFT_S` seconds. If the job waits
@@ -267,14 +267,14 @@ class ChildPool:
     # -- one job ------------------------------------------------------------------------------------------------------
 
     def _give(self, child: ChildHandle, work: JobRun) -> None:
-        event, plan, context = work.event, work.plan, work.context
+        event, runtime, context = work.event, work.runtime, work.context
         assert event is not None
-        assert plan is not None
+        assert runtime is not None
         assert context is not None
         work.context = None
         child.work, child.why, child.peak = work, None, 0
         self._of[work] = child
-        child.words.forget(child.unread)  # what earlier jobs wrote does not explain this job's end
+        child.last_output.forget(child.unread)  # what earlier jobs wrote does not explain this job's end
         spec = event.fact.spec  # type: ignore[union-attr]  # a work topic holds only such facts
         child.send(
             frame(
@@ -292,14 +292,14 @@ class ChildPool:
                 )
             )
         )
-        limit = plan.task.timeout
+        limit = runtime.task.timeout
         if limit is not None:
             # A coroutine has its own `asyncio.timeout`. The signal is sent later, and has an effect only if the
             # coroutine blocks the child's event loop.
-            told = limit + BLOCKED_S if plan.is_async else limit
-            child.timers.append(self._loop.call_later(told, child.signal, LATE))
+            soft_limit = limit + BLOCKED_S if runtime.is_async else limit
+            child.timers.append(self._loop.call_later(soft_limit, child.signal, LATE))
             child.timers.append(self._loop.call_later(limit + SOFT_S, self._kill, child, "timeout"))
-        if plan.task.policy.max_memory is not None:
+        if runtime.task.policy.max_memory is not None:
             if not self._watched:
                 self._loop.call_later(WATCH_S, self._watch)
             self._watched.add(child)
@@ -307,7 +307,7 @@ class ChildPool:
     def _watch(self) -> None:
         for child in list(self._watched):
             work = child.work
-            if work is None or work.plan is None or (most := work.plan.task.policy.max_memory) is None:
+            if work is None or work.runtime is None or (most := work.runtime.task.policy.max_memory) is None:
                 self._watched.discard(child)
                 continue
             child.peak = child.memory()
@@ -333,12 +333,12 @@ class ChildPool:
             self._of.pop(work, None)
         return work
 
-    def said(self, child: ChildHandle, outcome: Outcome) -> None:
+    def outcome_reported(self, child: ChildHandle, outcome: Outcome) -> None:
         if child.why is not None:  # the job ended just before the kill, but the kill ends the child
             child.leaving = True
         most = None
-        if child.work is not None and child.work.plan is not None:
-            most = child.work.plan.task.policy.max_memory
+        if child.work is not None and child.work.runtime is not None:
+            most = child.work.runtime.task.policy.max_memory
         work = self._release(child)
         child.jobs += 1
         full = most is not None and child.memory() > most * REPLACE_AT
@@ -348,7 +348,7 @@ class ChildPool:
         else:
             self._use(child)
         if work is not None:
-            self._jobs.said(work, outcome)
+            self._jobs.outcome_reported(work, outcome)
 
     def lost(self, child: ChildHandle) -> None:
         """Handle the end of the child's connection: the child has exited, or is about to."""
@@ -379,19 +379,19 @@ class ChildPool:
             if not expected and not self._closing:
                 LOG.warning("an idle child process ended by itself: %s", end_of(child.status))
             return
-        plan = work.plan
-        assert plan is not None
+        runtime = work.runtime
+        assert runtime is not None
         if child.why == "timeout":
-            limit = plan.task.timeout
+            limit = runtime.task.timeout
             error: BaseException = TimeoutError(
-                f"{plan.name}() ran longer than its timeout of {limit:g} s and continued for {SOFT_S:g} s after it was told "
+                f"{runtime.name}() ran longer than its timeout of {limit:g} s and continued for {SOFT_S:g} s after it was told "
                 "to end; its process was killed"
             )
             self._jobs.ended(work, "timeout", error)
         elif child.why == "memory":
-            most = plan.task.policy.max_memory or 0
+            most = runtime.task.policy.max_memory or 0
             error = MemoryError(
-                f"{plan.name}() used {child.peak / 2**20:,.0f} MiB and may use max_memory={most / 2**20:,.0f} MiB; its "
+                f"{runtime.name}() used {child.peak / 2**20:,.0f} MiB and may use max_memory={most / 2**20:,.0f} MiB; its "
                 "process was killed"
             )
             self._jobs.ended(work, "memory", error)
@@ -399,7 +399,7 @@ class ChildPool:
             self._jobs.ended(work, "stop", ChildProcessError("its process was killed"))
         else:
             self.deaths += not child.orphan
-            self._jobs.died(work, last_words(child.status, child.words.kept), not child.orphan)
+            self._jobs.died(work, process_died(child.status, child.last_output.kept), not child.orphan)
 
     def _forget(self, child: ChildHandle) -> None:
         self._all.discard(child)

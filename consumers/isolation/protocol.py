@@ -54,11 +54,11 @@ class EndedMessage(msgspec.Struct, array_like=True, tag="e", gc=False):
     unread: bool = True
 
 
-Said = ProgressMessage | EndedMessage
+ChildMessage = ProgressMessage | EndedMessage
 
 _encoder = msgspec.msgpack.Encoder()
 decode_run = msgspec.msgpack.Decoder(RunMessage).decode
-decode_said = msgspec.msgpack.Decoder(Said).decode
+decode_child_message = msgspec.msgpack.Decoder(ChildMessage).decode
 
 
 def frame(message: Any) -> bytes:
@@ -102,14 +102,14 @@ def ended(outcome: Outcome) -> EndedMessage:
     raise TypeError(f"{type(outcome).__name__} is nothing that a child says")
 
 
-def outcome_of(said: EndedMessage) -> Outcome:
+def outcome_of(message: EndedMessage) -> Outcome:
     """Return the outcome that a message carries. Raises `ValueError` for a message that no child can have sent."""
-    if said.kind == "ok":
-        return Succeeded(said.result)
-    if said.kind == "snoozed":
-        return Snoozed(said.delay_ms, said.reason)
-    if said.error is not None and said.kind == "retried":
-        return Retried(ErrorInfo(*said.error), said.delay_ms)
-    if said.error is not None and said.kind == "failed" and said.reason is not None:
-        return Failed(said.reason, ErrorInfo(*said.error))  # type: ignore[arg-type]  # a child sends allowed ones only
-    raise ValueError(f"a child said {said!r}")
+    if message.kind == "ok":
+        return Succeeded(message.result)
+    if message.kind == "snoozed":
+        return Snoozed(message.delay_ms, message.reason)
+    if message.error is not None and message.kind == "retried":
+        return Retried(ErrorInfo(*message.error), message.delay_ms)
+    if message.error is not None and message.kind == "failed" and message.reason is not None:
+        return Failed(message.reason, ErrorInfo(*message.error))  # type: ignore[arg-type]  # a child sends allowed ones only
+    raise ValueError(f"a child said {message!r}")

@@ -14,7 +14,8 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 from jobledger.config import Settings
 from jobledger.consumers.recording.ack_tracker import AckTracker
 from jobledger.consumers.state.offset_tracker import Snapshot
-from jobledger.consumers.state.work import OwnershipLease, Partition
+from jobledger.consumers.state.ownership_lease import OwnershipLease
+from jobledger.consumers.state.work import Partition
 from jobledger.errors import BrokerUnavailable, ConfigError, JobledgerError
 from jobledger.kafka.auth import denied, join, read
 from jobledger.kafka.outage import outage_of
@@ -37,15 +38,15 @@ class Committer:
         consumer: Consumer,
         group: str,
         lease: OwnershipLease,
-        settler: AckTracker,
+        ack_tracker: AckTracker,
         fail: Callable[[JobledgerError], None],
     ) -> None:
         self._group = group
-        self._settings, self._consumer, self._lease, self._settler, self._fail = (
+        self._settings, self._consumer, self._lease, self._ack_tracker, self._fail = (
             settings,
             consumer,
             lease,
-            settler,
+            ack_tracker,
             fail,
         )
         self.commits = self.errors = 0
@@ -61,17 +62,17 @@ class Committer:
         committed as it was found, if it was found clean. A failed commit is not repeated: the next commit covers the
         partitions that are still owned then.
         """
-        self._settler.drain()
+        self._ack_tracker.drain()
         taken: list[tuple[Partition, Snapshot]] = []
         for partition in partitions:
             if partition.offsets is None or not partition.ready:
                 # If `final`: the partition was given up before its takeover was complete, so none of its records was
                 # begun or will be begun.
-                if final and partition.found_clean is not None:
-                    taken.append((partition, partition.found_clean))
+                if final and partition.prior.clean_commit is not None:
+                    taken.append((partition, partition.prior.clean_commit))
                 continue
             with partition.lock:
-                left = partition.busy or partition.closed or any(w.suspect for w in list(partition.live.values()))
+                left = partition.busy or partition.prior.closed or any(w.suspect for w in list(partition.live.values()))
                 clean = final and not left and partition.offsets.settled
                 snapshot = partition.offsets.snapshot(clean=clean)
             if snapshot is None:
@@ -84,7 +85,7 @@ class Committer:
 
     def commit_snapshots(self, taken: list[tuple[Partition, Snapshot]]) -> bool:
         """Commit these snapshots. Return whether the group coordinator accepted all of them."""
-        if self._settler.broken or not taken:
+        if self._ack_tracker.broken or not taken:
             return False
         asked_at = self._asked_at = time.monotonic()
         parts = [TopicPartition(p.topic, p.number, s.offset, s.metadata) for p, s in taken]
@@ -97,10 +98,10 @@ class Committer:
         finally:
             self._asked_at = None
         self.commits += 1
-        for partition, said in taken:
+        for partition, snapshot in taken:
             error = errors.get(partition.number)
             if error is None:
-                partition.last_commit = (said.offset, said.metadata)
+                partition.last_commit = (snapshot.offset, snapshot.metadata)
             else:
                 if partition.offsets is not None:
                     partition.offsets.changed = True

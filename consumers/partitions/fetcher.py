@@ -19,7 +19,8 @@ from jobledger.config import Settings
 from jobledger.consumers.partitions.committer import COMMIT_INTERVAL_S, Committer
 from jobledger.consumers.recording.ack_tracker import AckTracker
 from jobledger.consumers.state.offset_tracker import Snapshot
-from jobledger.consumers.state.work import OwnershipLease, Partition
+from jobledger.consumers.state.ownership_lease import OwnershipLease
+from jobledger.consumers.state.work import Partition
 from jobledger.errors import AccessDenied, BrokerUnavailable, ConfigError, JobledgerError
 from jobledger.kafka.auth import AuthMonitor, denied, join, read
 from jobledger.kafka.clients import consumer, consumer_config, translate
@@ -83,13 +84,13 @@ class Fetcher(threading.Thread):
         settings: Settings,
         names: Names,
         lane: str,
-        settler: AckTracker,
+        ack_tracker: AckTracker,
         limits: LaneLimits,
         events: LaneEvents,
     ) -> None:
         super().__init__(name=f"jobledger-fetch-{lane}", daemon=True)
         self.queue, self.topic = lane, names.jobs(lane)
-        self._settings, self._settler, self._prefetch = settings, settler, limits.prefetch
+        self._settings, self._ack_tracker, self._prefetch = settings, ack_tracker, limits.prefetch
         self._assigned, self._ended = events.on_assigned, events.on_ended
         self.wake_dispatcher, self._fail = events.on_messages, events.on_failure
         self.lease = OwnershipLease(limits.lease, events.on_messages)
@@ -105,11 +106,11 @@ class Fetcher(threading.Thread):
         self.moved = {"assigned": 0, "revoked": 0, "lost": 0}
         self.error: str | None = None
         self._group = names.worker_group(lane)
-        self._door = AuthMonitor(settings)
+        self._auth_monitor = AuthMonitor(settings)
         conf = consumer_config(
             settings,
             group=self._group,
-            door=self._door,
+            auth_monitor=self._auth_monitor,
             **{
                 "group.protocol": "consumer",
                 "group.remote.assignor": "range",
@@ -120,7 +121,7 @@ class Fetcher(threading.Thread):
             },
         )
         self.consumer = consumer(conf)
-        self.committer = Committer(settings, self.consumer, self._group, self.lease, settler, self._fail)
+        self.committer = Committer(settings, self.consumer, self._group, self.lease, ack_tracker, self._fail)
         self._commit_at = self._missing_at = 0.0
         self._requests: deque[CommitRequest] = deque()
 
@@ -199,7 +200,7 @@ class Fetcher(threading.Thread):
                 self._await_room()
                 continue
             if now >= steer_at:
-                self._door.check()
+                self._auth_monitor.check()
                 self._steer()
                 steer_at = now + POLL_S
             # If no messages fit, the poll is for rebalances, which are served first. The poll may return one message,
@@ -299,9 +300,9 @@ class Fetcher(threading.Thread):
 
     def _message_error(self, error: KafkaError) -> None:
         code = error.code()
-        found = self._translated(error)
-        if error.fatal() or code == KafkaError._FATAL or isinstance(found, AccessDenied):
-            raise found
+        translated = self._translated(error)
+        if error.fatal() or code == KafkaError._FATAL or isinstance(translated, AccessDenied):
+            raise translated
         if code in (KafkaError.UNSUPPORTED_VERSION, KafkaError._UNSUPPORTED_FEATURE, KafkaError.UNSUPPORTED_ASSIGNOR):
             raise ConfigError(
                 f"the broker does not know the consumer group protocol that workers need ({error.str()}): "
@@ -349,7 +350,10 @@ class Fetcher(threading.Thread):
             self._parts[where.partition] = partition
             new.append(partition)
         consumer.incremental_assign(
-            [TopicPartition(p.topic, p.number, p.committed if p.committed >= 0 else OFFSET_BEGINNING) for p in new]
+            [
+                TopicPartition(p.topic, p.number, p.prior.committed if p.prior.committed >= 0 else OFFSET_BEGINNING)
+                for p in new
+            ]
         )
         # Messages fetched from now on wait until the takeover is done.
         LOG.info("queue %s: assigned partitions %s", self.queue, [p.number for p in new])
@@ -363,10 +367,10 @@ class Fetcher(threading.Thread):
         deadline = time.monotonic() + COMMITTED_TIMEOUT_S
         while True:
             try:
-                found = consumer.committed(assigned, timeout=5.0)
-                errors = [f.error for f in found if f.error is not None]
+                committed = consumer.committed(assigned, timeout=5.0)
+                errors = [each.error for each in committed if each.error is not None]
                 if not errors:
-                    return found
+                    return committed
                 problem: Any = errors[0]
             except KafkaException as exc:
                 problem = exc.args[0]
@@ -394,7 +398,7 @@ class Fetcher(threading.Thread):
             return
         settled = self._settle(parts)
         self._tell_missing(parts, time.monotonic())
-        if not self._settler.broken:
+        if not self._ack_tracker.broken:
             self.committer.commit(parts, final=True)
         for partition in parts:
             partition.gone = True
@@ -411,9 +415,9 @@ class Fetcher(threading.Thread):
         deadline = time.monotonic() + self._handover
         while any(p.busy for p in parts):
             now = time.monotonic()
-            if self._settler.broken or now >= deadline:
+            if self._ack_tracker.broken or now >= deadline:
                 return False
-            self._settler.serve()
+            self._ack_tracker.serve()
             # The jobs of other partitions continue meanwhile, so the ownership lease must be renewed.
             self._commit_if_due(now)
             time.sleep(0.005)

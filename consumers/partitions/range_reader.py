@@ -65,10 +65,10 @@ class LogRanges:
         """Return the number of a topic's partitions. Raises what `ends` raises."""
 
         def ask(reader: Consumer) -> int:
-            found = reader.list_topics(topic, REQUEST_TIMEOUT_S).topics[topic]
-            if found.error is not None:
-                raise KafkaException(found.error)
-            return len(found.partitions)
+            metadata = reader.list_topics(topic, REQUEST_TIMEOUT_S).topics[topic]
+            if metadata.error is not None:
+                raise KafkaException(metadata.error)
+            return len(metadata.partitions)
 
         return self._ask(topic, f"asking for the partitions of {topic}", ask)
 
@@ -82,8 +82,8 @@ class LogRanges:
             return {}
         topic = asked[0].topic
         what = f"asking {topic} for a time"
-        found = self._ask(topic, what, lambda reader: reader.offsets_for_times(asked, REQUEST_TIMEOUT_S))
-        return {place.partition: place.offset for place in found}
+        positions = self._ask(topic, what, lambda reader: reader.offsets_for_times(asked, REQUEST_TIMEOUT_S))
+        return {position.partition: position.offset for position in positions}
 
     def _ask(self, topic: str, what: str, ask: Callable[[Consumer], T]) -> T:
         deadline = time.monotonic() + STALL_S

@@ -23,7 +23,8 @@ from jobledger.consumers.partitions.range_reader import STALL_S, LogRanges
 from jobledger.consumers.recording.ack_tracker import AckTracker
 from jobledger.consumers.state.dedup import REMEMBERED, REMEMBERED_MS, end_of, key_of, release_key
 from jobledger.consumers.state.offset_tracker import PartitionOffsets, Restored, Snapshot, decode, encode
-from jobledger.consumers.state.work import NOTHING_FOLLOWS, Partition, PriorFact
+from jobledger.consumers.state.prior_state import NOTHING_FOLLOWS, PriorFact, PriorState
+from jobledger.consumers.state.work import Partition
 from jobledger.errors import BrokerUnavailable, JobledgerError, RegistryNeeded, SchemaError
 from jobledger.kafka.clients import translate
 from jobledger.kafka.partitioner import partition_of
@@ -80,7 +81,7 @@ class Takeover(threading.Thread):
         self,
         settings: Settings,
         names: Names,
-        settler: AckTracker,
+        ack_tracker: AckTracker,
         decoder: Decoder,
         *,
         known_places: int,
@@ -93,7 +94,7 @@ class Takeover(threading.Thread):
         self._closing = False
         self._log = LogRanges(settings, lambda: self._closing)
         self._known_places = known_places
-        self._names, self._settler, self._decoder, self._ready = names, settler, decoder, ready
+        self._names, self._ack_tracker, self._decoder, self._ready = names, ack_tracker, decoder, ready
         #: Counts since the start: releases that the log settled, and work records that were read into release memories.
         self.found = self.seeded = 0
 
@@ -131,28 +132,28 @@ class Takeover(threading.Thread):
     # -- steps ----------------------------------------------------------------------------------------------------
 
     def _take_over(self, fetcher: Fetcher, partitions: list[Partition]) -> None:
-        plans = [_Scan(p) for p in self._with_facts(fetcher.topic, partitions) if p.owned]
-        if not plans:
+        scans = [_Scan(p) for p in self._with_facts(fetcher.topic, partitions) if p.owned]
+        if not scans:
             return
-        for plan in plans:
-            self._judge(plan)
-        self._unknown_floors(fetcher.topic, [p for p in plans if p.restored.floor is None])
-        if not self._mark_dirty(fetcher, plans):
+        for scan in scans:
+            self._judge(scan)
+        self._unknown_floors(fetcher.topic, [p for p in scans if p.restored.floor is None])
+        if not self._mark_dirty(fetcher, scans):
             return
-        self._seed_starts(fetcher.topic, plans)
-        for plan in plans:
-            plan.partition.offsets = PartitionOffsets(plan.restored, plan.lifecycle_high)
-        self._read(fetcher.topic, plans)
-        self._read_elsewhere(plans)
+        self._seed_starts(fetcher.topic, scans)
+        for scan in scans:
+            scan.partition.offsets = PartitionOffsets(scan.restored, scan.lifecycle_high)
+        self._read(fetcher.topic, scans)
+        self._read_elsewhere(scans)
         if self._closing:
             # The reads may be incomplete. The partitions were committed as dirty above, so the next owner reads the
             # log itself. A commit that was found clean is committed as clean again at the hand-over
-            # (`Partition.found_clean`).
+            # (`PriorState.clean_commit`).
             return
         # A stopped partition is not taken over: the next owner begins at the offset where this owner began.
-        read = [p for p in plans if p.partition.stopped is None]
-        for plan in read:
-            self._conclude(plan)
+        read = [p for p in scans if p.partition.stopped is None]
+        for scan in read:
+            self._conclude(scan)
         done = [p.partition for p in read if p.partition.owned]
         for partition in done:
             partition.ready = True
@@ -173,53 +174,53 @@ class Takeover(threading.Thread):
             partition.stop_all(why)
         return [p for p in partitions if p not in beyond]
 
-    def _judge(self, plan: _Scan) -> None:
+    def _judge(self, scan: _Scan) -> None:
         """Restore what the last owner committed, after a check against the present range of the log."""
-        partition = plan.partition
-        plan.low, plan.high = self._log.ends(partition.topic, partition.number)
-        plan.lifecycle_low, plan.lifecycle_high = self._log.ends(self._names.lifecycle, partition.number)
-        base = partition.committed
-        if base > plan.high:
+        partition, prior = scan.partition, scan.partition.prior
+        scan.low, scan.high = self._log.ends(partition.topic, partition.number)
+        scan.lifecycle_low, scan.lifecycle_high = self._log.ends(self._names.lifecycle, partition.number)
+        base = prior.committed
+        if base > scan.high:
             LOG.error(
                 "%r: the committed offset %d is beyond the log's end %d: was the topic recreated? Reading from its start",
                 partition,
                 base,
-                plan.high,
+                scan.high,
             )
-        if base < 0 or base > plan.high:
-            plan.restored = Restored(plan.low)
-        elif base < plan.low:
-            LOG.error("%r: records %d to %d were deleted before they were done", partition, base, plan.low - 1)
-            plan.restored = Restored(plan.low)
+        if base < 0 or base > scan.high:
+            scan.restored = Restored(scan.low)
+        elif base < scan.low:
+            LOG.error("%r: records %d to %d were deleted before they were done", partition, base, scan.low - 1)
+            scan.restored = Restored(scan.low)
         else:
-            plan.restored = decode(base, partition.metadata, plan.high)
-            if plan.restored.clean and partition.metadata is not None:
-                partition.found_clean = Snapshot(base, partition.metadata)
-            if partition.metadata and plan.restored.floor is None:
+            scan.restored = decode(base, prior.metadata, scan.high)
+            if scan.restored.clean and prior.metadata is not None:
+                prior.clean_commit = Snapshot(base, prior.metadata)
+            if prior.metadata and scan.restored.floor is None:
                 LOG.error("%r: the completion map cannot be read: nothing beyond %d counts as done", partition, base)
-        plan.floor = plan.restored.floor if plan.restored.floor is not None else 0
+        scan.floor = scan.restored.floor if scan.restored.floor is not None else 0
 
-    def _unknown_floors(self, topic: str, plans: list[_Scan]) -> None:
+    def _unknown_floors(self, topic: str, scans: list[_Scan]) -> None:
         """Set the takeover floor of partitions whose commit has none.
 
         The floor is the first lifecycle offset that was appended since the first work record at or above the base: no
         outcome of such a record can be older.
         """
-        for plan in plans:
-            plan.floor = plan.lifecycle_high
-        plans = [p for p in plans if p.restored.base < p.high and p.lifecycle_low < p.lifecycle_high]
+        for scan in scans:
+            scan.floor = scan.lifecycle_high
+        scans = [p for p in scans if p.restored.base < p.high and p.lifecycle_low < p.lifecycle_high]
         times: dict[int, int] = {}
-        ranges = {(topic, p.partition.number): (p.restored.base, p.high) for p in plans}
+        ranges = {(topic, p.partition.number): (p.restored.base, p.high) for p in scans}
         self._log.read(ranges, lambda m: _first(times, m), first_only=True)
         asked = [TopicPartition(self._names.lifecycle, number, stamp) for number, stamp in times.items()]
         if asked:
-            found = self._log.offsets_at(asked)
-            for plan in plans:
-                offset = found.get(plan.partition.number, -1)
+            offsets = self._log.offsets_at(asked)
+            for scan in scans:
+                offset = offsets.get(scan.partition.number, -1)
                 if offset >= 0:
-                    plan.floor = offset
+                    scan.floor = offset
 
-    def _mark_dirty(self, fetcher: Fetcher, plans: list[_Scan]) -> bool:
+    def _mark_dirty(self, fetcher: Fetcher, scans: list[_Scan]) -> bool:
         """Commit the restored state as dirty, with the takeover floor, and wait for the acknowledgement.
 
         Return False if no partition is owned any more, or the worker ends. Raises `BrokerUnavailable` after `STALL_S`
@@ -227,17 +228,17 @@ class Takeover(threading.Thread):
         """
         deadline = time.monotonic() + STALL_S
         while True:
-            owned = [p for p in plans if p.partition.owned]
-            if not owned or self._closing or self._settler.broken:
+            owned = [p for p in scans if p.partition.owned]
+            if not owned or self._closing or self._ack_tracker.broken:
                 return False
             snapshots: list[tuple[Partition, Snapshot]] = []
-            for plan in owned:
-                if plan.restored.clean:
-                    plan.floor = plan.lifecycle_high
-                restored = plan.restored
-                metadata = encode(restored.base, restored.done, plan.floor, False, restored.begun)
+            for scan in owned:
+                if scan.restored.clean:
+                    scan.floor = scan.lifecycle_high
+                restored = scan.restored
+                metadata = encode(restored.base, restored.done, scan.floor, False, restored.begun)
                 assert metadata is not None  # it was restored from a text that was short enough
-                snapshots.append((plan.partition, Snapshot(plan.restored.base, metadata)))
+                snapshots.append((scan.partition, Snapshot(scan.restored.base, metadata)))
             request = fetcher.request_commit(snapshots)
             while not request.done.wait(1.0):
                 if self._closing or not fetcher.is_alive():
@@ -251,30 +252,30 @@ class Takeover(threading.Thread):
                 )
             time.sleep(0.1)
 
-    def _seed_starts(self, topic: str, plans: list[_Scan]) -> None:
+    def _seed_starts(self, topic: str, scans: list[_Scan]) -> None:
         asked = [
             TopicPartition(topic, p.partition.number, int(time.time() * 1000) - REMEMBERED_MS)
-            for p in plans
+            for p in scans
             if p.restored.base > p.low
         ]
         by_time: dict[int, int] = {}
         if asked:
             by_time = self._log.offsets_at(asked)
-        for plan in plans:
-            base = plan.restored.base
-            recent = by_time.get(plan.partition.number, -1)
+        for scan in scans:
+            base = scan.restored.base
+            recent = by_time.get(scan.partition.number, -1)
             # -1: no record was appended in that time.
-            plan.seed_from = max(plan.low, base - REMEMBERED, recent if recent >= 0 else base)
+            scan.seed_from = max(scan.low, base - REMEMBERED, recent if recent >= 0 else base)
 
-    def _read(self, topic: str, plans: list[_Scan]) -> None:
+    def _read(self, topic: str, scans: list[_Scan]) -> None:
         """Read work records into the release memories, and scan the lifecycle topic, for all partitions at once."""
-        by_number = {p.partition.number: p for p in plans}
+        by_number = {p.partition.number: p for p in scans}
         ranges: dict[tuple[str, int], tuple[int, int]] = {}
-        for plan in plans:
-            number = plan.partition.number
-            ranges[topic, number] = (plan.seed_from, plan.restored.base)
-            if not plan.restored.clean and plan.restored.base < plan.high:
-                ranges[self._names.lifecycle, number] = (plan.floor, plan.lifecycle_high)
+        for scan in scans:
+            number = scan.partition.number
+            ranges[topic, number] = (scan.seed_from, scan.restored.base)
+            if not scan.restored.clean and scan.restored.base < scan.high:
+                ranges[self._names.lifecycle, number] = (scan.floor, scan.lifecycle_high)
 
         def take(message: Message) -> None:
             partition = by_number[message.partition() or 0].partition
@@ -289,10 +290,10 @@ class Takeover(threading.Thread):
                 if partition.stopped is None:
                     partition.stop(message, str(exc))
 
-        self._log.read(ranges, take, wanted=lambda: any(p.partition.owned for p in plans))
+        self._log.read(ranges, take, wanted=lambda: any(p.partition.owned for p in scans))
 
-    def _scanned(self, plan: _Scan, message: Message) -> None:
-        partition = plan.partition
+    def _scanned(self, scan: _Scan, message: Message) -> None:
+        prior = scan.partition.prior
         value = message.value()
         raw = (self._decoder.own_form(value) or value) if isinstance(value, bytes) else None
         seen = None if raw is None else glance(raw)
@@ -300,13 +301,13 @@ class Takeover(threading.Thread):
             job_id, run, release, fact = seen[0], seen[1], seen[2], seen[6]
             key = release_key(job_id, run, release)
             if type(fact) is JobSucceeded:
-                self._note_end(plan, (job_id, run, release), fact, message.offset() or 0, message.timestamp()[1])
+                self._note_end(scan, (job_id, run, release), fact, message.offset() or 0, message.timestamp()[1])
             elif type(fact) is JobStarted:
-                self._passed(plan, job_id, run, release)
+                self._passed(scan, job_id, run, release)
                 # `glance` leaves the fields of the fact empty. In the encoding that `glance` reads, the takeover count
                 # is the last byte.
-                self._note_start(partition, key, raw[-1] >> 1)
-                self._begun_at(plan, *_started_at(raw), message.timestamp()[1])
+                self._note_start(prior, key, raw[-1] >> 1)
+                self._begun_at(scan, *_started_at(raw), message.timestamp()[1])
             return
         try:
             event = self._decoder.decode(raw)
@@ -316,62 +317,64 @@ class Takeover(threading.Thread):
         job_id, run, release = event.job_id, event.run, event.release
         key = release_key(job_id, run, release)
         if settles(other):
-            self._note_end(plan, (job_id, run, release), other, message.offset() or 0, message.timestamp()[1])
+            self._note_end(scan, (job_id, run, release), other, message.offset() or 0, message.timestamp()[1])
         elif isinstance(other, JobRetried | JobSnoozed):  # in place: this attempt ended, and the next one follows
             attempt = event.attempt + isinstance(other, JobRetried)
-            if attempt >= partition.held.get(key, (0,))[0]:  # lower: a late fact of a former owner, which is ignored
-                partition.starts.pop(key, None)
-                partition.held[key] = (attempt, message.timestamp()[1] + other.delay_ms, message.offset() or 0)
+            # A lower attempt: a late fact of a former owner, which is ignored.
+            if attempt >= prior.next_attempts.get(key, (0,))[0]:
+                prior.starts.pop(key, None)
+                prior.next_attempts[key] = (attempt, message.timestamp()[1] + other.delay_ms, message.offset() or 0)
         elif isinstance(other, JobStarted):
-            self._passed(plan, job_id, run, release)
-            self._note_start(partition, key, other.takeover)
-            self._begun_at(plan, other.work_topic.encode(), other.work_offset, message.timestamp()[1])
+            self._passed(scan, job_id, run, release)
+            self._note_start(prior, key, other.takeover)
+            self._begun_at(scan, other.work_topic.encode(), other.work_offset, message.timestamp()[1])
 
     @staticmethod
-    def _begun_at(plan: _Scan, topic: bytes, offset: int, appended_ms: int) -> None:
-        if topic.endswith(plan.partition.topic.encode()):
-            plan.begun = max(plan.begun, offset + 1)
-            plan.lately.append(appended_ms)
+    def _begun_at(scan: _Scan, topic: bytes, offset: int, appended_ms: int) -> None:
+        if topic.endswith(scan.partition.topic.encode()):
+            scan.begun = max(scan.begun, offset + 1)
+            scan.lately.append(appended_ms)
 
-    def _note_start(self, partition: Partition, key: int, takeover: int) -> None:
-        if key not in partition.closed:
-            partition.starts[key] = max(partition.starts.get(key, 0), takeover) + 1
+    def _note_start(self, prior: PriorState, key: int, takeover: int) -> None:
+        if key not in prior.closed:
+            prior.starts[key] = max(prior.starts.get(key, 0), takeover) + 1
 
-    def _note_end(self, plan: _Scan, of: tuple[str, int, int], fact: Fact, offset: int, appended_ms: int) -> None:
+    def _note_end(self, scan: _Scan, of: tuple[str, int, int], fact: Fact, offset: int, appended_ms: int) -> None:
         """Note a fact that settles a release. A scan of the lifecycle partition from ``offset`` on finds it again.
 
         The first such fact counts, with two exceptions: an outcome replaces a fact of `OPEN`, and any other fact
         replaces a `JobLeased`.
         """
-        partition, key = plan.partition, release_key(*of)
-        known = partition.closed.get(key)
+        prior, key = scan.partition.prior, release_key(*of)
+        known = prior.closed.get(key)
         if (
             known is None
             or (isinstance(known.fact, OPEN) and not isinstance(fact, OPEN))
             or (isinstance(known.fact, JobLeased) and not isinstance(fact, JobLeased))
         ):
             # Keep the offset of the first fact: a scan from there finds both facts.
-            partition.closed[key] = PriorFact(offset if known is None else known.offset, appended_ms, fact)
+            prior.closed[key] = PriorFact(offset if known is None else known.offset, appended_ms, fact)
             if isinstance(fact, OPEN):
-                plan.open[key] = (of[0], appended_ms)
+                scan.open[key] = (of[0], appended_ms)
             else:
-                plan.open.pop(key, None)
-        self._passed(plan, *of)
-        partition.starts.pop(key, None)
-        partition.held.pop(key, None)
+                scan.open.pop(key, None)
+        self._passed(scan, *of)
+        prior.starts.pop(key, None)
+        prior.next_attempts.pop(key, None)
 
     @staticmethod
-    def _passed(plan: _Scan, job_id: str, run: int, release: int) -> None:
+    def _passed(scan: _Scan, job_id: str, run: int, release: int) -> None:
         """Note that the log has a fact of this release, so that the records that derive from the previous release are
         not sent again.
 
         The coordinator may have forgotten this release by now, so a second request would release the job twice.
         """
-        if release > 1 and plan.open and plan.open.pop(key := release_key(job_id, run, release - 1), None) is not None:
-            known = plan.partition.closed[key]
-            plan.partition.closed[key] = PriorFact(known.offset, known.appended_ms, NOTHING_FOLLOWS)
+        if release > 1 and scan.open and scan.open.pop(key := release_key(job_id, run, release - 1), None) is not None:
+            closed = scan.partition.prior.closed
+            known = closed[key]
+            closed[key] = PriorFact(known.offset, known.appended_ms, NOTHING_FOLLOWS)
 
-    def _read_elsewhere(self, plans: list[_Scan]) -> None:
+    def _read_elsewhere(self, scans: list[_Scan]) -> None:
         """Read the facts that the coordinator wrote about releases that a fact of `OPEN` settles: the outcomes of
         leased jobs, and the outcomes of the releases that follow.
 
@@ -381,14 +384,14 @@ class Takeover(threading.Thread):
         wanted: dict[int, _Scan] = {}
         since: dict[int, int] = {}
         count = 0
-        for plan in plans:
-            for key, (job_id, appended_ms) in plan.open.items():
-                if key in plan.partition.memory or not plan.partition.owned:
+        for scan in scans:
+            for key, (job_id, appended_ms) in scan.open.items():
+                if key in scan.partition.memory or not scan.partition.owned:
                     continue  # the release is below the base, so done; or the partition is no longer owned
                 count = count or self._log.partitions(self._names.lifecycle)
                 number = partition_of(job_id.encode(), count)
-                if number != plan.partition.number:
-                    wanted[key] = plan
+                if number != scan.partition.number:
+                    wanted[key] = scan
                     since[number] = min(since.get(number, appended_ms), appended_ms)
         if not wanted:
             return
@@ -407,36 +410,34 @@ class Takeover(threading.Thread):
                 return
             if end is not None:
                 (job_id, run, release), fact = end
-                found = wanted.get(release_key(*end[0])) or wanted.get(release_key(job_id, run, release - 1))
-                if found is not None:
-                    self._note_end(found, end[0], fact, found.floor, message.timestamp()[1])
+                scan = wanted.get(release_key(*end[0])) or wanted.get(release_key(job_id, run, release - 1))
+                if scan is not None:
+                    self._note_end(scan, end[0], fact, scan.floor, message.timestamp()[1])
 
-        self._log.read(ranges, take, wanted=lambda: any(p.partition.owned for p in plans))
+        self._log.read(ranges, take, wanted=lambda: any(p.partition.owned for p in scans))
 
-    def _conclude(self, plan: _Scan) -> None:
-        partition = plan.partition
+    def _conclude(self, scan: _Scan) -> None:
+        partition, prior = scan.partition, scan.partition.prior
         assert partition.offsets is not None
         # Most of the facts that the scan finds are about records below the base, which are done.
-        for key in [k for k in partition.closed if k in partition.memory]:
-            del partition.closed[key]
-        partition.scanned_to, partition.floor = plan.high, plan.floor
-        if not plan.restored.clean and partition.committed >= 0:
-            partition.careful = max(plan.begun, plan.restored.begun, plan.restored.base) + plan.unseen
-            partition.offsets.suspect(min(partition.careful, plan.high), plan.lifecycle_high)
-        if partition.closed or partition.held or partition.starts:
-            partition.offsets.hold(plan.floor)
-        if plan.high <= plan.restored.base:
-            partition.closed.clear()
-            partition.starts.clear()
-            partition.held.clear()
+        for key in [k for k in prior.closed if k in partition.memory]:
+            del prior.closed[key]
+        prior.scanned_to, prior.floor = scan.high, scan.floor
+        if not scan.restored.clean and prior.committed >= 0:
+            prior.suspect_below = max(scan.begun, scan.restored.begun, scan.restored.base) + scan.unseen
+            partition.offsets.suspect(min(prior.suspect_below, scan.high), scan.lifecycle_high)
+        if not prior.used_up:
+            partition.offsets.hold(scan.floor)
+        if scan.high <= scan.restored.base:
+            prior.forget_releases()
             partition.offsets.hold(None)
-        self.found += len(partition.closed)
+        self.found += len(prior.closed)
         LOG.info(
             "%r: taken over at %d (%s), %d outcomes found beyond it",
             partition,
-            plan.restored.base,
-            "clean" if plan.restored.clean else f"lifecycle read from {plan.floor} to {plan.lifecycle_high}",
-            len(partition.closed),
+            scan.restored.base,
+            "clean" if scan.restored.clean else f"lifecycle read from {scan.floor} to {scan.lifecycle_high}",
+            len(prior.closed),
         )
 
 

@@ -89,21 +89,21 @@ class AckTracker(threading.Thread):
         work.remaining -= 1
         with partition.lock:
             if closing:
-                found = message.offset()
-                if found is None:
+                stands_at = message.offset()
+                if stands_at is None:
                     # The broker had the fact already, because its first acknowledgement was lost with a leader. The
                     # offset of the fact is not known, but is not below the floor.
-                    found = offsets.floor
+                    stands_at = offsets.floor
                 # Only the main producer's records are in order. A record that the other producer sent shows nothing
                 # about the records in flight.
                 elif message.topic() not in work.alone:
-                    offsets.acknowledged(found)
+                    offsets.acknowledged(stands_at)
                 if work.remaining:
-                    offsets.unsettled(work.offset, found)
+                    offsets.unsettled(work.offset, stands_at)
             if not work.remaining:
                 offsets.done(work.offset)
         if closing:
-            if work.line is not None and work.line.serial:
+            if work.wait_queue is not None and work.wait_queue.serial:
                 self._acknowledged(work)
             if work.derived and not self._uncertain(work):
                 self._send_derived(work)

@@ -30,9 +30,9 @@ def log_outcome(event: JobEvent, outcome: Outcome) -> None:
     error = outcome.error
     # The arguments may be confidential: the dead letter contains them, the worker's log does not.
     bare = isinstance(outcome, Failed) and outcome.reason == "bad-arguments"
-    said = "the dead letter shows arguments and signature" if bare else error.message
+    message = "the dead letter shows arguments and signature" if bare else error.message
     if error.traceback and not bare and LOG.isEnabledFor(logging.DEBUG):
-        said = f"{said}\n{error.traceback.rstrip()}"
+        message = f"{message}\n{error.traceback.rstrip()}"
     LOG.log(
         level,
         "job %s (%s) %s at attempt %d: %s: %s",
@@ -41,6 +41,6 @@ def log_outcome(event: JobEvent, outcome: Outcome) -> None:
         what,
         event.attempt,
         error.type,
-        said,
+        message,
         extra={"job_id": event.job_id, "attempt": event.attempt, "run": event.run, "task": event.task},
     )

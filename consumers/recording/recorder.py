@@ -34,7 +34,8 @@ from jobledger.consumers.state.outcome import (
     timed_out,
 )
 from jobledger.consumers.state.reports import Reports
-from jobledger.consumers.state.work import RUN_BOUNDS_S, JobRun
+from jobledger.consumers.state.task_runtime import RUN_BOUNDS_S
+from jobledger.consumers.state.work import JobRun
 from jobledger.definitions.policy import KEY_HOLD_MAX_S
 from jobledger.errors import BadArguments, JobledgerError, text_of, traceback_of, type_of
 from jobledger.log.writer import Outgoing
@@ -81,11 +82,11 @@ class Recorder:
     def takes_arguments(self, work: JobRun) -> bool:
         """Decode the arguments of a job that is to run, and return True. If the arguments do not fit the task, close
         the job as failed and return False. For an unknown task nothing is decoded."""
-        plan, event = work.plan, work.event
-        if plan is not None:
+        runtime, event = work.runtime, work.event
+        if runtime is not None:
             assert event is not None
             try:
-                work.kwargs = plan.decode_args(event.fact.spec.args)  # type: ignore[union-attr]  # from a work topic
+                work.kwargs = runtime.decode_args(event.fact.spec.args)  # type: ignore[union-attr]  # from a work topic
             except BadArguments as exc:
                 self.close_with(work, Failed("bad-arguments", error_info(exc)))
                 return False
@@ -135,9 +136,9 @@ class Recorder:
 
     def returned(self, work: JobRun, value: object) -> None:
         """Record the success of code that returned ``value``."""
-        plan = work.plan
-        assert plan is not None
-        task = plan.task
+        runtime = work.runtime
+        assert runtime is not None
+        task = runtime.task
         try:
             result = None if value is None else task.encode_result(value)
         except BaseException as error:  # noqa: BLE001  # the result's own methods may raise anything
@@ -147,8 +148,8 @@ class Recorder:
 
     def succeeded(self, work: JobRun, result: bytes | None) -> None:
         """Send the closing fact of a success. ``result``: the result as JSON, or None."""
-        plan = work.plan
-        assert plan is not None
+        runtime = work.runtime
+        assert runtime is not None
         partition = work.partition
         source = work.event
         assert source is not None
@@ -186,9 +187,9 @@ class Recorder:
         except Exception as exc:  # noqa: BLE001  # whatever it is, the job must not count as done
             self.broken(work, exc)
             return
-        plan.succeeded += 1
-        plan.seconds += duration
-        plan.runs[bisect_left(RUN_BOUNDS_S, duration)] += 1
+        runtime.succeeded += 1
+        runtime.seconds += duration
+        runtime.runs[bisect_left(RUN_BOUNDS_S, duration)] += 1
 
     def raised(self, work: JobRun, error: BaseException, late: bool) -> None:
         """Record the outcome of code that raised ``error``. ``late``: the attempt's time limit was over. This method
@@ -196,12 +197,12 @@ class Recorder:
         trace = traceback_of(error)
         if trace is not None:  # drop the first frame, which belongs to `Executor`
             BaseException.with_traceback(error, trace.tb_next or trace)
-        event, plan = work.event, work.plan
+        event, runtime = work.event, work.runtime
         assert event is not None
-        assert plan is not None
+        assert runtime is not None
         outcome = work.stop_outcome
         if outcome is None:
-            task = plan.task
+            task = runtime.task
             late = late and ran_out(error)
             error = timed_out(event.task, task.timeout, error) if late else error
             if self._hooks is not None:
@@ -218,7 +219,7 @@ class Recorder:
         event = work.event
         assert event is not None
         if event.key is not None and isinstance(outcome, Retried | Snoozed):
-            most = KEY_HOLD_MAX_S if work.plan is None else work.plan.task.policy.key_hold_max
+            most = KEY_HOLD_MAX_S if work.runtime is None else work.runtime.task.policy.key_hold_max
             outcome = holding(outcome, _monotonic() - work.held_since if work.held_since else 0.0, most, event.key)
         if isinstance(outcome, Retried | Snoozed) and outcome.in_place:
             self._goes_on(work, event, outcome)
@@ -235,7 +236,7 @@ class Recorder:
             work.outcome = outcome
             if work.lease is not None and work.lease.granted:
                 work.lease.leases.close(work, value, self.facts.fallback(event, outcome))
-                self._told(work, event, outcome, duration)
+                self._count_and_tell(work, event, outcome, duration)
                 return
             # The derived records are sent only when the closing fact is acknowledged. If both were sent together and
             # this process died, the closing fact could be missing in the log. The next owner would then run the job
@@ -247,7 +248,7 @@ class Recorder:
         except Exception as exc:  # noqa: BLE001  # whatever it is, the job must not count as done
             self.broken(work, exc)
             return
-        self._told(work, event, outcome, duration)
+        self._count_and_tell(work, event, outcome, duration)
 
     def _end_delivered(self, work: JobRun, error: KafkaError | None, message: Message) -> None:
         """Handle the delivery of a closing fact with derived records: request that its report is taken soon. Any
@@ -255,7 +256,7 @@ class Recorder:
         work.closing_delivered(error, message)
         self._reports.settle_soon()
 
-    def _told(self, work: JobRun, event: JobEvent, outcome: Outcome, duration: float) -> None:
+    def _count_and_tell(self, work: JobRun, event: JobEvent, outcome: Outcome, duration: float) -> None:
         """Count and log an outcome that was sent, and pass it to the hooks. Raises nothing, because an exception here
         would be taken for an outcome that was not sent."""
         try:
@@ -286,7 +287,7 @@ class Recorder:
         except Exception as exc:  # noqa: BLE001  # as in `close_with`
             self.broken(work, exc)
             return
-        self._told(work, event, outcome, duration)  # before `work` is changed for its next attempt
+        self._count_and_tell(work, event, outcome, duration)  # before `work` is changed for its next attempt
         work.outcome = outcome
         work.event = msgspec.structs.replace(event, attempt=event.attempt + isinstance(outcome, Retried))
         work.again_s = outcome.delay_ms / 1000
@@ -345,19 +346,19 @@ class Recorder:
 
 
 def _count(work: JobRun, outcome: Outcome, duration: float) -> None:
-    plan = work.plan
-    if plan is None:
+    runtime = work.runtime
+    if runtime is None:
         return
-    plan.seconds += duration
+    runtime.seconds += duration
     if work.began:
-        plan.runs[bisect_left(RUN_BOUNDS_S, duration)] += 1
+        runtime.runs[bisect_left(RUN_BOUNDS_S, duration)] += 1
     if isinstance(outcome, Retried):
-        plan.retried += 1
+        runtime.retried += 1
     elif isinstance(outcome, Snoozed):
-        plan.snoozed += 1
+        runtime.snoozed += 1
     elif isinstance(outcome, Failed):
-        plan.failed += 1
+        runtime.failed += 1
     elif isinstance(outcome, Cancelled):
-        plan.cancelled += 1
+        runtime.cancelled += 1
     elif isinstance(outcome, Expired):
-        plan.expired += 1
+        runtime.expired += 1

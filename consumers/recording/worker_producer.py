@@ -44,10 +44,10 @@ class WorkerProducer:
 
     def __init__(self, settings: Settings, names: Names, linger_ms: float) -> None:
         self._settings, self._schemas = settings, names.schemas
-        self._door = AuthMonitor(settings)
+        self._auth_monitor = AuthMonitor(settings)
         self._fatal: KafkaError | None = None
         self._names, self._linger_ms = names, linger_ms
-        self._producer = producer(producer_config(settings, linger_ms=linger_ms, door=self._door))
+        self._producer = producer(producer_config(settings, linger_ms=linger_ms, auth_monitor=self._auth_monitor))
         self._alone: Producer | None = None
         #: `time.monotonic` of the last poll.
         self.polled_at = 0.0
@@ -82,7 +82,9 @@ class WorkerProducer:
         self._publish(codec.FINGERPRINT.hex())
         room = batch_room(self._settings, self._names)
         if room is not None:
-            conf = producer_config(self._settings, linger_ms=self._linger_ms, door=self._door, batch=room)
+            conf = producer_config(
+                self._settings, linger_ms=self._linger_ms, auth_monitor=self._auth_monitor, batch=room
+            )
             self._producer = producer(conf)
             self.produce = self._entry()
         if self._framing is not None:
@@ -127,7 +129,7 @@ class WorkerProducer:
         what `send` raises.
         """
         if self._alone is None:
-            conf = producer_config(self._settings, door=self._door)
+            conf = producer_config(self._settings, auth_monitor=self._auth_monitor)
             self._alone = producer({**conf, "batch.num.messages": 1})
         try:
             framed = value if self._framing is None else self._framing.framed(topic, value)
@@ -165,13 +167,13 @@ class WorkerProducer:
 
     def failed(self, error: KafkaError, topic: str) -> JobledgerError:
         """Return the error to raise for a record that was not delivered or cannot be delivered."""
-        what, found = f"sending to {topic}", self._fatal or error
-        return self._door.behind(error) or undelivered(found, self._settings, what, write(topic))
+        what, cause = f"sending to {topic}", self._fatal or error
+        return self._auth_monitor.behind(error) or undelivered(cause, self._settings, what, write(topic))
 
     def check(self) -> None:
         """Raise `AccessDenied` if the cluster no longer accepts this client, or the error with which this producer
         failed permanently."""
-        self._door.check()
+        self._auth_monitor.check()
         if self._fatal is not None:
             raise self.failed(self._fatal, self._schemas)
 

@@ -25,7 +25,7 @@ from jobledger.definitions.event_types import check_classes
 from jobledger.definitions.task_registry import TaskRegistry
 from jobledger.errors import BrokerUnavailable, ConfigError, JobledgerError, SchemaError
 from jobledger.kafka import acls
-from jobledger.kafka.auth import denied, join, knock, read
+from jobledger.kafka.auth import check_connection, denied, join, read
 from jobledger.kafka.clients import committed, consumer_config, partitions_of, translate
 from jobledger.kafka.clients import consumer as make_consumer
 from jobledger.kafka.topic_names import lane
@@ -47,10 +47,10 @@ _UNITS = {"s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "hour": 360
 
 def events_per_second(text: str) -> float:
     """Convert ``"50/s"``, ``"3000/min"`` or ``"1000/h"`` to events per second. Raises `ConfigError` for other text."""
-    found = _RATE.fullmatch(text)
-    if found is None or float(found[1]) <= 0:
+    matched = _RATE.fullmatch(text)
+    if matched is None or float(matched[1]) <= 0:
         raise ConfigError(f"rate={text!r} is not a rate: write 50/s, 3000/min or 1000/h")
-    return float(found[1]) / _UNITS[found[2]]
+    return float(matched[1]) / _UNITS[matched[2]]
 
 
 @dataclass(slots=True)
@@ -129,8 +129,8 @@ class Backfill:
     def _ranges(self, consumer: Consumer) -> dict[int, Range]:
         """Return the range of each partition: the ranges of an interrupted run, or else new ranges."""
         parts = [TopicPartition(self.topic, p) for p in range(partitions_of(self.settings, self.topic))]
-        found = [] if self.plan.dry_run else committed(consumer, parts, self.settings, join(self._group), ASK_S)
-        before = {} if self.plan.restart else self._interrupted(found)
+        positions = [] if self.plan.dry_run else committed(consumer, parts, self.settings, join(self._group), ASK_S)
+        before = {} if self.plan.restart else self._interrupted(positions)
         if before:
             self.progress.resumed = True
             return before
@@ -144,28 +144,28 @@ class Backfill:
         return ranges
 
     def _interrupted(self, committed: list[TopicPartition]) -> dict[int, Range]:
-        found: dict[int, Range] = {}
+        ranges: dict[int, Range] = {}
         for part in committed:
             if part.offset < 0 or not part.metadata:
                 continue
-            said = json.loads(part.metadata)
-            if said["done"]:
+            saved = json.loads(part.metadata)
+            if saved["done"]:
                 continue
-            if said["label"] != self._label:
+            if saved["label"] != self._label:
                 raise ConfigError(
-                    f"a backfill of {self.plan.handler!r} with other bounds was interrupted ({said['label']}): give the same "
+                    f"a backfill of {self.plan.handler!r} with other bounds was interrupted ({saved['label']}): give the same "
                     "--from and --to to continue it, or --restart to start over"
                 )
-            found[part.partition] = Range(said["begin"], said["end"], part.offset)
-        return found
+            ranges[part.partition] = Range(saved["begin"], saved["end"], part.offset)
+        return ranges
 
     def _at_time(self, consumer: Consumer, partition: int, at_ms: int | None, otherwise: int, high: int) -> int:
         if at_ms is None:
             return otherwise
-        (found,) = consumer.offsets_for_times([TopicPartition(self.topic, partition, at_ms)], ASK_S)
-        if found.error is not None:
-            raise translate(found.error, self.settings, f"asking for offsets of {self.topic}", read(self.topic))
-        return high if found.offset < 0 else found.offset
+        (position,) = consumer.offsets_for_times([TopicPartition(self.topic, partition, at_ms)], ASK_S)
+        if position.error is not None:
+            raise translate(position.error, self.settings, f"asking for offsets of {self.topic}", read(self.topic))
+        return high if position.offset < 0 else position.offset
 
     # -- run ------------------------------------------------------------------------------------------------------
 
@@ -179,7 +179,7 @@ class Backfill:
         `JobledgerError` for a job whose record is too large. Jobs that were submitted before the error remain
         submitted, and another run continues from there.
         """
-        knock(self.settings)
+        check_connection(self.settings)
         consumer, sender = make_consumer(self._conf), WorkerProducer(self.settings, self.names, 1.0)
         try:
             work = self.names.jobs(lane(self.handler.task.queue, self.handler.task.policy.priority))

@@ -27,15 +27,15 @@ def began_with(notes: Iterable[str | None]) -> int | None:
 
     None: the topic has no commits. 0: no commit carries the number, so the group has read the topic from its beginning.
     """
-    found, counts = list(notes), []
-    for text in found:
+    metadata, counts = list(notes), []
+    for text in metadata:
         try:
-            said = json.loads(text or "")["began_with"]
+            count = json.loads(text or "")["began_with"]
         except (ValueError, KeyError, TypeError):
             continue
-        if isinstance(said, int):
-            counts.append(said)
-    return min(counts, default=0) if found else None
+        if isinstance(count, int):
+            counts.append(count)
+    return min(counts, default=0) if metadata else None
 
 
 def at_the_end(settings: Settings, group: str, topic: str, assigned: Sequence[int]) -> tuple[dict[int, int], str]:

@@ -30,7 +30,7 @@ from jobledger.errors import (
     SchemaError,
 )
 from jobledger.kafka import acls
-from jobledger.kafka.auth import AuthMonitor, denied, join, knock, read
+from jobledger.kafka.auth import AuthMonitor, check_connection, denied, join, read
 from jobledger.kafka.clients import consumer as make_consumer
 from jobledger.kafka.clients import consumer_config, error_topic, partitions_of, translate
 from jobledger.kafka.topic_names import lane
@@ -211,7 +211,7 @@ class Router:
         writer = source("router")
         facts = WorkerEvents(registry, writer, settings.max_record_bytes)
         self.routes = Routes(registry, facts, writer, self._handlers, self._lookup)
-        self._door = AuthMonitor(settings)
+        self._auth_monitor = AuthMonitor(settings)
         self._address = settings.bootstrap or "the embedded broker"
         self._from_end = {handler.event.topic for handler in self._handlers if handler.event.start == "latest"}
         self._notes: dict[str, str] = {}  # metadata for the commits of each topic
@@ -234,7 +234,7 @@ class Router:
     def _prepare(self) -> WorkerProducer:
         """Check rights and topics, and that the handlers' event classes can read the earlier schemas. Publish this
         version's schema, and return the producer."""
-        knock(self.settings)
+        check_connection(self.settings)
         queues = {self.names.jobs(lane(handler.task.queue, handler.task.policy.priority)) for handler in self._handlers}
         names = self.names
         acls.check(self.settings, names.namespace, [*self.routes.topics, *queues, names.dead_letter, names.schemas])
@@ -266,7 +266,7 @@ class Router:
             consumer_config(
                 self.settings,
                 group=self.names.router_group,
-                door=self._door,
+                auth_monitor=self._auth_monitor,
                 **{"group.protocol": "consumer", "queued.max.messages.kbytes": 16_384, "fetch.error.backoff.ms": 100},
             )
         )
@@ -288,7 +288,7 @@ class Router:
         while not stop.is_set():
             first = consumer.poll(POLL_S)
             if first is None:
-                self._door.check()
+                self._auth_monitor.check()
             else:
                 self._route([first, *consumer.consume(BATCH - 1, 0)], sender)
             now = time.monotonic()
@@ -349,9 +349,9 @@ class Router:
 
     def _message_error(self, message: Message, error: KafkaError) -> None:
         topic = error_topic(message, self.routes.topics)
-        found = translate(error, self.settings, f"reading {topic}", read(topic), join(self.names.router_group))
-        if error.fatal() or isinstance(found, AccessDenied):
-            raise found
+        translated = translate(error, self.settings, f"reading {topic}", read(topic), join(self.names.router_group))
+        if error.fatal() or isinstance(translated, AccessDenied):
+            raise translated
         LOG.warning("reading events: %s", error.str())
 
     def _commit(self, consumer: Consumer) -> None:
@@ -386,10 +386,10 @@ class Router:
         begin: dict[tuple[str, int], int] = {}
         for topic in sorted({where.topic for where in assigned} & self._from_end):
             numbers = [where.partition for where in assigned if where.topic == topic]
-            found, self._notes[topic] = initial_offsets.at_the_end(
+            offsets, self._notes[topic] = initial_offsets.at_the_end(
                 self.settings, self.names.router_group, topic, numbers
             )
-            begin |= {(topic, number): offset for number, offset in found.items()}
+            begin |= {(topic, number): offset for number, offset in offsets.items()}
         for where in assigned:
             self.partitions[where.topic, where.partition] = begin.get((where.topic, where.partition), -1)
         consumer.incremental_assign(

@@ -52,17 +52,17 @@ class Executor:
         if (work.abandoned or partition.gone or _monotonic() > lease.until) and not self._may_begin(work):
             return
         context = _enter(work)
-        plan = work.plan
-        assert plan is not None
-        limit = plan.task.timeout
+        runtime = work.runtime
+        assert runtime is not None
+        limit = runtime.task.timeout
         clock: asyncio.Timeout | None = None
         try:
             try:
                 if limit is None:
-                    value = await plan.fn(**work.kwargs)
+                    value = await runtime.fn(**work.kwargs)
                 else:
                     async with asyncio.timeout(limit) as clock:
-                        value = await plan.fn(**work.kwargs)
+                        value = await runtime.fn(**work.kwargs)
                         if self.due is work and _monotonic() - work.began >= limit:  # the blocked loop's timer is late
                             work.interrupted = TaskTimedOut
                             raise TaskTimedOut
@@ -121,7 +121,7 @@ class Executor:
 
     def _run_here(self, work: JobRun) -> None:
         context = _enter(work)
-        assert work.plan is not None
+        assert work.runtime is not None
         try:
             try:
                 value = self.interrupts.call(work)

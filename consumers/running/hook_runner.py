@@ -61,10 +61,10 @@ class HookRunner(threading.Thread):
     def tell(self, work: JobRun, outcome: Outcome) -> None:
         """Queue the hook calls for an attempt's outcome, if the outcome is a retry or a failure. Any thread."""
         error = self._errors.pop(work, None)
-        if work.plan is None or not isinstance(outcome, Retried | Failed):
+        if work.runtime is None or not isinstance(outcome, Retried | Failed):
             return
         wanted = "retry" if isinstance(outcome, Retried) else "failure"
-        hooks = [hook for hook in self._hooks.get(work.plan.name, ()) if hook.name == wanted]
+        hooks = [hook for hook in self._hooks.get(work.runtime.name, ()) if hook.name == wanted]
         if not hooks:
             return
         if self._todo.qsize() > MOST:
@@ -72,16 +72,16 @@ class HookRunner(threading.Thread):
                 LOG.error(
                     "%d outcomes wait for %s: the hooks are too slow, and are not called for further outcomes",
                     MOST,
-                    hooks[0].said,
+                    hooks[0].description,
                 )
             self.dropped += 1
             return
         job = self._context_of(work, reports=False)
-        said = outcome.error
-        told = JobFailed(job.job_id, said.type, said.message, said.traceback) if error is None else error
+        info = outcome.error
+        passed = JobFailed(job.job_id, info.type, info.message, info.traceback) if error is None else error
         more = (outcome.delay_ms / 1000,) if isinstance(outcome, Retried) else ()
         for hook in hooks:
-            self._todo.put((hook, job, (told, *more)))
+            self._todo.put((hook, job, (passed, *more)))
 
     def run(self) -> None:
         """Call queued hooks until `close`."""
@@ -93,22 +93,22 @@ class HookRunner(threading.Thread):
         try:
             # A coroutine function under a decorator without `async` looks like a plain function. The call here then
             # returns a coroutine.
-            said = None if hook.is_async else hook.fn(job, *more)
-            if hook.is_async or isinstance(said, Awaitable):
-                running = asyncio.run_coroutine_threadsafe(self._await(hook, job, more, said), self._loop)
+            returned = None if hook.is_async else hook.fn(job, *more)
+            if hook.is_async or isinstance(returned, Awaitable):
+                running = asyncio.run_coroutine_threadsafe(self._await(hook, job, more, returned), self._loop)
                 self._running.add(running)
                 running.add_done_callback(self._running.discard)
         except BaseException:  # noqa: BLE001  # `_failed` logs it; sys.exit() in a hook must not end this thread
             _failed(hook, job)
 
     async def _await(
-        self, hook: Hook, job: JobContext, more: tuple[Any, ...], said: Awaitable[object] | None = None
+        self, hook: Hook, job: JobContext, more: tuple[Any, ...], returned: Awaitable[object] | None = None
     ) -> None:
-        """Call and await a coroutine hook, or await ``said``, the awaitable that a plain hook returned. On the event
-        loop."""
+        """Call and await a coroutine hook, or await ``returned``, the awaitable that a plain hook returned. On the
+        event loop."""
         enter(job)
         try:
-            await (hook.fn(job, *more) if said is None else said)
+            await (hook.fn(job, *more) if returned is None else returned)
         except asyncio.CancelledError:
             raise
         except BaseException:  # noqa: BLE001  # `_failed` logs it; sys.exit() in a hook must not end the event loop
@@ -130,4 +130,4 @@ class HookRunner(threading.Thread):
 
 
 def _failed(hook: Hook, job: JobContext) -> None:
-    LOG.exception("%s failed for job %s (%s); the job's outcome is unchanged", hook.said, job.job_id, job.task)
+    LOG.exception("%s failed for job %s (%s); the job's outcome is unchanged", hook.description, job.job_id, job.task)

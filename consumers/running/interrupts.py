@@ -81,7 +81,7 @@ class Interrupts:
 
         Raises what the code raises. An interrupt that arrives after the code has returned is dropped.
         """
-        assert work.plan is not None
+        assert work.runtime is not None
         value: Any = None
         returned = False
         error: BaseException | None = None
@@ -93,7 +93,7 @@ class Interrupts:
                     raise TaskCancelled
                 if work.interrupted is not None:  # its time limit was over before its code started
                     raise work.interrupted
-                value = settled(work.plan.fn(**work.kwargs))
+                value = settled(work.runtime.fn(**work.kwargs))
                 returned = True
             except BaseException as raised:  # noqa: BLE001  # raised again below
                 error = raised

@@ -56,10 +56,10 @@ class JobLeases:
     def take(self, work: JobRun) -> None:
         """Take a lease for a job that may run. The job's code is begun when the lease is in the log. Raises what
         `WorkerProducer.send` raises."""
-        event, plan = work.event, work.plan
+        event, runtime = work.event, work.runtime
         assert event is not None
-        assert plan is not None
-        seconds = plan.task.policy.lease
+        assert runtime is not None
+        seconds = runtime.task.policy.lease
         lease = work.lease = JobLease(self, seconds, _monotonic())
         self._held[work] = lease
         work.remaining = 2

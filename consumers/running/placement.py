@@ -22,8 +22,9 @@ from jobledger.consumers.state.limiters import Slots
 from jobledger.consumers.state.outcome import Failed, Outcome, Succeeded
 from jobledger.consumers.state.reports import Reports
 from jobledger.consumers.state.running import RunningJobs
+from jobledger.consumers.state.task_runtime import TaskRuntime
 from jobledger.consumers.state.task_table import TaskTable
-from jobledger.consumers.state.work import JobRun, TaskRuntime
+from jobledger.consumers.state.work import JobRun
 from jobledger.errors import JobledgerError, TaskCancelled
 from jobledger.process.identity import now_us
 from jobledger.process.logger import get_logger
@@ -81,12 +82,12 @@ class Placement:
         """Whether child processes are available."""
         return self.children is not None and self.children.broken is None
 
-    def slots_of(self, work: JobRun, plan: TaskRuntime) -> Slots | None:
+    def slots_of(self, work: JobRun, runtime: TaskRuntime) -> Slots | None:
         """Return the slots in which the job's code must run. None: the code runs on the event loop, which has no limit
         of its own."""
         if work.suspect and self._usable:
             return self._alone if work.takeover >= ALONE_FROM else self._suspects
-        return plan.slots
+        return runtime.slots
 
     def crashed(self, starts: int) -> Failed | None:
         """Return the failure of a job whose code was started ``starts`` times without an outcome. None: the job may
@@ -132,8 +133,8 @@ class Placement:
     def go(self, work: JobRun) -> None:
         """Run the code of a job that was begun. A suspect, or a job that has waited for a child process, runs only if
         the job is still this worker's."""
-        plan, slots = work.plan, work.slots
-        assert plan is not None
+        runtime, slots = work.runtime, work.slots
+        assert runtime is not None
         if slots is not None and slots is not self._threads:
             assert self.children is not None
             self.children.run(work)
@@ -142,8 +143,8 @@ class Placement:
         elif slots is None:
             work.handle = self._calls.loop.create_task(self.executor.run(work), context=self._base.copy())
         elif slots is self._threads:
-            if plan.task.timeout is not None:
-                work.timer = self._calls.loop.call_later(plan.task.timeout, self.executor.late, work)
+            if runtime.task.timeout is not None:
+                work.timer = self._calls.loop.call_later(runtime.task.timeout, self.executor.late, work)
             self.executor.submit(work)
 
     def take(self, work: JobRun) -> bool:
@@ -214,7 +215,7 @@ class Placement:
 
     # -- reports from children ----------------------------------------------------------------------------------------
 
-    def said(self, work: JobRun, outcome: Outcome) -> None:
+    def outcome_reported(self, work: JobRun, outcome: Outcome) -> None:
         """Record the outcome of code that ended in a child process."""
         if not work.abandoned:
             if isinstance(outcome, Succeeded):
@@ -247,9 +248,9 @@ class Placement:
     def _died(self, work: JobRun, error: ErrorInfo, blamed: bool) -> None:
         """Run a job again whose process ended by itself. After `CRASHES` starts without an outcome the job fails.
         ``blamed`` is False if the process ended for another reason, or no process was available."""
-        event, plan = work.event, work.plan
+        event, runtime = work.event, work.runtime
         assert event is not None
-        assert plan is not None
+        assert runtime is not None
         work.takeover += blamed
         if work.abandoned:
             self._reports.ended(work)
@@ -259,21 +260,21 @@ class Placement:
         elif blamed and work.takeover >= CRASHES:
             self._recorder.close_with(work, Failed("crashed", error))
             self._reports.ended(work)
-        elif plan.slots is self._processes and not self._usable:
+        elif runtime.slots is self._processes and not self._usable:
             self._drop(work)  # the job's next owner finds the starts in the log
         else:
             if not self._usable:
-                self._move(work, plan.slots)  # the task's usual slots; a worker with isolated tasks stops
+                self._move(work, runtime.slots)  # the task's usual slots; a worker with isolated tasks stops
             work.suspect = work.waiting = True
             starts = work.takeover + (not blamed)
-            said = f"job {event.job_id} ({event.task}), started {starts} times, is started again: {error.message}"
-            self._start_again(said, work)
+            text = f"job {event.job_id} ({event.task}), started {starts} times, is started again: {error.message}"
+            self._start_again(text, work)
 
-    def _start_again(self, said: str, work: JobRun) -> None:
+    def _start_again(self, text: str, work: JobRun) -> None:
         """Start a job again whose process died, if the job is still this worker's. If not, the job's next owner finds
-        the starts in the log. ``said``: the message to log."""
-        if self._may_start(work, partial(self._start_again, said)):
-            LOG.warning("%s", said)
+        the starts in the log. ``text``: the message to log."""
+        if self._may_start(work, partial(self._start_again, text)):
+            LOG.warning("%s", text)
             work.began = _monotonic()
             work.context = context_of(work)
             self._running.started += 1

@@ -26,9 +26,11 @@ from jobledger.consumers.state.dedup import release_key
 from jobledger.consumers.state.fast_submission import plain_submission
 from jobledger.consumers.state.limiters import closed_gate
 from jobledger.consumers.state.outcome import Cancelled, Expired, Failed, Outcome, Retried, Snoozed, Succeeded
+from jobledger.consumers.state.prior_state import PriorFact
 from jobledger.consumers.state.reports import Reports
+from jobledger.consumers.state.task_runtime import TaskRuntime
 from jobledger.consumers.state.task_table import TaskTable
-from jobledger.consumers.state.work import JobRun, ParkedRecord, Partition, PriorFact, TaskRuntime
+from jobledger.consumers.state.work import JobRun, ParkedRecord, Partition
 from jobledger.errors import RegistryNeeded, SchemaError, UnknownFact
 from jobledger.process.logger import get_logger
 from jobledger.schemas import codec
@@ -84,7 +86,7 @@ class Admission:
             wait_queues,
             lanes.by_topic,
         )
-        self._tasks, self._plans, self._recorder, self._reports = tasks, tasks.plans, recorder, reports
+        self._tasks, self._runtimes, self._recorder, self._reports = tasks, tasks.runtimes, recorder, reports
         self._start = starter.start
         self._fair = bool(lanes.filled)
         self.schema_resolver = SchemaResolver(decoder, partial(reports.calls.call, self.resolved), reports.calls.fail)
@@ -139,14 +141,12 @@ class Admission:
     def scan_passed(self, partition: Partition) -> None:
         """Drop the results of the takeover's scan once all scanned records are received. When no results are left, also
         release the takeover floor."""
-        offsets = partition.offsets
+        offsets, prior = partition.offsets, partition.prior
         assert offsets is not None
-        if offsets.end >= partition.scanned_to and not partition.resolving and partition.back is None:
-            partition.closed.clear()
-            partition.starts.clear()
-            partition.held.clear()
-            partition.scanned_to = partition.careful = 0
-        if not partition.closed and not partition.held and not partition.starts:
+        if offsets.end >= prior.scanned_to and not partition.resolving and partition.resolved is None:
+            prior.forget_releases()
+            prior.scanned_to = prior.suspect_below = 0
+        if prior.used_up:
             with partition.lock:
                 offsets.hold(None)
 
@@ -154,20 +154,20 @@ class Admission:
         """Take a record back from `SchemaResolver`. ``read``: see `Read`. The record is judged as the partition's next
         record, when it is the partition's turn. On the loop."""
         partition.resolving = False
-        partition.back = (message, read, fresh)
+        partition.resolved = (message, read, fresh)
         self._reports.wake()
 
     def accept(self, partition: Partition, message: Message, event: JobEvent, fresh: bool, now: float) -> None:
         """Run the job of a decoded event, or let the job wait. If the event does not belong on a work topic, reject it.
         If its release is done or known already, do not run the job."""
-        offset = message.offset() or 0
+        offset, prior = message.offset() or 0, partition.prior
         fact = event.fact
         belongs = fact.delay_ms is None and fact.due_at is None if type(fact) is JobSubmitted else type(fact) is JobDue
         if not belongs or not event.job_id:
             self.reject(partition, message, _why_no_job(event), fresh)
             return
         key = release_key(event.job_id, event.run, event.release)
-        found = partition.closed.pop(key, None) if partition.closed else None
+        prior_fact = prior.closed.pop(key, None) if prior.closed else None
         if not partition.memory.add(key):
             self.counts.duplicates += 1
             if fresh:
@@ -183,104 +183,109 @@ class Admission:
         waits = event.key is not None or self._fair
         if (
             waits
-            and found is None
+            and prior_fact is None
             and self._wait_queues.crowded(partition)
-            and self._deferred(partition, message, event, now)
+            and self._park_record(partition, message, event, now)
         ):
             return
         work = JobRun(partition, offset, event, self._reports.arrived)
         work.expires_at = spec.expires_at
         work.appended = appended
         partition.live[offset] = work
-        if found is not None:
-            self._settle_found(work, found)
+        if prior_fact is not None:
+            self._settle_prior(work, prior_fact)
             return
-        if partition.scanned_to:
-            _note_starts(work, partition.starts.pop(key, 0))
+        if prior.scanned_to:
+            _note_starts(work, prior.starts.pop(key, 0))
         if spec.tags and (crashes := crashes_of(spec.tags)):
             work.takeover += crashes
             work.suspect = True
-        plan = work.plan = self._plans.get(event.task)
+        runtime = work.runtime = self._runtimes.get(event.task)
         lane = self._by_topic[partition.topic]
         tenant = "" if lane.fair_by is None else spec.tags.get(lane.fair_by, "")
         if event.key is not None:  # also a job that must not start: the job is closed in its turn
-            held = partition.held.pop(key, None) if partition.held else None
-            self._wait_queues.enqueue_keyed(work, event.key, held, tenant)
+            next_attempt = prior.next_attempts.pop(key, None) if prior.next_attempts else None
+            self._wait_queues.enqueue_keyed(work, event.key, next_attempt, tenant)
             return
         if not self._recorder.takes_arguments(work):
             return
         if work.takeover and (crashed := self._placement.crashed(work.takeover)) is not None:
             self._recorder.close_with(work, crashed)
             return
-        if plan is None:
+        if runtime is None:
             self._recorder.close_with(work, self._tasks.unknown(event))
             return
         if lane.fair_by is not None:
-            self._wait_queues.wait_for_gate(work, plan, _of_tenant(tenant, plan), now, tenant)
-        elif plan.gates and (("task", plan.name) in partition.lines or closed_gate(plan.gates, now) is not None):
-            self._wait_queues.wait_for_gate(work, plan, ("task", plan.name), now)
+            self._wait_queues.wait_for_gate(work, runtime, _of_tenant(tenant, runtime), now, tenant)
+        elif runtime.gates and (
+            ("task", runtime.name) in partition.backlog.wait_queues or closed_gate(runtime.gates, now) is not None
+        ):
+            self._wait_queues.wait_for_gate(work, runtime, ("task", runtime.name), now)
         elif (ended := self._starter.refused(work)) is not None:
             self._recorder.close_with(work, ended)
         else:
             self._start(work, now)
 
-    def _deferred(self, partition: Partition, message: Message, event: JobEvent, now: float) -> bool:
+    def _park_record(self, partition: Partition, message: Message, event: JobEvent, now: float) -> bool:
         """Add a job to its wait queue as a parked record, and return True. Do nothing and return False if the job
         has no wait queue to join, if a former owner started it or made attempts in place, if leases of the job have
         expired, or if the job should be snoozed instead."""
         spec: JobSpec = event.fact.spec  # type: ignore[union-attr]  # one of the two facts that `accept` lets pass
-        if partition.scanned_to:
+        prior = partition.prior
+        if prior.scanned_to:
             key = release_key(event.job_id, event.run, event.release)
-            if key in partition.starts or key in partition.held:
+            if key in prior.starts or key in prior.next_attempts:
                 return False
-        lane, plan = self._by_topic[partition.topic], self._plans.get(event.task)
-        if (event.key is None and (lane.fair_by is None or plan is None)) or (spec.tags and crashes_of(spec.tags)):
+        lane, runtime = self._by_topic[partition.topic], self._runtimes.get(event.task)
+        if (event.key is None and (lane.fair_by is None or runtime is None)) or (spec.tags and crashes_of(spec.tags)):
             return False
         tenant = "" if lane.fair_by is None else spec.tags.get(lane.fair_by, "")
         if event.key is not None:
             identity: tuple[str, ...] = ("key", event.key)
         else:
-            assert plan is not None
-            if plan.gates and self._wait_queues.half_full(partition) and closed_gate(plan.gates, now) is not None:
+            assert runtime is not None
+            if runtime.gates and self._wait_queues.half_full(partition) and closed_gate(runtime.gates, now) is not None:
                 return False
-            identity = _of_tenant(tenant, plan)
+            identity = _of_tenant(tenant, runtime)
         offset, value = message.offset() or 0, message.value()
         # Keep the record's bytes, unless they have another schema or framing, or the expiry was made a point in time.
         if not isinstance(value, bytes) or not value.startswith(_OWN) or spec.expires_at is not None:
             value = codec.encode(event)
-        one = ParkedRecord(offset, message.timestamp()[1], value, plan, offset < partition.careful)
-        self._wait_queues.defer(partition, identity, one, serial=event.key is not None, tenant=tenant)
+        one = ParkedRecord(offset, message.timestamp()[1], value, runtime, offset < prior.suspect_below)
+        self._wait_queues.add_parked(partition, identity, one, serial=event.key is not None, tenant=tenant)
         return True
 
-    def _settle_found(self, work: JobRun, found: PriorFact) -> None:
-        """Send the records again that derive from ``found``, the fact with which the log settles the release already.
-        The job is not run."""
+    def _settle_prior(self, work: JobRun, prior_fact: PriorFact) -> None:
+        """Send the records again that derive from ``prior_fact``, the fact with which the log settles the release
+        already. The job is not run."""
         self.counts.found_closed += 1
         event = work.event
         assert event is not None
-        fact = found.fact
+        fact = prior_fact.fact
         if isinstance(fact, JobLeased):
-            self._recorder.resend(work, [self._recorder.facts.leased(event, fact.worker, fact.lease_ms)], found.offset)
+            self._recorder.resend(
+                work, [self._recorder.facts.leased(event, fact.worker, fact.lease_ms)], prior_fact.offset
+            )
             return
         outcome: Outcome = Succeeded()
         due_at: int | None = None
         if isinstance(fact, JobRetried):
             outcome = Retried(fact.error, fact.delay_ms)
-            due_at = later(found.appended_ms, fact.delay_ms)
+            due_at = later(prior_fact.appended_ms, fact.delay_ms)
         elif isinstance(fact, JobSnoozed):
             tags: Mapping[str, str] | None = None
             if fact.reason == "unknown-task":
                 again = self._tasks.unknown(event, jitter=0.0)
                 tags = again.tags if isinstance(again, Snoozed) else None
             outcome = Snoozed(fact.delay_ms, fact.reason, tags)
-            due_at = later(found.appended_ms, fact.delay_ms)
+            due_at = later(prior_fact.appended_ms, fact.delay_ms)
         elif isinstance(fact, JobCancelledFact):
             outcome = Cancelled(fact.by, fact.reason)
         elif isinstance(fact, JobExpiredFact):
             outcome = Expired(fact.expired_at)
         elif isinstance(fact, JobFailedFact):
             outcome = Failed(fact.reason, fact.error)  # type: ignore[arg-type]  # a reason that a worker wrote
-        self._recorder.resend_derived(work, outcome, due_at, found.offset)
+        self._recorder.resend_derived(work, outcome, due_at, prior_fact.offset)
 
     def _done(self, partition: Partition, offset: int) -> None:
         assert partition.offsets is not None
@@ -314,16 +319,16 @@ def _note_starts(work: JobRun, starts: int) -> None:
     whether it may have ended the last owner."""
     partition, offset = work.partition, work.offset
     work.takeover = starts
-    work.suspect = starts > 0 or offset < partition.careful
+    work.suspect = starts > 0 or offset < partition.prior.suspect_below
     if starts and partition.offsets is not None:
         with partition.lock:  # the next owner must find these starts until a new start counts them
-            partition.offsets.note(offset, partition.floor)
+            partition.offsets.note(offset, partition.prior.floor)
 
 
-def _of_tenant(tenant: str, plan: TaskRuntime) -> tuple[str, ...]:
+def _of_tenant(tenant: str, runtime: TaskRuntime) -> tuple[str, ...]:
     """Return the identity of the wait queue for a tenant's jobs of one task. Each task has its own wait queue, because
     a paused task must not block the others."""
-    return ("tag", tenant, plan.name)
+    return ("tag", tenant, runtime.name)
 
 
 def _expiring(event: JobEvent, spec: JobSpec, appended_ms: int) -> JobEvent:

@@ -51,32 +51,32 @@ class Control:
         fact = event.fact  # type: ignore[attr-defined]  # an event, as decoders return it
         job = (event.job_id, event.run)  # type: ignore[attr-defined]  # as above
         queue, task = event.queue, event.task  # type: ignore[attr-defined]  # as above
-        place = ("queue", queue) if queue else ("task", task)
+        target = ("queue", queue) if queue else ("task", task)
         match fact:
             case CancelRequested(by=by, reason=reason):
                 self.cancels[job] = Cancelled(by, reason)
                 self._keys[key] = ("cancels", job)
                 return job
             case QueuePaused(by=by, reason=reason):
-                self.paused[place] = f"by {by}" + (f": {reason}" if reason else "")
-                self._keys[key] = ("paused", place)
+                self.paused[target] = f"by {by}" + (f": {reason}" if reason else "")
+                self._keys[key] = ("paused", target)
             case QueueResumed():
-                self.paused.pop(place, None)
+                self.paused.pop(target, None)
             case QueueLimited(rate=rate, concurrency=concurrency):
                 if rate is None and concurrency is None:
-                    self.limits.pop(place, None)
+                    self.limits.pop(target, None)
                 else:
-                    self.limits[place] = Limits(rate, concurrency)
-                    self._keys[key] = ("limits", place)
+                    self.limits[target] = Limits(rate, concurrency)
+                    self._keys[key] = ("limits", target)
             case _:
                 return None
         return "gates"
 
     def _revoked(self, key: str) -> str | None:
-        found = self._keys.pop(key, None)
-        if found is None:
+        entry = self._keys.pop(key, None)
+        if entry is None:
             return None
-        kind, what = found
+        kind, what = entry
         getattr(self, kind).pop(what, None)
         return None if kind == "cancels" else "gates"
 

@@ -63,8 +63,8 @@ class Dispatcher:
     taken; it is one for lanes of a queue with priorities.
     """
 
-    def __init__(self, pipe: Pipe, sender: WorkerProducer, acks: AckTracker, waiting_limit: int) -> None:
-        self.pipe, self._sender, self._acks, self._waiting_limit = pipe, sender, acks, waiting_limit
+    def __init__(self, pipe: Pipe, sender: WorkerProducer, ack_tracker: AckTracker, waiting_limit: int) -> None:
+        self.pipe, self._sender, self._ack_tracker, self._waiting_limit = pipe, sender, ack_tracker, waiting_limit
         self._reports, self._calls, self._lanes = pipe.reports, pipe.reports.calls, pipe.lanes
         self.starter, self.wait_queues, self.placement, self.admission = (
             pipe.starter,
@@ -78,7 +78,7 @@ class Dispatcher:
         self._aged_at = self._first_at = 0.0
         self._resting = self._polling = False
         self.idle = asyncio.Event()
-        self._reports.on_wake, self._reports.on_settle, acks.on_tick = self._pump, acks.drain, self.tick
+        self._reports.on_wake, self._reports.on_settle, ack_tracker.on_tick = self._pump, ack_tracker.drain, self.tick
         self.wake, self.call = self._reports.wake, self._calls.call
 
     def start(self) -> None:
@@ -155,8 +155,8 @@ class Dispatcher:
     def _count_running(self) -> None:
         """Let the limits count the jobs that began while their queue or task had no limits and no pause."""
         for work in self.running:
-            assert work.plan is not None
-            for limiter in (self._lanes.by_topic[work.partition.topic].limiter, work.plan.limiter):
+            assert work.runtime is not None
+            for limiter in (self._lanes.by_topic[work.partition.topic].limiter, work.runtime.limiter):
                 if limiter.active and limiter not in work.gates:
                     work.gates = (*work.gates, limiter)
                     limiter.running += 1
@@ -187,7 +187,7 @@ class Dispatcher:
         if begun and (self._lanes.filled or len(self.running) < self._running.concurrency):
             self._reports.wake_soon()
         if self.wait_queues.unacknowledged and not begun and not self.running:
-            self._acks.hurry()  # no other job can begin before an acknowledgement arrives
+            self._ack_tracker.hurry()  # no other job can begin before an acknowledgement arrives
         for fetcher in self.fetchers:
             fetcher.taken()
 
@@ -201,7 +201,7 @@ class Dispatcher:
                 work.slots.running -= 1
             if work.timer is not None:
                 work.timer.cancel()
-            if work.line is not None or work.gates:
+            if work.wait_queue is not None or work.gates:
                 self.wait_queues.left(work)
         while acknowledged:
             self.wait_queues.acknowledged(acknowledged.popleft())
@@ -235,7 +235,7 @@ class Dispatcher:
         the delivery reports at once; otherwise the ack tracker takes them every 0.1 s."""
         self._sender.poll()
         if self.wait_queues.unacknowledged:
-            self._acks.drain()
+            self._ack_tracker.drain()
 
     def _take_turns(self, budget: int) -> int:
         # A worker that has just started begins jobs no faster than its records are acknowledged.
@@ -297,7 +297,7 @@ class Dispatcher:
                 break
             partition = parts[0]
             parts.rotate(-1)
-            got = self._take_slice(partition, min(of_each, most - served)) if partition.here else 0
+            got = self._take_slice(partition, min(of_each, most - served)) if partition.has_records else 0
             if got:
                 empty = 0
                 served += got
@@ -312,7 +312,7 @@ class Dispatcher:
         for _ in range(len(lane.parts)):
             partition = lane.parts[0]
             lane.parts.rotate(-1)
-            while filled < most and partition.here:
+            while filled < most and partition.has_records:
                 got = self._take_slice(partition, min(SLICE, most - filled))
                 if not got:
                     break
@@ -330,12 +330,13 @@ class Dispatcher:
             if _monotonic() > lease.until:  # also snooze no job: another worker may have run that job
                 lease.ask()
                 return 0
-            partition.full = partition.waiting > 0 and not self.wait_queues.room(partition)
-            if partition.full:
+            backlog = partition.backlog
+            backlog.full = backlog.count > 0 and not self.wait_queues.room(partition)
+            if backlog.full:
                 self.wait_queues.make_room(partition)
                 return 0
             with partition.lock:
-                offsets.postponed = partition.waiting
+                offsets.postponed = backlog.count
                 partition.braked = offsets.braked
             if partition.braked:
                 self.needs_tick = True
@@ -345,10 +346,10 @@ class Dispatcher:
                 if now > lease.until:
                     lease.ask()
                     break
-                if (back := partition.back) is not None:
-                    partition.back = None
+                if (resolved := partition.resolved) is not None:
+                    partition.resolved = None
                     taken += 1
-                    self.admission.judge(partition, *back, now)
+                    self.admission.judge(partition, *resolved, now)
                     continue
                 try:
                     message = raw.popleft()
@@ -356,7 +357,7 @@ class Dispatcher:
                     break
                 taken += 1
                 take_up(partition, message, now)
-            if partition.scanned_to:
+            if partition.prior.scanned_to:
                 self.admission.scan_passed(partition)
         finally:
             partition.taking = False

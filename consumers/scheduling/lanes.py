@@ -13,8 +13,9 @@ from collections.abc import Iterable, Sequence
 
 from jobledger.consumers.scheduling.control_reader import Control
 from jobledger.consumers.state.limiters import Limiter
+from jobledger.consumers.state.task_runtime import WAIT_BOUNDS_MS
 from jobledger.consumers.state.task_table import TaskTable
-from jobledger.consumers.state.work import WAIT_BOUNDS_MS, JobRun, Partition, WaitQueue
+from jobledger.consumers.state.work import JobRun, Partition, WaitQueue
 from jobledger.definitions.queues import Queue
 from jobledger.definitions.task_registry import TaskRegistry
 from jobledger.kafka.topic_names import lane as lane_name
@@ -73,27 +74,27 @@ class Lane:
         waited_s = max(0.0, broker_ms - min(heads)) / 1000 if heads else 0.0
         self.weight = self.base_weight * 2.0 ** min(waited_s / AGEING_S, AGEING_MOST)
 
-    def add(self, line: WaitQueue) -> None:
+    def add(self, wait_queue: WaitQueue) -> None:
         """Add a wait queue to the ready ones, because its first job may be startable."""
-        if not line.queued:
-            line.queued = True
+        if not wait_queue.queued:
+            wait_queue.queued = True
             self.ready += 1
-            lines = self._turns.get(line.tenant)
-            if lines is None:
-                lines = self._turns[line.tenant] = deque()
-            lines.append(line)
+            wait_queues = self._turns.get(wait_queue.tenant)
+            if wait_queues is None:
+                wait_queues = self._turns[wait_queue.tenant] = deque()
+            wait_queues.append(wait_queue)
 
-    def next_line(self) -> WaitQueue:
+    def next_wait_queue(self) -> WaitQueue:
         """Remove and return the next ready wait queue; there must be one. The tenants take turns, and so do the wait
         queues of one tenant."""
         tenant = next(iter(self._turns))
-        lines = self._turns.pop(tenant)
-        line = lines.popleft()
-        if lines:
-            self._turns[tenant] = lines  # behind the other tenants
-        line.queued = False
+        wait_queues = self._turns.pop(tenant)
+        wait_queue = wait_queues.popleft()
+        if wait_queues:
+            self._turns[tenant] = wait_queues  # behind the other tenants
+        wait_queue.queued = False
         self.ready -= 1
-        return line
+        return wait_queue
 
     def clear(self) -> None:
         """Forget all ready wait queues, because no more jobs are to begin."""
@@ -104,8 +105,8 @@ class Lane:
         """Drop partitions that are no longer owned, with their wait queues."""
         self.parts = deque(p for p in self.parts if p not in gone)
         for partition in gone:
-            partition.lines.clear()
-            partition.nothing_waits()
+            partition.backlog.wait_queues.clear()
+            partition.backlog.nothing_waits()
 
 
 class Turns:
@@ -170,8 +171,8 @@ class Lanes:
                 if partition.number < count
             ]
             total = count * len(queue.levels)
-            plans = self._tasks.plans.values()
-            for each in [limiter, *(plan.limiter for plan in plans if plan.task.queue == name)]:
+            runtimes = self._tasks.runtimes.values()
+            for each in [limiter, *(runtime.limiter for runtime in runtimes if runtime.task.queue == name)]:
                 each.own(owned, total)
 
     def regate(self, control: Control) -> None:
@@ -179,7 +180,7 @@ class Lanes:
         for name, limiter in self.limiters.items():
             limiter.paused = control.paused.get(("queue", name))
             limiter.order(control.limits.get(("queue", name)))
-        for plan in self._tasks.plans.values():
-            plan.limiter.paused = control.paused.get(("task", plan.name))
-            plan.limiter.order(control.limits.get(("task", plan.name)))
-            plan.regate()
+        for runtime in self._tasks.runtimes.values():
+            runtime.limiter.paused = control.paused.get(("task", runtime.name))
+            runtime.limiter.order(control.limits.get(("task", runtime.name)))
+            runtime.regate()

@@ -37,17 +37,17 @@ def read(decoder: Decoder, value: object) -> Read:
 
 
 class SchemaResolver(threading.Thread):
-    """Decode records in the order of the calls of `put`. ``back`` is called in this thread with each record and the
-    value that `read` returned for it. ``fail``: stop the worker, because the lookup of a schema failed."""
+    """Decode records in the order of the calls of `put`. ``on_resolved`` is called in this thread with each record and
+    the value that `read` returned for it. ``fail``: stop the worker, because the lookup of a schema failed."""
 
     def __init__(
         self,
         decoder: Decoder,
-        back: Callable[[Partition, Message, Read, bool], None],
+        on_resolved: Callable[[Partition, Message, Read, bool], None],
         fail: Callable[[JobledgerError], None],
     ) -> None:
         super().__init__(name="jobledger-aside", daemon=True)
-        self._decoder, self._back, self._fail = decoder, back, fail
+        self._decoder, self._on_resolved, self._fail = decoder, on_resolved, fail
         self._todo: queue.SimpleQueue[tuple[Partition, Message, bool] | None] = queue.SimpleQueue()
 
     def put(self, partition: Partition, message: Message, fresh: bool) -> None:
@@ -63,7 +63,7 @@ class SchemaResolver(threading.Thread):
         while (item := self._todo.get()) is not None:
             partition, message, fresh = item
             try:
-                self._back(partition, message, self._read(message), fresh)
+                self._on_resolved(partition, message, self._read(message), fresh)
             except JobledgerError as exc:
                 self._fail(exc)
             except Exception as exc:

@@ -53,8 +53,8 @@ class SlotQueues:
         (or be snoozed, see `WaitQueues.wait_for_gate`). Return False if none may begin now, because the ownership lease is over, or because of the queue's limits."""
         waiting = lane.waiting[name]
         work, now = waiting[0], _monotonic()
-        partition, plan = work.partition, work.plan
-        assert plan is not None
+        partition, runtime = work.partition, work.runtime
+        assert runtime is not None
         if not partition.begin_taking():  # the job is not begun, so it belongs to the next owner
             waiting.popleft()
             return True
@@ -69,8 +69,8 @@ class SlotQueues:
             ended = self._starter.refused(work)
             if ended is not None:
                 self._recorder.close_with(work, ended)
-            elif closed_gate(plan.gates, now) is not None:
-                self._wait_queues.wait_for_gate(work, plan, ("task", plan.name), now)
+            elif closed_gate(runtime.gates, now) is not None:
+                self._wait_queues.wait_for_gate(work, runtime, ("task", runtime.name), now)
             else:
                 self._starter.start(work, now)
             return True

@@ -18,7 +18,8 @@ from jobledger.consumers.scheduling.control_reader import Control
 from jobledger.consumers.scheduling.lanes import Lanes
 from jobledger.consumers.state.outcome import Expired, Outcome
 from jobledger.consumers.state.running import RunningJobs
-from jobledger.consumers.state.work import WAIT_BOUNDS_MS, JobRun
+from jobledger.consumers.state.task_runtime import WAIT_BOUNDS_MS
+from jobledger.consumers.state.work import JobRun
 from jobledger.kafka.broker_clock import BrokerClock
 from jobledger.process.identity import now_us
 
@@ -58,9 +59,9 @@ class Starter:
 
     def start(self, work: JobRun, now: float) -> None:
         """Begin a job that may run: now, or as soon as a slot is free where its code runs."""
-        plan = work.plan
-        assert plan is not None
-        slots = self._placement.slots_of(work, plan)
+        runtime = work.runtime
+        assert runtime is not None
+        slots = self._placement.slots_of(work, runtime)
         if slots is None:
             self._begin(work, now)
         elif slots.running < slots.most:
@@ -76,15 +77,15 @@ class Starter:
         """Count the job as begun, and run its code. For a long job, take the job lease instead; the dispatcher runs the
         code when the lease is in the log."""
         work.began = now
-        event, plan = work.event, work.plan
+        event, runtime = work.event, work.runtime
         assert event is not None
-        assert plan is not None
+        assert runtime is not None
         partition = work.partition
         work.send_progress = self._recorder.progressed
         work.context = context_of(work)
         lane = self._by_topic[partition.topic]
-        if plan.gates or lane.limiter.active:
-            work.gates = (lane.limiter, *plan.gates) if lane.limiter.active else plan.gates
+        if runtime.gates or lane.limiter.active:
+            work.gates = (lane.limiter, *runtime.gates) if lane.limiter.active else runtime.gates
             work.counted_at = now
             for gate in work.gates:
                 gate.begin(now)
@@ -100,9 +101,9 @@ class Starter:
             with partition.lock:
                 partition.offsets.begin(work.offset)
         self.running.started += 1
-        plan.started += 1
+        runtime.started += 1
         self._running[work] = None
-        if plan.task.policy.long:
+        if runtime.task.policy.long:
             self._leases.take(work)
         else:
             self._placement.begin_code(work, at_us)

@@ -20,8 +20,9 @@ from jobledger.consumers.scheduling.starter import Starter
 from jobledger.consumers.state.limiters import Gate, Slots, closed_gate
 from jobledger.consumers.state.outcome import Snoozed, answered
 from jobledger.consumers.state.reports import Reports
+from jobledger.consumers.state.task_runtime import TaskRuntime
 from jobledger.consumers.state.task_table import TaskTable
-from jobledger.consumers.state.work import JobRun, ParkedRecord, Partition, TaskRuntime, WaitQueue
+from jobledger.consumers.state.work import JobRun, ParkedRecord, Partition, WaitQueue
 from jobledger.kafka.broker_clock import BrokerClock
 
 _monotonic = time.monotonic
@@ -77,7 +78,7 @@ class WaitQueues:
         #: How many partitions share the lookahead.
         self.owned = 0
         #: Bytes of all parked records.
-        self.deferred_bytes = 0
+        self.parked_bytes = 0
 
     @property
     def window(self) -> int:
@@ -87,7 +88,8 @@ class WaitQueues:
     def crowded(self, partition: Partition) -> bool:
         """Return whether so many jobs of the partition wait that a new job that must wait is kept as a parked
         record."""
-        return partition.waiting - partition.deferred >= self.window // 4
+        backlog = partition.backlog
+        return backlog.count - backlog.parked >= self.window // 4
 
     def room(self, partition: Partition) -> bool:
         """Return whether more records of this partition may be taken.
@@ -96,10 +98,11 @@ class WaitQueues:
         of a full partition are taken again only when a quarter of its space is free, because after each pause of the
         partition the client must fetch its records again.
         """
-        part = 0.75 if partition.full else 1.0
-        if partition.waiting - partition.deferred >= self.window * part:
+        backlog = partition.backlog
+        part = 0.75 if backlog.full else 1.0
+        if backlog.count - backlog.parked >= self.window * part:
             return False
-        return self.deferred_bytes < self._bytes * part or partition.deferred_bytes < self._share * part
+        return self.parked_bytes < self._bytes * part or backlog.parked_bytes < self._share * part
 
     @property
     def _share(self) -> int:
@@ -108,28 +111,30 @@ class WaitQueues:
     def half_full(self, partition: Partition) -> bool:
         """Return whether the partition's waiting jobs use half of the space that they may use. Then new jobs at a
         closed gate are snoozed."""
-        if partition.waiting - partition.deferred >= self.window // 2:
+        backlog = partition.backlog
+        if backlog.count - backlog.parked >= self.window // 2:
             return True
-        return self.deferred_bytes >= self._bytes // 2 and partition.deferred_bytes >= self._share // 2
+        return self.parked_bytes >= self._bytes // 2 and backlog.parked_bytes >= self._share // 2
 
     def enqueue(self, work: JobRun, identity: tuple[str, ...], *, serial: bool, tenant: str = "") -> WaitQueue:
-        work.line = line = self._join(work.partition, identity, work, serial, tenant)
+        work.wait_queue = wait_queue = self._join(work.partition, identity, work, serial, tenant)
         work.waiting = True
-        return line
+        return wait_queue
 
     def _join(
         self, partition: Partition, identity: tuple[str, ...], one: JobRun | ParkedRecord, serial: bool, tenant: str
     ) -> WaitQueue:
-        line = partition.lines.get(identity)
-        if line is None:
-            line = partition.lines[identity] = WaitQueue(partition, identity, serial, tenant)
-        line.works.append(one)
-        partition.waiting += 1
-        if not line.busy:
-            self._by_topic[partition.topic].add(line)
-        return line
+        backlog = partition.backlog
+        wait_queue = backlog.wait_queues.get(identity)
+        if wait_queue is None:
+            wait_queue = backlog.wait_queues[identity] = WaitQueue(partition, identity, serial, tenant)
+        wait_queue.works.append(one)
+        backlog.count += 1
+        if not wait_queue.busy:
+            self._by_topic[partition.topic].add(wait_queue)
+        return wait_queue
 
-    def defer(
+    def add_parked(
         self, partition: Partition, identity: tuple[str, ...], one: ParkedRecord, *, serial: bool, tenant: str
     ) -> None:
         """Add a parked record to the end of its wait queue."""
@@ -137,38 +142,42 @@ class WaitQueues:
         self._count(partition, one, 1)
 
     def _count(self, partition: Partition, one: ParkedRecord, by: int) -> None:
-        partition.deferred += by
-        partition.deferred_bytes += by * one.size
-        self.deferred_bytes += by * one.size
+        backlog = partition.backlog
+        backlog.parked += by
+        backlog.parked_bytes += by * one.size
+        self.parked_bytes += by * one.size
 
-    def enqueue_keyed(self, work: JobRun, key: str, held: tuple[int, int, int] | None, tenant: str = "") -> None:
-        """Add a job behind the other jobs of its key. ``held``: the job's entry in `Partition.held`, if a former owner
-        retried or snoozed the job in place."""
-        line = self.enqueue(work, ("key", key), serial=True, tenant=tenant)
-        if held is None:
+    def enqueue_keyed(
+        self, work: JobRun, key: str, next_attempt: tuple[int, int, int] | None, tenant: str = ""
+    ) -> None:
+        """Add a job behind the other jobs of its key. ``next_attempt``: the job's entry in
+        `PriorState.next_attempts`, if a former owner retried or snoozed the job in place."""
+        wait_queue = self.enqueue(work, ("key", key), serial=True, tenant=tenant)
+        if next_attempt is None:
             return
-        attempt, due_ms, stands_at = held
+        attempt, due_ms, stands_at = next_attempt
         assert work.event is not None
         assert work.partition.offsets is not None
         work.event = msgspec.structs.replace(work.event, attempt=attempt)
         with work.partition.lock:
             work.partition.offsets.note(work.offset, stands_at)
         wait_s = (due_ms - self._clock.ms()) / 1000
-        if wait_s > 0 and line.works[0] is work:
-            line.works.popleft()
-            work.partition.waiting -= 1
-            self._hold(work, line, wait_s)
+        if wait_s > 0 and wait_queue.works[0] is work:
+            wait_queue.works.popleft()
+            work.partition.backlog.count -= 1
+            self._hold(work, wait_queue, wait_s)
 
     def wait_for_gate(
-        self, work: JobRun, plan: TaskRuntime, identity: tuple[str, ...], now: float, tenant: str = ""
+        self, work: JobRun, runtime: TaskRuntime, identity: tuple[str, ...], now: float, tenant: str = ""
     ) -> None:
         """Add a job to a wait queue. If one of the task's gates is closed and many jobs wait already (`half_full`),
         snooze the job instead, so that records behind it can be taken. A suspect is not snoozed, because the next
         release would not be a suspect."""
         partition = work.partition
-        gate = closed_gate(plan.gates, now) if not work.suspect and self.half_full(partition) else None
+        gate = closed_gate(runtime.gates, now) if not work.suspect and self.half_full(partition) else None
         if gate is not None:
-            ahead = len(partition.lines[identity].works) if identity in partition.lines else 0
+            wait_queues = partition.backlog.wait_queues
+            ahead = len(wait_queues[identity].works) if identity in wait_queues else 0
             self._set_aside(work, gate, ahead)
             return
         self.enqueue(work, identity, serial=False, tenant=tenant)
@@ -187,17 +196,20 @@ class WaitQueues:
         Suspects are not snoozed, either.
         """
         kept = [
-            (len(line.works), gate, line)
+            (len(wait_queue.works), gate, wait_queue)
             for gate in self.parking
             if not isinstance(gate, Slots)
-            for line in islice(gate.parked, LOOKED_AT)
-            if line.partition is partition and not line.serial and len(line.works) > 1 and not line.works[-1].suspect
+            for wait_queue in islice(gate.parked, LOOKED_AT)
+            if wait_queue.partition is partition
+            and not wait_queue.serial
+            and len(wait_queue.works) > 1
+            and not wait_queue.works[-1].suspect
         ]
         if not kept:
             return
-        _, gate, line = max(kept, key=lambda each: each[0])
-        for _ in range(min(ASIDE_AT_ONCE, len(line.works) - 1)):
-            one = line.works[-1]
+        _, gate, wait_queue = max(kept, key=lambda each: each[0])
+        for _ in range(min(ASIDE_AT_ONCE, len(wait_queue.works) - 1)):
+            one = wait_queue.works[-1]
             if one.suspect:
                 break
             if isinstance(one, ParkedRecord):
@@ -205,9 +217,9 @@ class WaitQueues:
                 work = one.revive(partition, self._reports.arrived)
             else:
                 work, one.waiting = one, False
-            line.works.pop()
-            partition.waiting -= 1
-            self._set_aside(work, gate, len(line.works))
+            wait_queue.works.pop()
+            partition.backlog.count -= 1
+            self._set_aside(work, gate, len(wait_queue.works))
         self._wake()
 
     def serve(self, lane: Lane, most: int) -> int:
@@ -217,51 +229,53 @@ class WaitQueues:
         for _ in range(lane.ready):
             if begun >= most:
                 break
-            line, now = lane.next_line(), _monotonic()
-            partition = line.partition
-            if not line.works or (line.serial and line.busy) or not partition.begin_taking():
-                self._passed(line)
+            wait_queue, now = lane.next_wait_queue(), _monotonic()
+            partition = wait_queue.partition
+            if not wait_queue.works or (wait_queue.serial and wait_queue.busy) or not partition.begin_taking():
+                self._passed(wait_queue)
                 continue
             try:
                 if now > partition.lease.until:
                     partition.lease.ask()
-                    lane.add(line)
+                    lane.add(wait_queue)
                     break
-                begun += self._serve_line(lane, line, now)
+                begun += self._serve_wait_queue(lane, wait_queue, now)
             finally:
                 partition.taking = False
         return begun
 
-    def _serve_line(self, lane: Lane, line: WaitQueue, now: float) -> int:
+    def _serve_wait_queue(self, lane: Lane, wait_queue: WaitQueue, now: float) -> int:
         """Begin the first job of a wait queue, or close the job if it must not begin. If a gate holds the job back,
         park the wait queue at that gate. Return 1 if the job left the wait queue, else 0."""
-        work = line.works[0]
-        unread = line.serial  # whether the job's arguments are not decoded yet
+        work = wait_queue.works[0]
+        unread = wait_queue.serial  # whether the job's arguments are not decoded yet
         if isinstance(work, ParkedRecord):
             # Check the gates before the `JobRun` is created. Otherwise, while a gate is closed, each of many wait
             # queues would create one.
-            if (plan := work.plan) is not None and (gate := self._keeping(plan, plan.slots, now)) is not None:
-                return self._park(line, gate, now)
-            self._count(line.partition, work, -1)
-            line.works[0] = work = work.revive(line.partition, self._reports.arrived)
-            work.line, work.waiting, unread = line, True, True
-        plan = work.plan
+            if (runtime := work.runtime) is not None and (
+                gate := self._keeping(runtime, runtime.slots, now)
+            ) is not None:
+                return self._park(wait_queue, gate, now)
+            self._count(wait_queue.partition, work, -1)
+            wait_queue.works[0] = work = work.revive(wait_queue.partition, self._reports.arrived)
+            work.wait_queue, work.waiting, unread = wait_queue, True, True
+        runtime = work.runtime
         ended = self._starter.refused(work)
-        if ended is None and line.serial and work.takeover:
+        if ended is None and wait_queue.serial and work.takeover:
             ended = self._placement.crashed(work.takeover)
-        if ended is None and plan is not None:
-            gate = self._keeping(plan, self._placement.slots_of(work, plan), now)
-            if gate is not None and not _joins_slot_queue(lane, line, gate):
-                return self._park(line, gate, now)
-        line.works.popleft()
-        line.partition.waiting -= 1
-        line.gate = None
+        if ended is None and runtime is not None:
+            gate = self._keeping(runtime, self._placement.slots_of(work, runtime), now)
+            if gate is not None and not _joins_slot_queue(lane, wait_queue, gate):
+                return self._park(wait_queue, gate, now)
+        wait_queue.works.popleft()
+        wait_queue.partition.backlog.count -= 1
+        wait_queue.gate = None
         work.waiting = False
-        line.busy, line.over = line.serial, 0
+        wait_queue.busy, wait_queue.over = wait_queue.serial, 0
         if ended is not None:
             self._recorder.close_with(work, ended)
             self.left(work)
-        elif plan is None:
+        elif runtime is None:
             work.held_since = work.held_since or now
             assert work.event is not None
             self._recorder.close_with(work, self._tasks.unknown(work.event))
@@ -270,41 +284,41 @@ class WaitQueues:
             self.left(work)
         else:
             self._starter.start(work, now)
-        if not line.serial:
-            self._served(lane, line)
+        if not wait_queue.serial:
+            self._served(lane, wait_queue)
         return 1
 
     @staticmethod
-    def _served(lane: Lane, line: WaitQueue) -> None:
+    def _served(lane: Lane, wait_queue: WaitQueue) -> None:
         """Add the wait queue to the ready ones of its lane, for its next job. Delete the wait queue if it has no
         job."""
-        if line.works:
-            lane.add(line)
+        if wait_queue.works:
+            lane.add(wait_queue)
         else:
-            line.partition.lines.pop(line.identity, None)
+            wait_queue.partition.backlog.wait_queues.pop(wait_queue.identity, None)
 
     @staticmethod
-    def _keeping(plan: TaskRuntime, slots: Slots | None, now: float) -> Gate | Slots | None:
+    def _keeping(runtime: TaskRuntime, slots: Slots | None, now: float) -> Gate | Slots | None:
         """Return the closed gate or the full slots that hold a job back; None if the job may begin."""
-        gate = closed_gate(plan.gates, now)
+        gate = closed_gate(runtime.gates, now)
         return slots if gate is None and slots is not None and slots.free(now) <= 0 else gate
 
-    def _passed(self, line: WaitQueue) -> None:
+    def _passed(self, wait_queue: WaitQueue) -> None:
         """Note that a wait queue begins no job although its gate released it. Call `wake`, so that another wait queue
         of that gate can begin one."""
-        if line.gate is not None and line.gate.parked:
+        if wait_queue.gate is not None and wait_queue.gate.parked:
             self._wake()
-        line.gate = None
+        wait_queue.gate = None
 
-    def _park(self, line: WaitQueue, gate: Gate | Slots, now: float) -> int:
-        if line.gate is not gate:
-            self._passed(line)
-        line.gate = gate
-        line.queued = True
-        gate.parked.append(line)
+    def _park(self, wait_queue: WaitQueue, gate: Gate | Slots, now: float) -> int:
+        if wait_queue.gate is not gate:
+            self._passed(wait_queue)
+        wait_queue.gate = gate
+        wait_queue.queued = True
+        gate.parked.append(wait_queue)
         self.parking[gate] = None
         self._wake_in(gate.wait(now))
-        if line.partition.full:  # the gate that keeps the partition full is known only now
+        if wait_queue.partition.backlog.full:  # the gate that keeps the partition full is known only now
             self._wake()
         return 0
 
@@ -313,9 +327,9 @@ class WaitQueues:
         now = _monotonic()
         for gate in list(self.parking):
             for _ in range(min(gate.free(now), len(gate.parked))):
-                line = gate.parked.popleft()
-                line.queued = False
-                self._by_topic[line.partition.topic].add(line)
+                wait_queue = gate.parked.popleft()
+                wait_queue.queued = False
+                self._by_topic[wait_queue.partition.topic].add(wait_queue)
             if gate.parked:
                 self._wake_in(gate.wait(now))
             else:
@@ -329,41 +343,41 @@ class WaitQueues:
         for gate in work.gates:
             gate.end(now, now - work.began, good, work.counted_at)
         work.gates = ()
-        line = work.line
-        if line is None or not line.serial:
+        wait_queue = work.wait_queue
+        if wait_queue is None or not wait_queue.serial:
             return
         if work.again_s is not None:
             work.waiting = True  # a hand-over need not wait: the next owner finds the job's last fact in the log
         if work.lease is not None:  # a long job's outcome goes to the coordinator, and no job here waits for it
-            self._turn_over(work, line)
-        elif not self._half_over(work, line) and line.partition.owned:
-            self.unacknowledged[line] = None
+            self._turn_over(work, wait_queue)
+        elif not self._half_over(work, wait_queue) and wait_queue.partition.owned:
+            self.unacknowledged[wait_queue] = None
 
     def acknowledged(self, work: JobRun) -> None:
         """Note that the last fact of a keyed job's attempt is acknowledged."""
-        line = work.line
-        if line is not None and work.lease is None:
-            self.unacknowledged.pop(line, None)
-            self._half_over(work, line)
+        wait_queue = work.wait_queue
+        if wait_queue is not None and work.lease is None:
+            self.unacknowledged.pop(wait_queue, None)
+            self._half_over(work, wait_queue)
 
-    def _half_over(self, work: JobRun, line: WaitQueue) -> bool:
+    def _half_over(self, work: JobRun, wait_queue: WaitQueue) -> bool:
         """Note one of two events: the job's slot is free, or the last fact of its attempt is acknowledged. The second
         event ends the job's turn. Return whether this was the second event."""
-        line.over += 1
-        if line.over < 2:
+        wait_queue.over += 1
+        if wait_queue.over < 2:
             return False
-        self._turn_over(work, line)
+        self._turn_over(work, wait_queue)
         return True
 
-    def _turn_over(self, work: JobRun, line: WaitQueue) -> None:
+    def _turn_over(self, work: JobRun, wait_queue: WaitQueue) -> None:
         """Make the key's next job ready, or plan the next attempt of this job."""
         if work.again_s is not None:
-            self._hold(work, line, work.again_s)
+            self._hold(work, wait_queue, work.again_s)
             return
-        line.busy = False
-        self._served(self._by_topic[line.partition.topic], line)
+        wait_queue.busy = False
+        self._served(self._by_topic[wait_queue.partition.topic], wait_queue)
 
-    def _hold(self, work: JobRun, line: WaitQueue, seconds: float) -> None:
+    def _hold(self, work: JobRun, wait_queue: WaitQueue, seconds: float) -> None:
         """Begin the next attempt after ``seconds`` seconds. Until then the job keeps its key.
 
         The seconds count from now. After an attempt in this worker, the fact that asks for the delay is acknowledged
@@ -373,31 +387,31 @@ class WaitQueues:
         """
         work.again_s = None
         work.waiting = True
-        line.busy = True
-        self._reports.calls.later(seconds, self._again, work, line, _monotonic() + seconds)
+        wait_queue.busy = True
+        self._reports.calls.later(seconds, self._again, work, wait_queue, _monotonic() + seconds)
 
-    def _again(self, work: JobRun, line: WaitQueue, due: float) -> None:
-        partition = line.partition
+    def _again(self, work: JobRun, wait_queue: WaitQueue, due: float) -> None:
+        partition = wait_queue.partition
         if not partition.owned or not self._starter.running.accepting:
             return  # the next owner makes the attempt, and finds the attempt's number in the log
         if (early := due - _monotonic()) > 0:  # the loop's timers count whole milliseconds
-            self._reports.calls.later(early, self._again, work, line, due)
+            self._reports.calls.later(early, self._again, work, wait_queue, due)
             return
         work.outcome, work.takeover, work.suspect, work.slots, work.timer = None, 0, False, None, None
         work.interrupted = None  # each attempt has its own time limit
-        line.works.appendleft(work)
-        partition.waiting += 1
-        line.busy = False
-        self._by_topic[partition.topic].add(line)
+        wait_queue.works.appendleft(work)
+        partition.backlog.count += 1
+        wait_queue.busy = False
+        self._by_topic[partition.topic].add(wait_queue)
         self._wake()
 
     def forget(self, gone: set[Partition]) -> None:
         """Drop the wait queues of partitions that are no longer owned."""
-        self.deferred_bytes -= sum(partition.deferred_bytes for partition in gone)
-        for line in [line for line in self.unacknowledged if line.partition in gone]:
-            del self.unacknowledged[line]
+        self.parked_bytes -= sum(partition.backlog.parked_bytes for partition in gone)
+        for wait_queue in [wait_queue for wait_queue in self.unacknowledged if wait_queue.partition in gone]:
+            del self.unacknowledged[wait_queue]
         for gate in list(self.parking):
-            kept = [line for line in gate.parked if line.partition not in gone]
+            kept = [wait_queue for wait_queue in gate.parked if wait_queue.partition not in gone]
             gate.parked.clear()
             gate.parked.extend(kept)
 
@@ -405,20 +419,20 @@ class WaitQueues:
         """Forget all waiting jobs. These jobs are not begun, so they belong to the next owner."""
         for lane in self._by_topic.values():
             for partition in lane.parts:
-                for line in partition.lines.values():
-                    for one in line.works:
+                for wait_queue in partition.backlog.wait_queues.values():
+                    for one in wait_queue.works:
                         partition.live.pop(one.offset, None)
-                    line.works.clear()
-                partition.nothing_waits()
+                    wait_queue.works.clear()
+                partition.backlog.nothing_waits()
             lane.clear()
-        self.deferred_bytes = 0
+        self.parked_bytes = 0
 
 
-def _joins_slot_queue(lane: Lane, line: WaitQueue, gate: Gate | Slots) -> bool:
+def _joins_slot_queue(lane: Lane, wait_queue: WaitQueue, gate: Gate | Slots) -> bool:
     """Return whether the first job of a task's wait queue, which only lacks a slot, joins the jobs that wait for one.
 
     Otherwise the jobs of other tasks, whose records are taken directly into the slot queue, would always come first.
     """
-    if not isinstance(gate, Slots) or line.identity[0] != "task":
+    if not isinstance(gate, Slots) or wait_queue.identity[0] != "task":
         return False
     return len(lane.waiting.get(gate.name, ())) < (1 if lane.levelled else SLOT_QUEUE)

@@ -76,14 +76,14 @@ class ReleaseMemory:
         if self._old_count:
             slots, mask = self._old, self._old_mask
             at = key & mask
-            while found := slots[at]:
-                if found == key:
+            while stored := slots[at]:
+                if stored == key:
                     return False
                 at = (at + 1) & mask
         slots, mask = self._slots, self._mask
         at = key & mask
-        while found := slots[at]:
-            if found == key:
+        while stored := slots[at]:
+            if stored == key:
                 return False
             at = (at + 1) & mask
         slots[at] = key
@@ -108,7 +108,7 @@ class ReleaseMemory:
 def _slot(slots: array[int], mask: int, key: int) -> int:
     """Return the slot that holds ``key``, or the free slot where it would be put."""
     at = key & mask
-    while (found := slots[at]) and found != key:
+    while (stored := slots[at]) and stored != key:
         at = (at + 1) & mask
     return at
 

@@ -170,9 +170,9 @@ class Limiter:
         limits = self.limits
         if self.paused is not None:
             return f"{self.name}: paused {self.paused}"
-        said = [] if limits.rate is None else [f"{limits.rate:g} a second"]
-        said += [] if limits.concurrency is None else [f"{limits.concurrency} at once"]
-        return f"{self.name}: {' and '.join(said)} for all workers"
+        restrictions = [] if limits.rate is None else [f"{limits.rate:g} a second"]
+        restrictions += [] if limits.concurrency is None else [f"{limits.concurrency} at once"]
+        return f"{self.name}: {' and '.join(restrictions)} for all workers"
 
     def passes_in(self, waiting: int) -> float:
         """See `Gate.passes_in`."""

@@ -100,8 +100,8 @@ def holding(outcome: Retried | Snoozed, held_s: float, most_s: float, key: str) 
         return Failed(
             "unknown-task", ErrorInfo("UnknownTask", f"no worker that knew the task came within {most_s:g} s")
         )
-    said = f": {outcome.reason}" if outcome.reason else ""
-    what = f"a snooze of {outcome.delay_ms / 1000:g} s would hold key {key!r} for more than key_hold_max={most_s:g} s{said}"
+    reason = f": {outcome.reason}" if outcome.reason else ""
+    what = f"a snooze of {outcome.delay_ms / 1000:g} s would hold key {key!r} for more than key_hold_max={most_s:g} s{reason}"
     return Failed("key-held", ErrorInfo("KeyHeld", printable(what, MESSAGE_LIMIT)))
 
 
@@ -160,9 +160,9 @@ def decide(
 
 def bad_result(task: str, error: BaseException) -> Failed:
     """Return the outcome of an attempt whose result cannot be written as JSON."""
-    said = error_info(error)
-    why = f"the result of {task}() cannot be written as JSON: {said.message}"
-    return Failed("bad-result", ErrorInfo(said.type, why, said.traceback))
+    info = error_info(error)
+    why = f"the result of {task}() cannot be written as JSON: {info.message}"
+    return Failed("bad-result", ErrorInfo(info.type, why, info.traceback))
 
 
 def timed_out(task: str, limit: float | None, error: BaseException) -> BaseException:
@@ -170,8 +170,8 @@ def timed_out(task: str, limit: float | None, error: BaseException) -> BaseExcep
     `TimeoutError` that names the limit."""
     if limit is None or text_of(error):
         return error
-    said = TimeoutError(f"{task}() ran longer than its timeout of {limit:g} s")
-    return said.with_traceback(traceback_of(error))
+    named = TimeoutError(f"{task}() ran longer than its timeout of {limit:g} s")
+    return named.with_traceback(traceback_of(error))
 
 
 def unknown_task(
@@ -208,13 +208,13 @@ def error_info(error: BaseException) -> ErrorInfo:
 
 def _message(error: BaseException) -> str:
     """Return an exception's text; for a group, also the texts of its leaves."""
-    said = text_of(error)
+    text = text_of(error)
     if members_of(error):
         for number, leaf in enumerate(leaves(error)):
-            if len(said) > MESSAGE_LIMIT:
+            if len(text) > MESSAGE_LIMIT:
                 break  # further text would not be kept
-            said += f"{'; ' if number else ': '}{type_of(leaf)}: {text_of(leaf)[:MESSAGE_LIMIT]}"
-    return said
+            text += f"{'; ' if number else ': '}{type_of(leaf)}: {text_of(leaf)[:MESSAGE_LIMIT]}"
+    return text
 
 
 def _trace(error: BaseException, name: str, message: str) -> str:
@@ -235,17 +235,17 @@ def _trace(error: BaseException, name: str, message: str) -> str:
 def _related(error: BaseException) -> list[BaseException]:
     """Return an exception, its causes, and the members of groups, a member as often as it occurs, because `traceback`
     shows it so often. Return at most one exception more than `RELATED_MOST`."""
-    found, seen = [error], {id(error)}
-    for each in found:
-        found += members_of(each)
+    errors, seen = [error], {id(error)}
+    for each in errors:
+        errors += members_of(each)
         for get in _CAUSES:
             cause = get(each)
             if cause is not None and id(cause) not in seen:
                 seen.add(id(cause))
-                found.append(cause)
-        if len(found) > RELATED_MOST:
+                errors.append(cause)
+        if len(errors) > RELATED_MOST:
             break
-    return found[: RELATED_MOST + 1]
+    return errors[: RELATED_MOST + 1]
 
 
 def printable(text: object, limit: int) -> str:

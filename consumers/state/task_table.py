@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from jobledger.consumers.state.limiters import Slots
 from jobledger.consumers.state.outcome import Outcome, unknown_task
-from jobledger.consumers.state.work import TaskRuntime
+from jobledger.consumers.state.task_runtime import TaskRuntime
 from jobledger.definitions.retry import Retry
 from jobledger.definitions.task_registry import TaskRegistry
 from jobledger.schemas.events import JobDue, JobEvent, JobSubmitted
@@ -20,16 +20,16 @@ class TaskTable:
     def __init__(self, registry: TaskRegistry, threads: int, children: int, unknown: Retry) -> None:
         self._backoff = unknown
         self.threads, self.processes = Slots("threads", threads), Slots("processes", children)
-        self.plans = {name: TaskRuntime(task, registry.hooks) for name, task in registry.tasks.items()}
-        for plan in self.plans.values():
-            isolated = plan.task.policy.isolation is not None
-            plan.slots = self.processes if isolated else None if plan.is_async else self.threads
+        self.runtimes = {name: TaskRuntime(task, registry.hooks) for name, task in registry.tasks.items()}
+        for runtime in self.runtimes.values():
+            isolated = runtime.task.policy.isolation is not None
+            runtime.slots = self.processes if isolated else None if runtime.is_async else self.threads
 
     def unknown(self, event: JobEvent, jitter: float | None = None) -> Outcome:
         """Return the outcome of a job whose task this worker does not know. The job is snoozed, because another worker
         may know the task. When the backoff is exhausted, the job fails. ``jitter``: from 0 to 1; None: random."""
         share = random.random() if jitter is None else jitter
-        return unknown_task(event.task, list(self.plans), tags_of(event), self._backoff, share)
+        return unknown_task(event.task, list(self.runtimes), tags_of(event), self._backoff, share)
 
 
 def tags_of(event: JobEvent) -> Mapping[str, str]:

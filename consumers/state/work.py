@@ -18,17 +18,18 @@ from confluent_kafka import KafkaError, Message
 
 from jobledger.consumers.state.dedup import ReleaseMemory
 from jobledger.consumers.state.fast_submission import plain_submission
-from jobledger.consumers.state.limiters import AdaptiveGate, BreakerGate, Gate, Limiter, Slots
-from jobledger.consumers.state.offset_tracker import PartitionOffsets, Snapshot
+from jobledger.consumers.state.limiters import Gate, Slots
+from jobledger.consumers.state.offset_tracker import PartitionOffsets
 from jobledger.consumers.state.outcome import Outcome
+from jobledger.consumers.state.ownership_lease import OwnershipLease
+from jobledger.consumers.state.prior_state import PriorState
+from jobledger.consumers.state.task_runtime import TaskRuntime
 from jobledger.definitions.context import JobContext
-from jobledger.definitions.middleware import Hooks, runner
-from jobledger.definitions.task import Task
 from jobledger.errors import TaskInterrupted
 from jobledger.kafka.clients import position_of
 from jobledger.process.logger import get_logger
 from jobledger.schemas import codec
-from jobledger.schemas.events import Fact, JobEvent, JobProgressed, JobSucceeded
+from jobledger.schemas.events import JobEvent, JobProgressed
 
 if TYPE_CHECKING:
     from jobledger.log.writer import Outgoing
@@ -39,90 +40,36 @@ LOG = get_logger("jobledger.worker")
 #: for a closing fact, False for a derived record, and None for a fact after which the job continues in this worker.
 Arrived = deque[tuple["JobRun", bool | None, KafkaError | None, Message]]
 
-#: Upper bounds of the histograms: how long jobs waited, in milliseconds, and how long attempts ran, in seconds.
-WAIT_BOUNDS_MS = (5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0, 1e3, 2.5e3, 5e3, 10e3, 30e3, 60e3, 300e3, 1800e3, 7200e3)
-RUN_BOUNDS_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0, 7200.0)
-
 #: Seconds between two progress facts of one job.
 PROGRESS_INTERVAL_S = 0.1
 
 _NOWHERE: frozenset[str] = frozenset()  # shared by all jobs, because each call of `frozenset` creates an object
 
 
-class OwnershipLease:
-    """The time until which this worker is certain that it owns its partitions of a lane. Each accepted commit of the
-    group member extends the lease.
-
-    A process that was paused, or that has lost its connection to the broker, must not start jobs of a partition that
-    another worker may have taken over.
-    """
-
-    __slots__ = ("_wake", "seconds", "until", "wanted")
-
-    def __init__(self, seconds: float, wake: Callable[[], None] = lambda: None) -> None:
-        self.seconds, self._wake = seconds, wake
-        self.until = 0.0  # as of time.monotonic()
-        self.wanted = False  # a confirmation was requested and has not arrived
-
-    def ask(self) -> None:
-        """Request a confirmation of the ownership from the group coordinator. The fetch thread then commits at once,
-        and the dispatcher is woken when the commit is accepted. Any thread."""
-        self.wanted = True
-
-    def confirm(self, asked_at: float) -> None:
-        """Extend the lease, because a commit that began at ``asked_at`` (`time.monotonic`) was accepted.
-
-        Any accepted commit answers a request for a confirmation. If the commit took so long that the extended lease is
-        over already, the request stays open, and the fetch thread commits again at once.
-        """
-        self.until = max(self.until, asked_at + self.seconds)
-        if self.wanted and self.until > time.monotonic():
-            self.wanted = False
-            self._wake()
-
-
-class PriorFact:
-    """A fact in the log that settles a release, and that the takeover has found.
-
-    ``offset``: a scan of the lifecycle partition from this offset on finds the fact again. ``appended_ms``: when the
-    fact was appended, in ms since the epoch.
-    """
-
-    __slots__ = ("appended_ms", "fact", "offset")
-
-    def __init__(self, offset: int, appended_ms: int, fact: Fact) -> None:
-        self.offset, self.appended_ms, self.fact = offset, appended_ms, fact
-
-
-#: Replaces the fact of a release if the log already has a fact of the next release: nothing derives from a success, so
-#: no derived record is sent again.
-NOTHING_FOLLOWS = JobSucceeded()
-
-
 class ParkedRecord:
     """A job far back in a wait queue, of which only the record is kept: a tenth of the memory of a `JobRun`.
 
     ``value``: the event, encoded with this version's schema. ``appended``: when the record was appended, in ms of the
-    broker's clock. ``plan``: None if this worker does not know the task. ``suspect``: see `JobRun`.
+    broker's clock. ``runtime``: None if this worker does not know the task. ``suspect``: see `JobRun`.
     """
 
-    __slots__ = ("appended", "offset", "plan", "suspect", "value")
+    __slots__ = ("appended", "offset", "runtime", "suspect", "value")
 
     #: Bytes of memory that a parked record takes in addition to its value, including its entry in `PartitionOffsets`.
     OVERHEAD = 300
 
-    def __init__(self, offset: int, appended: int, value: bytes, plan: TaskRuntime | None, suspect: bool) -> None:
-        self.offset, self.appended, self.value, self.plan, self.suspect = offset, appended, value, plan, suspect
+    def __init__(self, offset: int, appended: int, value: bytes, runtime: TaskRuntime | None, suspect: bool) -> None:
+        self.offset, self.appended, self.value, self.runtime, self.suspect = offset, appended, value, runtime, suspect
 
     def revive(self, partition: Partition, arrived: Arrived) -> JobRun:
         """Create the `JobRun` of the record. The job's arguments are not decoded yet."""
         event = plain_submission(self.value) or codec.decode(self.value)
         spec = event.fact.spec  # type: ignore[union-attr]  # only `JobSubmitted` and `JobDue` are accepted
         work = JobRun(partition, self.offset, event, arrived)
-        work.expires_at, work.appended, work.plan, work.suspect = (
+        work.expires_at, work.appended, work.runtime, work.suspect = (
             spec.expires_at,
             self.appended,
-            self.plan,
+            self.runtime,
             self.suspect,
         )
         partition.live[self.offset] = work
@@ -155,22 +102,40 @@ class WaitQueue:
         self.works: deque[JobRun | ParkedRecord] = deque()
 
 
+class Backlog:
+    """The jobs of one partition that wait in wait queues.
+
+    ``wait_queues``: by (kind, name, …). ``count``: the number of waiting jobs; ``parked``: how many of them are parked
+    records; ``parked_bytes``: the memory that the parked records take. ``full``: so many jobs wait that no more records
+    of the partition are taken.
+    """
+
+    __slots__ = ("count", "full", "parked", "parked_bytes", "wait_queues")
+
+    def __init__(self) -> None:
+        self.wait_queues: dict[tuple[str, ...], WaitQueue] = {}
+        self.count = self.parked = self.parked_bytes = 0
+        self.full = False
+
+    def nothing_waits(self) -> None:
+        """Set the counts of waiting jobs to zero, because these jobs belong to the next owner."""
+        self.count = self.parked = self.parked_bytes = 0
+
+
 class Partition:
     """One partition of a work topic, as this worker holds it. Each assignment of the partition creates a new object."""
 
     def __init__(self, topic: str, number: int, lease: OwnershipLease, committed: int, metadata: str | None) -> None:
         self.topic, self.number, self.lease = topic, number, lease
-        #: The offset that the group had committed at assignment, and its metadata; -1: nothing was committed.
-        self.committed, self.metadata = committed, metadata
+        self.prior = PriorState(committed, metadata)
         self.owned = True
         self.gone = False  # lost or handed over: another worker may run the jobs of records that are not done
         self.ready = False  # the takeover is complete
         self.stopped: str | None = None  # the reason why no more jobs of this partition may run
         self.taking = False  # the dispatcher is taking up records, or starting jobs that wait
-        self.resolving = False  # the schema resolver looks up a received record's schema; then the record is in `back`
-        self.back: tuple[Message, Any, bool] | None = None
+        self.resolving = False  # the schema resolver looks up a received record's schema; then it sets `resolved`
+        self.resolved: tuple[Message, Any, bool] | None = None
         self.braked = False  # no records are taken, because the completion map could become too long
-        self.full = False  # no records are taken, because too many jobs wait in the wait queues of this partition
         self.paused = False  # the Kafka client does not fetch this partition
         self.lock = threading.Lock()
         self.offsets: PartitionOffsets | None = None
@@ -179,27 +144,9 @@ class Partition:
         self.missing = 0  # number of offsets without a record that warnings have reported
         #: Records that were taken up and are not done, by offset. Parked records are not included.
         self.live: dict[int, JobRun] = {}
-        #: Results of the takeover's scan, by `release_key`: the fact that settles the release; the number of starts of
-        #: the release without an outcome. Both are kept until all records below `scanned_to` are received.
-        self.closed: dict[int, PriorFact] = {}
-        self.starts: dict[int, int] = {}
-        self.scanned_to = 0
-        #: The offset of the lifecycle partition at which the takeover's scan began.
-        self.floor = 0
-        #: The last owner did not leave cleanly, and may have begun records below this offset. 0: no such owner.
-        self.careful = 0
+        #: Offset and metadata of the last commit of this worker that was accepted.
         self.last_commit: tuple[int, str] | None = None
-        #: The last owner's commit, if that owner left cleanly. The commit stays valid until a job of this partition
-        #: begins here.
-        self.found_clean: Snapshot | None = None
-        #: The partition's wait queues, by (kind, name, …).
-        self.lines: dict[tuple[str, ...], WaitQueue] = {}
-        #: The number of jobs in the wait queues, how many of these are parked records, and the memory of the parked
-        #: records, in bytes.
-        self.waiting = self.deferred = self.deferred_bytes = 0
-        #: Attempts in place that a former owner announced, by `release_key`: (attempt number; when the attempt is due,
-        #: in ms of the broker's clock; lifecycle offset of the fact that announced the attempt).
-        self.held: dict[int, tuple[int, int, int]] = {}
+        self.backlog = Backlog()
 
     def __repr__(self) -> str:
         return f"{self.topic}[{self.number}]"
@@ -218,14 +165,14 @@ class Partition:
         return 0 if self.idle or self.stopped is not None else len(self.raw)
 
     @property
-    def here(self) -> bool:
+    def has_records(self) -> bool:
         """Whether records are ready to be taken up."""
-        return bool(self.raw) or self.back is not None
+        return bool(self.raw) or self.resolved is not None
 
     @property
     def idle(self) -> bool:
         """Whether the dispatcher takes no records of this partition for the time being."""
-        return self.braked or self.full or not self.ready
+        return self.braked or self.backlog.full or not self.ready
 
     @property
     def busy(self) -> bool:
@@ -245,10 +192,6 @@ class Partition:
             return True
         self.lease.ask()
         return False
-
-    def nothing_waits(self) -> None:
-        """Set the counts of waiting jobs to zero, because these jobs belong to the next owner."""
-        self.waiting = self.deferred = self.deferred_bytes = 0
 
     def begin_taking(self) -> bool:
         """Claim the right to take up records. The caller ends the claim with ``taking = False``.
@@ -279,54 +222,6 @@ class Partition:
         with self.lock:
             self.owned = False
         self.raw.clear()
-
-
-class TaskRuntime:
-    """A task as the worker runs it, and its counts."""
-
-    __slots__ = (
-        "adaptive",
-        "blocked",
-        "breaker",
-        "cancelled",
-        "decode_args",
-        "expired",
-        "failed",
-        "fn",
-        "gates",
-        "is_async",
-        "limiter",
-        "name",
-        "retried",
-        "runs",
-        "seconds",
-        "slots",
-        "snoozed",
-        "started",
-        "succeeded",
-        "task",
-    )
-
-    def __init__(self, task: Task[Any, Any], hooks: Hooks) -> None:
-        self.task = task
-        self.name, self.fn, self.is_async = task.name, runner(task, hooks), task.is_async
-        self.decode_args = task.decode_args
-        self.started = self.succeeded = self.retried = self.snoozed = self.failed = self.cancelled = self.expired = 0
-        self.runs = [0] * (len(RUN_BOUNDS_S) + 1)  # number of ended attempts, by `RUN_BOUNDS_S`
-        self.seconds = 0.0
-        self.blocked = 0  # how often its code blocked the event loop
-        policy = task.policy
-        self.limiter = Limiter(f"task {task.name}", policy.limits)
-        self.adaptive = None if policy.adaptive is None else AdaptiveGate(f"task {task.name}", policy.adaptive)
-        self.breaker = None if policy.breaker is None else BreakerGate(f"task {task.name}", policy.breaker)
-        self.gates: tuple[Gate, ...] = ()
-        self.slots: Slots | None = None  # the slots that its jobs need; None: the task runs on the event loop
-        self.regate()
-
-    def regate(self) -> None:
-        """Choose the gates again, after limits or pauses have changed."""
-        found = (self.limiter if self.limiter.active else None, self.adaptive, self.breaker)
-        self.gates = tuple(gate for gate in found if gate is not None)
 
 
 class LeaseKeeper(Protocol):
@@ -382,15 +277,14 @@ class JobRun:
         "interrupted",
         "kwargs",
         "lease",
-        "line",
         "noted",
         "offset",
         "outcome",
         "partition",
-        "plan",
         "progressed",
         "remaining",
         "reported_at",
+        "runtime",
         "send_progress",
         "shortened",
         "slots",
@@ -400,6 +294,7 @@ class JobRun:
         "timer",
         "tries",
         "unsent",
+        "wait_queue",
         "waiting",
     )
 
@@ -421,7 +316,7 @@ class JobRun:
         # Its code does not run: the job waits in a wait queue, for slots, for a child process, for the acknowledgement
         # of its start, or for its next attempt.
         self.waiting = False
-        self.line: WaitQueue | None = None  # the wait queue in which the job waits, or which the job keeps busy
+        self.wait_queue: WaitQueue | None = None  # the wait queue in which the job waits, or which the job keeps busy
         self.gates: tuple[Gate, ...] = ()  # the gates that count the job while it runs
         self.counted_at = 0.0  # when these gates counted the job as begun (`time.monotonic`)
         self.expires_at: int | None = None  # µs of the broker's clock
@@ -437,7 +332,7 @@ class JobRun:
         self.outcome: Outcome | None = None  # None also stands for a success
         self.unsent: JobProgressed | None = None
         self.reported_at = 0.0
-        self.plan: TaskRuntime | None = None  # None: this worker does not know the task
+        self.runtime: TaskRuntime | None = None  # None: this worker does not know the task
         self.context: JobContext | None = None  # until its code begins
         self.kwargs: dict[str, Any]
         self.send_progress: Callable[[JobRun, JobProgressed], None]

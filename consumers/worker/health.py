@@ -72,7 +72,7 @@ def health_of(worker: Parts) -> dict[str, Any]:
         "children": _children(worker.children),
         "leases": worker.leases,
         **{
-            name: sum(getattr(plan, name) for plan in dispatcher.pipe.tasks.plans.values())
+            name: sum(getattr(runtime, name) for runtime in dispatcher.pipe.tasks.runtimes.values())
             for name in ("succeeded", "retried", "snoozed", "failed")
         },
         "duplicates": counts.duplicates,

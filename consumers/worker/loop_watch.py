@@ -97,10 +97,10 @@ class LoopWatch(threading.Thread):
         """Handle `SIGNAL`, between two bytecodes of the loop's thread. Raises `TaskTimedOut` in the code of the job
         whose time limit is over."""
         work = self._executor.due
-        if work is None or work.plan is None or asyncio.current_task(self._loop) is not work.handle:
+        if work is None or work.runtime is None or asyncio.current_task(self._loop) is not work.handle:
             return
         # The job's code may have returned just before the thread chose the job: then this may be its next attempt.
-        if self._overdue(work) and runs_inside(frame, RUN, work.plan.fn):
+        if self._overdue(work) and runs_inside(frame, RUN, work.runtime.fn):
             self._executor.due = None
             work.interrupted = TaskTimedOut
             raise TaskTimedOut
@@ -112,20 +112,20 @@ class LoopWatch(threading.Thread):
         # Count checks without a beat, not seconds of a clock: the whole process may have been suspended.
         seen, late, own = 0, 0.0, 0.0
         blocker: JobRun | None = None
-        told: set[JobRun | None] = set()
+        logged: set[JobRun | None] = set()
         while not self._closed.wait(LOOK_S):
             beats = self._beats
             if beats != seen:
                 seen, late, own, blocker = beats, 0.0, 0.0, None
-                told.clear()
+                logged.clear()
                 continue
             work = self._work()
             late, own, blocker = late + LOOK_S, own + LOOK_S if work is blocker else LOOK_S, work
             overdue = work is not None and self._overdue(work)
             # Several jobs may run in the time without a beat. Log the job that runs when `WARN_S` is over, and each
             # further job that blocks the loop for `WARN_S` by itself.
-            if overdue or (own if told else late) >= WARN_S:
-                self._tell_once(work, late, told)
+            if overdue or (own if logged else late) >= WARN_S:
+                self._tell_once(work, late, logged)
             if overdue:
                 self._end(work)
 
@@ -134,14 +134,16 @@ class LoopWatch(threading.Thread):
         task = asyncio.current_task(self._loop)
         if task is None:
             return None
-        found = next((work for work in list(self._jobs.jobs) if work.handle is task), None)
-        return found or self._executor.interrupts.work_of(task)
+        job_run = next((work for work in list(self._jobs.jobs) if work.handle is task), None)
+        return job_run or self._executor.interrupts.work_of(task)
 
     @staticmethod
     def _overdue(work: JobRun) -> bool:
-        if work.plan is None or work.handle is None:  # a plain function's coroutine: its thread is interrupted instead
+        if (
+            work.runtime is None or work.handle is None
+        ):  # a plain function's coroutine: its thread is interrupted instead
             return False
-        limit = work.plan.task.timeout
+        limit = work.runtime.task.timeout
         return limit is not None and work.interrupted is None and time.monotonic() - work.began >= limit
 
     def _end(self, work: JobRun | None) -> None:
@@ -150,15 +152,15 @@ class LoopWatch(threading.Thread):
             assert SIGNAL is not None
             signal.pthread_kill(self._thread_id, SIGNAL)
 
-    def _tell_once(self, work: JobRun | None, late: float, told: set[JobRun | None]) -> None:
-        if work in told:
+    def _tell_once(self, work: JobRun | None, late: float, logged: set[JobRun | None]) -> None:
+        if work in logged:
             return
         try:
             if self._tell(work, late):
-                told.add(work)
+                logged.add(work)
         except Exception:
             LOG.exception("the code that blocks the event loop could not be determined")
-            told.add(work)
+            logged.add(work)
 
     def _tell(self, work: JobRun | None, late: float) -> bool:
         frame = sys._current_frames().get(self._thread_id)
@@ -167,7 +169,7 @@ class LoopWatch(threading.Thread):
         if not stack:
             return False  # no Python code runs there, or no longer this job's code: the loop may wait for the CPU
         where = "".join(traceback.format_list(stack)).rstrip()
-        if work is None or work.plan is None or work.event is None:
+        if work is None or work.runtime is None or work.event is None:
             self.blocked_by_others += 1
             LOG.warning(
                 "the event loop is blocked for %.1f s: no coroutine of this worker continues until this returns\n%s",
@@ -175,15 +177,15 @@ class LoopWatch(threading.Thread):
                 where,
             )
             return True
-        work.plan.blocked += 1
+        work.runtime.blocked += 1
         LOG.warning(
             "task %s blocks the event loop: job %s has not awaited anything for %.1f s, and no other coroutine of this worker "
             "can run. Await what takes time, or make it a plain function (def), which runs in a thread\n%s",
-            work.plan.name,
+            work.runtime.name,
             work.event.job_id,
             late,
             where,
-            extra={"job_id": work.event.job_id, "task": work.plan.name},
+            extra={"job_id": work.event.job_id, "task": work.runtime.name},
         )
         return True
 

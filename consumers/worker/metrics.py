@@ -17,7 +17,8 @@ from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-d
 
 from jobledger.config import Settings
 from jobledger.consumers.state.limiters import Limiter
-from jobledger.consumers.state.work import RUN_BOUNDS_S, WAIT_BOUNDS_MS, Partition
+from jobledger.consumers.state.task_runtime import RUN_BOUNDS_S, WAIT_BOUNDS_MS
+from jobledger.consumers.state.work import Partition
 from jobledger.kafka.clients import admin, answer_of
 from jobledger.process.extras import missing
 from jobledger.process.logger import get_logger
@@ -76,11 +77,11 @@ class LogEnds:
 
 def _histogram(counts: Sequence[int], bounds: Sequence[float]) -> list[tuple[str, float]]:
     """Return the counts as Prometheus expects them: cumulative, by upper bound in seconds."""
-    found, total = [], 0
+    buckets, total = [], 0
     for bound, count in zip([*bounds, float("inf")], counts, strict=True):
         total += count
-        found.append((repr(bound) if bound != float("inf") else "+Inf", float(total)))
-    return found
+        buckets.append((repr(bound) if bound != float("inf") else "+Inf", float(total)))
+    return buckets
 
 
 class WorkerMetrics(Collector):
@@ -122,17 +123,17 @@ class WorkerMetrics(Collector):
         )
         if self._worker.watch is not None:
             blocked.add_metric(["", ""], self._worker.watch.blocked_by_others)
-        running = Counter(work.plan.name for work in list(dispatcher.running) if work.plan is not None)
-        for plan in dispatcher.pipe.tasks.plans.values():
-            if plan.task.queue not in dispatcher.pipe.lanes.limiters and not plan.started:
+        running = Counter(work.runtime.name for work in list(dispatcher.running) if work.runtime is not None)
+        for runtime in dispatcher.pipe.tasks.runtimes.values():
+            if runtime.task.queue not in dispatcher.pipe.lanes.limiters and not runtime.started:
                 continue
-            about = [plan.name, plan.task.queue]
-            started.add_metric(about, plan.started)
-            flying.add_metric(about, running[plan.name])
-            runs.add_metric(about, _histogram(plan.runs, RUN_BOUNDS_S), plan.seconds)
-            blocked.add_metric(about, plan.blocked)
+            about = [runtime.name, runtime.task.queue]
+            started.add_metric(about, runtime.started)
+            flying.add_metric(about, running[runtime.name])
+            runs.add_metric(about, _histogram(runtime.runs, RUN_BOUNDS_S), runtime.seconds)
+            blocked.add_metric(about, runtime.blocked)
             for outcome in OUTCOMES:
-                ended.add_metric([*about, outcome], getattr(plan, outcome))
+                ended.add_metric([*about, outcome], getattr(runtime, outcome))
         yield from (started, ended, flying, runs, blocked)
 
     def _waits(self) -> Iterator[Metric]:
@@ -144,7 +145,7 @@ class WorkerMetrics(Collector):
             "From the append of a job's record to its start, on the broker's clock",
             labels=labels,
         )
-        lines = GaugeMetricFamily(
+        waiting = GaugeMetricFamily(
             f"{PREFIX}waiting", "Received jobs that wait for a turn, a key, a limit or room", labels=labels
         )
         oldest = GaugeMetricFamily(
@@ -152,17 +153,17 @@ class WorkerMetrics(Collector):
             "How long the oldest record has waited that was fetched and not taken up",
             labels=labels,
         )
-        settler = self._worker.settler
-        broker_ms = time.time() * 1000 if settler is None else settler.clock.ms()
+        ack_tracker = self._worker.ack_tracker
+        broker_ms = time.time() * 1000 if ack_tracker is None else ack_tracker.clock.ms()
         for lane in dispatcher.pipe.lanes.by_topic.values():
             about = [lane.queue, lane.level or "normal"]
             waits.add_metric(about, _histogram(lane.waits, [b / 1000 for b in WAIT_BOUNDS_MS]), lane.waited_ms / 1000)
             parts = list(lane.parts)
             rooms = sum(map(len, list(lane.waiting.values())))
-            lines.add_metric(about, sum(p.waiting for p in parts) + rooms)
+            waiting.add_metric(about, sum(p.backlog.count for p in parts) + rooms)
             stamps = [stamp for p in parts if (stamp := p.oldest_ms()) is not None]
             oldest.add_metric(about, max(0.0, broker_ms - min(stamps)) / 1000 if stamps else 0.0)
-        yield from (waits, lines, oldest)
+        yield from (waits, waiting, oldest)
 
     def _partitions(self) -> Iterator[Metric]:
         worker = self._worker
@@ -186,7 +187,7 @@ class WorkerMetrics(Collector):
                 continue
             about = [lane.queue, lane.level or "normal", str(part.number)]
             end = ends.get((part.topic, part.number))
-            offset, metadata = part.last_commit or (part.committed, part.metadata or "")
+            offset, metadata = part.last_commit or (part.prior.committed, part.prior.metadata or "")
             if end is not None:
                 lag.add_metric(about, max(0, end - max(0, offset)))
             size.add_metric(about, len(metadata))
@@ -235,14 +236,14 @@ class WorkerMetrics(Collector):
         scopes: list[tuple[str, str, Limiter]] = [
             ("queue", name, limiter) for name, limiter in dispatcher.pipe.lanes.limiters.items()
         ]
-        for plan in dispatcher.pipe.tasks.plans.values():
-            if plan.task.queue in dispatcher.pipe.lanes.limiters:
-                scopes.append(("task", plan.name, plan.limiter))
-            if plan.adaptive is not None:
-                adaptive.add_metric([plan.name], plan.adaptive.limit)
-            if plan.breaker is not None:
-                is_open.add_metric([plan.name], plan.breaker.is_open)
-                trips.add_metric([plan.name], plan.breaker.trips)
+        for runtime in dispatcher.pipe.tasks.runtimes.values():
+            if runtime.task.queue in dispatcher.pipe.lanes.limiters:
+                scopes.append(("task", runtime.name, runtime.limiter))
+            if runtime.adaptive is not None:
+                adaptive.add_metric([runtime.name], runtime.adaptive.limit)
+            if runtime.breaker is not None:
+                is_open.add_metric([runtime.name], runtime.breaker.is_open)
+                trips.add_metric([runtime.name], runtime.breaker.trips)
         for kind, name, limiter in scopes:
             paused.add_metric([kind, name], limiter.paused is not None)
             if limiter.limits.rate is not None:

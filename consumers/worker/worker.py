@@ -57,7 +57,7 @@ from jobledger.errors import (
     type_of,
 )
 from jobledger.kafka import acls, outage
-from jobledger.kafka.auth import knock
+from jobledger.kafka.auth import check_connection
 from jobledger.kafka.clients import partitions_of
 from jobledger.kafka.topic_names import lane as lane_of
 from jobledger.kafka.topic_watch import TopicWatch
@@ -131,7 +131,7 @@ class Worker:
         self._changed: asyncio.Event | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self.dispatcher: Dispatcher | None = None
-        self.settler: AckTracker | None = None
+        self.ack_tracker: AckTracker | None = None
         self.takeover: Takeover | None = None
         self.sender: WorkerProducer | None = None
         self.control: ControlReader | None = None
@@ -159,8 +159,8 @@ class Worker:
         if self.error is None:
             self.error = error
             LOG.critical("the worker stops: %s", error)
-        if self.settler is not None:
-            self.settler.broken = True
+        if self.ack_tracker is not None:
+            self.ack_tracker.broken = True
         self.stop(hurry=True)
 
     def _signal_loop(self) -> None:
@@ -178,7 +178,7 @@ class Worker:
         """
         sender: WorkerProducer | None = None
         try:
-            self._retrying(lambda: knock(self.settings))
+            self._retrying(lambda: check_connection(self.settings))
             sender = self.sender = WorkerProducer(self.settings, self.registry.names, self.options.linger_ms)
             self._check_topics(sender)
             with _new_runner() as runner:
@@ -226,8 +226,8 @@ class Worker:
         self._close_readers()
         if self.children is not None:
             self.children.abandon()
-        if self.settler is not None:
-            self._close_rest(self.settler, sender)
+        if self.ack_tracker is not None:
+            self._close_rest(self.ack_tracker, sender)
         if dispatcher is not None:
             dispatcher.pipe.executor.close()
             dispatcher.close()
@@ -281,13 +281,13 @@ class Worker:
         loop = self._loop = asyncio.get_running_loop()
         loop.set_exception_handler(loop_error)
         self._changed = asyncio.Event()
-        pipe, settler, dispatcher = self._create(loop, sender)
-        if not await self._start(pipe, settler, dispatcher):
+        pipe, ack_tracker, dispatcher = self._create(loop, sender)
+        if not await self._start(pipe, ack_tracker, dispatcher):
             return
         if self._stopping.is_set():
             self._changed.set()
         await self._changed.wait()
-        await self._close(dispatcher, settler, sender)
+        await self._close(dispatcher, ack_tracker, sender)
 
     def _create(self, loop: asyncio.AbstractEventLoop, sender: WorkerProducer) -> tuple[Pipe, AckTracker, Dispatcher]:
         """Create all parts, each after the parts that it uses."""
@@ -304,12 +304,12 @@ class Worker:
         limits = PipeOptions(self.queues, options.concurrency, lookahead, self._child_settings())
         pipe = build(registry, decode, sender, recorder, reports, tasks, limits)
         self.children, self.leases = pipe.placement.children, pipe.leases
-        settler = self.settler = AckTracker(settings, sender, recorder, reports)
-        dispatcher = self.dispatcher = Dispatcher(pipe, sender, settler, max(64, options.prefetched // 2))
+        ack_tracker = self.ack_tracker = AckTracker(settings, sender, recorder, reports)
+        dispatcher = self.dispatcher = Dispatcher(pipe, sender, ack_tracker, max(64, options.prefetched // 2))
         takeover = self.takeover = Takeover(
             settings,
             names,
-            settler,
+            ack_tracker,
             decode,
             known_places=self._lifecycle_partitions,
             ready=dispatcher.ready,
@@ -318,19 +318,19 @@ class Worker:
         events = LaneEvents(takeover.take_over, dispatcher.ended, reports.wake, self.fail)
         per_lane = LaneLimits(options.prefetched, options.lease)
         self.fetchers = dispatcher.fetchers = [
-            Fetcher(settings, names, lane, settler, per_lane, events) for lane in self.lanes
+            Fetcher(settings, names, lane, ack_tracker, per_lane, events) for lane in self.lanes
         ]
         self.watch = LoopWatch(pipe.executor, pipe.running)
-        return pipe, settler, dispatcher
+        return pipe, ack_tracker, dispatcher
 
-    async def _start(self, pipe: Pipe, settler: AckTracker, dispatcher: Dispatcher) -> bool:
+    async def _start(self, pipe: Pipe, ack_tracker: AckTracker, dispatcher: Dispatcher) -> bool:
         """Start all parts in the right order. Return False if a resource cannot be opened."""
         options, names = self.options, self.registry.names
         assert self.watch is not None
         assert self.takeover is not None
         self.watch.begin()
-        plans = pipe.tasks.plans
-        if any(not plan.is_async and plan.task.policy.isolation is None for plan in plans.values()):
+        runtimes = pipe.tasks.runtimes
+        if any(not runtime.is_async and runtime.task.policy.isolation is None for runtime in runtimes.values()):
             pipe.executor.start_threads(options.job_threads)
         try:
             await self.registry.resources.open(self._wanted())
@@ -355,19 +355,19 @@ class Worker:
         await self._beside(control.await_live)
         self.topics.start()
         self.takeover.start()
-        settler.start()
+        ack_tracker.start()
         for fetcher in self.fetchers:
             fetcher.start()
         LOG.info(
             "worker %s serves %s of %s: %d tasks, %d at once, %d threads",
             *(self.identity, ", ".join(self.queues), names.namespace),
-            *(len(plans), options.concurrency, options.job_threads),
+            *(len(runtimes), options.concurrency, options.job_threads),
         )
         return True
 
     # -- end ------------------------------------------------------------------------------------------------------
 
-    async def _close(self, dispatcher: Dispatcher, settler: AckTracker, sender: WorkerProducer) -> None:
+    async def _close(self, dispatcher: Dispatcher, ack_tracker: AckTracker, sender: WorkerProducer) -> None:
         began = time.monotonic()
         self._must_end_in(self.options.grace + LEAVING_S)
         LOG.info(
@@ -392,7 +392,7 @@ class Worker:
             self.leases.close_all()
         await self._close_hooks(began)
         self._must_end_in(CLOSING_S + MARGIN_S)
-        await self._beside(self._close_rest, settler, sender)
+        await self._beside(self._close_rest, ack_tracker, sender)
         dispatcher.pipe.executor.close()
         dispatcher.close()
         LOG.info("worker %s ended after %.1f s", self.identity, time.monotonic() - began)
@@ -458,15 +458,15 @@ class Worker:
             except TimeoutError:
                 continue
 
-    def _close_rest(self, settler: AckTracker, sender: WorkerProducer) -> None:
+    def _close_rest(self, ack_tracker: AckTracker, sender: WorkerProducer) -> None:
         """Flush the producer, commit, and leave the groups. Runs in a thread, because each step waits."""
-        settler.close()
+        ack_tracker.close()
         if self.error is None:
             left = sender.flush(FLUSH_S)
-            settler.drain()
+            ack_tracker.drain()
             if not left and sender.unacknowledged:  # records derived from the facts acknowledged just now
                 left = sender.flush(FLUSH_S)
-                settler.drain()
+                ack_tracker.drain()
             if left:
                 self.fail(
                     BrokerUnavailable(
@@ -497,7 +497,7 @@ class Worker:
                 self.stopping,
                 [*([] if self.error is None else [str(self.error)]), *self.topics.problems],
                 self.fetchers,
-                None if self.settler is None else self.dispatcher,
+                None if self.ack_tracker is None else self.dispatcher,
                 self.children,
                 0 if sender is None else sender.unacknowledged,
                 0 if self.leases is None else self.leases.count,

@@ -170,10 +170,10 @@ class _Tail:
         """Choose where each partition begins: at an append time (``since``, ms since the epoch), at its end, ``last``
         records before its end, or at its start. Raises `TopicMissing`."""
         from jobledger.kafka import acls
-        from jobledger.kafka.auth import knock
+        from jobledger.kafka.auth import check_connection
         from jobledger.log import reading
 
-        knock(self._settings)
+        check_connection(self._settings)
         names = self._names
         all_of_them = (*map(names.jobs, self._queues), names.lifecycle, names.coordination, names.dead_letter)
         # The broker does not list topics that this user may not read. Without this check they would be left out

@@ -153,7 +153,7 @@ def submissions(app: App, statuses: Iterable[JobStatus]) -> dict[str, bytes | st
     """Return each job's arguments by job id, or the reason why they are not known. The status table does not have the
     arguments, so they are read from the log at the positions of the submissions."""
     from jobledger.errors import JobledgerError
-    from jobledger.kafka.auth import knock
+    from jobledger.kafka.auth import check_connection
     from jobledger.log.reading import LogReader
     from jobledger.log.schema_lookup import decoder
 
@@ -162,7 +162,7 @@ def submissions(app: App, statuses: Iterable[JobStatus]) -> dict[str, bytes | st
     if not jobs:
         return args
     try:
-        knock(app.settings, ANSWER_S)
+        check_connection(app.settings, ANSWER_S)
         decode = decoder(app.settings, app.names).decode
         with LogReader(app.settings) as reader:
             for job in jobs:

@@ -221,9 +221,9 @@ def _seen(app: App, kind: Kind) -> dict[str, Queue]:
 
     from jobledger.errors import StoreNotFound
     from jobledger.kafka import clients
-    from jobledger.kafka.auth import knock
+    from jobledger.kafka.auth import check_connection
 
-    knock(app.settings)
+    check_connection(app.settings)
     try:
         topics = clients.admin(app.settings).list_topics(timeout=10.0).topics
     except KafkaException as exc:

@@ -145,7 +145,7 @@ def _right(role: str, right: Right) -> list[Cell]:
 def _grant(loaded: App, wanted: list[tuple[str, Right]], yes: bool, as_json: bool) -> None:
     from jobledger.kafka import acls as rules
     from jobledger.kafka import clients
-    from jobledger.kafka.auth import knock
+    from jobledger.kafka.auth import check_connection
 
     if not wanted:
         raise Wrong("--apply needs the users: --principal ROLE=PRINCIPAL, e.g. --principal worker=User:jobs")
@@ -153,7 +153,7 @@ def _grant(loaded: App, wanted: list[tuple[str, Right]], yes: bool, as_json: boo
     address = settings.resolve_bootstrap()
     if not yes:
         typer.confirm(f"Allow {counted(len(wanted), 'operation')} at {address}?", abort=True, err=True)
-    knock(settings)
+    check_connection(settings)
     rules.grant(clients.admin(settings), settings, [rules.binding(who, right) for who, right in wanted])
     if as_json:
         print_json({"granted": [{"principal": who, **asdict(right)} for who, right in wanted]})
@@ -163,12 +163,12 @@ def _grant(loaded: App, wanted: list[tuple[str, Right]], yes: bool, as_json: boo
 
 def _plan(target: str, bootstrap: str | None, replication: int | None) -> tuple[AdminClient, TopicPlan, str]:
     from jobledger.kafka import clients, topics, topology
-    from jobledger.kafka.auth import knock
+    from jobledger.kafka.auth import check_connection
 
     loaded = load_app(target, bootstrap=bootstrap)
     settings = loaded.settings.acting_as("admin")
     address = settings.resolve_bootstrap()
-    knock(settings)
+    check_connection(settings)
     admin = clients.admin(settings)
     copies = replication or topics.default_replication(admin, address=address)
     planned = topics.plan(admin, *topology.wanted(loaded, copies), address=address)

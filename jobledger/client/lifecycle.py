@@ -20,7 +20,7 @@ from jobledger.config import Settings
 from jobledger.definitions.durations import Seconds, check_patience
 from jobledger.errors import ConfigError, SchemaError, UnknownFact
 from jobledger.kafka import acls
-from jobledger.kafka.auth import AuthMonitor, join, knock, read
+from jobledger.kafka.auth import AuthMonitor, check_connection, join, read
 from jobledger.kafka.clients import consumer, consumer_config, error_topic, partitions_of, position_of, translate
 from jobledger.kafka.topic_names import Names, check_name
 from jobledger.log.reading import recorded
@@ -78,7 +78,7 @@ class LifecycleStream:
             consumer_config(
                 settings,
                 group=self._group,
-                door=self._auth_monitor,
+                auth_monitor=self._auth_monitor,
                 **{
                     "group.protocol": "consumer",
                     "auto.offset.reset": start,
@@ -191,7 +191,7 @@ class LifecycleStream:
         errors."""
         consumer = self._consumer
         if not self._checked:
-            knock(self._settings)
+            check_connection(self._settings)
             acls.check(self._settings, self._names.namespace, [*self._topics, self._names.schemas])
             for topic in self._topics:  # a member of a group waits for a missing topic without an error
                 partitions_of(self._settings, topic)

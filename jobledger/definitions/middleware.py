@@ -40,23 +40,25 @@ NAMES = ("before", "after", "retry", "failure", "around")
 class Hook:
     """One registered hook: its name (one of `NAMES`), its function, and the tasks to which the hook applies."""
 
-    __slots__ = ("fn", "given", "is_async", "name", "said", "which")
+    __slots__ = ("description", "fn", "given", "is_async", "name", "which")
 
-    def __init__(self, name: str, fn: Callable[..., Any], said: str, which: Which) -> None:
-        self.name, self.fn, self.said = name, fn, said
+    def __init__(self, name: str, fn: Callable[..., Any], description: str, which: Which) -> None:
+        self.name, self.fn, self.description = name, fn, description
         raw = inspect.unwrap(fn)
         self.is_async = inspect.iscoroutinefunction(raw) or inspect.isasyncgenfunction(raw)
         if name == "around" and raw is fn:
             if not (inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn)):
                 raise ConfigError(
-                    f"{said} is not a generator: write a function that yields once, at the point where the task is to run"
+                    f"{description} is not a generator: write a function that yields once, at the point where the task is to run"
                 )
             self.fn = contextlib.asynccontextmanager(fn) if self.is_async else contextlib.contextmanager(fn)
         elif name != "around" and (inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn)):
-            raise ConfigError(f"{said} is a generator: calling it would run none of its code; only `around` yields")
+            raise ConfigError(
+                f"{description} is a generator: calling it would run none of its code; only `around` yields"
+            )
         self.which: Callable[[Task[Any, Any]], bool] | frozenset[str] | None
         if callable(which):
-            check_plain(which, f"{said}: tasks=…")
+            check_plain(which, f"{description}: tasks=…")
         #: Tasks that were given as `Task` objects, not by name.
         self.given: tuple[Task[Any, Any], ...] = ()
         if which is None or callable(which):
@@ -99,14 +101,14 @@ class Hooks:
         for hook in self.all:
             if foreign := [each for each in hook.given if each.registry is not task.registry]:
                 raise ConfigError(
-                    f"{hook.said}: tasks=… names {foreign[0]!r} of app {foreign[0].registry.names.namespace!r}; a hook "
+                    f"{hook.description}: tasks=… names {foreign[0]!r} of app {foreign[0].registry.names.namespace!r}; a hook "
                     f"applies only to tasks of its own app, {task.registry.names.namespace!r}"
                 )
         hooks = [hook for hook in self.all if hook.meant(task)]
         for hook in hooks:
             if hook.is_async and not task.is_async and hook.name in ("before", "after", "around"):
                 raise ConfigError(
-                    f"{hook.said} is async, and task {task.name!r} is a plain function, which runs without an event "
+                    f"{hook.description} is async, and task {task.name!r} is a plain function, which runs without an event "
                     "loop: write a plain hook, or exclude the task with tasks=lambda task: task.is_async"
                 )
         return hooks
@@ -271,7 +273,7 @@ def _after_async(hook: Hook, inner: Inner) -> Inner:
 
 
 def _failed(hook: Hook, job: JobContext) -> None:
-    LOG.exception("%s failed for job %s (%s); the job's outcome is unchanged", hook.said, job.job_id, job.task)
+    LOG.exception("%s failed for job %s (%s); the job's outcome is unchanged", hook.description, job.job_id, job.task)
 
 
 _WRAPS: dict[tuple[str, bool], Callable[[Any, Inner], Inner]] = {

@@ -1,7 +1,7 @@
 """Finds out whether a cluster refuses a login or a right, or is only unavailable, and explains the cause to the user.
 
 Kafka's clients retry a login forever, even if the login can never succeed. An `AuthMonitor` receives the errors that a
-client reports about its connections. `knock` checks the login once.
+client reports about its connections. `check_connection` checks the login once.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LOG = get_logger("jobledger.kafka")
 AGAIN_S = 0.4
 #: Seconds for which the same message about connections is not logged again.
 SAY_EVERY_S = 30.0
-KNOCK_S = 10.0
+CONNECTION_TIMEOUT_S = 10.0
 #: Timeout in seconds of the connection that shows whether the token endpoint can be reached.
 ENDPOINT_S = 2.0
 #: For this many seconds after a client could not connect, a topic that the client reports as unknown may still exist.
@@ -287,7 +287,7 @@ def _refused_in_words(error: KafkaError) -> bool:
     return error.code() == KafkaError._TRANSPORT and ("SSL alert" in text or "PLAINTEXT broker listener" in text)
 
 
-def knock(settings: Settings, timeout: float = KNOCK_S) -> None:
+def check_connection(settings: Settings, timeout: float = CONNECTION_TIMEOUT_S) -> None:
     """Return once the cluster has accepted this client's login.
 
     Raises `NotAuthenticated` as soon as it is certain that the login is refused, `BrokerUnavailable` if no broker has

@@ -85,20 +85,20 @@ def producer_config(
     *,
     linger_ms: float = 0.0,
     timeout: float | None = None,
-    door: AuthMonitor | None = None,
+    auth_monitor: AuthMonitor | None = None,
     batch: int | None = None,
 ) -> dict[str, Any]:
     """Return the settings of a producer: idempotent, ``acks=all``, and the partitioner of all writers.
 
     ``linger_ms``: milliseconds for which librdkafka collects a batch. ``timeout``: seconds until a record must be
-    acknowledged; None: `Settings.submit_timeout`. ``door``: receives the client's errors, as ``error_cb``. ``batch``:
-    bytes of the largest batch of several records, see `batch_room`; None: librdkafka's limit.
+    acknowledged; None: `Settings.submit_timeout`. ``auth_monitor``: receives the client's errors, as ``error_cb``.
+    ``batch``: bytes of the largest batch of several records, see `batch_room`; None: librdkafka's limit.
     """
     conf = {
         # A short timeout as in `jobledger.config.PATIENCE`, here for records that were sent to a frozen broker.
         "request.timeout.ms": 8_000,
         **settings.librdkafka(),
-        "error_cb": door or AuthMonitor(settings),
+        "error_cb": auth_monitor or AuthMonitor(settings),
         "partitioner": PARTITIONER,
         "enable.idempotence": True,
         "acks": "all",
@@ -115,15 +115,16 @@ def producer_config(
 
 
 def consumer_config(
-    settings: Settings, *, group: str = "jobledger-readers", door: AuthMonitor | None = None, **more: Any
+    settings: Settings, *, group: str = "jobledger-readers", auth_monitor: AuthMonitor | None = None, **more: Any
 ) -> dict[str, Any]:
     """Return the settings of a consumer with manual assignment and without commits.
 
-    ``door``: receives the client's errors, as ``error_cb``. ``more``: settings that add to and override the others.
+    ``auth_monitor``: receives the client's errors, as ``error_cb``. ``more``: settings that add to and override the
+    others.
     """
     return {
         **settings.librdkafka(),
-        "error_cb": door or AuthMonitor(settings),
+        "error_cb": auth_monitor or AuthMonitor(settings),
         "group.id": group,
         "enable.auto.commit": False,
         "enable.auto.offset.store": False,

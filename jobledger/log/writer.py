@@ -71,7 +71,7 @@ class LogWriter:
         self.settings = settings
         self._names = names
         self.framing = framing or self._own_framing()
-        self._auth = AuthMonitor(settings)
+        self._auth_monitor = AuthMonitor(settings)
         self._fatal: KafkaError | None = None
         self._linger_ms, self.batch = linger_ms, batch
         self.producer = self._connected()
@@ -96,7 +96,8 @@ class LogWriter:
 
     def _connected(self, **more: Any) -> Producer:
         return producer(
-            producer_config(self.settings, linger_ms=self._linger_ms, door=self._auth, batch=self.batch) | more
+            producer_config(self.settings, linger_ms=self._linger_ms, auth_monitor=self._auth_monitor, batch=self.batch)
+            | more
         )
 
     @property
@@ -147,13 +148,13 @@ class LogWriter:
                 self._single_producer.poll(0.0)
         except KafkaException as exc:  # a fatal error: this producer can send nothing more
             self._fatal = exc.args[0]
-        if self._fatal is not None or self._auth.refusal is not None:
+        if self._fatal is not None or self._auth_monitor.refusal is not None:
             for each in self._producers:
                 each.purge()
 
     def failed(self, error: KafkaError, what: str, *needs: Need) -> JobledgerError:
         """Return Jobledger's error for a record that was not delivered."""
-        return self._auth.behind(error) or undelivered(self._fatal or error, self.settings, what, *needs)
+        return self._auth_monitor.behind(error) or undelivered(self._fatal or error, self.settings, what, *needs)
 
     @property
     def ready(self) -> bool:

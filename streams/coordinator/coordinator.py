@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 from jobledger.config import Settings
 from jobledger.errors import AccessDenied, BrokerUnavailable, ConfigError, JobledgerError
 from jobledger.kafka import acls, clients, outage
-from jobledger.kafka.auth import join, knock, read, unauthorized
+from jobledger.kafka.auth import check_connection, join, read, unauthorized
 from jobledger.kafka.topic_names import Names
 from jobledger.kafka.topic_watch import TopicWatch
 from jobledger.log.framing import framing
@@ -307,7 +307,7 @@ class Coordinator:
         topics to which the coordinator writes (bytes).
         """
         names = self.names
-        knock(self.settings)
+        check_connection(self.settings)
         fixed = (names.coordination, changelog(names), names.lifecycle, names.dead_letter, names.schemas)
         acls.check(self.settings, names.namespace, fixed)
         check_topics(self.settings, names, self._partitions)
@@ -510,7 +510,7 @@ class Coordinator:
         A client reports a changed password or an expired certificate as an unavailable broker.
         """
         with contextlib.suppress(BrokerUnavailable):
-            await asyncio.get_running_loop().run_in_executor(None, knock, self.settings, SURVEY)
+            await asyncio.get_running_loop().run_in_executor(None, check_connection, self.settings, SURVEY)
 
     async def _survey(self) -> None:
         """Measure the lag every `SURVEY` seconds. Raises `BrokerUnavailable` after more than `Options.patience` seconds

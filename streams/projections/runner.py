@@ -26,7 +26,7 @@ from jobledger.config import Settings
 from jobledger.definitions.projection import RESERVED, Projection
 from jobledger.errors import BrokerUnavailable, JobledgerError, StoreError, StoreUnavailable
 from jobledger.kafka import acls
-from jobledger.kafka.auth import away, knock, read
+from jobledger.kafka.auth import away, check_connection, read
 from jobledger.kafka.clients import PASSING, admin, consumer_config, partitions_of, translate
 from jobledger.kafka.clients import consumer as make_consumer
 from jobledger.kafka.outage import log_missed
@@ -223,7 +223,7 @@ class ProjectionRunner:
         Raises `JobledgerError` if the fold fails, `StoreError` if the database stays unavailable, `BrokerUnavailable`,
         `TopicMissing`, `UnknownFact`, `IncompatibleEvent`. Nothing is lost: the next run continues from the offsets.
         """
-        knock(self.settings)
+        check_connection(self.settings)
         acls.check(self.settings, self.names.namespace, [*self._reading.topics, self.names.schemas])
         self._retry(stop, self._set_up)
         self._reading.check()

@@ -53,12 +53,12 @@ class LogFeed:
 
     def __init__(self, settings: Settings, names: Names) -> None:
         self._settings, self._names = settings, names
-        self._auth = AuthMonitor(settings)
+        self._auth_monitor = AuthMonitor(settings)
         self._consumer = consumer(
             consumer_config(
                 settings,
                 group="jobledger-status",
-                door=self._auth,
+                auth_monitor=self._auth_monitor,
                 **{
                     # An offset that the log does not have is reported as an error, not silently replaced.
                     "auto.offset.reset": "error",
@@ -93,7 +93,7 @@ class LogFeed:
     def present(self, timeout: float = REQUEST_TIMEOUT_S) -> set[Partition]:
         """Return the existing partitions of the topics to read. ``timeout``: seconds. Raises `BrokerUnavailable`,
         `NotAuthenticated`."""
-        self._auth.check()
+        self._auth_monitor.check()
         try:
             topics = self._consumer.list_topics(timeout=timeout).topics
         except KafkaException as exc:
@@ -147,7 +147,7 @@ class LogFeed:
         """
         messages = self._consumer.consume(1, patience)
         if not messages:
-            self._auth.check()
+            self._auth_monitor.check()
             return messages
         messages += self._consumer.consume(most - 1, max(0.0, until - time.monotonic()))
         if any(message.error() is not None for message in messages):

@@ -25,7 +25,7 @@ from typing import Any, Self  # after the patches
 from jobledger import App, BrokerUnavailable, ConfigError, Settings  # after the patches
 from jobledger.kafka import outage
 from jobledger.kafka.acls import check  # after the patches
-from jobledger.kafka.auth import knock  # after the patches
+from jobledger.kafka.auth import check_connection  # after the patches
 from jobledger.kafka.clients import topic_settings
 from jobledger.kafka.embedded.ports import free_port  # after the patches
 from jobledger.kafka.topics import ensure  # after the patches
@@ -113,7 +113,7 @@ def asks() -> None:
     switching = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)  # so that the thread with the answers is interrupted at any place
     for _ in range(30):
-        knock(app.settings)
+        check_connection(app.settings)
         assert outage._answers(app.settings)
         assert topic_settings(app.settings, [app.names.lifecycle, app.names.control])
         check(app.settings, app.names.namespace, [app.names.lifecycle])

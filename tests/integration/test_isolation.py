@@ -486,7 +486,7 @@ def test_a_returned_coroutine_that_blocks_the_event_loop_is_logged(
     assert result_of(app, handle.job_id)["job"] == handle.job_id
     assert "in _coroutine\n    blocks_until(path)" in caplog.text
     assert worker.dispatcher is not None
-    assert worker.dispatcher.pipe.tasks.plans["wrapped"].blocked == 1
+    assert worker.dispatcher.pipe.tasks.runtimes["wrapped"].blocked == 1
 
 
 def test_hooks_surround_a_coroutine_that_a_plain_function_returns(app: App, worker: Worker, tmp_path: Path) -> None:

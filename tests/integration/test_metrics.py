@@ -67,7 +67,7 @@ def test_a_worker_exports_every_metric(broker: str, namespace: str) -> None:
     quick.using(priority="high").submit(1)
     time.sleep(1.0)
     with working(app) as worker:
-        until(lambda: worker.dispatcher is not None and worker.dispatcher.pipe.tasks.plans["quick"].succeeded == 6)
+        until(lambda: worker.dispatcher is not None and worker.dispatcher.pipe.tasks.runtimes["quick"].succeeded == 6)
         broken.submit(1)
         waits.submit(1)
         app.pause(queue="held", reason="tried")

@@ -218,9 +218,9 @@ def test_jobs_of_one_key_run_one_at_a_time_in_the_order_of_submission(
     hold = WaitQueues._hold
     again: list[Callable[[], None]] = []
 
-    def hold_on(lines: WaitQueues, work: JobRun, line: WaitQueue, seconds: float) -> None:
-        hold(lines, work, line, 3600.0)  # the test ends the wait
-        again.append(lambda: lines._again(work, line, 0.0))
+    def hold_on(wait_queues: WaitQueues, work: JobRun, wait_queue: WaitQueue, seconds: float) -> None:
+        hold(wait_queues, work, wait_queue, 3600.0)  # the test ends the wait
+        again.append(lambda: wait_queues._again(work, wait_queue, 0.0))
 
     monkeypatch.setattr(WaitQueues, "_hold", hold_on)
     book = app.tasks["book"]
@@ -319,9 +319,11 @@ def test_a_hot_key_delays_neither_other_keys_nor_plain_jobs(app: App, seen: Seen
         assert ran < 2000, "the others waited for the hot key"
         # The other partitions may be done before the partition of the hot key is read.
         most = 500 if bytes_ > 1_000_000 else 100
-        until(lambda: sum(p.waiting for p in worker.partitions()) > most, 30.0, "the hot key's jobs wait")
+        until(lambda: sum(p.backlog.count for p in worker.partitions()) > most, 30.0, "the hot key's jobs wait")
         full = bytes_ < 1_000_000
-        until(lambda: (near in [p.number for p in worker.partitions() if p.full]) == full, 30.0, "as much as may")
+        until(
+            lambda: (near in [p.number for p in worker.partitions() if p.backlog.full]) == full, 30.0, "as much as may"
+        )
     order = [n for account, n, _ in (name for name in seen.names() if name[0] == "hot")]
     assert order == list(range(len(order))), "the hot key's order"
 
@@ -379,7 +381,7 @@ def test_tenants_take_turns_whatever_keys_they_have(app: App, seen: Seen) -> Non
     app.submit_many(work.using(tags={"tenant": "small"}).job("small", "only", n) for n in range(10))
     app.pause(queue="fair", reason="until all are there")
     with working(app, concurrency=2, queues=["fair"]) as worker:
-        until(lambda: sum(partition.waiting for partition in worker.partitions()) == 510, what="all of them")
+        until(lambda: sum(partition.backlog.count for partition in worker.partitions()) == 510, what="all of them")
         app.resume(queue="fair")
         wait_for_outcomes(app, 510, timeout=60.0)
     order = seen.names()
@@ -400,7 +402,7 @@ def test_a_waiting_task_of_a_fair_queue_delays_no_other_task(app: App, seen: See
         app.limit(task="serve", rate="2/s")
     with working(app, concurrency=1, queues=["fair"], lookahead=400, lookahead_bytes=400_000) as worker:
         if how == "paused meanwhile":  # the pause comes when the worker has read as much as it may
-            until(lambda: any(partition.full for partition in worker.partitions()), 20.0, "a full partition")
+            until(lambda: any(partition.backlog.full for partition in worker.partitions()), 20.0, "a full partition")
             assert not [tenant for tenant, _ in seen.names() if tenant == "quick"]
             app.pause(task="serve")
         until(lambda: sum(tenant == "quick" for tenant, _ in seen.names()) == 20, 20.0, "the others")

@@ -26,7 +26,7 @@ from jobledger.cli.loading import load_app
 from jobledger.config import Settings
 from jobledger.errors import NotAuthenticated, StoreNotFound
 from jobledger.kafka.acls import Right
-from jobledger.kafka.auth import knock
+from jobledger.kafka.auth import check_connection
 from jobledger.log.writer import LogWriter, Outgoing
 from jobledger.streams.coordinator.faust.async_producer import AckedWriter
 from jobledger.streams.coordinator.faust.security import security
@@ -311,7 +311,7 @@ def test_a_refused_login_is_an_error_that_names_the_setting(secured: Secured, ki
             writer.close(0.0)
 
     def look() -> None:
-        knock(settings)
+        check_connection(settings)
 
     def begin() -> None:
         asyncio.run(start())

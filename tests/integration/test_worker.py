@@ -488,13 +488,13 @@ def test_a_clean_partition_stays_clean_if_its_takeover_is_interrupted(
     marked = threading.Event()
     found: list[tuple[int, bool]] = []
 
-    def late(self: Takeover, topic: str, plans: list[Any]) -> None:
+    def late(self: Takeover, topic: str, scans: list[Any]) -> None:
         if not marked.is_set():  # the first takeover: marked as not clean, and slow from here on
             marked.set()
-            until(lambda: not all(p.partition.owned for p in plans), what="the loss of a partition")
+            until(lambda: not all(p.partition.owned for p in scans), what="the loss of a partition")
         else:
-            found.extend((p.partition.number, p.restored.clean) for p in plans)
-        seed(self, topic, plans)
+            found.extend((p.partition.number, p.restored.clean) for p in scans)
+        seed(self, topic, scans)
 
     with monkeypatch.context() as patched:
         patched.setattr(Takeover, "_seed_starts", late)

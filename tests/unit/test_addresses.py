@@ -14,7 +14,7 @@ from confluent_kafka import Consumer, Producer
 from jobledger import addresses
 from jobledger.config import KAFKA_PREFIX, OWNED, Settings
 from jobledger.errors import BrokerUnavailable, ConfigError
-from jobledger.kafka.auth import away, knock
+from jobledger.kafka.auth import away, check_connection
 from jobledger.kafka.clients import consumer_config, producer_config
 from jobledger.streams.coordinator.faust.async_producer import compression, unused
 from jobledger.streams.coordinator.faust.faust_app import Options, faust_settings
@@ -95,7 +95,7 @@ def test_a_host_that_cannot_be_resolved_is_named_in_the_error(monkeypatch: pytes
     monkeypatch.setattr(addresses, "LOOK_UP_S", 60.0)
     settings = Settings(bootstrap="no-such-host.invalid:9092")
     with pytest.raises(BrokerUnavailable, match=r"host 'no-such-host\.invalid' cannot be resolved"):
-        knock(settings, timeout=0.2)
+        check_connection(settings, timeout=0.2)
     assert "cannot be resolved" in away(settings, "did not answer")
     assert addresses.unresolved("no-such-host.invalid:9092,127.0.0.1:1") is None
     assert "did not answer" in away(Settings(bootstrap="127.0.0.1:1"), "did not answer")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from jobledger import ConfigError, JobEnded
-from jobledger.consumers.isolation.protocol import ProgressMessage, Splitter, decode_said, frame
+from jobledger.consumers.isolation.protocol import ProgressMessage, Splitter, decode_child_message, frame
 from jobledger.definitions.context import JobContext
 from jobledger.schemas import codec
 from jobledger.schemas.events import JobEvent, JobProgressed
@@ -77,7 +77,7 @@ def test_a_progress_report_reaches_the_worker_and_the_log_unchanged(
     (fact,) = reports
     assert (fact.done, fact.total, fact.message) == expected
     (body,) = Splitter().feed(frame(ProgressMessage(fact.sequence, fact.done, fact.total, fact.message)))
-    received = decode_said(body)
+    received = decode_child_message(body)
     assert isinstance(received, ProgressMessage)
     assert (received.done, received.total, received.message) == expected
     event = JobEvent(JOB, JOB, 1, 1, 1, 0, "t", "q", None, None, "w", None, fact)

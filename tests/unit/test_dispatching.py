@@ -1,6 +1,6 @@
 """The worker's loop in situations that a test cannot produce with a real broker. Dispatcher, wait queues, executor,
-settler and offsets are the real ones; records for Kafka are kept in a list. The same parts run against a real broker in
-tests/integration and tests/acceptance."""
+ack tracker and offsets are the real ones; records for Kafka are kept in a list. The same parts run against a real
+broker in tests/integration and tests/acceptance."""
 
 from __future__ import annotations
 
@@ -37,10 +37,11 @@ from jobledger.consumers.state.dedup import release_key
 from jobledger.consumers.state.event_loop import LoopCalls
 from jobledger.consumers.state.offset_tracker import PartitionOffsets, Restored, Snapshot, decode
 from jobledger.consumers.state.outcome import Cancelled
+from jobledger.consumers.state.ownership_lease import OwnershipLease
 from jobledger.consumers.state.reports import Reports
 from jobledger.consumers.state.running import RunningJobs
 from jobledger.consumers.state.task_table import TaskTable
-from jobledger.consumers.state.work import JobRun, OwnershipLease, Partition
+from jobledger.consumers.state.work import JobRun, Partition
 from jobledger.definitions.policy import Limits
 from jobledger.definitions.retry import Retry
 from jobledger.errors import BrokerUnavailable, JobledgerError
@@ -153,9 +154,9 @@ class Bench:
         )
         tasks = TaskTable(app.registry, options.get("threads", 4), options.get("children", 1), Retry())
         pipe = build(app.registry, decoder or codec.Decoder(), sender, recorder, reports, tasks, limits)
-        self.settler = AckTracker(Settings(), sender, recorder, reports)
-        self.settler.hurry = self._hurry  # type: ignore[method-assign]  # its thread does not run
-        self.dispatcher = Dispatcher(pipe, sender, self.settler, options.get("waiting_limit", 64))
+        self.ack_tracker = AckTracker(Settings(), sender, recorder, reports)
+        self.ack_tracker.hurry = self._hurry  # type: ignore[method-assign]  # its thread does not run
+        self.dispatcher = Dispatcher(pipe, sender, self.ack_tracker, options.get("waiting_limit", 64))
         self.leases = pipe.leases
         self.dispatcher.start()
 
@@ -163,7 +164,7 @@ class Bench:
         self.hurried += 1
         if not self.kept.frozen:
             self.kept.deliver(self.kept.unacknowledged)
-        self.dispatcher.call(self.settler.drain)
+        self.dispatcher.call(self.ack_tracker.drain)
 
     def partition(self, number: int = 0, queue: str = "default") -> Partition:
         """Make a partition that this worker owns."""
@@ -175,9 +176,9 @@ class Bench:
         return made
 
     def reported(self, fact: object) -> bool:
-        """Process the delivery reports that have arrived, as the settler's thread does. Return whether ``fact``, which
-        was computed before, is true."""
-        self.settler.serve()
+        """Process the delivery reports that have arrived, as the ack tracker's thread does. Return whether ``fact``,
+        which was computed before, is true."""
+        self.ack_tracker.serve()
         return bool(fact)
 
     def close(self) -> None:
@@ -274,11 +275,11 @@ def test_a_free_thread_goes_to_a_task_that_is_not_paused(monkeypatch: pytest.Mon
         monkeypatch.setattr(bench.dispatcher.pipe.executor, "submit", busy.append)  # the job's thread does not end
         put(partition, [job("free", n=0), *(job(name, n=n) for n in range(1, 4) for name in ("paused", "free"))])
         bench.dispatcher.wake()
-        await until(lambda: busy and partition.waiting == 6)
-        scope = bench.dispatcher.pipe.tasks.plans["paused"].limiter
+        await until(lambda: busy and partition.backlog.count == 6)
+        scope = bench.dispatcher.pipe.tasks.runtimes["paused"].limiter
         scope.paused = "by me"
-        for plan in bench.dispatcher.pipe.tasks.plans.values():
-            plan.regate()
+        for runtime in bench.dispatcher.pipe.tasks.runtimes.values():
+            runtime.regate()
         for n in range(4):
             await until(lambda n=n: len(busy) > n)  # type: ignore[misc]  # n is bound
             bench.dispatcher.pipe.reports.ended_in_thread(busy[n])
@@ -321,7 +322,7 @@ def test_a_gate_that_closes_while_a_job_waits_for_a_thread_holds_it_back(
             d.pipe.control.paused["queue", "few"] = "by me"
             d.regate()
         elif gate == "breaker":
-            breaker = d.pipe.tasks.plans["held"].breaker
+            breaker = d.pipe.tasks.runtimes["held"].breaker
             assert breaker is not None
             breaker._open_until = time.monotonic() + 3600
         for work in given[:4]:
@@ -379,7 +380,7 @@ def test_jobs_whose_task_was_paused_while_they_waited_for_a_thread_do_not_wait_f
         d.pipe.control.paused.clear()
         d.regate()
         await ended(400)
-        assert [work.plan.name for work in given if work.plan].count("paused") == 3
+        assert [work.runtime.name for work in given if work.runtime].count("paused") == 3
         assert not bench.failed
         bench.close()
 
@@ -397,20 +398,20 @@ def test_a_suspect_that_waits_for_a_slot_is_not_snoozed() -> None:
         bench = Bench(app, lookahead=1)
         d = bench.dispatcher
         partition = bench.partition()
-        plan = d.pipe.tasks.plans["work"]
-        plan.limiter.paused = "by me"
-        plan.regate()
+        runtime = d.pipe.tasks.runtimes["work"]
+        runtime.limiter.paused = "by me"
+        runtime.regate()
         put(partition, [job("work", n=n) for n in range(60)])
         d.wake()
-        await until(lambda: partition.waiting == 50)
+        await until(lambda: partition.backlog.count == 50)
         assert d.wait_queues.half_full(partition)
-        waiting = partition.lines["task", "work"].works[0]
+        waiting = partition.backlog.wait_queues["task", "work"].works[0]
         assert isinstance(waiting, JobRun)
         one = JobRun(partition, 1_000, waiting.event, bench.arrived)
         one.suspect = True
         before = len(bench.kept.sent)
-        d.wait_queues.wait_for_gate(one, plan, ("task", "work"), time.monotonic())
-        assert (partition.waiting, len(bench.kept.sent)) == (51, before)
+        d.wait_queues.wait_for_gate(one, runtime, ("task", "work"), time.monotonic())
+        assert (partition.backlog.count, len(bench.kept.sent)) == (51, before)
         bench.close()
 
     run(test)
@@ -451,7 +452,7 @@ def test_a_limit_counts_the_jobs_that_were_running_when_it_was_set(kind: str) ->
         for _ in range(5):
             free.release()
         await until(lambda: len(bench.kept.ended()) == 10)
-        scope = d.pipe.lanes.limiters["default"] if kind == "queue" else d.pipe.tasks.plans["held"].limiter
+        scope = d.pipe.lanes.limiters["default"] if kind == "queue" else d.pipe.tasks.runtimes["held"].limiter
         assert scope.running == 0
         assert not bench.failed
         bench.close()
@@ -472,16 +473,16 @@ def test_room_is_made_although_the_longest_wait_queue_ends_with_a_suspect() -> N
     async def test() -> None:
         bench = Bench(app)
         partition = bench.partition()
-        for plan in bench.dispatcher.pipe.tasks.plans.values():
-            plan.limiter.paused = "by me"
-            plan.regate()
+        for runtime in bench.dispatcher.pipe.tasks.runtimes.values():
+            runtime.limiter.paused = "by me"
+            runtime.regate()
         put(partition, [*(job("many", n=n) for n in range(5)), *(job("few", n=n) for n in range(3))])
         bench.dispatcher.wake()
-        await until(lambda: partition.waiting == 8 and len(bench.dispatcher.wait_queues.parking) == 2)
-        longest = partition.lines["task", "many"]
+        await until(lambda: partition.backlog.count == 8 and len(bench.dispatcher.wait_queues.parking) == 2)
+        longest = partition.backlog.wait_queues["task", "many"]
         longest.works[-1].suspect = True
         bench.dispatcher.wait_queues.make_room(partition)
-        assert (len(longest.works), len(partition.lines["task", "few"].works)) == (5, 1)
+        assert (len(longest.works), len(partition.backlog.wait_queues["task", "few"].works)) == (5, 1)
         assert [type(fact) for fact in bench.kept.facts()] == [JobSnoozed, JobSnoozed]
         assert not bench.failed
         bench.close()
@@ -651,7 +652,9 @@ def test_an_attempt_in_place_is_passed_to_the_next_owner_before_its_retry_is_ack
             return []
 
         consumer = SimpleNamespace(commit=commit)
-        committer = Committer(Settings(), cast(Any, consumer), "g", partition.lease, bench.settler, bench.failed.append)
+        committer = Committer(
+            Settings(), cast(Any, consumer), "g", partition.lease, bench.ack_tracker, bench.failed.append
+        )
         assert committer.commit([partition], final=True)
         restored = decode(committed[0].offset, committed[0].metadata, 10)
         assert not restored.clean
@@ -674,8 +677,8 @@ def test_a_commit_that_the_client_has_lost_ends_the_worker() -> None:
 
     settings = Settings(bootstrap="lost.example:9092")
     lease = OwnershipLease(60.0, lambda: None)
-    settler = cast(Any, SimpleNamespace(broken=False))
-    committer = Committer(settings, cast(Any, SimpleNamespace(commit=commit)), "g", lease, settler, failed.append)
+    ack_tracker = cast(Any, SimpleNamespace(broken=False))
+    committer = Committer(settings, cast(Any, SimpleNamespace(commit=commit)), "g", lease, ack_tracker, failed.append)
     taken = [(Partition("shop.jobs.mail", 0, lease, 0, None), Snapshot(0, ""))]
     thread = threading.Thread(target=committer.commit_snapshots, args=(taken,))
     committer.check(time.monotonic() + 2 * LOST_S)
@@ -705,9 +708,9 @@ def test_a_refused_commit_is_logged_once(caplog: pytest.LogCaptureFixture) -> No
         return []
 
     lease = OwnershipLease(60.0, lambda: None)
-    settler = cast(Any, SimpleNamespace(broken=False))
+    ack_tracker = cast(Any, SimpleNamespace(broken=False))
     consumer = cast(Any, SimpleNamespace(commit=commit))
-    committer = Committer(Settings(), consumer, "g", lease, settler, lambda error: None)
+    committer = Committer(Settings(), consumer, "g", lease, ack_tracker, lambda error: None)
     taken = [(Partition("shop.jobs.mail", number, lease, 0, None), Snapshot(0, "")) for number in range(3)]
     loading = KafkaException(KafkaError(KafkaError.COORDINATOR_LOAD_IN_PROGRESS))
     with caplog.at_level("INFO", logger="jobledger.worker"):
@@ -856,7 +859,7 @@ def test_a_job_whose_child_died_is_not_started_again_before_the_lease_is_confirm
             await until(lambda: not bench.dispatcher.running)
         else:
             await until(lambda: starts(bench) == 2)
-            bench.settler.serve()
+            bench.ack_tracker.serve()
             children.free()
             await until(lambda: len(children.given) == 2)
         assert (starts(bench), bench.failed) == (2 - lost, [])
@@ -993,7 +996,7 @@ def test_code_that_did_not_begin_before_a_pause_waits_for_the_ownership_lease(
             lose(bench, partition)
         partition.lease.confirm(time.monotonic())
         await until(lambda: not bench.dispatcher.running)
-        bench.settler.serve()
+        bench.ack_tracker.serve()
         assert ran == [] if lost else sorted(ran) == numbers
         assert len(bench.kept.ended()) == (0 if lost else len(numbers))
         assert sum(isinstance(fact, JobSucceeded) for fact in bench.kept.facts()) == (0 if lost else len(numbers))
@@ -1018,7 +1021,7 @@ def test_code_that_did_not_begin_before_its_partition_was_lost_does_not_run(
         bench = Bench(app)
         bench.dispatcher.pipe.executor.start_threads(1)
         partition = bench.partition()
-        breaker = bench.dispatcher.pipe.tasks.plans[task].breaker
+        breaker = bench.dispatcher.pipe.tasks.runtimes[task].breaker
         assert breaker is not None
         breaker.end(time.monotonic(), 0.0, False, 0.0)
         numbers = [0, 1, 2] if task == "coroutine" else [0]
@@ -1107,7 +1110,7 @@ def test_the_duration_of_a_suspect_does_not_include_a_pause_before_its_code() ->
     async def test() -> None:
         bench = Bench(app)
         partition, places = bench.partition(), bench.dispatcher.placement
-        partition.scanned_to = partition.careful = 1
+        partition.prior.scanned_to = partition.prior.suspect_below = 1
         go = places.go
 
         def then_paused(work: JobRun) -> None:
@@ -1164,10 +1167,10 @@ def test_jobs_behind_thousands_of_jobs_of_one_key_run() -> None:
         bench.dispatcher.wake()
         await until(lambda: len(ran) == 201, 30.0)
         assert ran.count("hot") == 1
-        assert partition.deferred > 30_000
+        assert partition.backlog.parked > 30_000
         partition.give_up()
         bench.dispatcher.ended([partition])
-        await until(lambda: bench.dispatcher.wait_queues.deferred_bytes == 0)
+        await until(lambda: bench.dispatcher.wait_queues.parked_bytes == 0)
         bench.close()
 
     run(test)
@@ -1232,7 +1235,10 @@ def test_the_next_job_of_a_key_begins_when_the_outcome_of_the_previous_job_is_in
         if how == "cancelled":
             d.pipe.control.cancels[event.job_id, 1] = Cancelled("me", "wrong list")
         if how == "crashed":
-            partition.starts, partition.scanned_to = {release_key(event.job_id, 1, 1): UNSEEN_CRASHES}, 10_000
+            partition.prior.starts, partition.prior.scanned_to = (
+                {release_key(event.job_id, 1, 1): UNSEEN_CRASHES},
+                10_000,
+            )
         waiting = [job("holds", key="h", k="h") for _ in range(60 if deferred else 0)]
         put(partition, [*waiting, value, job("book", key="a", k="next")])
         d.wake()
@@ -1241,7 +1247,7 @@ def test_the_next_job_of_a_key_begins_when_the_outcome_of_the_previous_job_is_in
         d.wake()
         await until(lambda: any(k == "other" for k, *_ in ran))
         await until(lambda: len(d.running) == deferred)
-        assert (partition.deferred > 0) == deferred
+        assert (partition.backlog.parked > 0) == deferred
         assert not any(k == "next" for k, *_ in ran)
         kept.frozen = False
         await until(lambda: any(k == "next" for k, *_ in ran))
@@ -1324,10 +1330,10 @@ def test_the_next_job_of_a_key_waits_for_the_acknowledgement_and_the_end_of_the_
         d.wake()
         await until(lambda: d.running)
         (work,) = d.running
-        assert work.line is not None
+        assert work.wait_queue is not None
         d.pipe.reports.attempt_acknowledged(work)
-        await until(lambda: work.line is not None and work.line.over == 1)
-        assert work.line.busy
+        await until(lambda: work.wait_queue is not None and work.wait_queue.over == 1)
+        assert work.wait_queue.busy
         d.placement.stop(work, Cancelled("me", "enough"))
         await until(lambda: ran)
         bench.close()
@@ -1363,7 +1369,7 @@ def test_no_job_of_a_key_begins_before_all_earlier_outcomes_are_acknowledged(
         while len(kept.ended()) < len(jobs):
             sent = len(kept.sent)
             kept.deliver(data.draw(st.integers(0, 3)))
-            bench.settler.drain()
+            bench.ack_tracker.drain()
             for _ in range(data.draw(st.integers(0, 5))):
                 await asyncio.sleep(0)
             for value in kept.sent[sent:]:

@@ -21,14 +21,14 @@ from hypothesis import strategies as st
 
 from jobledger import App, ConfigError, Retry, Settings, TaskTimedOut
 from jobledger.consumers.isolation.app_target import find_target
-from jobledger.consumers.isolation.child_handle import ChildHandle, LastOutput, last_words
+from jobledger.consumers.isolation.child_handle import ChildHandle, LastOutput, process_died
 from jobledger.consumers.isolation.child_main import LATE, JobProcess, has_unread
 from jobledger.consumers.isolation.pool import ChildPool, ChildSettings
 from jobledger.consumers.isolation.protocol import (
     RunMessage,
     Splitter,
+    decode_child_message,
     decode_run,
-    decode_said,
     ended,
     frame,
     outcome_of,
@@ -68,7 +68,7 @@ def task_of_module(n: int) -> int:
 def test_an_outcome_reaches_the_worker_unchanged(outcome: Outcome) -> None:
     """A child sends an outcome as a message, and the worker decodes the same outcome."""
     (body,) = Splitter().feed(frame(ended(outcome)))
-    message = decode_said(body)
+    message = decode_child_message(body)
     assert not hasattr(message, "sequence")
     assert outcome_of(cast(Any, message)) == outcome
 
@@ -88,7 +88,7 @@ def test_messages_are_split_correctly_for_any_chunks_of_bytes(bodies: list[bytes
 def work_of(function: Any) -> JobRun:
     """Return a `JobRun` with the fields that `Interrupts` needs."""
     work = JobRun(cast(Any, None), 0, None, cast(Any, None))
-    work.plan, work.kwargs = cast(Any, SimpleNamespace(fn=function)), {}
+    work.runtime, work.kwargs = cast(Any, SimpleNamespace(fn=function)), {}
     return work
 
 
@@ -170,7 +170,7 @@ def test_an_interrupt_does_not_cut_a_message_to_the_worker() -> None:
         theirs.close()
     assert not reader.is_alive()
     (body,) = received
-    message = decode_said(body)
+    message = decode_child_message(body)
     assert cast(Any, message).message == "x" * 8_000_000
 
 
@@ -233,13 +233,13 @@ def test_a_child_that_is_announced_twice_gets_one_job() -> None:
 
 def test_the_error_of_a_dead_child_has_the_signal_and_the_last_line_of_output() -> None:
     """The cases are signals, exit codes, and a process without an exit status."""
-    killed = last_words(9, b"first\nlast \xff line\n")
+    killed = process_died(9, b"first\nlast \xff line\n")
     assert (
         killed.message == "the process that ran it ended by itself: signal 9 (SIGKILL); it said last: last \ufffd line"
     )
     assert killed.traceback == "first\nlast \ufffd line"
-    assert last_words(7 << 8, b"").message.endswith("exit code 7")
-    assert last_words(None, b"").message.endswith("it left no exit status")
+    assert process_died(7 << 8, b"").message.endswith("exit code 7")
+    assert process_died(None, b"").message.endswith("it left no exit status")
 
 
 def test_the_target_of_an_app_is_found_by_its_module() -> None:

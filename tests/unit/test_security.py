@@ -377,7 +377,7 @@ def test_a_client_without_a_token_is_refused_only_if_the_endpoint_can_be_reached
     url = endpoint.url if runs else f"http://127.0.0.1:{free_port()}/token"
     kafka = {**OIDC, "sasl.oauthbearer.token.endpoint.url": url, "sasl.oauthbearer.client.secret": "wrong"}
     with pytest.raises(NotAuthenticated if runs else BrokerUnavailable) as caught:
-        auth.knock(Settings(bootstrap="127.0.0.1:9", kafka=kafka))
+        auth.check_connection(Settings(bootstrap="127.0.0.1:9", kafka=kafka))
     assert url in str(caught.value)
 
 

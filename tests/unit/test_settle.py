@@ -1,4 +1,4 @@
-"""The settler: the effect of a delivery report on a work record."""
+"""The ack tracker: the effect of a delivery report on a work record."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from jobledger.config import Settings
 from jobledger.consumers.recording.ack_tracker import AckTracker
 from jobledger.consumers.state.event_loop import LoopCalls
 from jobledger.consumers.state.offset_tracker import PartitionOffsets, Restored
+from jobledger.consumers.state.ownership_lease import OwnershipLease
 from jobledger.consumers.state.reports import Reports
-from jobledger.consumers.state.work import JobRun, OwnershipLease, Partition
+from jobledger.consumers.state.work import JobRun, Partition
 from jobledger.kafka.broker_clock import BrokerClock
 from jobledger.log.writer import Outgoing
 
@@ -44,7 +45,7 @@ def test_an_acknowledgement_without_an_offset_closes_a_record() -> None:
     floor stays below the closing fact."""
     reports = made_reports()
     arrived = reports.arrived
-    settler = AckTracker(
+    ack_tracker = AckTracker(
         Settings(),
         cast(Any, SimpleNamespace(clock=BrokerClock())),
         cast(Any, None),
@@ -60,14 +61,14 @@ def test_an_acknowledgement_without_an_offset_closes_a_record() -> None:
     works[1].remaining = 2
     works[1].closing_delivered(None, cast(Any, Report(None)))
     works[2].noted_delivered(None, cast(Any, Report(None)))
-    settler.drain()
+    ack_tracker.drain()
     assert list(partition.live) == [1, 2], "the first is done, the second waits for what derives from it"
     assert offsets.floor == 61, "neither of the others can stand below the last known outcome"
     works[1].derived_delivered(None, cast(Any, Report(None)))
-    settler.drain()
+    ack_tracker.drain()
     assert list(partition.live) == [2]
     works[2].closing_delivered(None, cast(Any, Report(None)))
-    settler.drain()
+    ack_tracker.drain()
     assert not partition.live
     assert offsets.base == 3
 
@@ -80,7 +81,7 @@ def test_derived_records_wait_until_the_ownership_of_the_partition_is_confirmed(
     sender = SimpleNamespace(
         polled_at=float("inf"), clock=BrokerClock(), check=lambda: None, send=lambda topic, *_: sent.append(topic)
     )
-    settler = AckTracker(
+    ack_tracker = AckTracker(
         Settings(),
         cast(Any, sender),
         cast(Any, None),
@@ -94,18 +95,18 @@ def test_derived_records_wait_until_the_ownership_of_the_partition_is_confirmed(
         assert offsets.receive(work.offset)
         work.derived, work.remaining = [Outgoing(f"shop.{work.offset}", b"1", None)], 2
     works[0].closing_delivered(None, cast(Any, Report(60)))
-    settler.tick()
+    ack_tracker.tick()
     assert (sent, lease.wanted) == ([], True)
     lease.confirm(time.monotonic())
-    settler.tick()
+    ack_tracker.tick()
     assert sent == ["shop.0"]
     lease.until = 0.0
     works[1].closing_delivered(None, cast(Any, Report(61)))
-    settler.tick()
+    ack_tracker.tick()
     partition.give_up()
     partition.gone = True
     lease.confirm(time.monotonic())
-    settler.tick()
-    settler.tick()
+    ack_tracker.tick()
+    ack_tracker.tick()
     assert sent == ["shop.0"], "the next owner's"
     assert offsets.floor == 60, "it finds the outcomes"

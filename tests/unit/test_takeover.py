@@ -15,7 +15,8 @@ from jobledger.consumers.partitions.takeover import UNSEEN_MS, Takeover, _Scan
 from jobledger.consumers.recording.worker_producer import UNACKNOWLEDGED_LIMIT
 from jobledger.consumers.scheduling.dispatcher import may_be_unsent
 from jobledger.consumers.state.dedup import release_key
-from jobledger.consumers.state.work import OwnershipLease, Partition
+from jobledger.consumers.state.ownership_lease import OwnershipLease
+from jobledger.consumers.state.work import Partition
 from jobledger.kafka.topic_names import Names
 from jobledger.schemas import codec
 from jobledger.schemas import events as ev
@@ -57,7 +58,7 @@ def scanned(*facts: tuple[int, ev.Fact], framed: bool = False, attempts: Sequenc
     takeover = Takeover(
         Settings(bootstrap="h:1"), Names("shop"), nothing, codec.Decoder(), known_places=1, ready=nothing, fail=nothing
     )
-    plan = _Scan(Partition("shop.jobs.slow", 0, OwnershipLease(1.0), -1, None))
+    scan = _Scan(Partition("shop.jobs.slow", 0, OwnershipLease(1.0), -1, None))
     for offset, (release, fact) in enumerate(facts):
         attempt = attempts[offset] if attempts else 1
         event = ev.JobEvent(
@@ -75,13 +76,13 @@ def scanned(*facts: tuple[int, ev.Fact], framed: bool = False, attempts: Sequenc
             None,
             fact,
         )
-        takeover._scanned(plan, cast(Any, Message(offset, codec.encode(event))))
-    return plan
+        takeover._scanned(scan, cast(Any, Message(offset, codec.encode(event))))
+    return scan
 
 
-def noted_end(plan: _Scan, release: int = 1) -> tuple[int, int, ev.Fact]:
+def noted_end(scan: _Scan, release: int = 1) -> tuple[int, int, ev.Fact]:
     """Return the noted end of a release: the lifecycle offset, the append time and the fact."""
-    end = plan.partition.closed[release_key(JOB, 1, release)]
+    end = scan.partition.prior.closed[release_key(JOB, 1, release)]
     return end.offset, end.appended_ms, end.fact
 
 
@@ -114,9 +115,9 @@ def test_a_late_retry_in_place_of_an_earlier_attempt_does_not_count() -> None:
     again = ev.JobRetried(ERROR, 5, in_place=True)
     partition = scanned((1, again), (1, STARTED), (1, again), attempts=(3, 4, 1)).partition
     key = release_key(JOB, 1, 1)
-    assert (partition.held[key][0], partition.starts[key]) == (4, 1)
+    assert (partition.prior.next_attempts[key][0], partition.prior.starts[key]) == (4, 1)
     partition = scanned((1, again), (1, STARTED), (1, again), attempts=(3, 4, 4)).partition
-    assert (partition.held[key][0], partition.starts) == (5, {})
+    assert (partition.prior.next_attempts[key][0], partition.prior.starts) == (5, {})
 
 
 @pytest.mark.parametrize("end", [LEASED, ev.JobRetried(ERROR, 5), ev.JobSnoozed(5)])
@@ -127,8 +128,8 @@ def test_an_end_that_was_followed_by_another_release_is_not_sent_again(
 ) -> None:
     """After the start or the end of the next release, no record derives from the earlier release any more. The
     coordinator could otherwise send the next release a second time, if its marker was swept."""
-    plan = scanned((1, end), (2, after), framed=framed)
-    assert isinstance(noted_end(plan)[2], ev.JobSucceeded)
+    scan = scanned((1, end), (2, after), framed=framed)
+    assert isinstance(noted_end(scan)[2], ev.JobSucceeded)
     assert isinstance(noted_end(scanned((1, end), (3, after), framed=framed))[2], type(end))
 
 
@@ -160,11 +161,11 @@ def test_each_job_that_a_new_worker_began_is_seen_or_suspected_after_its_death(
         unsent = sum(at + written_ms + answered_ms > now for at in begun)
         begun += [now] * max(0, min(most, may_be_unsent(len(begun), age) - unsent))
 
-    plan = _Scan(Partition("shop.jobs.slow", 0, OwnershipLease(1.0), -1, None))
+    scan = _Scan(Partition("shop.jobs.slow", 0, OwnershipLease(1.0), -1, None))
     seen = [at + written_ms for at in begun if at + written_ms <= died_ms]
     for offset, appended_ms in enumerate(seen):
-        Takeover._begun_at(plan, b"shop.jobs.slow", offset, appended_ms)
-    assert plan.begun + plan.unseen >= len(begun)
+        Takeover._begun_at(scan, b"shop.jobs.slow", offset, appended_ms)
+    assert scan.begun + scan.unseen >= len(begun)
 
 
 def test_the_limit_of_unacknowledged_starts_grows_with_the_number_of_begun_jobs() -> None:
