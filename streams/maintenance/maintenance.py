@@ -185,24 +185,22 @@ class Maintenance:
             )
             return 0
         self._last_checked = page[-1] if len(page) == OVERDUE_PAGE else None
-        again = self._reader.overdue(now_ms, bound_ms, OVERDUE_PAGE, after)
-        still = [o for o in again if (o.job_id, o.run, o.release) in candidates]
         again_before = time.monotonic() - max(60.0, self.cadence.overdue_after)
         self._asked_at = {k: t for k, t in self._asked_at.items() if t > again_before}
-        wanted = [o for o in still if (o.job_id, o.run, o.release) not in self._asked_at]
-        records = []
+        wanted = {key: overdue for key, overdue in candidates.items() if key not in self._asked_at}
         with LogReader(self.settings) as log:
-            for overdue in wanted:
-                record = self._ask(log, overdue)
-                if record is not None:
-                    records.append(record)
-        if records:
-            LOG.warning("%d releases are overdue: the watchdog asks the coordinator", len(records))
-            self._send(records)
-            ASKED.labels(self.names.namespace).inc(len(records))
-        for overdue in wanted:
-            self._asked_at[overdue.job_id, overdue.run, overdue.release] = time.monotonic()
-        return len(records)
+            records = {key: self._ask(log, overdue) for key, overdue in wanted.items()}
+        # Only now, because reading the log may take seconds in which some of these jobs end.
+        again = self._reader.overdue(now_ms, bound_ms, OVERDUE_PAGE, after)
+        still = {(o.job_id, o.run, o.release) for o in again}
+        requests = [record for key, record in records.items() if record is not None and key in still]
+        if requests:
+            LOG.warning("overdue releases about which the watchdog asks the coordinator: %d", len(requests))
+            self._send(requests)
+            ASKED.labels(self.names.namespace).inc(len(requests))
+        for key in still.intersection(wanted):
+            self._asked_at[key] = time.monotonic()
+        return len(requests)
 
     def _ask(self, log: LogReader, overdue: Overdue) -> Outgoing | None:
         origin_and_spec = None if overdue.spec_at is None else self._event_at(log, overdue.spec_at)

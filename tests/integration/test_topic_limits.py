@@ -34,7 +34,7 @@ def limit(app: App, *topics: str) -> None:
 
 @pytest.fixture
 def app(broker: str, namespace: str) -> Iterator[App]:
-    app = App(namespace, settings=Settings(bootstrap=broker, submit_timeout=20.0), partitions=2)
+    app = App(namespace, settings=Settings(bootstrap=broker, submit_timeout=120.0), partitions=2)
 
     @app.task
     async def keep(text: str) -> str:

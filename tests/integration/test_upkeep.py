@@ -30,6 +30,7 @@ from jobledger.streams.projections.projection_store import ProjectionStore, offs
 from jobledger.streams.projections.runner import ProjectionRunner
 from jobledger.streams.status.materializer import Materializer
 from jobledger.streams.status.store import open_reader
+from jobledger.streams.status.store.protocol import Overdue
 from tests.patience import PATIENCE, wait_until
 
 pytestmark = pytest.mark.kafka
@@ -126,6 +127,31 @@ def test_the_watchdog_asks_about_a_job_that_was_not_released(bench: Bench) -> No
     assert isinstance(asked[0].fact, ev.ReleaseOverdue)
     assert asked[0].fact.spec == ev.JobSpec(b'{"to":"x"}', {"a": "b"})
     assert upkeep.watch() == 0, "it asks again only after a while"
+    upkeep.close()
+
+
+def test_the_watchdog_does_not_ask_about_a_job_that_ends_while_it_reads_the_log(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two overdue jobs, one ends after the watchdog found it overdue. The watchdog asks about the other one only."""
+    jobs = [bench.task.using(delay=0.05).submit(to).job_id for to in ("x", "y")]
+    bench.caught_up()
+    upkeep = bench.upkeep(overdue_after=0.1)
+    ask = upkeep._ask
+
+    def ends_meanwhile(log: LogReader, overdue: Overdue) -> Outgoing | None:
+        if overdue.job_id == jobs[0]:
+            bench.write(success_of(bench, jobs[0]), bench.names.lifecycle, 0)
+            bench.caught_up()
+        return ask(log, overdue)
+
+    monkeypatch.setattr(upkeep, "_ask", ends_meanwhile)
+    wait_until(lambda: len(bench.reader.overdue(time.time_ns() // 1_000_000, 100)) == 2, 20, "both being overdue")
+    assert upkeep.watch() == 1
+    asked = [
+        r.event.job_id for r in bench.read(bench.names.coordination) if isinstance(r.event.fact, ev.ReleaseOverdue)
+    ]
+    assert asked == jobs[1:]
     upkeep.close()
 
 
