@@ -76,6 +76,7 @@ class Limiter:
 
     __slots__ = (
         "_filled_at",
+        "_limited",
         "_owned",
         "_tokens",
         "_total",
@@ -110,7 +111,7 @@ class Limiter:
     @property
     def active(self) -> bool:
         """Whether this gate can hold jobs back at all: it is paused or has a limit."""
-        return self.paused is not None or bool(self.limits)
+        return self.paused is not None or self._limited
 
     def order(self, limits: Limits | None) -> None:
         """Replace the declared limits from now on; None: use the declared limits again."""
@@ -124,6 +125,7 @@ class Limiter:
 
     def _divide(self) -> None:
         limits = self.limits
+        self._limited = bool(limits)
         held = len([n for n in self._owned if n < self._total])
         self.rate = None if limits.rate is None else limits.rate * held / self._total
         self.slots = None if limits.concurrency is None else share_of(limits.concurrency, self._owned, self._total)
