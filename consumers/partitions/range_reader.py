@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from jobledger.config import Settings
-from jobledger.errors import AccessDenied, BrokerUnavailable
+from jobledger.errors import AccessDenied, JobledgerError
 from jobledger.kafka.auth import read
-from jobledger.kafka.clients import PASSING, consumer, consumer_config, translate
+from jobledger.kafka.clients import consumer, consumer_config, translate
+from jobledger.log.reading import RANGES, messages
+from jobledger.process.retrying import retry_until
 
 REQUEST_TIMEOUT_S = 10.0
 #: Seconds without an answer or a record after which the reader gives up.
@@ -44,9 +46,7 @@ class LogRanges:
 
     def _consumer(self) -> Consumer:
         if self._reader is None:
-            # The last offset may be a transaction marker, for which the client returns no message. Only the
-            # end-of-partition event shows then that all messages were read.
-            self._reader = consumer(consumer_config(self._settings) | {"enable.partition.eof": True})
+            self._reader = consumer(consumer_config(self._settings) | RANGES)
         return self._reader
 
     def ends(self, topic: str, number: int) -> tuple[int, int]:
@@ -86,18 +86,28 @@ class LogRanges:
         return {position.partition: position.offset for position in positions}
 
     def _ask(self, topic: str, what: str, ask: Callable[[Consumer], T]) -> T:
-        deadline = time.monotonic() + STALL_S
-        while True:
-            try:
-                return ask(self._consumer())
-            except KafkaException as exc:
-                problem = translate(exc.args[0], self._settings, what, read(topic))
-                if isinstance(problem, AccessDenied) or time.monotonic() > deadline or self._closing():
-                    raise problem from exc
-                # A broker that shuts down reports its topics as missing, and the client repeats this answer for
-                # minutes. So use a new client.
-                self.close()
-                time.sleep(0.2)
+        def again(error: KafkaException) -> bool:
+            return not self._closing() and not isinstance(self._translated(error.args[0], what, topic), AccessDenied)
+
+        def on_retry(error: KafkaException, seconds: float) -> None:
+            # A broker that shuts down reports its topics as missing, and the client repeats this answer for minutes.
+            # So use a new client.
+            self.close()
+
+        try:
+            return retry_until(
+                time.monotonic() + STALL_S,
+                lambda: ask(self._consumer()),
+                KafkaException,
+                pause=0.2,
+                again=again,
+                on_retry=on_retry,
+            )
+        except KafkaException as exc:
+            raise self._translated(exc.args[0], what, topic) from exc
+
+    def _translated(self, error: KafkaError, what: str, topic: str) -> JobledgerError:
+        return translate(error, self._settings, what, read(topic))
 
     def read(
         self,
@@ -107,44 +117,17 @@ class LogRanges:
         first_only: bool = False,
         wanted: Callable[[], bool] = lambda: True,
     ) -> None:
-        """Call ``take`` with every message of ``ranges``: half-open ranges of offsets, by (topic, partition).
+        """Call ``take`` with every message of ``ranges``; see `jobledger.log.reading.messages`.
 
-        A range may have offsets without a message, and must not go beyond the log's end. ``first_only``: take one
-        message of each range. Returns early once ``wanted()`` is false or ``closing()`` is true. Raises
-        `BrokerUnavailable` if no message arrives for `STALL_S` seconds, and the translated error if a broker refuses
-        the request.
+        Returns early once ``wanted()`` is false or ``closing()`` is true. Raises `BrokerUnavailable` if no message
+        arrives for `STALL_S` seconds, and the translated error if a broker refuses the request.
         """
-        ends = {where: end for where, (start, end) in ranges.items() if start < end}
-        if not ends:
-            return
-        reader = self._consumer()
-        reader.assign([TopicPartition(t, n, ranges[t, n][0]) for t, n in ends])
-        try:
-            seen = time.monotonic()
-            while ends and not self._closing() and wanted():
-                for message in reader.consume(1000, 0.02):
-                    where: tuple[Any, Any] = (message.topic(), message.partition())
-                    end = ends.get(where)
-                    if end is None:
-                        continue
-                    offset = message.offset() or 0
-                    error = message.error()
-                    if error is None:
-                        seen = time.monotonic()
-                        if offset < end:
-                            take(message)
-                        over = offset + 1 >= end or first_only
-                    elif error.code() == KafkaError._PARTITION_EOF:
-                        over = offset >= end
-                    elif error.retriable() or error.code() in PASSING:
-                        continue
-                    else:
-                        raise translate(error, self._settings, f"reading {where[0]}[{where[1]}]", read(where[0]))
-                    if over:
-                        del ends[where]
-                        # Not pause(): a pause outlasts unassign(), so the partition's next range would never be read.
-                        reader.incremental_unassign([TopicPartition(*where)])
-                if time.monotonic() - seen > STALL_S:
-                    raise BrokerUnavailable(f"taking over: {sorted(ends)} gave nothing for {STALL_S:g} s")
-        finally:
-            reader.unassign()
+        for message in messages(
+            self._consumer(),
+            self._settings,
+            ranges,
+            stall=STALL_S,
+            first_only=first_only,
+            wanted=lambda: not self._closing() and wanted(),
+        ):
+            take(message)

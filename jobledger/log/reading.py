@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Self
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Self
 
-from confluent_kafka import KafkaException, Message, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from jobledger.config import Settings
 from jobledger.errors import (
@@ -30,6 +30,68 @@ from jobledger.kafka.clients import (
 from jobledger.process.retrying import retry_until
 from jobledger.schemas.events import JobEvent, Position, Recorded
 
+#: Settings of a client for `messages`. The last offset of a range may be a transaction marker, for which the client
+#: returns no message. Only the end-of-partition event shows then that all messages were read.
+RANGES: dict[str, Any] = {"enable.partition.eof": True}
+#: Maximum number of messages that one call of the client returns, and seconds that the call waits for so many.
+BATCH, BATCH_S = 1_000, 0.02
+
+
+def messages(
+    consumer: Consumer,
+    settings: Settings,
+    ranges: Mapping[tuple[str, int], tuple[int, int]],
+    *,
+    stall: float,
+    first_only: bool = False,
+    wanted: Callable[[], bool] = lambda: True,
+) -> Iterator[Message]:
+    """Yield every message of ``ranges``: half-open ranges of offsets, by (topic, partition).
+
+    ``consumer``: a client with the settings `RANGES`, without an assignment. A range may have offsets without a
+    message, and must not go beyond the log's end. ``first_only``: yield one message of each range. Ends early once
+    ``wanted()`` is false. Raises `BrokerUnavailable` if no message arrives for ``stall`` seconds, and the translated
+    error if a broker refuses the request.
+    """
+    ends = {where: end for where, (start, end) in ranges.items() if start < end}
+    if not ends:
+        return
+    consumer.assign([TopicPartition(topic, number, ranges[topic, number][0]) for topic, number in ends])
+    try:
+        seen = time.monotonic()
+        while ends and wanted():
+            arrived = False
+            for message in consumer.consume(BATCH, BATCH_S):
+                where: tuple[Any, Any] = (message.topic(), message.partition())
+                end = ends.get(where)
+                if end is None:
+                    continue
+                offset = message.offset() or 0
+                error = message.error()
+                if error is None:
+                    arrived = True
+                    if offset < end:
+                        yield message
+                    over = offset + 1 >= end or first_only
+                elif error.code() == KafkaError._PARTITION_EOF:
+                    over = offset >= end
+                elif error.retriable() or error.code() in PASSING:
+                    continue
+                else:
+                    raise translate(error, settings, f"reading {where[0]}[{where[1]}]", read(where[0]))
+                if over:
+                    del ends[where]
+                    # Not pause(): a pause outlasts unassign(), so the partition's next range would never be read.
+                    consumer.incremental_unassign([TopicPartition(*where)])
+            now = time.monotonic()  # after the caller has used the messages, which may take long
+            if arrived:
+                seen = now
+            elif now - seen > stall:
+                rest = ", ".join(f"{topic}[{number}]" for topic, number in sorted(ends))
+                raise BrokerUnavailable(f"no record of {rest} arrived for {stall:g} s: check that every broker runs")
+    finally:
+        consumer.unassign()
+
 
 class LogReader:
     """Reads ranges of partitions: for takeovers, timelines, schema lookups and audits. Not thread-safe. Close the
@@ -39,7 +101,7 @@ class LogReader:
         self.settings = settings
         # A request about the next partition waits behind the fetch of the previous one, on the same connection. With
         # the default of 500 ms for a fetch that finds nothing, twelve partitions cost two seconds of waiting.
-        self._conf = consumer_config(settings) | {"fetch.wait.max.ms": 10}
+        self._conf = consumer_config(settings) | RANGES | {"fetch.wait.max.ms": 10}
         self._consumer = consumer(self._conf)
         self._reading = 0
 
@@ -108,38 +170,13 @@ class LogReader:
         """
         low, high = self.watermarks(topic, partition)
         end = high if end is None else min(end, high)
-        start = max(start, low)
-        if start >= end:
-            return
-        assigned = TopicPartition(topic, partition, start)
         self._reading += 1
-        self._consumer.assign([assigned])
         try:
-            last_seen = time.monotonic()
-            while True:
-                batch = self._consumer.consume(1000, 0.05)
-                for message in batch:
-                    error = message.error()
-                    if error is not None:
-                        if error.retriable() or error.code() in PASSING:
-                            continue
-                        raise translate(error, self.settings, f"reading {topic}[{partition}]", read(topic))
-                    last_seen = time.monotonic()
-                    if (message.offset() or 0) >= end:
-                        return
-                    yield message
-                # position() also moves past gaps without messages (compaction, transaction markers).
-                next_offset = self._consumer.position([assigned])[0].offset
-                if next_offset >= end:
-                    return
-                if not batch and time.monotonic() - last_seen > stall:
-                    raise BrokerUnavailable(
-                        f"no record of {topic}[{partition}] arrived for {stall:g} s, from offset {next_offset} on: "
-                        "check that every broker runs"
-                    )
+            yield from messages(
+                self._consumer, self.settings, {(topic, partition): (max(start, low), end)}, stall=stall
+            )
         finally:
             self._reading -= 1
-            self._consumer.unassign()
 
     def at(self, position: Position) -> Message | None:
         """Return the message at one position, or None if the log no longer has it."""
