@@ -117,10 +117,9 @@ class ChildHandle(asyncio.Protocol):
                 self.kill()
                 return
             if isinstance(message, ProgressMessage):
+                progress = JobProgressed(message.sequence, message.done, message.total, message.message)
                 if self.work is not None:
-                    self.work.report(
-                        None, JobProgressed(message.sequence, message.done, message.total, message.message)
-                    )
+                    self.work.report(None, progress)
             else:
                 self.unread = message.unread
                 self._owner.outcome_reported(self, outcome_of(message))

@@ -151,7 +151,7 @@ class JobProcess:
     # -- one attempt --------------------------------------------------------------------------------------------------
 
     def _run(self, run: RunMessage) -> EndedMessage:
-        self._late, self._interrupt = False, None
+        self._late, self._interrupt, self._postponed = False, None, None
         task = self._registry.tasks.get(run.task)
         if task is None:  # the code on disk differs from the code that the worker runs
             missing = LookupError(f"the child process has no task {run.task!r}: was the app changed under its worker?")

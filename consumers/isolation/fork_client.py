@@ -22,6 +22,7 @@ from jobledger.config import Settings
 from jobledger.consumers.isolation.child_handle import ChildHandle, LastOutput
 from jobledger.errors import ConfigError
 from jobledger.process.logger import get_logger
+from jobledger.process.wording import counted
 
 LOG = get_logger("jobledger.worker")
 
@@ -197,10 +198,10 @@ class ForkClient:
                 self._ready, self._again_s = True, AGAIN_S
                 if message["ready"] > 1:
                     LOG.warning(
-                        "importing %s started %d threads; child processes are forked without them: start threads when a "
+                        "importing %s started %s; child processes are forked without them: start threads when a "
                         "job or a resource needs them",
                         self._target,
-                        message["ready"] - 1,
+                        counted(message["ready"] - 1, "thread"),
                     )
 
     def _has_ended(self) -> None:

@@ -31,6 +31,7 @@ from jobledger.kafka.partitioner import partition_of
 from jobledger.kafka.topic_names import Names
 from jobledger.kafka.topology import lifecycle_too_small
 from jobledger.process.logger import get_logger
+from jobledger.process.wording import counted
 from jobledger.schemas.codec import Decoder
 from jobledger.schemas.events import Fact, JobLeased, JobRetried, JobSnoozed, JobStarted, JobSucceeded, settles
 from jobledger.schemas.fast_path import glance
@@ -433,11 +434,11 @@ class Takeover(threading.Thread):
             partition.offsets.hold(None)
         self.found += len(prior.closed)
         LOG.info(
-            "%r: taken over at %d (%s), %d outcomes found beyond it",
+            "%r: taken over at %d (%s), %s found beyond it",
             partition,
             scan.restored.base,
             "clean" if scan.restored.clean else f"lifecycle read from {scan.floor} to {scan.lifecycle_high}",
-            len(prior.closed),
+            counted(len(prior.closed), "outcome"),
         )
 
 

@@ -217,8 +217,8 @@ class AckTracker(threading.Thread):
                     self._sender.hurry()
                 self.tick()
         except Exception as exc:
-            LOG.exception("the settler failed")
-            self._fail(JobledgerError(f"the worker's settler failed: {exc!r}"))
+            LOG.exception("the ack tracker failed")
+            self._fail(JobledgerError(f"the worker's ack tracker failed: {exc!r}"))
 
     def tick(self) -> None:
         """Take delivery reports, check again the jobs whose ownership was not confirmed, and call `on_tick`. Stops

@@ -126,7 +126,9 @@ class HookRunner(threading.Thread):
             time.sleep(0.01)
         left = self._todo.qsize() + len(self._running)
         if left or self.dropped:
-            LOG.warning("%d hooks did not end within the grace time, %d were not called", left, self.dropped)
+            LOG.warning(
+                "hooks that did not end within the grace time: %d; hooks that were not called: %d", left, self.dropped
+            )
 
 
 def _failed(hook: Hook, job: JobContext) -> None:

@@ -28,6 +28,7 @@ from jobledger.consumers.state.work import JobRun
 from jobledger.errors import JobledgerError, TaskCancelled
 from jobledger.process.identity import now_us
 from jobledger.process.logger import get_logger
+from jobledger.process.wording import counted
 from jobledger.schemas.events import ErrorInfo
 
 LOG = get_logger("jobledger.worker")
@@ -267,7 +268,7 @@ class Placement:
                 self._move(work, runtime.slots)  # the task's usual slots; a worker with isolated tasks stops
             work.suspect = work.waiting = True
             starts = work.takeover + (not blamed)
-            text = f"job {event.job_id} ({event.task}), started {starts} times, is started again: {error.message}"
+            text = f"job {event.job_id} ({event.task}), started {counted(starts, 'time')}, is started again: {error.message}"
             self._start_again(text, work)
 
     def _start_again(self, text: str, work: JobRun) -> None:

@@ -142,6 +142,7 @@ class Dispatcher:
             event = work.event
             if event is None or event.job_id != job_id or event.run != run:
                 continue
+            # In `finished`: the job's code has ended. If another attempt follows, it is refused when it begins.
             if work.stop_outcome is None and work not in self._reports.finished:
                 LOG.info("job %s (%s) is cancelled by %s while it runs", job_id, event.task, outcome.by)
                 self.placement.stop(work, outcome)

@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from typing import Any, Protocol
 
 from jobledger.definitions.policy import Adaptive, Breaker, Limits
+from jobledger.process.wording import counted
 
 #: A number of jobs that means "no limit", because it is larger than any real number of jobs.
 ENDLESS = 1 << 30
@@ -323,7 +324,7 @@ class BreakerGate:
 
     def describe(self) -> str:
         """See `Gate.describe`."""
-        return f"{self.name}: its circuit is open after {self._failures} failures in a row"
+        return f"{self.name}: its circuit is open after {counted(self._failures, 'failure')} in a row"
 
     def passes_in(self, waiting: int) -> float:
         """See `Gate.passes_in`."""

@@ -139,9 +139,8 @@ class LoopWatch(threading.Thread):
 
     @staticmethod
     def _overdue(work: JobRun) -> bool:
-        if (
-            work.runtime is None or work.handle is None
-        ):  # a plain function's coroutine: its thread is interrupted instead
+        # Without a handle, it is the coroutine of a plain function: its thread is interrupted instead.
+        if work.runtime is None or work.handle is None:
             return False
         limit = work.runtime.task.timeout
         return limit is not None and work.interrupted is None and time.monotonic() - work.began >= limit

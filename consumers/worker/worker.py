@@ -68,6 +68,7 @@ from jobledger.process.extras import missing
 from jobledger.process.identity import source
 from jobledger.process.logger import get_logger, loop_error
 from jobledger.process.retrying import retry_until
+from jobledger.process.wording import counted
 
 __all__ = ["EXIT_BROKEN", "EXIT_OK", "Worker", "WorkerOptions"]
 
@@ -359,9 +360,9 @@ class Worker:
         for fetcher in self.fetchers:
             fetcher.start()
         LOG.info(
-            "worker %s serves %s of %s: %d tasks, %d at once, %d threads",
+            "worker %s serves %s of %s: %s, %d at once, %s",
             *(self.identity, ", ".join(self.queues), names.namespace),
-            *(len(runtimes), options.concurrency, options.job_threads),
+            *(counted(len(runtimes), "task"), options.concurrency, counted(options.job_threads, "thread")),
         )
         return True
 

@@ -180,14 +180,12 @@ class Commands:
                 case QueueLimited(rate=rate, concurrency=concurrency, by=by, reason=why):
                     limits = Limits(rate, concurrency) or None
                     limited = said(by, why) if limits else None
-                case _:
-                    continue
             in_force[kind, name] = Standing(kind, name, paused, limits, limited)
         return [in_force[key] for key in sorted(in_force) if in_force[key].paused or in_force[key].limits]
 
     def _last_of_each_key(self) -> list[JobEvent]:
-        """Return the last event of each key of the control topic, in log order. A key whose last record is a tombstone
-        has none, as in a worker; a record that is not an event does not count."""
+        """Return the last pause, resume or limit of each key of the control topic, in log order. A key whose last
+        record is a tombstone has none, as in a worker; other records do not count."""
         decode = decoder(self._settings, self._names).decode
         last: dict[bytes | str | None, JobEvent] = {}
         with LogReader(self._settings) as log:
@@ -199,6 +197,8 @@ class Commands:
                 try:
                     event = decode(value if isinstance(value, bytes) else None)
                 except SchemaError:
+                    continue
+                if not isinstance(event.fact, QueuePaused | QueueResumed | QueueLimited):
                     continue
                 last.pop(key, None)  # so that the order is the one of the last records
                 last[key] = event

@@ -70,7 +70,7 @@ def check_shares(what: str, queue: Queue, limits: Limits, partitions: int) -> No
     smaller = (
         f"a queue with fewer partitions, for example Queue({queue.name!r}, partitions={fitting})"
         if fitting
-        else "a queue without priorities"
+        else f"a queue without priorities, for example Queue({queue.name!r}, partitions={limits.concurrency})"
     )
     raise ConfigError(
         f"{what}: concurrency={limits.concurrency} is less than the {count} {of} of queue {queue.name!r}, and each "

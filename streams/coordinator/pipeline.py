@@ -25,6 +25,7 @@ from jobledger.kafka.topic_names import Names
 from jobledger.log.writer import Outgoing
 from jobledger.process.identity import now_us, source
 from jobledger.process.logger import get_logger
+from jobledger.process.wording import counted
 from jobledger.schemas import codec
 from jobledger.schemas.events import DeadLettered, ErrorInfo, JobEvent
 from jobledger.streams.coordinator.decoding import RecordReader
@@ -249,7 +250,7 @@ class Pipeline:
                 await self._settle([plan for plan in plans if plan.epoch == self._ownership.epoch])
             except Superseded:
                 LOG.info(
-                    "%d events are read again later: their partitions are being reassigned",
+                    "events that are read again later, because their partitions are being reassigned: %d",
                     sum(len(p.records) for p in plans),
                 )
             finally:
@@ -325,7 +326,7 @@ class Pipeline:
                 await self._changed.wait_for(lambda: self._under_way == 0)
         except TimeoutError:
             LOG.warning(
-                "the partitions are given back before %d events were processed; the next owner processes these events",
+                "the partitions are given back; events that are not processed yet, and that the next owner processes: %d",
                 self._under_way,
             )
         self._ownership.moved()
@@ -342,7 +343,9 @@ class Pipeline:
                 await self._changed.wait_for(lambda: self._under_way == 0)
         except TimeoutError:
             LOG.warning(
-                "%d events were not processed within %g s; the next start processes them", self._under_way, seconds
+                "events that were not processed within %g s, and that the next start processes: %d",
+                seconds,
+                self._under_way,
             )
 
     async def rebuild(self) -> None:
@@ -367,7 +370,9 @@ class Pipeline:
         self.firing.take_over(timers)
         scheduled = sum(self.table.scheduled.values())
         duration = time.monotonic() - began
-        LOG.info("partitions %s: %d releases scheduled, restored in %.2f s", sorted(owned), scheduled, duration)
+        LOG.info(
+            "partitions %s: %s scheduled, restored in %.2f s", sorted(owned), counted(scheduled, "release"), duration
+        )
 
     async def sweep(self) -> None:
         """Delete markers that are no longer needed. Runs until cancelled."""

@@ -212,7 +212,7 @@ class Table:
             self.restored += WRITE_CHUNK
         if puts:
             LOG.warning(
-                "%d rows were written to the changelog again: another coordinator had written older rows late",
+                "rows that were written to the changelog again, because another coordinator had written older rows late: %d",
                 len(puts),
             )
 

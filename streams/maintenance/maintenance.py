@@ -166,8 +166,11 @@ class Maintenance:
     # -- the watchdog ---------------------------------------------------------------------------------------------
 
     def watch(self) -> int:
-        """Ask the coordinator about one page of overdue releases; return the number of these releases. The watchdog
-        does not ask again about a release within a minute, or within ``overdue_after`` if that is longer."""
+        """Check one page of overdue releases, and ask the coordinator about those that are still overdue after their
+        submissions were read. Return the number of requests sent.
+
+        The watchdog does not ask again about a release within a minute, or within ``overdue_after`` if that is longer.
+        """
         bound_ms = int(self.cadence.overdue_after * 1000)
         now_ms = time.time_ns() // 1_000_000
         # Each round checks the next page, so that jobs that can no longer be released do not hide the jobs after them.
@@ -181,13 +184,16 @@ class Maintenance:
             return 0
         if not self._table_is_current(self._topics()):
             LOG.info(
-                "%d releases look overdue, but the status table is behind the log: the watchdog waits", len(candidates)
+                "releases look overdue, but the status table is behind the log: the watchdog waits (%s)",
+                counted(len(candidates), "release"),
             )
             return 0
         self._last_checked = page[-1] if len(page) == OVERDUE_PAGE else None
         again_before = time.monotonic() - max(60.0, self.cadence.overdue_after)
         self._asked_at = {k: t for k, t in self._asked_at.items() if t > again_before}
         wanted = {key: overdue for key, overdue in candidates.items() if key not in self._asked_at}
+        if not wanted:
+            return 0
         with LogReader(self.settings) as log:
             records = {key: self._ask(log, overdue) for key, overdue in wanted.items()}
         # Only now, because reading the log may take seconds in which some of these jobs end.

@@ -342,7 +342,7 @@ def test_a_second_stop_signal_ends_the_grace_time(fleet: Fleet) -> None:
     wait_for_starts(fleet, 1)
     began = time.monotonic()
     fleet._signal(worker, 15)
-    fleet.until(lambda: " stops; 1 jobs run" in worker.output(), 30, "the first signal taken")
+    fleet.until(lambda: " stops; running jobs: 1," in worker.output(), 30, "the first signal taken")
     assert fleet.stop(worker) == 0
     assert time.monotonic() - began < 300, "as long as that only if it waited"
     assert len(Seen(fleet).open()) == 1

@@ -23,7 +23,7 @@ import sys
 from jobledger import Settings
 from jobledger.kafka import clients
 from jobledger.kafka import outage
-from jobledger.kafka.auth import knock
+from jobledger.kafka.auth import check_connection
 from jobledger.kafka.topics import default_replication
 
 def origin():
@@ -42,7 +42,7 @@ except Exception as exc:
 @pytest.mark.parametrize(
     ("expression", "expected"),
     [
-        ("knock(settings, 60.0)", "None"),
+        ("check_connection(settings, 60.0)", "None"),
         ("outage._answers(settings)", "True"),
         # 1 if this request got the server's first answer
         (

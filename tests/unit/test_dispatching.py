@@ -1038,7 +1038,7 @@ def test_code_that_did_not_begin_before_its_partition_was_lost_does_not_run(
         await until(lambda: starts(bench) == len(numbers) and not bench.dispatcher.running)
         assert time.monotonic() < partition.lease.until
         assert (ran, bench.kept.ended(), len(partition.live)) == ([], [], len(numbers))
-        assert breaker.describe().endswith("open after 1 failures in a row")
+        assert breaker.describe().endswith("open after 1 failure in a row")
         assert bench.failed == []
         bench.dispatcher.pipe.executor.close()
         bench.close()
