@@ -61,9 +61,10 @@ class Promise(enum.Enum):
         ),
         (
             "A job may be started four times if the fact of one of its starts was never sent, or lies more than 20,000 facts "
-            "back in the log. If child processes cannot import the app, the worker itself dies three times. Several poison "
-            "jobs at once, or a fourth start, may cost the other jobs one more run each. Of a very long record only the "
-            "beginning is kept, or nothing."
+            "back in the log. While child processes are available, the death of a whole worker fails a job only at its tenth "
+            "start. If child processes cannot import the app, the worker itself dies three times. Several poison jobs at "
+            "once, or a fourth start, may cost the other jobs one more run each. Of a very long record only the beginning "
+            "is kept, or nothing."
         ),
     )
     GRACEFUL_STOP = (

@@ -20,7 +20,7 @@ NAMES = {module.path.name for module in FOUND} | {path.name for path in (ROOT / 
 
 def rows() -> dict[str, str]:
     """The table of packages: the cell with the imports of each package."""
-    table = PAGE.partition("## Rooms")[2].partition("\n## ")[0]
+    table = PAGE.partition("## Packages and layers")[2].partition("\n## ")[0]
     cells = [line.split("|")[1:-1] for line in table.splitlines() if line.startswith("| `jobledger")]
     return {cell[0].strip(" `"): cell[2] for cell in cells}
 
