@@ -336,9 +336,9 @@ class Takeover(threading.Thread):
             scan.begun = max(scan.begun, offset + 1)
             scan.lately.append(appended_ms)
 
-    def _note_start(self, prior: PriorState, key: int, takeover: int) -> None:
+    def _note_start(self, prior: PriorState, key: int, starts_before: int) -> None:
         if key not in prior.closed:
-            prior.starts[key] = max(prior.starts.get(key, 0), takeover) + 1
+            prior.starts[key] = max(prior.starts.get(key, 0), starts_before) + 1
 
     def _note_end(self, scan: _Scan, of: tuple[str, int, int], fact: Fact, offset: int, appended_ms: int) -> None:
         """Note a fact that settles a release. A scan of the lifecycle partition from ``offset`` on finds it again.

@@ -87,7 +87,7 @@ class Placement:
         """Return the slots in which the job's code must run. None: the code runs on the event loop, which has no limit
         of its own."""
         if work.suspect and self._usable:
-            return self._alone if work.takeover >= ALONE_FROM else self._suspects
+            return self._alone if work.starts_before >= ALONE_FROM else self._suspects
         return runtime.slots
 
     def crashed(self, starts: int) -> Failed | None:
@@ -252,13 +252,13 @@ class Placement:
         event, runtime = work.event, work.runtime
         assert event is not None
         assert runtime is not None
-        work.takeover += blamed
+        work.starts_before += blamed
         if work.abandoned:
             self._reports.ended(work)
         elif work.stop_outcome is not None:
             self._recorder.close_with(work, work.stop_outcome)
             self._reports.ended(work)
-        elif blamed and work.takeover >= CRASHES:
+        elif blamed and work.starts_before >= CRASHES:
             self._recorder.close_with(work, Failed("crashed", error))
             self._reports.ended(work)
         elif runtime.slots is self._processes and not self._usable:
@@ -267,7 +267,7 @@ class Placement:
             if not self._usable:
                 self._move(work, runtime.slots)  # the task's usual slots; a worker with isolated tasks stops
             work.suspect = work.waiting = True
-            starts = work.takeover + (not blamed)
+            starts = work.starts_before + (not blamed)
             text = f"job {event.job_id} ({event.task}), started {counted(starts, 'time')}, is started again: {error.message}"
             self._start_again(text, work)
 

@@ -198,7 +198,7 @@ class Admission:
         if prior.scanned_to:
             _note_starts(work, prior.starts.pop(key, 0))
         if spec.tags and (crashes := crashes_of(spec.tags)):
-            work.takeover += crashes
+            work.starts_before += crashes
             work.suspect = True
         runtime = work.runtime = self._runtimes.get(event.task)
         lane = self._by_topic[partition.topic]
@@ -209,7 +209,7 @@ class Admission:
             return
         if not self._recorder.takes_arguments(work):
             return
-        if work.takeover and (crashed := self._placement.crashed(work.takeover)) is not None:
+        if work.starts_before and (crashed := self._placement.crashed(work.starts_before)) is not None:
             self._recorder.close_with(work, crashed)
             return
         if runtime is None:
@@ -318,7 +318,7 @@ def _note_starts(work: JobRun, starts: int) -> None:
     """Note what the takeover's scan found about a job: how often its release was started without an outcome (``starts``), and
     whether it may have ended the last owner."""
     partition, offset = work.partition, work.offset
-    work.takeover = starts
+    work.starts_before = starts
     work.suspect = starts > 0 or offset < partition.prior.suspect_below
     if starts and partition.offsets is not None:
         with partition.lock:  # the next owner must find these starts until a new start counts them

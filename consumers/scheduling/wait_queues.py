@@ -261,8 +261,8 @@ class WaitQueues:
             work.wait_queue, work.waiting, unread = wait_queue, True, True
         runtime = work.runtime
         ended = self._starter.refused(work)
-        if ended is None and wait_queue.serial and work.takeover:
-            ended = self._placement.crashed(work.takeover)
+        if ended is None and wait_queue.serial and work.starts_before:
+            ended = self._placement.crashed(work.starts_before)
         if ended is None and runtime is not None:
             gate = self._keeping(runtime, self._placement.slots_of(work, runtime), now)
             if gate is not None and not _joins_slot_queue(lane, wait_queue, gate):
@@ -397,7 +397,7 @@ class WaitQueues:
         if (early := due - _monotonic()) > 0:  # the loop's timers count whole milliseconds
             self._reports.calls.later(early, self._again, work, wait_queue, due)
             return
-        work.outcome, work.takeover, work.suspect, work.slots, work.timer = None, 0, False, None, None
+        work.outcome, work.starts_before, work.suspect, work.slots, work.timer = None, 0, False, None, None
         work.interrupted = None  # each attempt has its own time limit
         wait_queue.works.appendleft(work)
         partition.backlog.count += 1

@@ -256,8 +256,8 @@ class JobLease:
 
 
 class JobRun:
-    """One work record, from the moment when it is taken up until it is done; for a long job, until its outcome is
-    acknowledged."""
+    """One release of a job in this worker (not a *run* of the glossary): its work record, from the moment when it is
+    taken up until it is done; for a long job, until its outcome is acknowledged."""
 
     __slots__ = (
         "abandoned",
@@ -288,9 +288,9 @@ class JobRun:
         "send_progress",
         "shortened",
         "slots",
+        "starts_before",
         "stop_outcome",
         "suspect",
-        "takeover",
         "timer",
         "tries",
         "unsent",
@@ -304,7 +304,7 @@ class JobRun:
         self.derived: Sequence[Outgoing] = ()  # records to send once the closing fact is acknowledged
         self.tries = 0
         # Starts without an outcome: those in the log and in the job's tags, and deaths of the job's process here.
-        self.takeover = 0
+        self.starts_before = 0
         self.suspect = False  # may have ended a process: runs in a child process, after its start is acknowledged
         self.slots: Slots | None = None  # the slots that count the job while it runs
         self.timer: asyncio.TimerHandle | None = None  # for the timeout of a job in a thread
