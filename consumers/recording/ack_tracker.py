@@ -42,7 +42,7 @@ class AckTracker(threading.Thread):
     """
 
     def __init__(self, settings: Settings, sender: WorkerProducer, recorder: Recorder, reports: Reports) -> None:
-        super().__init__(name="jobledger-settle", daemon=True)
+        super().__init__(name="jobledger-ack-tracker", daemon=True)
         self._settings, self._sender, self._recorder = settings, sender, recorder
         self.arrived, self._acknowledged, self._fail = reports.arrived, reports.attempt_acknowledged, reports.calls.fail
         self.on_tick: Callable[[], None] = lambda: None

@@ -46,7 +46,7 @@ class SchemaResolver(threading.Thread):
         on_resolved: Callable[[Partition, Message, Read, bool], None],
         fail: Callable[[JobledgerError], None],
     ) -> None:
-        super().__init__(name="jobledger-aside", daemon=True)
+        super().__init__(name="jobledger-schemas", daemon=True)
         self._decoder, self._on_resolved, self._fail = decoder, on_resolved, fail
         self._todo: queue.SimpleQueue[tuple[Partition, Message, bool] | None] = queue.SimpleQueue()
 
