@@ -82,7 +82,7 @@ class Control:
 
 
 class ControlReader(threading.Thread):
-    """Update a `Control` from the control topic. ``cancelled(job, run, order)``: a cancel was read that came after the
+    """Update a `Control` from the control topic. ``cancelled(job, run, cancel)``: a cancel was read that came after the
     records that the topic had at the start. ``regated()``: pauses or limits have changed. Both are called in this
     thread. ``fail(error)``: stop the worker."""
 
@@ -177,6 +177,6 @@ class ControlReader(threading.Thread):
         if changed == "gates":
             self._regated()
         elif isinstance(changed, tuple):
-            order = self.control.cancels.get(changed)
-            if order is not None and self.live.is_set():
-                self._cancelled(*changed, order)
+            cancel = self.control.cancels.get(changed)
+            if cancel is not None and self.live.is_set():
+                self._cancelled(*changed, cancel)

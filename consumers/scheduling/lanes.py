@@ -179,8 +179,8 @@ class Lanes:
         """Apply the pauses and limits that the control commands in force set."""
         for name, limiter in self.limiters.items():
             limiter.paused = control.paused.get(("queue", name))
-            limiter.order(control.limits.get(("queue", name)))
+            limiter.override(control.limits.get(("queue", name)))
         for runtime in self._tasks.runtimes.values():
             runtime.limiter.paused = control.paused.get(("task", runtime.name))
-            runtime.limiter.order(control.limits.get(("task", runtime.name)))
+            runtime.limiter.override(control.limits.get(("task", runtime.name)))
             runtime.regate()

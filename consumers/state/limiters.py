@@ -72,8 +72,8 @@ def share_of(limit: int, owned: Iterable[int], total: int) -> int:
 
 
 class Limiter:
-    """The limits and the pause of a queue or a task. ``declared``: the limits in the app's code. ``ordered``: the
-    limits that were set at run time."""
+    """The limits and the pause of a queue or a task. ``declared``: the limits in the app's code. ``overridden``: the
+    limits that were set at run time; None: none were set."""
 
     __slots__ = (
         "_filled_at",
@@ -83,7 +83,7 @@ class Limiter:
         "_total",
         "declared",
         "name",
-        "ordered",
+        "overridden",
         "parked",
         "paused",
         "rate",
@@ -93,7 +93,7 @@ class Limiter:
 
     def __init__(self, name: str, declared: Limits) -> None:
         self.name, self.declared = name, declared
-        self.ordered: Limits | None = None
+        self.overridden: Limits | None = None
         self.paused: str | None = None  # by whom it was paused, and why
         self.parked: deque[Any] = deque()
         self.running = 0
@@ -107,16 +107,16 @@ class Limiter:
     @property
     def limits(self) -> Limits:
         """The limits in force, for all workers together."""
-        return self.declared if self.ordered is None else self.ordered
+        return self.declared if self.overridden is None else self.overridden
 
     @property
     def active(self) -> bool:
         """Whether this gate can hold jobs back at all: it is paused or has a limit."""
         return self.paused is not None or self._limited
 
-    def order(self, limits: Limits | None) -> None:
+    def override(self, limits: Limits | None) -> None:
         """Replace the declared limits from now on; None: use the declared limits again."""
-        self.ordered = limits
+        self.overridden = limits
         self._divide()
 
     def own(self, owned: Iterable[int], total: int) -> None:
