@@ -278,7 +278,7 @@ class Placement:
             LOG.warning("%s", text)
             work.began = _monotonic()
             work.context = context_of(work)
-            self._running.started += 1
+            self._running.begun += 1
             try:
                 self.begin_code(work, now_us())
             finally:

@@ -240,7 +240,7 @@ class Dispatcher:
 
     def _take_turns(self, budget: int) -> int:
         # A worker that has just started begins jobs no faster than its records are acknowledged.
-        began, now = self._running.started, _monotonic()
+        began, now = self._running.begun, _monotonic()
         if not began:
             self._first_at = now
         room = may_be_unsent(began, now - self._first_at) - self._sender.unacknowledged

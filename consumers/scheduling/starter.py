@@ -100,7 +100,7 @@ class Starter:
         if partition.offsets is not None:
             with partition.lock:
                 partition.offsets.begin(work.offset)
-        self.running.started += 1
+        self.running.begun += 1
         runtime.started += 1
         self._running[work] = None
         if runtime.task.policy.long:

@@ -85,8 +85,8 @@ class WaitQueue:
     """Jobs of one partition that wait, in order.
 
     ``serial``: the jobs of this wait queue run one at a time. ``busy``: a job of this serial wait queue runs, waits for
-    its next attempt, or waits until the last fact of its attempt is acknowledged. ``over``: how many of two events have
-    happened for that job: its slot is free; the last fact of its attempt is acknowledged.
+    its next attempt, or waits until the last fact of its attempt is acknowledged. ``over``: 0, 1 or 2. It counts two events
+    of that job: its slot became free, and the last fact of its attempt was acknowledged.
 
     ``tenant``: this wait queue takes turns with the wait queues of other tenants; "" if the job queue has no tenants.
     ``queued``: this wait queue is in the turns of its lane, or waits at a gate.
@@ -103,7 +103,8 @@ class WaitQueue:
 
 
 class Backlog:
-    """The jobs of one partition that wait in wait queues.
+    """The jobs of one partition that wait in wait queues. Not the backlog of the log, which is the records that are not
+    done yet.
 
     ``wait_queues``: by (kind, name, …). ``count``: the number of waiting jobs; ``parked``: how many of them are parked
     records; ``parked_bytes``: the memory that the parked records take. ``full``: so many jobs wait that no more records

@@ -68,7 +68,7 @@ def health_of(worker: Parts) -> dict[str, Any]:
         "queues": queues,
         "running": len(dispatcher.running),
         "unacknowledged": worker.unacknowledged,
-        "started": dispatcher.pipe.running.started,
+        "started": dispatcher.pipe.running.begun,
         "children": _children(worker.children),
         "leases": worker.leases,
         **{
