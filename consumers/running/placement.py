@@ -1,4 +1,4 @@
-"""Run a job's code on the event loop, in a thread or in a child process, and isolate jobs that may end a process.
+"""Runs a job's code on the event loop, in a thread or in a child process, and isolates jobs that may end a process.
 
 A job that may have ended a process is a *suspect*. The next `JobStarted` of a suspect is acknowledged before its code
 runs, and the code runs in a child process whose end this worker sees. After `CRASHES` starts without an outcome, the
@@ -51,7 +51,7 @@ _monotonic = time.monotonic
 
 
 class Placement:
-    """Run begun jobs on the event loop, in threads or in child processes, and end them. On the event loop.
+    """Runs begun jobs on the event loop, in threads or in child processes, and ends them. On the event loop.
 
     ``children``: the settings of the child processes; None if the app cannot have child processes.
 

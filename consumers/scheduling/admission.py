@@ -1,4 +1,4 @@
-"""Judge work records: a job to run, a job that is done or known already, a record that is not a job, or a record that
+"""Judges work records: a job to run, a job that is done or known already, a record that is not a job, or a record that
 this worker cannot judge.
 
 Runs on the event loop; only `SchemaResolver` has a thread. Before anything else is done with a message, the partition's
@@ -58,7 +58,7 @@ _OWN = codec.MAGIC + codec.FINGERPRINT
 
 @dataclass(slots=True)
 class Counts:
-    """Count the records that were taken and whose jobs were not run, for metrics and the health report."""
+    """Counts the records that were taken and whose jobs were not run, for metrics and the health report."""
 
     duplicates: int = 0
     found_closed: int = 0
@@ -66,7 +66,7 @@ class Counts:
 
 
 class Admission:
-    """Judge records, and pass their jobs to `Starter` or to a wait queue. What needs no run goes to `Recorder`."""
+    """Judges records, and passes their jobs to `Starter` or to a wait queue. What needs no run goes to `Recorder`."""
 
     def __init__(
         self,
@@ -308,7 +308,7 @@ class Admission:
 def _why_no_job(event: JobEvent) -> str:
     """Return why an event on a work topic is not a job."""
     if isinstance(event.fact, JobSubmitted) and (event.fact.delay_ms is not None or event.fact.due_at is not None):
-        return "a conditioned JobSubmitted does not belong on a work topic"
+        return "a JobSubmitted with a delay or a due time does not belong on a work topic"
     if not isinstance(event.fact, JobSubmitted | JobDue):
         return f"a {fact_name(event.fact)} does not belong on a work topic"
     return "it names no job"

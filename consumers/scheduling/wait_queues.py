@@ -1,4 +1,4 @@
-"""Keep jobs in wait queues: a job waits for earlier jobs of its key, for its tenant's turn, or for a gate to open.
+"""Keeps jobs in wait queues: a job waits for earlier jobs of its key, for its tenant's turn, or for a gate to open.
 
 Runs on the event loop. All jobs of a wait queue belong to one partition. The records of these jobs are received, and
 the jobs are not begun, so the partition's next owner gets all of them.
@@ -44,7 +44,7 @@ class Lookahead:
 
 
 class WaitQueues:
-    """Hold the wait queues of this worker's partitions.
+    """Holds the wait queues of this worker's partitions.
 
     The worker continues to read a partition even if its wait queues are long, because the first job of another key may
     be behind a hundred thousand jobs of one key. While many jobs of a partition wait (`crowded`), a new job that must
