@@ -1,8 +1,9 @@
 """The pool of a worker's child processes. Each child is started before a job needs it, runs one job at a time, and is
 killed if its job does not end after a signal.
 
-Everything in this module runs on the worker's event loop. Whatever happens to a child, the worker survives and records
-the job's outcome: the job timed out, used too much memory, was cancelled, or its process died.
+Everything in this module runs on the worker's event loop. Whatever happens to a child, the worker survives. It records
+the job's outcome if the job timed out, used too much memory or was cancelled. After a first death of its process the
+job is started again, and no outcome is recorded.
 """
 
 from __future__ import annotations
@@ -64,8 +65,8 @@ class ChildSettings:
 class ChildJobs(Protocol):
     """Decides about the jobs that run in a pool, and records their outcomes.
 
-    For each call of `ChildPool.run`, one of `outcome_reported`, `died` and `ended` is called once, when no child has
-    the job any more.
+    For each job that `ChildPool.run` is given, one of `outcome_reported`, `died` and `ended` is called once, when no
+    child has the job any more. No call follows for a job that `take` refuses or that `ChildPool.forget` removes.
     """
 
     def take(self, work: JobRun) -> bool:

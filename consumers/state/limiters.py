@@ -1,5 +1,5 @@
 """Decides how many jobs may begin now, by limits for all workers, pauses, adaptive concurrency and circuit breakers.
-Pure, on one thread.
+Uses no clock, client or lock; runs on one thread.
 
 A gate returns how many more jobs may begin (`free`), counts each job that begins or ends, and returns when to ask again
 (`wait`). Limits hold for all workers together without a common counter: each partition number of a queue carries a
@@ -53,8 +53,7 @@ class Gate(Protocol):
         ...
 
     def passes_in(self, waiting: int) -> float:
-        """Estimate the seconds until ``waiting`` jobs have passed the gate. Jobs are given back to the coordinator for
-        about that time."""
+        """Estimate the seconds until ``waiting`` jobs have passed the gate. Jobs are snoozed for about that time."""
         ...
 
 
