@@ -104,7 +104,7 @@ def drained(namespace: str, bootstrap: str, task: str, jobs: int) -> dict[str, f
     found: dict[str, float] = {}
 
     def watch() -> None:
-        while worker.dispatcher is None or not worker.dispatcher.pipe.running.started:
+        while worker.dispatcher is None or not worker.dispatcher.pipe.running.begun:
             time.sleep(0.001)
         began, used = time.perf_counter(), cpu_s()
         runtime = worker.dispatcher.pipe.tasks.runtimes[task]

@@ -167,7 +167,7 @@ def worked(
     found: dict[str, Any] = {}
 
     def watch() -> None:
-        while worker.dispatcher is None or not worker.dispatcher.pipe.running.started:
+        while worker.dispatcher is None or not worker.dispatcher.pipe.running.begun:
             time.sleep(0.001)
         began, used = time.perf_counter(), cpu_s()
         runtime = worker.dispatcher.pipe.tasks.runtimes[task]

@@ -1,4 +1,4 @@
 """The worker and the router: they read work topics and events, run the app's code or submit jobs, and write facts.
 
-Imports nothing of `jobledger.streams`: both meet only in the log.
+`jobledger.consumers` imports nothing of `jobledger.streams`; they exchange data only through topics.
 """

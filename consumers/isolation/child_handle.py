@@ -20,7 +20,7 @@ LAST_OUTPUT_BYTES = 4_000
 PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 
 
-class Owner(Protocol):
+class ChildReceiver(Protocol):
     """The pool to which a child reports. Both methods run on the event loop."""
 
     def outcome_reported(self, child: ChildHandle, outcome: Outcome) -> None:
@@ -85,8 +85,8 @@ class LastOutput:
 class ChildHandle(asyncio.Protocol):
     """The worker's handle of one child, and the asyncio protocol of the child's connection. On the event loop."""
 
-    def __init__(self, owner: Owner) -> None:
-        self._owner = owner
+    def __init__(self, receiver: ChildReceiver) -> None:
+        self._receiver = receiver
         self._split = Splitter()
         self.last_output = LastOutput()
         self.transport: asyncio.Transport | None = None
@@ -122,10 +122,10 @@ class ChildHandle(asyncio.Protocol):
                     self.work.report(None, progress)
             else:
                 self.unread = message.unread
-                self._owner.outcome_reported(self, outcome_of(message))
+                self._receiver.outcome_reported(self, outcome_of(message))
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._owner.lost(self)
+        self._receiver.lost(self)
 
     def send(self, data: bytes) -> None:
         if self.transport is not None:

@@ -380,7 +380,7 @@ def run_child(registry: TaskRegistry, connection: socket.socket, errors: int) ->
         os.dup2(errors, 2)
         os.close(errors)
         faulthandler.enable(file=2)
-        _die_with_the_nursery()
+        _die_with_the_fork_server()
         gc.enable()
         random.seed()
         connection.setblocking(True)
@@ -428,7 +428,7 @@ def limit_memory(most: int | None) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (wanted, hard))
 
 
-def _die_with_the_nursery() -> None:
+def _die_with_the_fork_server() -> None:
     """Let Linux kill this process when its parent ends. On other systems this process ends after the current job, when
     its connection has ended."""
     if sys.platform == "linux":

@@ -35,9 +35,9 @@ class Told:
     """The callbacks of a `ForkClient`, all called on the event loop.
 
     ``there(child)``: the child runs and is connected; called once for each child. ``died(child)``: the child has ended
-    and its ``status`` is set. ``gone(unborn)``: the fork server has ended, and all its children with it; the children
-    ``unborn`` had been requested but not forked. ``again()``: the fork server was restarted. ``unusable(error)``: no
-    child can be started; no callback follows.
+    and its ``status`` is set. ``gone(requested)``: the fork server has ended, and all its children with it; the
+    children ``requested`` were not forked. ``again()``: the fork server was restarted. ``unusable(error)``: no child can
+    be started; no callback follows.
     """
 
     there: Callable[[ChildHandle], None]
@@ -62,7 +62,7 @@ class ForkClient:
         self._ready = self._closing = False
         self._again_s = AGAIN_S
         self._lines = b""
-        self._born: deque[ChildHandle] = deque()  # requested, pid not reported yet, the oldest first
+        self._requested: deque[ChildHandle] = deque()  # whose pids are not reported yet, the oldest first
         self._by_pid: dict[int, ChildHandle] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         # Also the outputs of ended children, because processes that these children started may still write.
@@ -89,7 +89,7 @@ class ForkClient:
         }
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "jobledger.cli.nursery", self._target, str(theirs.fileno())],
+                [sys.executable, "-m", "jobledger.cli.fork_server_program", self._target, str(theirs.fileno())],
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -124,7 +124,7 @@ class ForkClient:
             socket.send_fds(self._control, [b"F"], [theirs.fileno(), write])
             ours_of.pop_all()
         # Only after the request was sent, because the fork server answers in the order of the requests.
-        self._born.append(child)
+        self._requested.append(child)
         ours.setblocking(False)
         child.last_output.listen(self._loop, read)
         self._outputs.add(child.last_output)
@@ -188,7 +188,7 @@ class ForkClient:
         for line in lines:
             message = json.loads(line)
             if "born" in message:
-                self._is_born(message["born"])
+                self._was_forked(message["born"])
             elif "died" in message:
                 child = self._by_pid.pop(message["died"], None)
                 if child is not None:
@@ -219,9 +219,9 @@ class ForkClient:
             process.wait()
         if self._closing:
             return
-        unborn = list(self._born)
-        self._born.clear()
-        self._tell.gone(unborn)
+        requested = list(self._requested)
+        self._requested.clear()
+        self._tell.gone(requested)
         code = process.returncode
         if not self._ready:
             self._loop.call_later(0.2, self._give_up, code)  # the last output may still arrive
@@ -247,10 +247,10 @@ class ForkClient:
             return
         self._tell.again()
 
-    def _is_born(self, pid: int) -> None:
-        if not self._born:
+    def _was_forked(self, pid: int) -> None:
+        if not self._requested:
             return
-        child = self._born.popleft()
+        child = self._requested.popleft()
         child.pid = pid
         self._by_pid[pid] = child
         if hasattr(os, "pidfd_open"):

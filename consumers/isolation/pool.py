@@ -1,8 +1,9 @@
 """The pool of a worker's child processes. Each child is started before a job needs it, runs one job at a time, and is
 killed if its job does not end after a signal.
 
-Everything in this module runs on the worker's event loop. Whatever happens to a child, the worker survives and records
-the job's outcome: the job timed out, used too much memory, was cancelled, or its process died.
+Everything in this module runs on the worker's event loop. Whatever happens to a child, the worker survives. It records
+the job's outcome if the job timed out, used too much memory or was cancelled. After a first death of its process the
+job is started again, and no outcome is recorded.
 """
 
 from __future__ import annotations
@@ -64,8 +65,8 @@ class ChildSettings:
 class ChildJobs(Protocol):
     """Decides about the jobs that run in a pool, and records their outcomes.
 
-    For each call of `ChildPool.run`, one of `outcome_reported`, `died` and `ended` is called once, when no child has
-    the job any more.
+    For each job that `ChildPool.run` is given, one of `outcome_reported`, `died` and `ended` is called once, when no
+    child has the job any more. No call follows for a job that `take` refuses or that `ChildPool.forget` removes.
     """
 
     def take(self, work: JobRun) -> bool:
@@ -91,8 +92,8 @@ class ChildPool:
     def __init__(self, about: ChildSettings, jobs: ChildJobs) -> None:
         self._about, self._jobs = about, jobs
         self._loop: asyncio.AbstractEventLoop
-        tell = Told(self._use, self._has_died, self._nursery_gone, self._nursery_again, self._none)
-        self._nursery = ForkClient(about.target, about.settings, tell)
+        tell = Told(self._use, self._has_died, self._fork_server_gone, self._fork_server_again, self._none)
+        self._fork_client = ForkClient(about.target, about.settings, tell)
         self._all: set[ChildHandle] = set()
         self._idle: list[ChildHandle] = []
         self._waiting: deque[JobRun] = deque()
@@ -107,9 +108,9 @@ class ChildPool:
     def warm(self) -> None:
         """Start the fork server and all ``most`` children, so that the first jobs need not wait."""
         self._loop = asyncio.get_running_loop()
-        self._nursery.start()
+        self._fork_client.start()
         for _ in range(self._about.most):
-            self._hatch()
+            self._request_child()
 
     @property
     def count(self) -> int:
@@ -121,9 +122,9 @@ class ChildPool:
         if self.broken is not None:
             self._jobs.died(work, ErrorInfo("ChildProcessError", str(self.broken)), False)
             return
-        if not self._nursery.running:
+        if not self._fork_client.running:
             self._loop = asyncio.get_running_loop()
-            self._nursery.start()
+            self._fork_client.start()
         if self._idle:
             if self._jobs.take(work):
                 self._give(self._idle.pop(), work)
@@ -172,13 +173,13 @@ class ChildPool:
             child.leaving = True
             if child.work is None and child.transport is not None:
                 child.transport.close()
-        self._nursery.closing()
+        self._fork_client.closing()
         until = time.monotonic() + seconds
         while self._all and time.monotonic() < until:
             await asyncio.sleep(0.01)
         for child in list(self._all):
             child.kill()
-        await self._nursery.close(2.0)
+        await self._fork_client.close(2.0)
         for child in list(self._all):
             self._forget(child)
 
@@ -187,12 +188,12 @@ class ChildPool:
         self._closing = True
         for child in list(self._all):
             child.kill()
-        self._nursery.abandon()
+        self._fork_client.abandon()
 
     # -- children -----------------------------------------------------------------------------------------------------
 
-    def _nursery_gone(self, unborn: list[ChildHandle]) -> None:
-        for child in unborn:
+    def _fork_server_gone(self, requested: list[ChildHandle]) -> None:
+        for child in requested:
             child.leaving = True
             self._forget(child)
         for child in list(self._all):
@@ -201,9 +202,9 @@ class ChildPool:
                 child.status = signal.SIGKILL
                 child.orphan = True
 
-    def _nursery_again(self) -> None:
+    def _fork_server_again(self) -> None:
         for _ in range(self._about.most - len(self._all)):
-            self._hatch()
+            self._request_child()
 
     def _none(self, error: ConfigError) -> None:
         self.broken = error
@@ -219,7 +220,7 @@ class ChildPool:
         starting = sum(not child.there for child in staying)
         spare = self._about.spare if len(self._waiting) > starting else 0
         if len(staying) < self._about.most + spare:
-            self._hatch()
+            self._request_child()
 
     def _next(self) -> JobRun | None:
         """Remove and return the first waiting job that may still run; None if there is no such job."""
@@ -229,13 +230,13 @@ class ChildPool:
                 return work
         return None
 
-    def _hatch(self) -> None:
+    def _request_child(self) -> None:
         """Ask the fork server for one more child. Ask again later if the system allows no more open files."""
-        if self._closing or not self._nursery.listens:
+        if self._closing or not self._fork_client.listens:
             return
         child = ChildHandle(self)
         try:
-            self._nursery.fork(child)
+            self._fork_client.fork(child)
         except OSError as exc:
             LOG.warning("a child process could not be requested: %s; retrying", exc)
             self._loop.call_later(AGAIN_S, self._more)
@@ -355,7 +356,7 @@ class ChildPool:
         child.gone = True
         if child in self._idle:
             self._idle.remove(child)
-        if child.status is None and self._nursery.listens:
+        if child.status is None and self._fork_client.listens:
             child.timers.append(self._loop.call_later(STATUS_S, self._bury, child))
         else:
             self._loop.call_later(0.01, self._bury, child)
@@ -368,7 +369,7 @@ class ChildPool:
     def _bury(self, child: ChildHandle) -> None:
         if child not in self._all:
             return
-        if child.status is None and self._nursery.listens:
+        if child.status is None and self._fork_client.listens:
             child.kill()
         expected = child.leaving
         work = self._release(child)
@@ -403,7 +404,7 @@ class ChildPool:
 
     def _forget(self, child: ChildHandle) -> None:
         self._all.discard(child)
-        self._nursery.forget(child)
+        self._fork_client.forget(child)
         for timer in child.timers:
             timer.cancel()
         if child.pidfd >= 0:

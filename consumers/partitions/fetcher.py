@@ -89,7 +89,7 @@ class Fetcher(threading.Thread):
         events: LaneEvents,
     ) -> None:
         super().__init__(name=f"jobledger-fetch-{lane}", daemon=True)
-        self.queue, self.topic = lane, names.jobs(lane)
+        self.lane, self.topic = lane, names.jobs(lane)
         self._settings, self._ack_tracker, self._prefetch = settings, ack_tracker, limits.prefetch
         self._assigned, self._ended = events.on_assigned, events.on_ended
         self.wake_dispatcher, self._fail = events.on_messages, events.on_failure
@@ -180,14 +180,14 @@ class Fetcher(threading.Thread):
         except KafkaException as exc:
             self._fail(self._translated(exc.args[0]))
         except Exception as exc:
-            LOG.exception("the fetch thread of queue %s failed", self.queue)
-            self._fail(JobledgerError(f"the fetch thread of queue {self.queue!r} failed: {exc!r}"))
+            LOG.exception("the fetch thread of lane %s failed", self.lane)
+            self._fail(JobledgerError(f"the fetch thread of lane {self.lane!r} failed: {exc!r}"))
         finally:
             self._closing.set()
             try:
                 self.consumer.close()
             except Exception:  # the member has not left: its session times out
-                LOG.exception("queue %s: leaving the group failed", self.queue)
+                LOG.exception("lane %s: leaving the group failed", self.lane)
 
     def _poll_until_closed(self) -> None:
         polling = self.consumer
@@ -310,7 +310,7 @@ class Fetcher(threading.Thread):
             )
         text = error.str()
         if text != self.error:
-            LOG.warning("queue %s: %s", self.queue, text)
+            LOG.warning("lane %s: %s", self.lane, text)
         self.error = text
 
     def _translated(self, error: KafkaError) -> JobledgerError:
@@ -356,7 +356,7 @@ class Fetcher(threading.Thread):
             ]
         )
         # Messages fetched from now on wait until the takeover is done.
-        LOG.info("queue %s: assigned partitions %s", self.queue, [p.number for p in new])
+        LOG.info("lane %s: assigned partitions %s", self.lane, [p.number for p in new])
         self._assigned(self, new)
 
     def _committed(self, consumer: Consumer, assigned: list[TopicPartition]) -> list[TopicPartition]:
@@ -404,8 +404,8 @@ class Fetcher(threading.Thread):
             partition.gone = True
         left = {p.number: len(p.live) for p in parts if p.busy}
         LOG.info(
-            "queue %s: handed over partitions %s%s",
-            self.queue,
+            "lane %s: handed over partitions %s%s",
+            self.lane,
             [p.number for p in parts],
             "" if settled else f"; still running, and may run twice: {left}",
         )
@@ -431,7 +431,7 @@ class Fetcher(threading.Thread):
         self._give_up(parts)
         self._tell_missing(parts, time.monotonic())
         if parts:
-            LOG.warning("queue %s: lost partitions %s; nothing is committed", self.queue, [p.number for p in parts])
+            LOG.warning("lane %s: lost partitions %s; nothing is committed", self.lane, [p.number for p in parts])
 
     def _give_up(self, parts: list[Partition]) -> None:
         for p in parts:

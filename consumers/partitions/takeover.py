@@ -138,7 +138,7 @@ class Takeover(threading.Thread):
             return
         for scan in scans:
             self._judge(scan)
-        self._unknown_floors(fetcher.topic, [p for p in scans if p.restored.floor is None])
+        self._unknown_floors(fetcher.topic, [scan for scan in scans if scan.restored.floor is None])
         if not self._mark_dirty(fetcher, scans):
             return
         self._seed_starts(fetcher.topic, scans)
@@ -152,10 +152,10 @@ class Takeover(threading.Thread):
             # (`PriorState.clean_commit`).
             return
         # A stopped partition is not taken over: the next owner begins at the offset where this owner began.
-        read = [p for p in scans if p.partition.stopped is None]
+        read = [scan for scan in scans if scan.partition.stopped is None]
         for scan in read:
             self._conclude(scan)
-        done = [p.partition for p in read if p.partition.owned]
+        done = [scan.partition for scan in read if scan.partition.owned]
         for partition in done:
             partition.ready = True
         self._ready(done)
@@ -209,9 +209,9 @@ class Takeover(threading.Thread):
         """
         for scan in scans:
             scan.floor = scan.lifecycle_high
-        scans = [p for p in scans if p.restored.base < p.high and p.lifecycle_low < p.lifecycle_high]
+        scans = [scan for scan in scans if scan.restored.base < scan.high and scan.lifecycle_low < scan.lifecycle_high]
         times: dict[int, int] = {}
-        ranges = {(topic, p.partition.number): (p.restored.base, p.high) for p in scans}
+        ranges = {(topic, scan.partition.number): (scan.restored.base, scan.high) for scan in scans}
         self._log.read(ranges, lambda m: _first(times, m), first_only=True)
         asked = [TopicPartition(self._names.lifecycle, number, stamp) for number, stamp in times.items()]
         if asked:
@@ -229,7 +229,7 @@ class Takeover(threading.Thread):
         """
         deadline = time.monotonic() + STALL_S
         while True:
-            owned = [p for p in scans if p.partition.owned]
+            owned = [scan for scan in scans if scan.partition.owned]
             if not owned or self._closing or self._ack_tracker.broken:
                 return False
             snapshots: list[tuple[Partition, Snapshot]] = []
@@ -248,16 +248,16 @@ class Takeover(threading.Thread):
                 return True
             if time.monotonic() > deadline:
                 raise BrokerUnavailable(
-                    f"{fetcher.topic}: taking over partitions {[p.partition.number for p in owned]} was not "
+                    f"{fetcher.topic}: taking over partitions {[scan.partition.number for scan in owned]} was not "
                     f"acknowledged within {STALL_S:g} s: {fetcher.committer.last_error}"
                 )
             time.sleep(0.1)
 
     def _seed_starts(self, topic: str, scans: list[_Scan]) -> None:
         asked = [
-            TopicPartition(topic, p.partition.number, int(time.time() * 1000) - REMEMBERED_MS)
-            for p in scans
-            if p.restored.base > p.low
+            TopicPartition(topic, scan.partition.number, int(time.time() * 1000) - REMEMBERED_MS)
+            for scan in scans
+            if scan.restored.base > scan.low
         ]
         by_time: dict[int, int] = {}
         if asked:
@@ -270,7 +270,7 @@ class Takeover(threading.Thread):
 
     def _read(self, topic: str, scans: list[_Scan]) -> None:
         """Read work records into the release memories, and scan the lifecycle topic, for all partitions at once."""
-        by_number = {p.partition.number: p for p in scans}
+        by_number = {scan.partition.number: scan for scan in scans}
         ranges: dict[tuple[str, int], tuple[int, int]] = {}
         for scan in scans:
             number = scan.partition.number
@@ -291,7 +291,7 @@ class Takeover(threading.Thread):
                 if partition.stopped is None:
                     partition.stop(message, str(exc))
 
-        self._log.read(ranges, take, wanted=lambda: any(p.partition.owned for p in scans))
+        self._log.read(ranges, take, wanted=lambda: any(scan.partition.owned for scan in scans))
 
     def _scanned(self, scan: _Scan, message: Message) -> None:
         prior = scan.partition.prior
@@ -336,9 +336,9 @@ class Takeover(threading.Thread):
             scan.begun = max(scan.begun, offset + 1)
             scan.lately.append(appended_ms)
 
-    def _note_start(self, prior: PriorState, key: int, takeover: int) -> None:
+    def _note_start(self, prior: PriorState, key: int, starts_before: int) -> None:
         if key not in prior.closed:
-            prior.starts[key] = max(prior.starts.get(key, 0), takeover) + 1
+            prior.starts[key] = max(prior.starts.get(key, 0), starts_before) + 1
 
     def _note_end(self, scan: _Scan, of: tuple[str, int, int], fact: Fact, offset: int, appended_ms: int) -> None:
         """Note a fact that settles a release. A scan of the lifecycle partition from ``offset`` on finds it again.
@@ -405,7 +405,7 @@ class Takeover(threading.Thread):
             try:
                 end = end_of(message, self._decoder)
             except RegistryNeeded as exc:  # as in `_read`
-                for asking in {id(p): p.partition for p in wanted.values()}.values():
+                for asking in {id(scan): scan.partition for scan in wanted.values()}.values():
                     if asking.stopped is None:
                         asking.stop(message, str(exc))
                 return
@@ -415,7 +415,7 @@ class Takeover(threading.Thread):
                 if scan is not None:
                     self._note_end(scan, end[0], fact, scan.floor, message.timestamp()[1])
 
-        self._log.read(ranges, take, wanted=lambda: any(p.partition.owned for p in scans))
+        self._log.read(ranges, take, wanted=lambda: any(scan.partition.owned for scan in scans))
 
     def _conclude(self, scan: _Scan) -> None:
         partition, prior = scan.partition, scan.partition.prior

@@ -37,12 +37,13 @@ _LOOP_POLLS_S = 0.05
 class AckTracker(threading.Thread):
     """Takes delivery reports every `TICK_S` seconds, and then calls `on_tick`, which the dispatcher sets.
 
-    A closing fact that the broker refuses for its size goes back to ``recorder``. That the last fact of a keyed job's
-    attempt is in the log goes to ``reports``. Both happen in the thread that takes the delivery reports.
+    A closing fact that the broker refuses for its size goes back to ``recorder``. When the last fact of a keyed
+    job's attempt is in the log, the ack tracker reports this to ``reports``. Both happen in the thread that takes the
+    delivery reports.
     """
 
     def __init__(self, settings: Settings, sender: WorkerProducer, recorder: Recorder, reports: Reports) -> None:
-        super().__init__(name="jobledger-settle", daemon=True)
+        super().__init__(name="jobledger-ack-tracker", daemon=True)
         self._settings, self._sender, self._recorder = settings, sender, recorder
         self.arrived, self._acknowledged, self._fail = reports.arrived, reports.attempt_acknowledged, reports.calls.fail
         self.on_tick: Callable[[], None] = lambda: None

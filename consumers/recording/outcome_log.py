@@ -1,4 +1,4 @@
-"""Log each failed attempt of a worker in one log record, with the error."""
+"""Logs each failed attempt of a worker in one log record, with the error."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ class Recorder:
                 event.home,
                 self._source,
                 event.trace,
-                JobStarted(self._source, partition.topic, work.offset, work.takeover),
+                JobStarted(self._source, partition.topic, work.offset, work.starts_before),
             )
         )
         if delivered is not None:

@@ -2,7 +2,7 @@
 
 Any thread may send. Delivery callbacks run in the thread that polls. While the event loop is busy, it polls, because
 each callback acquires the interpreter lock, and a separate polling thread would compete with the event loop for that
-lock at every record. The thread of the ack tracker polls when the event loop does not poll.
+lock at every record. The ack tracker thread polls when the event loop does not poll.
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ class BackfillPlan:
 
 
 class Backfill:
-    """Run one backfill. ``known(job_id)``: whether the status table has the job.
+    """Runs one backfill. ``known(job_id)``: whether the status table has the job.
 
     Raises `UnknownTask` if the app has no handler of that name.
     """
@@ -305,7 +305,7 @@ class Backfill:
 
 
 class _Pace:
-    """Compute the waits that limit the backfill to ``rate`` events per second; None: no waits."""
+    """Computes the waits that limit the backfill to ``rate`` events per second; None: no waits."""
 
     def __init__(self, rate: float | None) -> None:
         self._rate, self._next = rate, time.monotonic()

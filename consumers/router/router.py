@@ -58,7 +58,7 @@ START_TIMEOUT_S = 30.0
 
 
 class Routes:
-    """Build the jobs of an event's handlers. Pure, except that unknown schemas are looked up in ``schemas``."""
+    """Builds the jobs of an event's handlers. Pure, except that unknown schemas are looked up in ``schemas``."""
 
     def __init__(
         self,
@@ -126,7 +126,7 @@ class Routes:
 
 
 class EventBatch:
-    """Send the records of one batch until all are acknowledged. Each record is sent again up to `RESENDS` times."""
+    """Sends the records of one batch until all are acknowledged. Each record is sent again up to `RESENDS` times."""
 
     def __init__(self, sender: WorkerProducer, address: str) -> None:
         self._sender, self._address = sender, address
@@ -189,7 +189,7 @@ class EventBatch:
 
 
 class Router:
-    """Run the router of one process. `run` blocks until ``stop`` is set or an error occurs. Use an instance only once.
+    """Runs the router of one process. `run` blocks until ``stop`` is set or an error occurs. Use an instance only once.
 
     Raises `ConfigError` if the app has no handlers, or if its events need a Schema Registry and none is set.
     """

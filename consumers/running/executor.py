@@ -1,4 +1,4 @@
-"""Run the code of jobs, coroutines on the event loop and plain functions in a pool of threads.
+"""Runs the code of jobs, coroutines on the event loop and plain functions in a pool of threads.
 
 `Placement` decides where and when a job's code runs; this module handles one job at a time, and passes what the code
 returned or raised to `Recorder`.
@@ -28,7 +28,7 @@ _monotonic = time.monotonic
 
 
 class Executor:
-    """Run the code of a `JobRun`, record what it returns or raises, and report that the job has ended."""
+    """Runs the code of a `JobRun`, records what it returns or raises, and reports that the job has ended."""
 
     def __init__(self, recorder: Recorder, running: RunningJobs, reports: Reports) -> None:
         self._recorder, self._running, self._reports = recorder, running, reports

@@ -1,4 +1,4 @@
-"""Call the middleware hooks `retry` and `failure` after an attempt's outcome was sent to the log.
+"""Calls the middleware hooks `retry` and `failure` after an attempt's outcome was sent to the log.
 
 Plain hooks run in one separate thread, so that a slow hook delays no job. Coroutine hooks run on the worker's event
 loop. An error that a hook raises is logged and does not change the outcome. The worker does not wait for hooks that
@@ -32,7 +32,7 @@ MOST = 10_000
 
 
 class HookRunner(threading.Thread):
-    """Call the hooks ``retry(job, error, delay)`` and ``failure(job, error)``.
+    """Calls the hooks ``retry(job, error, delay)`` and ``failure(job, error)``.
 
     ``error`` is the exception of the attempt. If only the text of an error is known (the job ran in a child process,
     was never started, or its result cannot be written), ``error`` is a `JobFailed` with that text. ``delay``: seconds

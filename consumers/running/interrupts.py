@@ -1,4 +1,4 @@
-"""Interrupt a job's function that runs in a thread, by raising an exception inside the function.
+"""Interrupts a job's function that runs in a thread, by raising an exception inside the function.
 
 Python raises the exception at the next bytecode that the thread executes. Code that waits in a call outside of Python
 (a `time.sleep`, a socket, a C library) receives the exception when that call returns. Only `isolation="process"` can
@@ -25,7 +25,7 @@ _raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
 
 
 class _Awaited:
-    """Run on the event loop an awaitable that a function in a thread returned."""
+    """Runs on the event loop an awaitable that a function in a thread returned."""
 
     def __init__(self, awaitable: Awaitable[Any]) -> None:
         self._awaitable = awaitable
@@ -66,7 +66,7 @@ AWAITED: CodeType = _Awaited._run.__code__
 
 
 class Interrupts:
-    """Track which thread runs which job's code, and interrupt that code. An attempt is interrupted at most once."""
+    """Tracks which thread runs which job's code, and interrupts that code. An attempt is interrupted at most once."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

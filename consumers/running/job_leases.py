@@ -1,4 +1,4 @@
-"""Take and renew the leases of long jobs, so that long jobs do not block their partition while they run.
+"""Takes and renews the leases of long jobs, so that long jobs do not block their partition while they run.
 
 `JobLeased` (lifecycle) and `Leased` (coordination) are acknowledged before the code runs; then the work record is done,
 and the job does not depend on the partition. The lease is renewed until the job's outcome for the coordinator is
@@ -36,8 +36,8 @@ _monotonic = time.monotonic
 
 
 class JobLeases:
-    """Hold the leases of one worker. What becomes of a leased job goes to ``recorder``, and what the dispatcher must do
-    to ``reports``."""
+    """Holds the leases of one worker. It passes outcomes to ``recorder``, and requests to the dispatcher to
+    ``reports``."""
 
     def __init__(self, sender: WorkerProducer, recorder: Recorder, reports: Reports) -> None:
         self._facts, self._names, self._sender = recorder.facts, recorder.facts.names, sender

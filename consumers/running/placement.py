@@ -1,4 +1,4 @@
-"""Run a job's code on the event loop, in a thread or in a child process, and isolate jobs that may end a process.
+"""Runs a job's code on the event loop, in a thread or in a child process, and isolates jobs that may end a process.
 
 A job that may have ended a process is a *suspect*. The next `JobStarted` of a suspect is acknowledged before its code
 runs, and the code runs in a child process whose end this worker sees. After `CRASHES` starts without an outcome, the
@@ -51,7 +51,7 @@ _monotonic = time.monotonic
 
 
 class Placement:
-    """Run begun jobs on the event loop, in threads or in child processes, and end them. On the event loop.
+    """Runs begun jobs on the event loop, in threads or in child processes, and ends them. On the event loop.
 
     ``children``: the settings of the child processes; None if the app cannot have child processes.
 
@@ -87,7 +87,7 @@ class Placement:
         """Return the slots in which the job's code must run. None: the code runs on the event loop, which has no limit
         of its own."""
         if work.suspect and self._usable:
-            return self._alone if work.takeover >= ALONE_FROM else self._suspects
+            return self._alone if work.starts_before >= ALONE_FROM else self._suspects
         return runtime.slots
 
     def crashed(self, starts: int) -> Failed | None:
@@ -252,13 +252,13 @@ class Placement:
         event, runtime = work.event, work.runtime
         assert event is not None
         assert runtime is not None
-        work.takeover += blamed
+        work.starts_before += blamed
         if work.abandoned:
             self._reports.ended(work)
         elif work.stop_outcome is not None:
             self._recorder.close_with(work, work.stop_outcome)
             self._reports.ended(work)
-        elif blamed and work.takeover >= CRASHES:
+        elif blamed and work.starts_before >= CRASHES:
             self._recorder.close_with(work, Failed("crashed", error))
             self._reports.ended(work)
         elif runtime.slots is self._processes and not self._usable:
@@ -267,7 +267,7 @@ class Placement:
             if not self._usable:
                 self._move(work, runtime.slots)  # the task's usual slots; a worker with isolated tasks stops
             work.suspect = work.waiting = True
-            starts = work.takeover + (not blamed)
+            starts = work.starts_before + (not blamed)
             text = f"job {event.job_id} ({event.task}), started {counted(starts, 'time')}, is started again: {error.message}"
             self._start_again(text, work)
 
@@ -278,7 +278,7 @@ class Placement:
             LOG.warning("%s", text)
             work.began = _monotonic()
             work.context = context_of(work)
-            self._running.started += 1
+            self._running.begun += 1
             try:
                 self.begin_code(work, now_us())
             finally:

@@ -1,4 +1,4 @@
-"""Judge work records: a job to run, a job that is done or known already, a record that is not a job, or a record that
+"""Judges work records: a job to run, a job that is done or known already, a record that is not a job, or a record that
 this worker cannot judge.
 
 Runs on the event loop; only `SchemaResolver` has a thread. Before anything else is done with a message, the partition's
@@ -58,7 +58,7 @@ _OWN = codec.MAGIC + codec.FINGERPRINT
 
 @dataclass(slots=True)
 class Counts:
-    """Count the records that were taken and whose jobs were not run, for metrics and the health report."""
+    """Counts the records that were taken and whose jobs were not run, for metrics and the health report."""
 
     duplicates: int = 0
     found_closed: int = 0
@@ -66,7 +66,7 @@ class Counts:
 
 
 class Admission:
-    """Judge records, and pass their jobs to `Starter` or to a wait queue. What needs no run goes to `Recorder`."""
+    """Judges records, and passes their jobs to `Starter` or to a wait queue. What needs no run goes to `Recorder`."""
 
     def __init__(
         self,
@@ -198,7 +198,7 @@ class Admission:
         if prior.scanned_to:
             _note_starts(work, prior.starts.pop(key, 0))
         if spec.tags and (crashes := crashes_of(spec.tags)):
-            work.takeover += crashes
+            work.starts_before += crashes
             work.suspect = True
         runtime = work.runtime = self._runtimes.get(event.task)
         lane = self._by_topic[partition.topic]
@@ -209,7 +209,7 @@ class Admission:
             return
         if not self._recorder.takes_arguments(work):
             return
-        if work.takeover and (crashed := self._placement.crashed(work.takeover)) is not None:
+        if work.starts_before and (crashed := self._placement.crashed(work.starts_before)) is not None:
             self._recorder.close_with(work, crashed)
             return
         if runtime is None:
@@ -308,7 +308,7 @@ class Admission:
 def _why_no_job(event: JobEvent) -> str:
     """Return why an event on a work topic is not a job."""
     if isinstance(event.fact, JobSubmitted) and (event.fact.delay_ms is not None or event.fact.due_at is not None):
-        return "a conditioned JobSubmitted does not belong on a work topic"
+        return "a JobSubmitted with a delay or a due time does not belong on a work topic"
     if not isinstance(event.fact, JobSubmitted | JobDue):
         return f"a {fact_name(event.fact)} does not belong on a work topic"
     return "it names no job"
@@ -318,7 +318,7 @@ def _note_starts(work: JobRun, starts: int) -> None:
     """Note what the takeover's scan found about a job: how often its release was started without an outcome (``starts``), and
     whether it may have ended the last owner."""
     partition, offset = work.partition, work.offset
-    work.takeover = starts
+    work.starts_before = starts
     work.suspect = starts > 0 or offset < partition.prior.suspect_below
     if starts and partition.offsets is not None:
         with partition.lock:  # the next owner must find these starts until a new start counts them

@@ -1,4 +1,4 @@
-"""Read the control commands in force: cancels, pauses, limits.
+"""Reads the control commands in force: cancels, pauses, limits.
 
 The control topic is compacted, so a reader rebuilds the commands in force from it. The topic is read to its end before
 the worker starts any job, and is read continuously after that. So a command also holds for workers that were down when
@@ -32,7 +32,7 @@ POLL_S = 0.5
 
 
 class Control:
-    """Hold the control commands in force. ``cancels``: by (job id, run). ``paused``: texts that name who paused, and
+    """Holds the control commands in force. ``cancels``: by (job id, run). ``paused``: texts that name who paused, and
     why; ``limits``: the limits set at run time; both by (``queue`` or ``task``, name)."""
 
     def __init__(self) -> None:
@@ -82,9 +82,9 @@ class Control:
 
 
 class ControlReader(threading.Thread):
-    """Update a `Control` from the control topic. ``cancelled(job, run, order)``: a cancel was read that came after the
-    records that the topic had at the start. ``regated()``: pauses or limits have changed. Both are called in this
-    thread. ``fail(error)``: stop the worker."""
+    """Updates a `Control` from the control topic. ``cancelled(job, run, cancel)``: a cancel was read that came after
+    the records that the topic had at the start. ``regated()``: pauses or limits have changed. Both are called in this
+    thread. ``fail(error)``: stops the worker."""
 
     def __init__(
         self,
@@ -177,6 +177,6 @@ class ControlReader(threading.Thread):
         if changed == "gates":
             self._regated()
         elif isinstance(changed, tuple):
-            order = self.control.cancels.get(changed)
-            if order is not None and self.live.is_set():
-                self._cancelled(*changed, order)
+            cancel = self.control.cancels.get(changed)
+            if cancel is not None and self.live.is_set():
+                self._cancelled(*changed, cancel)

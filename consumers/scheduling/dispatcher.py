@@ -1,5 +1,5 @@
-"""Take raw messages from the partitions in turn, begin jobs as long as the worker has free slots, and act on what the
-other parts of the worker report.
+"""Takes raw messages from the partitions in turn, begins jobs as long as the worker has free slots, and acts on what
+the other parts of the worker report.
 
 Runs on the event loop, except where a docstring names another thread. `Admission` judges the records, `WaitQueues`
 holds the jobs that wait, and `Starter` begins jobs.
@@ -57,7 +57,7 @@ def may_be_unsent(begun: int, age: float) -> int:
 
 
 class Dispatcher:
-    """Start jobs while slots are free, and act on what the other parts report (`Reports`).
+    """Starts jobs while slots are free, and acts on what the other parts report (`Reports`).
 
     ``waiting_limit``: how many jobs of a lane may wait for a slot of one kind before no more records of the lane are
     taken; it is one for lanes of a queue with priorities.
@@ -240,7 +240,7 @@ class Dispatcher:
 
     def _take_turns(self, budget: int) -> int:
         # A worker that has just started begins jobs no faster than its records are acknowledged.
-        began, now = self._running.started, _monotonic()
+        began, now = self._running.begun, _monotonic()
         if not began:
             self._first_at = now
         room = may_be_unsent(began, now - self._first_at) - self._sender.unacknowledged

@@ -1,4 +1,4 @@
-"""Decide which wait queue of a lane, and which lane of a worker, is next. No Kafka, one thread.
+"""Decides which wait queue of a lane, and which lane of a worker, is next. No Kafka, one thread.
 
 Most jobs wait in no wait queue: their record is taken from its partition, and the job is started. A job joins a wait
 queue only if another job of its key runs, its tenant's turn has not come, or a gate is closed. Among lanes, the next
@@ -110,7 +110,7 @@ class Lane:
 
 
 class Turns:
-    """Choose the lane that gets the next start."""
+    """Chooses the lane that gets the next start."""
 
     def __init__(self) -> None:
         self._passed = 0.0
@@ -179,8 +179,8 @@ class Lanes:
         """Apply the pauses and limits that the control commands in force set."""
         for name, limiter in self.limiters.items():
             limiter.paused = control.paused.get(("queue", name))
-            limiter.order(control.limits.get(("queue", name)))
+            limiter.override(control.limits.get(("queue", name)))
         for runtime in self._tasks.runtimes.values():
             runtime.limiter.paused = control.paused.get(("task", runtime.name))
-            runtime.limiter.order(control.limits.get(("task", runtime.name)))
+            runtime.limiter.override(control.limits.get(("task", runtime.name)))
             runtime.regate()

@@ -1,4 +1,4 @@
-"""Decode records whose schema must be looked up. A separate thread does this, because a lookup may wait for
+"""Decodes records whose schema must be looked up. A separate thread does this, because a lookup may wait for
 the broker."""
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def read(decoder: Decoder, value: object) -> Read:
 
 
 class SchemaResolver(threading.Thread):
-    """Decode records in the order of the calls of `put`. ``on_resolved`` is called in this thread with each record and
-    the value that `read` returned for it. ``fail``: stop the worker, because the lookup of a schema failed."""
+    """Decodes records in the order of the calls of `put`. ``on_resolved`` is called in this thread with each record and
+    the value that `read` returned for it. ``fail``: stops the worker, because the lookup of a schema failed."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class SchemaResolver(threading.Thread):
         on_resolved: Callable[[Partition, Message, Read, bool], None],
         fail: Callable[[JobledgerError], None],
     ) -> None:
-        super().__init__(name="jobledger-aside", daemon=True)
+        super().__init__(name="jobledger-schemas", daemon=True)
         self._decoder, self._on_resolved, self._fail = decoder, on_resolved, fail
         self._todo: queue.SimpleQueue[tuple[Partition, Message, bool] | None] = queue.SimpleQueue()
 

@@ -1,4 +1,4 @@
-"""Keep jobs that wait for a slot where their code runs: a thread or a child process.
+"""Keeps jobs that wait for a slot where their code runs: a thread or a child process.
 
 Runs on the event loop. A job waits here if it may start and has no key and no tenant; jobs with a key or a tenant wait
 in their wait queues until a slot is free. While a job waits, it may be cancelled or expire, its queue or task may be paused, and other jobs
@@ -20,7 +20,7 @@ _monotonic = time.monotonic
 
 
 class SlotQueues:
-    """Begin the jobs of `Lane.waiting` when slots are free."""
+    """Begins the jobs of `Lane.waiting` when slots are free."""
 
     def __init__(
         self, starter: Starter, placement: Placement, recorder: Recorder, lanes: Lanes, wait_queues: WaitQueues

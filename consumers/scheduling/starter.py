@@ -1,4 +1,4 @@
-"""Begin jobs: when a slot is free where a job's code runs, count the job, and let `Placement` run its code.
+"""Begins jobs: when a slot is free where a job's code runs, counts the job, and lets `Placement` run its code.
 
 Runs on the event loop. `Dispatcher`, `Admission`, `WaitQueues` and `SlotQueues` decide which jobs may begin, and in
 which order.
@@ -27,8 +27,8 @@ _monotonic = time.monotonic
 
 
 class Starter:
-    """Begin jobs that the caller has found ready to start. ``clock_ms``: the time of the broker's clock minus the time of this
-    machine's clock, in ms."""
+    """Begins jobs that the caller has found ready to start. ``clock_ms``: the time of the broker's clock minus the
+    time of this machine's clock, in ms."""
 
     def __init__(
         self,
@@ -100,7 +100,7 @@ class Starter:
         if partition.offsets is not None:
             with partition.lock:
                 partition.offsets.begin(work.offset)
-        self.running.started += 1
+        self.running.begun += 1
         runtime.started += 1
         self._running[work] = None
         if runtime.task.policy.long:

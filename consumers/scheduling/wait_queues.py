@@ -1,4 +1,4 @@
-"""Keep jobs in wait queues: a job waits for earlier jobs of its key, for its tenant's turn, or for a gate to open.
+"""Keeps jobs in wait queues: a job waits for earlier jobs of its key, for its tenant's turn, or for a gate to open.
 
 Runs on the event loop. All jobs of a wait queue belong to one partition. The records of these jobs are received, and
 the jobs are not begun, so the partition's next owner gets all of them.
@@ -44,7 +44,7 @@ class Lookahead:
 
 
 class WaitQueues:
-    """Hold the wait queues of this worker's partitions.
+    """Holds the wait queues of this worker's partitions.
 
     The worker continues to read a partition even if its wait queues are long, because the first job of another key may
     be behind a hundred thousand jobs of one key. While many jobs of a partition wait (`crowded`), a new job that must
@@ -261,8 +261,8 @@ class WaitQueues:
             work.wait_queue, work.waiting, unread = wait_queue, True, True
         runtime = work.runtime
         ended = self._starter.refused(work)
-        if ended is None and wait_queue.serial and work.takeover:
-            ended = self._placement.crashed(work.takeover)
+        if ended is None and wait_queue.serial and work.starts_before:
+            ended = self._placement.crashed(work.starts_before)
         if ended is None and runtime is not None:
             gate = self._keeping(runtime, self._placement.slots_of(work, runtime), now)
             if gate is not None and not _joins_slot_queue(lane, wait_queue, gate):
@@ -397,7 +397,7 @@ class WaitQueues:
         if (early := due - _monotonic()) > 0:  # the loop's timers count whole milliseconds
             self._reports.calls.later(early, self._again, work, wait_queue, due)
             return
-        work.outcome, work.takeover, work.suspect, work.slots, work.timer = None, 0, False, None, None
+        work.outcome, work.starts_before, work.suspect, work.slots, work.timer = None, 0, False, None, None
         work.interrupted = None  # each attempt has its own time limit
         wait_queue.works.appendleft(work)
         partition.backlog.count += 1

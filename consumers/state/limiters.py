@@ -1,5 +1,5 @@
 """Decides how many jobs may begin now, by limits for all workers, pauses, adaptive concurrency and circuit breakers.
-Pure, on one thread.
+Uses no clock, client or lock; runs on one thread.
 
 A gate returns how many more jobs may begin (`free`), counts each job that begins or ends, and returns when to ask again
 (`wait`). Limits hold for all workers together without a common counter: each partition number of a queue carries a
@@ -53,8 +53,7 @@ class Gate(Protocol):
         ...
 
     def passes_in(self, waiting: int) -> float:
-        """Estimate the seconds until ``waiting`` jobs have passed the gate. Jobs are given back to the coordinator for
-        about that time."""
+        """Estimate the seconds until ``waiting`` jobs have passed the gate. Jobs are snoozed for about that time."""
         ...
 
 
@@ -72,8 +71,8 @@ def share_of(limit: int, owned: Iterable[int], total: int) -> int:
 
 
 class Limiter:
-    """The limits and the pause of a queue or a task. ``declared``: the limits in the app's code. ``ordered``: the
-    limits that were set at run time."""
+    """The limits and the pause of a queue or a task. ``declared``: the limits in the app's code. ``overridden``: the
+    limits that were set at run time; None: none were set."""
 
     __slots__ = (
         "_filled_at",
@@ -83,7 +82,7 @@ class Limiter:
         "_total",
         "declared",
         "name",
-        "ordered",
+        "overridden",
         "parked",
         "paused",
         "rate",
@@ -93,7 +92,7 @@ class Limiter:
 
     def __init__(self, name: str, declared: Limits) -> None:
         self.name, self.declared = name, declared
-        self.ordered: Limits | None = None
+        self.overridden: Limits | None = None
         self.paused: str | None = None  # by whom it was paused, and why
         self.parked: deque[Any] = deque()
         self.running = 0
@@ -107,16 +106,16 @@ class Limiter:
     @property
     def limits(self) -> Limits:
         """The limits in force, for all workers together."""
-        return self.declared if self.ordered is None else self.ordered
+        return self.declared if self.overridden is None else self.overridden
 
     @property
     def active(self) -> bool:
         """Whether this gate can hold jobs back at all: it is paused or has a limit."""
         return self.paused is not None or self._limited
 
-    def order(self, limits: Limits | None) -> None:
+    def override(self, limits: Limits | None) -> None:
         """Replace the declared limits from now on; None: use the declared limits again."""
-        self.ordered = limits
+        self.overridden = limits
         self._divide()
 
     def own(self, owned: Iterable[int], total: int) -> None:

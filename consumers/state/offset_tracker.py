@@ -217,7 +217,8 @@ class PartitionOffsets:
 
     @property
     def floor(self) -> int:
-        """The lowest lifecycle offset that an outcome that is not in the map, or the start of a running job, can have.
+        """The takeover floor. Every outcome that is missing in the map, and every start of a running job, is at this
+        lifecycle offset or above.
 
         Facts in flight are appended after every acknowledged outcome, because one idempotent producer writes a
         partition in order. Starts that lie too far back (`SCAN_MOST`) are not counted.

@@ -13,24 +13,24 @@ class RunningJobs:
     """All jobs that were begun, in `jobs`, until the dispatcher has handled their end. At most ``concurrency`` jobs run
     at once.
 
-    ``accepting``: whether jobs may begin; False when the worker stops. ``started``: how many attempts were begun; a
+    ``accepting``: whether jobs may begin; False when the worker stops. ``begun``: how many attempts were begun; a
     long job counts when its lease is requested.
     """
 
-    __slots__ = ("accepting", "concurrency", "jobs", "started")
+    __slots__ = ("accepting", "begun", "concurrency", "jobs")
 
     def __init__(self, concurrency: int) -> None:
         self.concurrency = concurrency
         self.jobs: dict[JobRun, None] = {}
         self.accepting = True
-        self.started = 0
+        self.begun = 0
 
     def ours(self, work: JobRun) -> bool:
         """Return whether this worker should still run a job that is counted as running.
 
         A suspect belongs to the next owner as soon as its partition is given up or stopped, or the worker takes no more
-        jobs. In these cases the worker waits for all other jobs, so such a job stays this worker's until the partition
-        is gone. A long job is this worker's while its lease is valid.
+        jobs. A long job is this worker's while its lease is valid. Any other job stays this worker's until the partition
+        is gone, because the worker waits for it at a handover.
         """
         partition = work.partition
         if work.suspect and not self.accepting:

@@ -85,8 +85,8 @@ class WaitQueue:
     """Jobs of one partition that wait, in order.
 
     ``serial``: the jobs of this wait queue run one at a time. ``busy``: a job of this serial wait queue runs, waits for
-    its next attempt, or waits until the last fact of its attempt is acknowledged. ``over``: how many of two events have
-    happened for that job: its slot is free; the last fact of its attempt is acknowledged.
+    its next attempt, or waits until the last fact of its attempt is acknowledged. ``over``: 0, 1 or 2. It counts two events
+    of that job: its slot became free, and the last fact of its attempt was acknowledged.
 
     ``tenant``: this wait queue takes turns with the wait queues of other tenants; "" if the job queue has no tenants.
     ``queued``: this wait queue is in the turns of its lane, or waits at a gate.
@@ -103,7 +103,8 @@ class WaitQueue:
 
 
 class Backlog:
-    """The jobs of one partition that wait in wait queues.
+    """The jobs of one partition that wait in wait queues. Not the backlog of the log, which is the records that are not
+    done yet.
 
     ``wait_queues``: by (kind, name, …). ``count``: the number of waiting jobs; ``parked``: how many of them are parked
     records; ``parked_bytes``: the memory that the parked records take. ``full``: so many jobs wait that no more records
@@ -256,8 +257,8 @@ class JobLease:
 
 
 class JobRun:
-    """One work record, from the moment when it is taken up until it is done; for a long job, until its outcome is
-    acknowledged."""
+    """One release of a job in this worker (not a *run* of the glossary): its work record, from the moment when it is
+    taken up until it is done; for a long job, until its outcome is acknowledged."""
 
     __slots__ = (
         "abandoned",
@@ -288,9 +289,9 @@ class JobRun:
         "send_progress",
         "shortened",
         "slots",
+        "starts_before",
         "stop_outcome",
         "suspect",
-        "takeover",
         "timer",
         "tries",
         "unsent",
@@ -304,7 +305,7 @@ class JobRun:
         self.derived: Sequence[Outgoing] = ()  # records to send once the closing fact is acknowledged
         self.tries = 0
         # Starts without an outcome: those in the log and in the job's tags, and deaths of the job's process here.
-        self.takeover = 0
+        self.starts_before = 0
         self.suspect = False  # may have ended a process: runs in a child process, after its start is acknowledged
         self.slots: Slots | None = None  # the slots that count the job while it runs
         self.timer: asyncio.TimerHandle | None = None  # for the timeout of a job in a thread

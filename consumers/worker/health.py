@@ -39,8 +39,8 @@ def health_of(worker: Parts) -> dict[str, Any]:
         parts = fetcher.owned()
         reasons += [p.stopped for p in parts if p.stopped is not None]
         if fetcher.error is not None:
-            reasons.append(f"queue {fetcher.queue}: {fetcher.error}")
-        queues[fetcher.queue] = {
+            reasons.append(f"lane {fetcher.lane}: {fetcher.error}")
+        queues[fetcher.lane] = {
             "partitions": [p.number for p in parts],
             "ready": sum(p.ready for p in parts),
             "held": fetcher.held,
@@ -51,7 +51,7 @@ def health_of(worker: Parts) -> dict[str, Any]:
         silent = time.monotonic() - fetcher.lease.until
         if fetcher.lease.wanted and silent > 1.0:
             reasons.append(
-                f"queue {fetcher.queue}: the group coordinator has not confirmed this worker for "
+                f"lane {fetcher.lane}: the group coordinator has not confirmed this worker for "
                 f"{silent + fetcher.lease.seconds:.0f} s, so nothing is begun"
             )
         if fetcher.committer.last_error is not None:
@@ -68,7 +68,7 @@ def health_of(worker: Parts) -> dict[str, Any]:
         "queues": queues,
         "running": len(dispatcher.running),
         "unacknowledged": worker.unacknowledged,
-        "started": dispatcher.pipe.running.started,
+        "started": dispatcher.pipe.running.begun,
         "children": _children(worker.children),
         "leases": worker.leases,
         **{

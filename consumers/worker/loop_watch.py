@@ -86,9 +86,9 @@ class LoopWatch(threading.Thread):
     def _beat(self) -> None:
         self._beats += 1
         self._executor.due = None  # the code returned control
-        started = self._jobs.started
-        self._quiet = self._quiet + 1 if started == self._begun and not self._jobs.jobs else 0
-        self._begun = started
+        begun = self._jobs.begun
+        self._quiet = self._quiet + 1 if begun == self._begun and not self._jobs.jobs else 0
+        self._begun = begun
         self._garbage.look(idle=self._quiet >= IDLE_BEATS)
         if not self._closed.is_set():
             self._timer = self._loop.call_later(BEAT_S, self._beat)

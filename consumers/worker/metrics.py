@@ -1,7 +1,7 @@
 """Exports a worker's metrics for Prometheus. The worker keeps plain counts; each scrape converts them to metrics.
 
 For each job, metrics cost only the counts, and a `bisect` over `WAIT_BOUNDS_MS` and `RUN_BOUNDS_S` (in `starter` and
-`executor`). `WorkerMetrics.collect` runs in the scrape's thread and reads values that other threads write: each value
+`recorder`). `WorkerMetrics.collect` runs in the scrape's thread and reads values that other threads write: each value
 is correct by itself, but the values may be of different moments.
 """
 
@@ -118,7 +118,7 @@ class WorkerMetrics(Collector):
         runs = HistogramMetricFamily(f"{PREFIX}run_seconds", "How long attempts ran", labels=labels)
         blocked = CounterMetricFamily(
             f"{PREFIX}loop_blocked",
-            "Times that code held the event loop up for a second or more, by the task whose it was",
+            "Times that code held the event loop up for a second or more, by task",
             labels=labels,
         )
         if self._worker.watch is not None:
@@ -229,7 +229,7 @@ class WorkerMetrics(Collector):
             f"{PREFIX}limit_concurrency", "Jobs at once for all workers, where that is limited", labels=labels
         )
         adaptive = GaugeMetricFamily(
-            f"{PREFIX}adaptive_limit", "Jobs at once here, by how what the task calls answers", labels=["task"]
+            f"{PREFIX}adaptive_limit", "Concurrency that `adaptive` allows now in this worker", labels=["task"]
         )
         is_open = GaugeMetricFamily(f"{PREFIX}circuit_open", "1 while a task's circuit is open", labels=["task"])
         trips = CounterMetricFamily(f"{PREFIX}circuit_trips", "Times that a task's circuit opened", labels=["task"])
@@ -258,11 +258,9 @@ class WorkerMetrics(Collector):
         leases = self._worker.leases
         held, lost = (0, 0) if leases is None else (leases.count, leases.lost)
         yield GaugeMetricFamily(f"{PREFIX}leases", "Long jobs that this worker has on a lease", value=held)
-        yield CounterMetricFamily(f"{PREFIX}leases_lost", "Leases that were over before their jobs were", value=lost)
-        yield GaugeMetricFamily(f"{PREFIX}children", "Child processes there are", value=count)
-        yield CounterMetricFamily(
-            f"{PREFIX}child_deaths", "Children that ended by themselves, of their job", value=died
-        )
+        yield CounterMetricFamily(f"{PREFIX}leases_lost", "Leases that ran out before their jobs ended", value=lost)
+        yield GaugeMetricFamily(f"{PREFIX}children", "Child processes", value=count)
+        yield CounterMetricFamily(f"{PREFIX}child_deaths", "Child processes that died while a job ran", value=died)
         yield CounterMetricFamily(
             f"{PREFIX}child_kills", "Children that were ended, for time, memory or a cancel", value=killed
         )

@@ -2,7 +2,7 @@
 
 A work record passes through `Fetcher` (one thread for each lane), the parts of `Pipe` (event loop, job threads), and
 `AckTracker` (one thread). To stop, a worker takes no more jobs, waits for running jobs within the grace time,
-flushes its producer, commits its partitions as clean, and leaves its groups.
+flushes its producer, commits its partitions (as clean, if none of their jobs is under way), and leaves its groups.
 """
 
 from __future__ import annotations

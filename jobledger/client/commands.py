@@ -139,13 +139,13 @@ class Commands:
 
     def pause(self, kind: Kind, name: str, reason: str | None = None, by: str | None = None) -> None:
         """Start no more jobs of a queue or task; running jobs continue. Raises as `cancel` does."""
-        self._order(
+        self._send(
             f"pause:{kind}:{name}", kind, name, QueuePaused(check_text("by", by or who(), BY_MOST), _reason(reason))
         )
 
     def resume(self, kind: Kind, name: str, reason: str | None = None, by: str | None = None) -> None:
         """End a pause. Raises as `cancel` does."""
-        self._order(
+        self._send(
             f"pause:{kind}:{name}", kind, name, QueueResumed(check_text("by", by or who(), BY_MOST), _reason(reason))
         )
 
@@ -156,9 +156,9 @@ class Commands:
         again. Raises as `cancel` does."""
         wanted = limits or Limits()
         fact = QueueLimited(wanted.rate, wanted.concurrency, check_text("by", by or who(), BY_MOST), _reason(reason))
-        self._order(f"limit:{kind}:{name}", kind, name, fact)
+        self._send(f"limit:{kind}:{name}", kind, name, fact)
 
-    def _order(self, key: str, kind: Kind, name: str, fact: QueuePaused | QueueResumed | QueueLimited) -> None:
+    def _send(self, key: str, kind: Kind, name: str, fact: QueuePaused | QueueResumed | QueueLimited) -> None:
         task, queue = (name, "") if kind == "task" else ("", name)
         event = standalone(fact, str(uuid_utils.uuid7()), now_us(), source("client"), task=task, queue=queue)
         self._writer().send([Outgoing(self._names.control, codec.encode(event), key)])

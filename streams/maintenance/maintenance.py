@@ -2,8 +2,8 @@
 cancels.
 
 * The **watchdog** finds jobs that are due and were not released, and asks the coordinator to check them
-  (`ReleaseOverdue`); the coordinator decides. The watchdog acts only when the table is live: when it includes every
-  record below high watermarks that were read after the job was overdue.
+  (`ReleaseOverdue`); the coordinator decides. The watchdog first reads the ends of the topics. It acts only if the
+  status table reaches these ends.
 * The **audit** counts work records below a worker group's committed offset that no fact closes. The count must be 0.
 * **Trimming** deletes records past the retention age that every reader has read (`jobledger.streams.maintenance.trim`).
   Readers are workers, the coordinator, the status table, projections of facts in the same database, and the groups of
@@ -95,8 +95,8 @@ UNFINISHED_MOST = 10_000
 @dataclass(frozen=True, slots=True)
 class Cadence:
     """Times in seconds. ``…_every``: between two rounds. ``overdue_after``: how late a release may be before the
-    watchdog asks the coordinator. ``patience``: how long to wait until the table is live. ``retention``: age of records
-    to delete."""
+    watchdog asks the coordinator. ``patience``: how long to wait until the table is current. ``retention``: age of
+    records to delete."""
 
     watch_every: float = 10.0
     audit_every: float = 15.0
@@ -238,7 +238,7 @@ class Maintenance:
 
     def audit(self) -> int | None:
         """Return the number of work records below a committed offset that no fact closes; None if the table is not
-        live."""
+        current."""
         bases = {
             position: c.base
             for position, c in group_offsets.worker_commits(self.settings, self.names, self.queues).items()
@@ -287,8 +287,8 @@ class Maintenance:
         if not aged:
             return {}
         # Get the readers' offsets before the unfinished jobs: a job that the table reads in between would otherwise be
-        # missed. Wait until the table is live: a job that is unfinished in an outdated table may have ended, and would
-        # run again if its submission were sent again.
+        # missed. Wait until the table is current: a job that is unfinished in an outdated table may have ended, and
+        # would run again if its submission were sent again.
         done = self._done(aged, starts, commits)
         readers = Readers.least(aged, self._reader.offsets(), done, *self._followers(aged))
         if not self._table_is_current(self._topics()):

@@ -36,7 +36,7 @@ DEV, STREAMS = "jobledger dev shop:app", "jobledger streams shop:app"
 #: Commands that run until they are stopped, by their first words. For each: the texts of a line that shows that the
 #: command is ready.
 LONG_RUNNING: Mapping[str, Sequence[Sequence[str]]] = {
-    "jobledger dev": [("worker ", "queue mail: assigned"), ("materializer ", "writing the status table")],
+    "jobledger dev": [("worker ", "lane mail: assigned"), ("materializer ", "writing the status table")],
     "jobledger worker": [("worker-1 ", "serves mail"), ("worker-2 ", "serves mail")],
     "jobledger streams": [("materializer ", "writing the status table")],
     "jobledger events tail": [("JobSubmitted",)],

@@ -233,7 +233,13 @@ def test_a_job_that_ends_the_event_loop_closes_no_other_job(broker: str, namespa
     with pytest.raises(JobledgerError, match="event loop was ended from within"):
         first_worker()
     assert closings(app) == {}
-    left = {"jobledger-fetch-default", "jobledger-settle", "jobledger-takeover", "jobledger-control", "jobledger-aside"}
+    left = {
+        "jobledger-fetch-default",
+        "jobledger-ack-tracker",
+        "jobledger-takeover",
+        "jobledger-control",
+        "jobledger-schemas",
+    }
     until(lambda: not left & {t.name for t in threading.enumerate()}, 20.0, "the end of the worker's threads")
     first_ended.set()
     with working(app) as second:

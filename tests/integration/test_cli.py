@@ -222,7 +222,7 @@ def test_a_jobs_life_from_the_command_line(shop: Shop) -> None:
     made = shop.json("topics", "apply", shop.target, "--yes")
     assert made["applied"] > 0
     streams, worker = shop.start("streams", shop.target), shop.start("worker", shop.target, "--grace", "1")
-    worker.wait_for_line("queue mail: assigned")
+    worker.wait_for_line("lane mail: assigned")
     streams.wait_for_line("materializer", "writing the status table")
 
     # jobs that succeed
@@ -315,7 +315,7 @@ def test_jobs_are_cancelled_by_id_and_by_their_properties(shop: Shop, monkeypatc
     command reports arguments that are no job, have ended or match nothing, and cancels nothing without an agreement."""
     shop.json("topics", "apply", shop.target, "--yes")
     streams, worker = shop.start("streams", shop.target), shop.start("worker", shop.target, "--grace", "1")
-    worker.wait_for_line("queue default: assigned")
+    worker.wait_for_line("lane default: assigned")
     streams.wait_for_line("materializer", "writing the status table")
 
     def submitted(*words: str) -> str:
@@ -406,7 +406,7 @@ def test_jobs_are_listed_and_shown_with_their_arguments(shop: Shop) -> None:
     job."""
     shop.json("topics", "apply", shop.target, "--yes")
     streams, worker = shop.start("streams", shop.target), shop.start("worker", shop.target, "--grace", "1")
-    worker.wait_for_line("queue mail: assigned")
+    worker.wait_for_line("lane mail: assigned")
     streams.wait_for_line("materializer", "writing the status table")
     tags = ["--tag", "tenant=acme", "--tag", "kind=note"]
     noted = shop.json("submit", shop.target, "send_mail", "to=a@example.org", *tags, "--wait")["job_id"]
@@ -570,7 +570,7 @@ def test_dev_runs_everything_and_reloads_on_change(shop: Shop) -> None:
     exit code 0."""
     dev = shop.start("dev", shop.target)
     dev.wait_for_line("dev", "topics created")
-    dev.wait_for_line("worker", "queue mail: assigned")
+    dev.wait_for_line("worker", "lane mail: assigned")
     dev.wait_for_line("materializer", "writing the status table")
     dev.wait_for_line("dev", "watching")
     assert shop.json("submit", shop.target, "add", "a=1", "--wait")["result"] == 2
@@ -581,7 +581,7 @@ def test_dev_runs_everything_and_reloads_on_change(shop: Shop) -> None:
     dev.wait_for_line("dev", "the old code keeps running")
     shop.source.write_text(good.replace("return a + b", "return (a + b) * 100") + NEW_TASK)
     dev.wait_for_line("dev", "restarting worker")
-    dev.wait_for_line("worker", "queue new: assigned")
+    dev.wait_for_line("worker", "lane new: assigned")
     assert shop.json("submit", shop.target, "add", "a=1", "--wait")["result"] == 200
     # In a new process, because this one has the old module.
     code, out, err = shop.run("submit", shop.target, "fresh", "--wait", "--json")

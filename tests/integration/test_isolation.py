@@ -260,8 +260,8 @@ def test_child_processes_are_replaced(app: App) -> None:
         pids = {result_of(app, h.job_id)["pid"] for h in many}
         assert len(pids) == 4
         me = psutil.Process()
-        nursery = next(p for p in me.children() if "jobledger.cli.nursery" in p.cmdline())
-        nursery.send_signal(signal.SIGKILL)
+        server = next(p for p in me.children() if "jobledger.cli.fork_server_program" in p.cmdline())
+        server.send_signal(signal.SIGKILL)
         assert result_of(app, tasks.where.submit(1).job_id)["pid"] not in pids
         until(lambda: worker.health()["status"] == "ok", what="its good health")
 
@@ -298,8 +298,8 @@ def test_a_worker_leaves_no_process_behind(app: App, tmp_path: Path) -> None:
         handle = tasks.waits.submit(str(path))
         until(lambda: path.exists() and path.read_text(), what="its begin")
         pid = int(path.read_text())
-        nursery = next(p for p in psutil.Process().children() if "jobledger.cli.nursery" in p.cmdline())
-        family = [nursery, *nursery.children(recursive=True)]
+        server = next(p for p in psutil.Process().children() if "jobledger.cli.fork_server_program" in p.cmdline())
+        family = [server, *server.children(recursive=True)]
         assert pid in {p.pid for p in family}
         began = time.monotonic()
     assert time.monotonic() - began < PATIENCE * 30  # the job would take ten minutes

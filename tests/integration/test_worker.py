@@ -673,7 +673,7 @@ def test_objects_of_an_ended_job_are_freed_without_the_garbage_collector(broker:
             # Each of the two threads still refers to its last job.
             until(lambda: works() <= before + 2, 5.0, "their freeing")
             assert worker.dispatcher is not None
-            assert worker.dispatcher.pipe.running.started == 20 * (len(kinds) + 1)
+            assert worker.dispatcher.pipe.running.begun == 20 * (len(kinds) + 1)
         finally:
             gc.enable()
     app.close()

@@ -772,7 +772,7 @@ class FreeChildren:
             ChildSettings(1, 0, 10, "m:a", Settings(), needed=True),
             places,
         )
-        self.pool._nursery._process = cast(Any, object())  # counts as started, and forks no child
+        self.pool._fork_client._process = cast(Any, object())  # counts as started, and forks no child
         self.pool._give = lambda child, work: self.given.append(work)  # type: ignore[method-assign]  # no process
         places.children = self.pool
 

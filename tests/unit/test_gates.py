@@ -91,9 +91,9 @@ def test_a_control_command_replaces_the_limit_of_the_code() -> None:
     """The command is in force until it is withdrawn. A pause allows no start for any limits."""
     scope = Limiter("queue q", Limits(None, 2))
     scope.own([0], 1)
-    scope.order(Limits(None, 5))
+    scope.override(Limits(None, 5))
     assert scope.free(0) == 5
-    scope.order(None)
+    scope.override(None)
     assert scope.free(0) == 2
     scope.paused = "by ann: lunch"
     assert (scope.free(0), scope.wait(0), scope.active) == (0, None, True)

@@ -216,14 +216,14 @@ def test_a_child_that_is_announced_twice_gets_one_job() -> None:
         cast(Any, SimpleNamespace(take=lambda work: True)),
     )
     pool._give = lambda child, work: given.append((child, work))  # type: ignore[method-assign]
-    nursery = pool._nursery
-    nursery._process = cast(Any, object())
+    fork_client = pool._fork_client
+    fork_client._process = cast(Any, object())
     child = ChildHandle(pool)
     pool._all.add(child)
-    nursery._born.append(child)
+    fork_client._requested.append(child)
     child.transport = cast(Any, object())  # connected, but not reported yet
-    nursery._is_born(os.getpid())
-    nursery._arrived(child)
+    fork_client._was_forked(os.getpid())
+    fork_client._arrived(child)
     works = [JobRun(cast(Any, None), offset, None, deque()) for offset in range(2)]
     for work in works:
         pool.run(work)

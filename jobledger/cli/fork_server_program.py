@@ -1,4 +1,4 @@
-"""The fork server's program, ``python -m jobledger.cli.nursery``. Only a worker starts this program, people never do.
+"""The fork server's program, ``python -m jobledger.cli.fork_server_program``. Only a worker starts this program, people never do.
 See `jobledger.consumers.isolation.fork_server`.
 
 The arguments are the app, and the number of the control socket's descriptor. Standard input, read up to its end, is
