@@ -11,6 +11,7 @@ from jobledger import App, Breaker, Queue
 from jobledger.consumers.scheduling.lanes import Lane
 from jobledger.consumers.state.outcome import Cancelled
 from jobledger.consumers.state.work import Partition
+from jobledger.definitions.policy import Limits
 from jobledger.schemas import codec
 from jobledger.schemas.events import JobCancelledFact, JobExpiredFact, JobStarted
 from tests.pipe_bench import PartsBench, job
@@ -110,6 +111,7 @@ def test_a_job_whose_task_may_not_start_gives_its_slot_to_another_task(gate: str
             bench.pipe.recorder.raised(failing, ValueError("no"), False)
             bench.reports.ended(failing)
             bench.free()
+        bench.lanes.turns.took(bench.lanes.by_topic[first.topic], 1)  # so the other queue is first
         assert bench.pipe.slot_queues.start() == 2
         assert (started(bench), second.backlog.count) == ([0], 1)
         assert [work.partition for work in bench.pipe.running.jobs] == [first]
@@ -141,8 +143,6 @@ def test_a_paused_queue_keeps_its_jobs_in_order_and_the_slot_goes_to_another_que
 
 def test_the_limit_of_a_queue_is_checked_again_for_each_free_slot() -> None:
     """The limit was set while the jobs waited. Two threads are free, and one job of the queue may run."""
-    from jobledger.definitions.policy import Limits
-
     with PartsBench(shop(), threads=2) as bench:
         first, second = bench.partition(), bench.partition(queue="few")
         bench.take(first, job("other"), job("other"))
