@@ -104,13 +104,15 @@ class KeyOrder(RuleBasedStateMachine):
         finally:
             self.bench.__exit__(None, None, None)
 
-    @rule(key=st.sampled_from("abc"), count=st.integers(1, 12))
-    def arrive(self, key: str, count: int) -> None:
+    @rule(key=st.sampled_from("abc"), count=st.integers(1, 12), serves=st.booleans())
+    def arrive(self, key: str, count: int, serves: bool) -> None:
         for _ in range(count):
             value = keyed(len(self.keys), key)
             self.ids.append(codec.decode(value).job_id)
             self.keys.append(key)
             self.bench.take(self.partition, value)
+        if serves:
+            self._serve()
 
     @rule(most=st.integers(1, 3))
     def serve(self, most: int) -> None:
@@ -130,10 +132,12 @@ class KeyOrder(RuleBasedStateMachine):
         self.checked = len(self.code.began)
 
     @precondition(lambda self: self.live)
-    @rule(data=st.data(), fails=st.booleans())
-    def end(self, data: st.DataObject, fails: bool) -> None:
+    @rule(data=st.data(), fails=st.booleans(), serves=st.booleans())
+    def end(self, data: st.DataObject, fails: bool, serves: bool) -> None:
         """A failed attempt is made again in place, after 4 or 8 s; the third failure is the job's outcome."""
         self._end(data.draw(st.sampled_from(sorted(self.live))), ValueError("no") if fails else None)
+        if serves:
+            self._serve()
 
     def _end(self, n: int, error: BaseException | None) -> None:
         self.live.discard(n)
