@@ -189,7 +189,7 @@ def test_the_next_job_of_a_key_begins_after_two_events_in_any_order(first: str) 
         bench.acknowledge()
         assert list(bench.reports.finished) == list(bench.reports.acknowledged) == [before]
         events = [queues.left, queues.acknowledged]
-        for happens in events if first == "slot" else reversed(events):
+        for happens in events if first == "slot" else events[::-1]:
             assert bench.serve() == 0, "the first event is not enough"
             happens(before)
         bench.reports.finished.clear()
