@@ -125,9 +125,11 @@ class KeyOrder(RuleBasedStateMachine):
         self._note_begun()
 
     def _note_begun(self) -> None:
-        for n in self.code.began[self.checked :]:
-            earlier = [self.ids[m] for m in range(n) if self.keys[m] == self.keys[n]]
-            assert set(earlier) <= set(self.bench.kept.ended()), f"job {n} began too early"
+        begun = self.code.began[self.checked :]
+        ended = set(self.bench.kept.ended()) if begun else set()
+        for n in begun:
+            earlier = {self.ids[m] for m in range(n) if self.keys[m] == self.keys[n]}
+            assert earlier <= ended, f"job {n} began too early"
             self.live.add(n)
         self.checked = len(self.code.began)
 
