@@ -9,43 +9,28 @@ import contextvars
 import json
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Awaitable, Callable
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-import uuid_utils
-from confluent_kafka import KafkaError, KafkaException, Message
+from confluent_kafka import KafkaError, KafkaException
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobledger import App, Breaker, Queue, Snooze, current_job
 from jobledger.config import Settings
-from jobledger.consumers.isolation.child_handle import ChildHandle
-from jobledger.consumers.isolation.pool import ChildPool, ChildSettings
 from jobledger.consumers.partitions.committer import LOST_S, Committer
-from jobledger.consumers.recording.ack_tracker import AckTracker
-from jobledger.consumers.recording.recorder import Recorder
-from jobledger.consumers.recording.worker_events import WorkerEvents
-from jobledger.consumers.recording.worker_producer import WorkerProducer
 from jobledger.consumers.running.placement import UNSEEN_CRASHES
-from jobledger.consumers.scheduling.dispatcher import Dispatcher
-from jobledger.consumers.scheduling.pipe import PipeOptions, build
-from jobledger.consumers.scheduling.wait_queues import Lookahead
 from jobledger.consumers.state.dedup import release_key
-from jobledger.consumers.state.event_loop import LoopCalls
-from jobledger.consumers.state.offset_tracker import PartitionOffsets, Restored, Snapshot, decode
+from jobledger.consumers.state.offset_tracker import Snapshot, decode
 from jobledger.consumers.state.outcome import Cancelled
 from jobledger.consumers.state.ownership_lease import OwnershipLease
-from jobledger.consumers.state.reports import Reports
 from jobledger.consumers.state.running import RunningJobs
-from jobledger.consumers.state.task_table import TaskTable
 from jobledger.consumers.state.work import JobRun, Partition
 from jobledger.definitions.policy import Limits
 from jobledger.definitions.retry import Retry
 from jobledger.errors import BrokerUnavailable, JobledgerError
-from jobledger.kafka.broker_clock import BrokerClock
 from jobledger.kafka.outage import outage_of
 from jobledger.schemas import codec, confluent_frame
 from jobledger.schemas.events import (
@@ -56,175 +41,10 @@ from jobledger.schemas.events import (
     JobFailedFact,
     JobRetried,
     JobSnoozed,
-    JobSpec,
-    JobStarted,
-    JobSubmitted,
     JobSucceeded,
     LeaseRenewed,
-    settles,
 )
-from tests.patience import PATIENCE
-
-LIMIT = 1_000_000
-
-
-class Kept:
-    """A producer that keeps the sent records in order. The next poll acknowledges them; with ``lingers``, only
-    `deliver` does. While ``frozen`` is true, a poll acknowledges nothing."""
-
-    def __init__(self) -> None:
-        self.sent: list[bytes] = []
-        self.frozen = self.lingers = False
-        self.acknowledged_at: list[float] = []
-        self.clock, self.polled_at = BrokerClock(), 0.0
-        self._waiting: deque[tuple[int, Callable[[KafkaError | None, Any], None] | None]] = deque()
-
-    def produce(
-        self,
-        topic: str,
-        value: bytes,
-        key: object,
-        partition: int,
-        on_delivery: Callable[[KafkaError | None, Any], None] | None = None,
-    ) -> None:
-        self._waiting.append((len(self.sent), on_delivery))
-        self.sent.append(value)
-
-    send = produce
-
-    @property
-    def unacknowledged(self) -> int:
-        return len(self._waiting)
-
-    def poll(self, seconds: float = 0.0) -> None:
-        if not self.frozen and not self.lingers:
-            self.deliver(len(self._waiting))
-
-    def deliver(self, most: int) -> None:
-        """Acknowledge the oldest records."""
-        for _ in range(min(most, len(self._waiting))):
-            offset, on_delivery = self._waiting.popleft()
-            self.acknowledged_at.append(time.monotonic())
-            if on_delivery is not None:
-                on_delivery(None, Record(offset, self.sent[offset]))
-
-    def facts(self) -> list[Any]:
-        return [codec.decode(value).fact for value in self.sent]
-
-    def ended(self) -> list[str]:
-        """Return the jobs whose closing fact is acknowledged."""
-        left = {offset for offset, _ in self._waiting}
-        read = [codec.decode(value) for n, value in enumerate(self.sent) if n not in left]
-        return [event.job_id for event in read if settles(event.fact)]
-
-
-class Record:
-    """A message as Kafka's client returns it."""
-
-    def __init__(self, offset: int, value: bytes) -> None:
-        self._offset, self._value, self._at = offset, value, int(time.time() * 1000)
-
-    def offset(self) -> int:
-        return self._offset
-
-    def topic(self) -> str:
-        return "shop.lifecycle"
-
-    def value(self) -> bytes:
-        return self._value
-
-    def timestamp(self) -> tuple[int, int]:
-        return 2, self._at
-
-
-class Bench:
-    """A worker's loop over partitions that a test fills."""
-
-    def __init__(self, app: App, *, decoder: codec.Decoder | None = None, **options: Any) -> None:
-        self.kept, self.failed = Kept(), list[JobledgerError]()
-        self.app, self.hurried = app, 0
-        sender = cast(WorkerProducer, self.kept)
-        calls = LoopCalls(self.failed.append)
-        calls.loop, reports = asyncio.get_running_loop(), Reports(calls)
-        self.arrived = reports.arrived
-        recorder = Recorder(WorkerEvents(app.registry, "worker@unit:1", LIMIT), sender, reports)
-        lookahead = Lookahead(options.get("lookahead", 10_000), options.get("lookahead_bytes", 1 << 20))
-        limits = PipeOptions(
-            options.get("queues", list(app.registry.queues)), options.get("concurrency", 10), lookahead
-        )
-        tasks = TaskTable(app.registry, options.get("threads", 4), options.get("children", 1), Retry())
-        pipe = build(app.registry, decoder or codec.Decoder(), sender, recorder, reports, tasks, limits)
-        self.ack_tracker = AckTracker(Settings(), sender, recorder, reports)
-        self.ack_tracker.hurry = self._hurry  # type: ignore[method-assign]  # its thread does not run
-        self.dispatcher = Dispatcher(pipe, sender, self.ack_tracker, options.get("waiting_limit", 64))
-        self.leases = pipe.leases
-        self.dispatcher.start()
-
-    def _hurry(self) -> None:
-        self.hurried += 1
-        if not self.kept.frozen:
-            self.kept.deliver(self.kept.unacknowledged)
-        self.dispatcher.call(self.ack_tracker.drain)
-
-    def partition(self, number: int = 0, queue: str = "default") -> Partition:
-        """Make a partition that this worker owns."""
-        lease = OwnershipLease(3600.0)
-        lease.confirm(time.monotonic())
-        made = Partition(self.app.names.jobs(queue), number, lease, 0, None)
-        made.offsets, made.ready = PartitionOffsets(Restored(0), 0), True
-        self.dispatcher.ready([made])
-        return made
-
-    def reported(self, fact: object) -> bool:
-        """Process the delivery reports that have arrived, as the ack tracker's thread does. Return whether ``fact``,
-        which was computed before, is true."""
-        self.ack_tracker.serve()
-        return bool(fact)
-
-    def close(self) -> None:
-        self.dispatcher.close()
-
-
-def job(
-    task: str, *, key: str | None = None, queue: str = "default", expires_at: int | None = None, **args: Any
-) -> bytes:
-    """Return the record of a submission."""
-    job_id = str(uuid_utils.uuid7())
-    spec = JobSpec(json.dumps(args).encode(), expires_at=expires_at)
-    return codec.encode(JobEvent(job_id, job_id, 1, 1, 1, 0, task, queue, key, None, "c", None, JobSubmitted(spec)))
-
-
-def put(partition: Partition, values: list[bytes]) -> None:
-    """Add fetched records to the partition."""
-    first = len(partition.raw) + (partition.offsets.end if partition.offsets else 0)
-    partition.raw.extend(cast(Message, Record(first + n, value)) for n, value in enumerate(values))
-
-
-async def until(check: Callable[[], object], seconds: float = 20.0) -> None:
-    """Wait until ``check`` is true, for at most ``seconds`` times `PATIENCE`. Time in which this process is paused does
-    not count."""
-    began, pause = time.monotonic(), 0.005
-    for _ in range(int(PATIENCE * seconds / pause)):
-        if check():
-            return
-        await asyncio.sleep(pause)
-    tasks = [task.get_coro() for task in asyncio.all_tasks()]
-    took = time.monotonic() - began
-    raise AssertionError(f"not so after {PATIENCE * seconds:g} s ({took:.1f} s on the clock); tasks: {tasks}")
-
-
-async def for_ever() -> None:
-    """Wait until the job is cancelled or the test ends."""
-    await asyncio.Event().wait()
-
-
-def run(test: Callable[[], Awaitable[None]]) -> None:
-    """Run the test in a new event loop."""
-
-    async def whole() -> None:
-        await test()
-
-    asyncio.run(whole())
+from tests.pipe_bench import LIMIT, Bench, FreeChildren, for_ever, job, put, run, starts, until
 
 
 def test_a_lost_partition_does_not_block_the_jobs_that_wait_for_a_limit() -> None:
@@ -761,31 +581,6 @@ def test_an_unexpected_error_in_the_loop_ends_the_worker() -> None:
     run(test)
 
 
-class FreeChildren:
-    """A pool without real child processes. A test says when a child is free, and the jobs for it are kept in
-    ``given``."""
-
-    def __init__(self, bench: Bench) -> None:
-        places = bench.dispatcher.placement
-        self.given: list[JobRun] = []
-        self.pool = ChildPool(
-            ChildSettings(1, 0, 10, "m:a", Settings(), needed=True),
-            places,
-        )
-        self.pool._fork_client._process = cast(Any, object())  # counts as started, and forks no child
-        self.pool._give = lambda child, work: self.given.append(work)  # type: ignore[method-assign]  # no process
-        places.children = self.pool
-
-    def free(self) -> None:
-        """Make one more child free."""
-        self.pool._use(ChildHandle(self.pool))
-
-
-def starts(bench: Bench) -> int:
-    """Return the number of `JobStarted` facts that were sent."""
-    return sum(isinstance(fact, JobStarted) for fact in bench.kept.facts())
-
-
 async def waits_for_a_child() -> tuple[Bench, FreeChildren, Partition]:
     """Return a worker with one isolated job. The job's start is sent, and the job waits for a child process."""
     app = App("shop")
@@ -795,7 +590,7 @@ async def waits_for_a_child() -> tuple[Bench, FreeChildren, Partition]:
         raise AssertionError("runs in no process of this test")
 
     bench = Bench(app)
-    children, partition = FreeChildren(bench), bench.partition()
+    children, partition = FreeChildren(bench.dispatcher.placement), bench.partition()
     put(partition, [job("isolated", n=0)])
     bench.dispatcher.wake()
     await until(lambda: starts(bench) == 1)
@@ -883,7 +678,7 @@ def test_a_second_start_that_cannot_be_sent_ends_the_worker(monkeypatch: pytest.
 
     async def test() -> None:
         bench = Bench(app)
-        children, partition = FreeChildren(bench), bench.partition()
+        children, partition = FreeChildren(bench.dispatcher.placement), bench.partition()
         put(partition, [job("isolated", n=0)])
         bench.dispatcher.wake()
         await until(lambda: starts(bench) == 1)

@@ -1,4 +1,4 @@
-"""The worker's side of job leases when an error occurs, with the `Bench` of `test_dispatching`."""
+"""The worker's side of job leases when an error occurs, with the `Bench` of `tests.pipe_bench`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jobledger import App
 from jobledger.consumers.running.job_leases import TICK_S, JobLeases
 from jobledger.consumers.state.work import JobRun
 from jobledger.errors import BrokerUnavailable
-from tests.unit.test_dispatching import Bench, job, put, run, until
+from tests.pipe_bench import Bench, job, put, run, until
 
 
 def breaks(*args: object) -> None:
