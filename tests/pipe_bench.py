@@ -275,6 +275,11 @@ class HeldCode:
         finally:
             self._ends.pop(n, None)
 
+    @property
+    def running(self) -> set[int]:
+        """The jobs whose code has begun and has not ended."""
+        return set(self._ends)
+
     def end(self, n: int, error: BaseException | None = None) -> None:
         """Let the code of job ``n`` return, or raise ``error``, in the next step of the loop."""
         if error is None:
