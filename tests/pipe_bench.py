@@ -276,8 +276,8 @@ class HeldCode:
             self._ends.pop(n, None)
 
     @property
-    def held(self) -> set[int]:
-        """The jobs whose code has begun and not ended, neither by `end` nor at its time limit."""
+    def running(self) -> set[int]:
+        """The jobs whose code has begun and has not ended."""
         return set(self._ends)
 
     def end(self, n: int, error: BaseException | None = None) -> None:

@@ -72,7 +72,8 @@ def nothing_waits(bench: PartsBench, partition: Partition) -> bool:
 
 
 class KeyOrder(RuleBasedStateMachine):
-    """Jobs of a few keys arrive, end with any outcome and are acknowledged in any order of events. Some are parked.
+    """Jobs of a few keys arrive, end with any outcome or at their time limit, and are acknowledged in any order of
+    events. Some are parked.
 
     The rules: jobs of one key begin in the order of their offsets; two of them never run at once; a job begins only
     when the outcomes of all earlier jobs of its key are acknowledged. At the end all counters are 0 again.
@@ -86,16 +87,15 @@ class KeyOrder(RuleBasedStateMachine):
         self.keys: list[str] = []
         self.ids: list[str] = []
         self.checked = 0
-        self.live: set[int] = set()
 
     def teardown(self) -> None:
         try:
             for _ in range(4 * len(self.keys) + 4):
-                for n in sorted(self.live):
+                for n in sorted(self.code.running):
                     self._end(n, None)
                 self.bench.acknowledge()
                 self._serve()
-                self.advance(5.0)
+                self.bench.advance(5.0)
                 self.order()
             assert nothing_waits(self.bench, self.partition)
             assert self.partition.offsets is not None
@@ -130,19 +130,17 @@ class KeyOrder(RuleBasedStateMachine):
         for n in begun:
             earlier = {self.ids[m] for m in range(n) if self.keys[m] == self.keys[n]}
             assert earlier <= ended, f"job {n} began too early"
-            self.live.add(n)
         self.checked = len(self.code.began)
 
-    @precondition(lambda self: self.live)
+    @precondition(lambda self: bool(self.code.running))
     @rule(data=st.data(), fails=st.booleans(), serves=st.booleans())
     def end(self, data: st.DataObject, fails: bool, serves: bool) -> None:
         """A failed attempt is made again in place, after 4 or 8 s; the third failure is the job's outcome."""
-        self._end(data.draw(st.sampled_from(sorted(self.live))), ValueError("no") if fails else None)
+        self._end(data.draw(st.sampled_from(sorted(self.code.running))), ValueError("no") if fails else None)
         if serves:
             self._serve()
 
     def _end(self, n: int, error: BaseException | None) -> None:
-        self.live.discard(n)
         self.code.end(n, error)
         self.bench.step()
 
@@ -153,7 +151,6 @@ class KeyOrder(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([1.0, 4.0, 8.0]))
     def advance(self, seconds: float) -> None:
         self.bench.advance(seconds)
-        self.live &= self.code.held  # code that ran for 30 s has reached its time limit
 
     @invariant()
     def order(self) -> None:
@@ -162,7 +159,7 @@ class KeyOrder(RuleBasedStateMachine):
         for key in "abc":
             of_key = [n for n in firsts if self.keys[n] == key]
             assert of_key == [n for n, each in enumerate(self.keys) if each == key][: len(of_key)]
-            assert sum(self.keys[n] == key for n in self.live) <= 1
+            assert sum(self.keys[n] == key for n in self.code.running) <= 1
         backlog = self.partition.backlog
         assert backlog.count == sum(len(queue.works) for queue in backlog.wait_queues.values())
         assert 0 <= backlog.parked <= backlog.count
