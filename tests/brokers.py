@@ -36,6 +36,8 @@ REPLICATED: Mapping[str, str] = {
     "transaction.state.log.min.isr": "2",
     "share.coordinator.state.topic.replication.factor": "3",
     "share.coordinator.state.topic.min.isr": "2",
+    # Tests of lost leaders wait less than with Kafka's default. `docs/how-to.md` names this value.
+    "broker.session.timeout.ms": "3000",
 }
 
 

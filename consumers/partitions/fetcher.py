@@ -24,6 +24,7 @@ from jobledger.consumers.state.work import Partition
 from jobledger.errors import AccessDenied, BrokerUnavailable, ConfigError, JobledgerError
 from jobledger.kafka.auth import AuthMonitor, denied, join, read
 from jobledger.kafka.clients import consumer, consumer_config, translate
+from jobledger.kafka.coordinator_probe import CoordinatorProbe
 from jobledger.kafka.topic_names import Names
 from jobledger.process.logger import get_logger
 
@@ -121,6 +122,7 @@ class Fetcher(threading.Thread):
             },
         )
         self.consumer = consumer(conf)
+        self.probe = CoordinatorProbe(self.consumer, self._group, self.topic, LOG, f"lane {lane}")
         self.committer = Committer(settings, self.consumer, self._group, self.lease, ack_tracker, self._fail)
         self._commit_at = self._missing_at = 0.0
         self._requests: deque[CommitRequest] = deque()
@@ -201,6 +203,7 @@ class Fetcher(threading.Thread):
                 continue
             if now >= steer_at:
                 self._auth_monitor.check()
+                self.probe.check(bool(self._parts))
                 self._steer()
                 steer_at = now + POLL_S
             # If no messages fit, the poll is for rebalances, which are served first. The poll may return one message,

@@ -33,6 +33,7 @@ from jobledger.kafka import acls
 from jobledger.kafka.auth import AuthMonitor, check_connection, denied, join, read
 from jobledger.kafka.clients import consumer as make_consumer
 from jobledger.kafka.clients import consumer_config, error_topic, partitions_of, translate
+from jobledger.kafka.coordinator_probe import CoordinatorProbe
 from jobledger.kafka.topic_names import lane
 from jobledger.log.schema_lookup import SchemaLookup
 from jobledger.log.writer import Outgoing
@@ -285,10 +286,12 @@ class Router:
 
     def _loop(self, consumer: Consumer, sender: WorkerProducer, stop: threading.Event) -> None:
         committed_at = 0.0
+        probe = CoordinatorProbe(consumer, self.names.router_group, self.routes.topics[0], LOG, "events")
         while not stop.is_set():
             first = consumer.poll(POLL_S)
             if first is None:
                 self._auth_monitor.check()
+                probe.check(bool(self.partitions))
             else:
                 self._route([first, *consumer.consume(BATCH - 1, 0)], sender)
             now = time.monotonic()

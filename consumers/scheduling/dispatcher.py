@@ -195,6 +195,7 @@ class Dispatcher:
     def _take_ended(self) -> None:
         """Free the slots of jobs that have ended, and end the turn of keys whose last fact is acknowledged."""
         finished, acknowledged = self._reports.finished, self._reports.acknowledged
+        keys_waited = bool(self.wait_queues.unacknowledged)
         while finished:
             work = finished.popleft()
             del self.running[work]
@@ -204,6 +205,9 @@ class Dispatcher:
                 work.timer.cancel()
             if work.wait_queue is not None or work.gates:
                 self.wait_queues.left(work)
+        if self.wait_queues.unacknowledged and not keys_waited:
+            # `_take_reports` left the reports to the ack tracker. The report that a key waits for may be among them.
+            self._ack_tracker.drain()
         while acknowledged:
             self.wait_queues.acknowledged(acknowledged.popleft())
 

@@ -40,6 +40,8 @@ def health_of(worker: Parts) -> dict[str, Any]:
         reasons += [p.stopped for p in parts if p.stopped is not None]
         if fetcher.error is not None:
             reasons.append(f"lane {fetcher.lane}: {fetcher.error}")
+        if fetcher.probe.problem is not None:
+            reasons.append(f"lane {fetcher.lane}: {fetcher.probe.problem}")
         queues[fetcher.lane] = {
             "partitions": [p.number for p in parts],
             "ready": sum(p.ready for p in parts),

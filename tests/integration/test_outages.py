@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from confluent_kafka import Producer
 
-from jobledger import Settings
+from jobledger import App, Settings
 from jobledger.kafka.embedded import EmbeddedKafka
+from jobledger.kafka.embedded.broker_process import BROKER_CONFIG
+from jobledger.kafka.embedded.defaults import START_TIMEOUT_S
 from jobledger.kafka.topics import ensure
 from tests.integration import logging_app
+from tests.integration.worker_app import working
+from tests.patience import PATIENCE
 
 pytestmark = pytest.mark.kafka
 
 
 def until(check: Callable[[], bool], what: str) -> None:
     """Poll ``check`` until it is true."""
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + PATIENCE * 60
     while not check():
         assert time.monotonic() < deadline, what
         time.sleep(0.1)
@@ -69,3 +76,52 @@ def test_a_worker_logs_failures_and_outages_and_nothing_else(tmp_path: Path) -> 
     assert sum("connected again" in line for line in lines) == 1
     after = lines[next(n for n, line in enumerate(lines) if "connected again" in line) :]
     assert not [line for line in after if "Connection refused" in line or "cannot be reached" in line]
+
+
+@pytest.mark.extended
+def test_a_worker_reports_that_the_coordinator_of_its_group_does_not_answer(tmp_path: Path) -> None:
+    """The broker cannot load the worker's group, because ``__consumer_offsets`` has a damaged record. The client
+    reports nothing, so the worker asks. Its health is bad until the group can be loaded; then it runs jobs."""
+    with EmbeddedKafka(tmp_path / "kafka", timeout=PATIENCE * START_TIMEOUT_S) as kafka:
+        settings = Settings(bootstrap=kafka.bootstrap, submit_timeout=60.0)
+        app = App(f"t{uuid.uuid4().hex[:12]}", settings=settings, partitions=1)
+        task = app.task(noop)
+        ensure(app, settings)
+        group = app.names.worker_group("default")
+        with working(app) as worker:
+            until(lambda: any(worker.partitions()), "the group exists")
+        number = _write_damaged_record(settings, group)
+        kafka.stop()
+        kafka.start()
+        with working(app) as worker:
+            until(lambda: worker.health()["status"] == "unhealthy", "the worker reports the problem")
+            (reason,) = worker.health()["reasons"]
+            assert f"lane default: the coordinator of group {group} has not answered for" in reason
+            kafka.stop()
+            (damaged,) = (tmp_path / "kafka").glob(f"**/__consumer_offsets-{number}")
+            shutil.rmtree(damaged)
+            kafka.start()
+            until(lambda: worker.health()["status"] == "ok", "the worker has its partition")
+            task.submit()
+            until(lambda: worker.health()["succeeded"] == 1, "the job runs")
+        app.close()
+
+
+async def noop() -> None:
+    """Do nothing."""
+
+
+def _write_damaged_record(settings: Settings, group: str) -> int:
+    """Write a record that no broker can read to the partition of ``__consumer_offsets`` that has ``group``. Return the
+    number of the partition."""
+    hashed = 0
+    for letter in group:  # Java's `String.hashCode`, by which a broker chooses the partition
+        hashed = (31 * hashed + ord(letter)) & 0xFFFF_FFFF
+    signed = hashed if hashed < 1 << 31 else hashed - (1 << 32)
+    number = abs(signed) % int(BROKER_CONFIG["offsets.topic.num.partitions"])
+    # A broker accepts records for its own topics only from a client with this id.
+    sender = Producer({"bootstrap.servers": settings.bootstrap, "client.id": "__admin_client"})
+    # Key: version 3 of the coordinator's records, the metadata of a group, whose text is cut.
+    sender.produce("__consumer_offsets", key=b"\x00\x03\x00", value=b"\x00\x00", partition=number)
+    assert sender.flush(PATIENCE * 20) == 0
+    return number

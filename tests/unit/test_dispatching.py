@@ -1112,6 +1112,23 @@ def test_an_otherwise_idle_worker_sends_the_facts_of_a_keyed_job_at_once() -> No
     run(test)
 
 
+def test_the_next_job_of_a_key_begins_in_the_pass_that_takes_the_acknowledgement() -> None:
+    """The job has ended, and its outcome is acknowledged, when the dispatcher makes a pass. The next job of the key
+    begins in this pass. It does not wait for the ack tracker's thread, which does not run in this test."""
+    ran: list[Any] = []
+    app = keyed_app(ran)
+
+    async def test() -> None:
+        bench = Bench(app)
+        put(bench.partition(), [job("holds", key="h", k="h"), *(job("book", key="a", k="a", n=n) for n in range(5))])
+        bench.dispatcher.wake()
+        await until(lambda: len(ran) == 5)
+        assert (bench.hurried, len(bench.dispatcher.running)) == (0, 1)
+        bench.close()
+
+    run(test)
+
+
 def test_the_next_job_of_a_key_waits_for_the_acknowledgement_and_the_end_of_the_code() -> None:
     """The acknowledgement of the outcome may come before the slot is free. The next job of the key waits for both."""
     ran: list[Any] = []

@@ -57,9 +57,11 @@ BROKER_CONFIG: Mapping[str, str] = {
     "group.consumer.session.timeout.ms": "6000",
     "group.consumer.min.heartbeat.interval.ms": "200",
     "group.consumer.heartbeat.interval.ms": "1000",
-    # After a kill -9 the new process can register only when the session of the dead process has expired.
+    # A new process waits for several heartbeats before it serves clients. After a kill -9 it also waits until the
+    # session of the dead process has expired. The session is not shorter than Kafka's default: on a busy machine it
+    # would end early, and the partitions would lose their leader while the broker still loads them.
     "broker.heartbeat.interval.ms": "500",
-    "broker.session.timeout.ms": "3000",
+    "broker.session.timeout.ms": "9000",
     # These values suit a developer's machine, not a server.
     "num.network.threads": "2",
     "num.io.threads": "4",
