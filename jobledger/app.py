@@ -156,9 +156,9 @@ class App:
         return self._client
 
     @property
-    def orders(self) -> Commands:
+    def commands(self) -> Commands:
         """The control commands: cancel, pause, resume, limit. See also `cancel`, `pause`, `resume` and `limit`."""
-        return self.client.orders
+        return self.client.commands
 
     def check(self) -> None:
         """Check what can be checked only when every task is registered; workers and the CLI call this method. Raises
@@ -475,13 +475,13 @@ class App:
     ) -> None:
         """Start no more jobs of a queue or a task, on any worker, until `resume`. Running jobs continue. Raises what
         `cancel` raises."""
-        self.orders.pause(*self._ordered(queue, task), reason, by)
+        self.commands.pause(*self._control_target(queue, task), reason, by)
 
     def resume(
         self, *, queue: str | None = None, task: str | None = None, reason: str | None = None, by: str | None = None
     ) -> None:
         """End a `pause`. Raises what `cancel` raises."""
-        self.orders.resume(*self._ordered(queue, task), reason, by)
+        self.commands.resume(*self._control_target(queue, task), reason, by)
 
     def limit(
         self,
@@ -495,13 +495,13 @@ class App:
     ) -> None:
         """Limit a queue or a task for all workers together. These limits replace those in the code; without ``rate``
         and ``concurrency`` the limits in the code apply again. Raises what `cancel` raises."""
-        kind, name = self._ordered(queue, task)
+        kind, name = self._control_target(queue, task)
         limits = Limits.of(rate, concurrency, f"{kind} {name!r}")
         on = self.queues[name if kind == "queue" else self.registry.task(name).queue]
         check_shares(f"{kind} {name!r}", on, limits, self.partitions)
-        self.orders.limit(kind, name, limits or None, reason, by)
+        self.commands.limit(kind, name, limits or None, reason, by)
 
-    def _ordered(self, queue: str | None, task: str | None) -> tuple[Kind, str]:
+    def _control_target(self, queue: str | None, task: str | None) -> tuple[Kind, str]:
         if (queue is None) == (task is None):
             raise ConfigError(f"queue={queue!r}, task={task!r}: give exactly one of the two")
         if queue is not None:

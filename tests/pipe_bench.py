@@ -304,7 +304,7 @@ class PartsBench:
         self.pipe = pipe_of(app, self.kept, calls, **options)
         self.reports, self.lanes = self.pipe.reports, self.pipe.lanes
         self.ack_tracker = AckTracker(Settings(), cast(WorkerProducer, self.kept), self.pipe.recorder, self.reports)
-        self.reports.on_wake, self.reports.on_settle = self._wake, self.ack_tracker.drain
+        self.reports.on_wake, self.reports.on_drain = self._wake, self.ack_tracker.drain
         self._patches = pytest.MonkeyPatch()
 
     def __enter__(self) -> Self:

@@ -49,7 +49,7 @@ from jobledger.consumers.state.outcome import (
 )
 from jobledger.definitions import tracing
 from jobledger.definitions.context import JobContext, enter
-from jobledger.definitions.functions import AWAIT, runs_inside, settled
+from jobledger.definitions.functions import AWAIT, awaited, runs_inside
 from jobledger.definitions.middleware import runner
 from jobledger.definitions.retry import Retry
 from jobledger.definitions.task import Task
@@ -247,7 +247,7 @@ class JobProcess:
             self._inside = True
             if self._interrupt is not None:  # the signal arrived before the code started
                 raise self._interrupt
-            value = settled(function(**kwargs))
+            value = awaited(function(**kwargs))
             returned = True
             self._inside = False
         except TaskInterrupted:

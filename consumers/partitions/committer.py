@@ -73,7 +73,7 @@ class Committer:
                 continue
             with partition.lock:
                 left = partition.busy or partition.prior.closed or any(w.suspect for w in list(partition.live.values()))
-                clean = final and not left and partition.offsets.settled
+                clean = final and not left and partition.offsets.nothing_to_look_up
                 snapshot = partition.offsets.snapshot(clean=clean)
             if snapshot is None:
                 LOG.warning(

@@ -245,8 +245,8 @@ class Fetcher(threading.Thread):
     def _tell_missing(self, parts: list[Partition], now: float) -> None:
         """Log how many offsets have no record.
 
-        If the record of a job that had not run was at such an offset, no worker will run the job. The audit of the
-        stream processor counts the job only if it is in the status table.
+        If the record of a job that had not run was at such an offset, no worker will run the job. The commit check
+        of the stream processor counts the job only if it is in the status table.
         """
         for p in parts:
             if p.offsets is None:
@@ -399,7 +399,7 @@ class Fetcher(threading.Thread):
         self._give_up(parts)
         if not parts:
             return
-        settled = self._settle(parts)
+        all_ended = self._await_jobs(parts)
         self._tell_missing(parts, time.monotonic())
         if not self._ack_tracker.broken:
             self.committer.commit(parts, final=True)
@@ -410,10 +410,10 @@ class Fetcher(threading.Thread):
             "lane %s: handed over partitions %s%s",
             self.lane,
             [p.number for p in parts],
-            "" if settled else f"; still running, and may run twice: {left}",
+            "" if all_ended else f"; still running, and may run twice: {left}",
         )
 
-    def _settle(self, parts: list[Partition]) -> bool:
+    def _await_jobs(self, parts: list[Partition]) -> bool:
         """Wait until no job of ``parts`` is under way, at most for the hand-over time. Return whether none is."""
         deadline = time.monotonic() + self._handover
         while any(p.busy for p in parts):

@@ -1,10 +1,10 @@
 """Prepares newly assigned partitions before any of their records is run.
 
 The takeover commits the partition as dirty (not clean) and waits for the acknowledgement. It reads the latest releases
-below the committed offset (the base), so that a second record of the same release is dropped. Unless the last owner
-left cleanly, the takeover also reads the lifecycle partition from the takeover floor: a release whose closing fact is
-found is not run again, and the records that derive from the fact are sent again. The takeover has its own thread;
-meanwhile the fetch thread continues to poll, and the partition's messages wait.
+below the committed offset (the watermark), so that a second record of the same release is dropped. Unless the last
+owner left cleanly, the takeover also reads the lifecycle partition from the takeover floor: a release whose closing
+fact is found is not run again, and the records that derive from the fact are sent again. The takeover has its own
+thread; meanwhile the fetch thread continues to poll, and the partition's messages wait.
 """
 
 from __future__ import annotations
@@ -180,38 +180,42 @@ class Takeover(threading.Thread):
         partition, prior = scan.partition, scan.partition.prior
         scan.low, scan.high = self._log.ends(partition.topic, partition.number)
         scan.lifecycle_low, scan.lifecycle_high = self._log.ends(self._names.lifecycle, partition.number)
-        base = prior.committed
-        if base > scan.high:
+        committed = prior.committed
+        if committed > scan.high:
             LOG.error(
                 "%r: the committed offset %d is beyond the log's end %d: was the topic recreated? Reading from its start",
                 partition,
-                base,
+                committed,
                 scan.high,
             )
-        if base < 0 or base > scan.high:
+        if committed < 0 or committed > scan.high:
             scan.restored = Restored(scan.low)
-        elif base < scan.low:
-            LOG.error("%r: records %d to %d were deleted before they were done", partition, base, scan.low - 1)
+        elif committed < scan.low:
+            LOG.error("%r: records %d to %d were deleted before they were done", partition, committed, scan.low - 1)
             scan.restored = Restored(scan.low)
         else:
-            scan.restored = decode(base, prior.metadata, scan.high)
+            scan.restored = decode(committed, prior.metadata, scan.high)
             if scan.restored.clean and prior.metadata is not None:
-                prior.clean_commit = Snapshot(base, prior.metadata)
+                prior.clean_commit = Snapshot(committed, prior.metadata)
             if prior.metadata and scan.restored.floor is None:
-                LOG.error("%r: the completion map cannot be read: nothing beyond %d counts as done", partition, base)
+                LOG.error(
+                    "%r: the completion map cannot be read: nothing beyond %d counts as done", partition, committed
+                )
         scan.floor = scan.restored.floor if scan.restored.floor is not None else 0
 
     def _unknown_floors(self, topic: str, scans: list[_Scan]) -> None:
         """Set the takeover floor of partitions whose commit has none.
 
-        The floor is the first lifecycle offset that was appended since the first work record at or above the base: no
-        outcome of such a record can be older.
+        The floor is the first lifecycle offset that was appended since the first work record at or above the watermark:
+        no outcome of such a record can be older.
         """
         for scan in scans:
             scan.floor = scan.lifecycle_high
-        scans = [scan for scan in scans if scan.restored.base < scan.high and scan.lifecycle_low < scan.lifecycle_high]
+        scans = [
+            scan for scan in scans if scan.restored.watermark < scan.high and scan.lifecycle_low < scan.lifecycle_high
+        ]
         times: dict[int, int] = {}
-        ranges = {(topic, scan.partition.number): (scan.restored.base, scan.high) for scan in scans}
+        ranges = {(topic, scan.partition.number): (scan.restored.watermark, scan.high) for scan in scans}
         self._log.read(ranges, lambda m: _first(times, m), first_only=True)
         asked = [TopicPartition(self._names.lifecycle, number, stamp) for number, stamp in times.items()]
         if asked:
@@ -237,9 +241,9 @@ class Takeover(threading.Thread):
                 if scan.restored.clean:
                     scan.floor = scan.lifecycle_high
                 restored = scan.restored
-                metadata = encode(restored.base, restored.done, scan.floor, False, restored.begun)
+                metadata = encode(restored.watermark, restored.done, scan.floor, False, restored.begun)
                 assert metadata is not None  # it was restored from a text that was short enough
-                snapshots.append((scan.partition, Snapshot(scan.restored.base, metadata)))
+                snapshots.append((scan.partition, Snapshot(scan.restored.watermark, metadata)))
             request = fetcher.request_commit(snapshots)
             while not request.done.wait(1.0):
                 if self._closing or not fetcher.is_alive():
@@ -257,16 +261,16 @@ class Takeover(threading.Thread):
         asked = [
             TopicPartition(topic, scan.partition.number, int(time.time() * 1000) - REMEMBERED_MS)
             for scan in scans
-            if scan.restored.base > scan.low
+            if scan.restored.watermark > scan.low
         ]
         by_time: dict[int, int] = {}
         if asked:
             by_time = self._log.offsets_at(asked)
         for scan in scans:
-            base = scan.restored.base
+            watermark = scan.restored.watermark
             recent = by_time.get(scan.partition.number, -1)
             # -1: no record was appended in that time.
-            scan.seed_from = max(scan.low, base - REMEMBERED, recent if recent >= 0 else base)
+            scan.seed_from = max(scan.low, watermark - REMEMBERED, recent if recent >= 0 else watermark)
 
     def _read(self, topic: str, scans: list[_Scan]) -> None:
         """Read work records into the release memories, and scan the lifecycle topic, for all partitions at once."""
@@ -274,8 +278,8 @@ class Takeover(threading.Thread):
         ranges: dict[tuple[str, int], tuple[int, int]] = {}
         for scan in scans:
             number = scan.partition.number
-            ranges[topic, number] = (scan.seed_from, scan.restored.base)
-            if not scan.restored.clean and scan.restored.base < scan.high:
+            ranges[topic, number] = (scan.seed_from, scan.restored.watermark)
+            if not scan.restored.clean and scan.restored.watermark < scan.high:
                 ranges[self._names.lifecycle, number] = (scan.floor, scan.lifecycle_high)
 
         def take(message: Message) -> None:
@@ -388,7 +392,7 @@ class Takeover(threading.Thread):
         for scan in scans:
             for key, (job_id, appended_ms) in scan.open.items():
                 if key in scan.partition.memory or not scan.partition.owned:
-                    continue  # the release is below the base, so done; or the partition is no longer owned
+                    continue  # the release is below the watermark, so done; or the partition is no longer owned
                 count = count or self._log.partitions(self._names.lifecycle)
                 number = partition_of(job_id.encode(), count)
                 if number != scan.partition.number:
@@ -420,23 +424,23 @@ class Takeover(threading.Thread):
     def _conclude(self, scan: _Scan) -> None:
         partition, prior = scan.partition, scan.partition.prior
         assert partition.offsets is not None
-        # Most of the facts that the scan finds are about records below the base, which are done.
+        # Most of the facts that the scan finds are about records below the watermark, which are done.
         for key in [k for k in prior.closed if k in partition.memory]:
             del prior.closed[key]
         prior.scanned_to, prior.floor = scan.high, scan.floor
         if not scan.restored.clean and prior.committed >= 0:
-            prior.suspect_below = max(scan.begun, scan.restored.begun, scan.restored.base) + scan.unseen
+            prior.suspect_below = max(scan.begun, scan.restored.begun, scan.restored.watermark) + scan.unseen
             partition.offsets.suspect(min(prior.suspect_below, scan.high), scan.lifecycle_high)
         if not prior.used_up:
             partition.offsets.hold(scan.floor)
-        if scan.high <= scan.restored.base:
+        if scan.high <= scan.restored.watermark:
             prior.forget_releases()
             partition.offsets.hold(None)
         self.found += len(prior.closed)
         LOG.info(
             "%r: taken over at %d (%s), %s found beyond it",
             partition,
-            scan.restored.base,
+            scan.restored.watermark,
             "clean" if scan.restored.clean else f"lifecycle read from {scan.floor} to {scan.lifecycle_high}",
             counted(len(prior.closed), "outcome"),
         )

@@ -100,7 +100,7 @@ class AckTracker(threading.Thread):
                 elif message.topic() not in work.alone:
                     offsets.acknowledged(stands_at)
                 if work.remaining:
-                    offsets.unsettled(work.offset, stands_at)
+                    offsets.look_from(work.offset, stands_at)
             if not work.remaining:
                 offsets.done(work.offset)
         if closing:
@@ -111,7 +111,7 @@ class AckTracker(threading.Thread):
         if not work.remaining:
             partition.live.pop(work.offset, None)
             if work.lease is not None:
-                work.lease.settled(work)
+                work.lease.acknowledged(work)
 
     def _uncertain(self, work: JobRun) -> bool:
         """Return whether another worker may have taken over the job's partition. If so, the records that derive from
@@ -145,7 +145,7 @@ class AckTracker(threading.Thread):
         if closing is not False and partition.offsets is not None:
             # The fact may be in the log nevertheless, but then not below the present floor.
             with partition.lock:
-                partition.offsets.unsettled(work.offset, partition.offsets.floor)
+                partition.offsets.look_from(work.offset, partition.offsets.floor)
         if error.code() == KafkaError.MSG_SIZE_TOO_LARGE and isinstance(value, bytes):
             self._refused_by_size(work, closing, topic, value, message.key())
             return

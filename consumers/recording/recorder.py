@@ -254,7 +254,7 @@ class Recorder:
         """Handle the delivery of a closing fact with derived records: request that its report is taken soon. Any
         thread."""
         work.closing_delivered(error, message)
-        self._reports.settle_soon()
+        self._reports.drain_soon()
 
     def _count_and_tell(self, work: JobRun, event: JobEvent, outcome: Outcome, duration: float) -> None:
         """Count and log an outcome that was sent, and pass it to the hooks. Raises nothing, because an exception here
@@ -314,7 +314,7 @@ class Recorder:
         work.remaining = len(derived)
         with work.partition.lock:
             if derived:
-                offsets.unsettled(work.offset, lifecycle_offset)
+                offsets.look_from(work.offset, lifecycle_offset)
             else:
                 offsets.done(work.offset)
         if not derived:

@@ -267,7 +267,7 @@ class Backfill:
             self.progress.submitted += 1
             if not self.plan.dry_run:
                 batch.send(message, record)
-        for message, record in batch.settle():
+        for message, record in batch.await_all():
             raise JobledgerError(
                 f"the job of {message.topic()}[{message.partition()}]@{message.offset()} has a record of "
                 f"{len(record.value or b'')} bytes, above what {record.topic} accepts (max.message.bytes): raise the limit and continue"

@@ -177,7 +177,7 @@ class EventBatch:
         else:
             self._sender.send(record.topic, record.value, record.key, BY_KEY, delivered)
 
-    def settle(self) -> list[tuple[Message, Outgoing]]:
+    def await_all(self) -> list[tuple[Message, Outgoing]]:
         """Wait until every record is acknowledged or refused for its size. Return the refused records, each with the
         event from which the record results. Raises the error because of which a record was not delivered."""
         while self._open and self._error is None:
@@ -327,11 +327,11 @@ class Router:
                 routed += 1
             if refused:
                 self._reject(batch, message, "; ".join(refused))
-        for message, record in batch.settle():
+        for message, record in batch.await_all():
             routed -= 1
             why = f"its job makes a record of {len(record.value or b'')} bytes, above what {record.topic} takes"
             self._reject(batch, message, f"{why} (max.message.bytes)")
-        if batch.settle():  # dead letters that are too large
+        if batch.await_all():  # dead letters that are too large
             raise PayloadTooLarge(
                 f"{self.names.dead_letter} accepts smaller records (max.message.bytes) than the topics of events: raise the limit"
             )

@@ -17,7 +17,7 @@ from types import CodeType
 from typing import Any
 
 from jobledger.consumers.state.work import JobRun
-from jobledger.definitions.functions import settled
+from jobledger.definitions.functions import awaited
 from jobledger.errors import TaskCancelled, TaskInterrupted, TaskTimedOut
 from jobledger.process import forks
 
@@ -93,7 +93,7 @@ class Interrupts:
                     raise TaskCancelled
                 if work.interrupted is not None:  # its time limit was over before its code started
                     raise work.interrupted
-                value = settled(work.runtime.fn(**work.kwargs))
+                value = awaited(work.runtime.fn(**work.kwargs))
                 returned = True
             except BaseException as raised:  # noqa: BLE001  # raised again below
                 error = raised

@@ -124,7 +124,7 @@ class Placement:
         """Handle the delivery of a suspect's `JobStarted`. Any thread. Request that all reports are taken soon,
         because reports are taken in order."""
         work.noted_delivered(error, message)
-        self._reports.settle_soon()
+        self._reports.drain_soon()
 
     def _start_noted(self, work: JobRun) -> None:
         """Run a suspect's code: the suspect's start is in the log. Called in the thread that takes the delivery

@@ -78,7 +78,7 @@ class Dispatcher:
         self._aged_at = self._first_at = 0.0
         self._resting = self._polling = False
         self.idle = asyncio.Event()
-        self._reports.on_wake, self._reports.on_settle, ack_tracker.on_tick = self._pump, ack_tracker.drain, self.tick
+        self._reports.on_wake, self._reports.on_drain, ack_tracker.on_tick = self._pump, ack_tracker.drain, self.tick
         self.wake, self.call = self._reports.wake, self._calls.call
 
     def start(self) -> None:
@@ -96,7 +96,7 @@ class Dispatcher:
         now = _monotonic()
         for fetcher in self.fetchers:
             fetcher.committer.check(now)
-        self.starter.clock_ms = self._sender.clock.ms() - time.time() * 1000
+        self.starter.clock_ahead_ms = self._sender.clock.ms() - time.time() * 1000
         for work in list(self.running):
             if work.unsent is not None:
                 work.flush_progress(now)

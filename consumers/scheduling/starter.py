@@ -27,7 +27,7 @@ _monotonic = time.monotonic
 
 
 class Starter:
-    """Begins jobs that the caller has found ready to start. ``clock_ms``: the time of the broker's clock minus the
+    """Begins jobs that the caller has found ready to start. ``clock_ahead_ms``: the time of the broker's clock minus the
     time of this machine's clock, in ms."""
 
     def __init__(
@@ -44,7 +44,7 @@ class Starter:
         self._control, self._clock, self.running = control, clock, running
         self._running = running.jobs
         self._by_topic = lanes.by_topic
-        self.clock_ms = 0.0
+        self.clock_ahead_ms = 0.0
 
     def refused(self, work: JobRun) -> Outcome | None:
         """Return the outcome of a job that must not start, because it is cancelled or has expired; else None."""
@@ -93,7 +93,7 @@ class Starter:
             work.held_since = work.held_since or now
         at_us = now_us()
         if work.appended > 0:
-            waited_ms = at_us / 1000 + self.clock_ms - work.appended
+            waited_ms = at_us / 1000 + self.clock_ahead_ms - work.appended
             work.appended = 0
             lane.waits[bisect_left(WAIT_BOUNDS_MS, waited_ms)] += 1
             lane.waited_ms += waited_ms

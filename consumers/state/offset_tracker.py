@@ -1,17 +1,18 @@
 """Tracks which records of one partition are done: the watermark, the completion map and the takeover floor. Pure.
 
-This module owns what a worker commits for a partition: the offset (the *base*), and a text of at most 4,096 bytes in
-the offset's metadata. The module uses no client, clock or lock; the caller serialises the calls. Any doubt must result
-in "not done": jobs may run twice, as documented, but no job may be lost.
+This module owns what a worker commits for a partition: the offset (the *watermark*), and a text of at most 4,096 bytes
+in the offset's metadata. The module uses no client, clock or lock; the caller serialises the calls. Any doubt must
+result in "not done": jobs may run twice, as documented, but no job may be lost.
 
 The idea of a completion map in the commit's metadata comes from the Confluent Parallel Consumer. The rules below
-prevent faults of that library: base and map of different moments, an unreadable map that was taken for "done", reading
-that stalled at the limit.
+prevent faults of that library: watermark and map of different moments, an unreadable map that was taken for "done",
+reading that stalled at the limit.
 
 The text has the form ``2<c|d>.<floor>.<begun>.<checksum>.<r|b><map>``, with these parts: the version; clean or dirty;
-the floor in hex; how far beyond the base records were begun, in hex; the CRC-32 over base, floor, begun and map,
-because a map is valid only with its own base; the map in base64. The map is a list of run lengths (r: LEB128 varints,
-not done and done in turn, from the base on) or a bitset (b: bit n means that base + n is done), whichever is shorter.
+the floor in hex; how far beyond the watermark records were begun, in hex; the CRC-32 over watermark, floor, begun and
+map, because a map is valid only with its own watermark; the map in base64. The map is a list of run lengths (r: LEB128
+varints, not done and done in turn, from the watermark on) or a bitset (b: bit n means that watermark + n is done),
+whichever is shorter.
 """
 
 from __future__ import annotations
@@ -44,11 +45,11 @@ Ranges = tuple[tuple[int, int], ...]
 class Restored:
     """The decoded state of a commit.
 
-    ``done``: half-open ranges of done records, at or beyond ``base``. ``floor``: the takeover floor; None if not known.
-    ``begun``: no record from this offset on had been begun at the time of the commit; 0 if not known.
+    ``done``: half-open ranges of done records, at or beyond ``watermark``. ``floor``: the takeover floor; None if not
+    known. ``begun``: no record from this offset on had been begun at the time of the commit; 0 if not known.
     """
 
-    base: int
+    watermark: int
     done: Ranges = ()
     floor: int | None = None
     clean: bool = False
@@ -77,6 +78,7 @@ class PartitionOffsets:
         "_begun",
         "_end",
         "_hold",
+        "_look_from",
         "_low",
         "_next_outcome",
         "_pending",
@@ -85,7 +87,6 @@ class PartitionOffsets:
         "_since",
         "_suspects_below",
         "_suspects_from",
-        "_unsettled",
         "changed",
         "missing",
         "postponed",
@@ -94,13 +95,13 @@ class PartitionOffsets:
     def __init__(self, restored: Restored, start_floor: int) -> None:
         # Offsets that were received and are not done, in the log's order: the first key is the watermark.
         self._pending: dict[int, None] = {}
-        self._end = restored.base  # all records below were received, or were done before the assignment
-        self._low = restored.base  # a lower bound of the watermark, cheaper to read
+        self._end = restored.watermark  # all records below were received, or were done before the assignment
+        self._low = restored.watermark  # a lower bound of the watermark, cheaper to read
         self._ahead = list(restored.done)[::-1]  # done by former owners, not received yet; lowest last
         self._next_outcome = start_floor
         self._hold: int | None = None
         self._suspects_below = self._suspects_from = 0
-        self._unsettled: dict[int, int] = {}
+        self._look_from: dict[int, int] = {}
         # Begun records in the order of their starts, with the lowest lifecycle offset that each start can have.
         self._running: dict[int, int] = {}
         self._begun = restored.begun
@@ -147,8 +148,8 @@ class PartitionOffsets:
         self._pending.pop(offset, 0)
         self._running.pop(offset, 0)
         self._since += 1
-        if self._unsettled:
-            self._unsettled.pop(offset, None)
+        if self._look_from:
+            self._look_from.pop(offset, None)
         self.changed = True
 
     def acknowledged(self, lifecycle_offset: int) -> None:
@@ -156,10 +157,10 @@ class PartitionOffsets:
         if lifecycle_offset >= self._next_outcome:
             self._next_outcome = lifecycle_offset + 1
 
-    def unsettled(self, offset: int, lifecycle_offset: int) -> None:
+    def look_from(self, offset: int, lifecycle_offset: int) -> None:
         """Note that the next owner must look for the record's outcome from ``lifecycle_offset`` on, because the outcome
         or a derived record is not known to be durable."""
-        self._unsettled[offset] = lifecycle_offset
+        self._look_from[offset] = lifecycle_offset
 
     def goes_on(self, offset: int) -> None:
         """Note that the record's job continues after its next fact. Call this before that fact is sent: the broker then
@@ -170,13 +171,13 @@ class PartitionOffsets:
         """Note that the record's job continues. The next owner must find the job's facts from ``lifecycle_offset``
         on."""
         if offset in self._pending:
-            known = self._unsettled.get(offset, lifecycle_offset)
-            self._unsettled[offset] = min(known, lifecycle_offset)
+            known = self._look_from.get(offset, lifecycle_offset)
+            self._look_from[offset] = min(known, lifecycle_offset)
 
     @property
-    def settled(self) -> bool:
+    def nothing_to_look_up(self) -> bool:
         """Whether the next owner need not look for outcomes or notes in the log."""
-        return not self._unsettled and not self._suspects
+        return not self._look_from and not self._suspects
 
     def hold(self, floor: int | None) -> None:
         """Keep the floor at ``floor`` while the map does not yet have all outcomes of a former owner that the takeover
@@ -196,12 +197,12 @@ class PartitionOffsets:
 
     @property
     def _suspects(self) -> bool:
-        return self.base < self._suspects_below
+        return self.watermark < self._suspects_below
 
     # -- what is known --------------------------------------------------------------------------------------------
 
     @property
-    def base(self) -> int:
+    def watermark(self) -> int:
         """The watermark: all records below it are done."""
         return next(iter(self._pending), self._end)
 
@@ -234,9 +235,9 @@ class PartitionOffsets:
         while running:
             record, start = next(iter(running.items()))
             if start >= self._next_outcome - SCAN_MOST:
-                return min(start, *self._unsettled.values()) if self._unsettled else start
+                return min(start, *self._look_from.values()) if self._look_from else start
             del running[record]
-        return min(self._unsettled.values(), default=self._next_outcome)
+        return min(self._look_from.values(), default=self._next_outcome)
 
     @property
     def braked(self) -> bool:
@@ -245,7 +246,7 @@ class PartitionOffsets:
         far = self._ahead[0][1] if self._ahead else self._end
         if far - self._low < SPAN_BUDGET:
             return False
-        self._low = self.base
+        self._low = self.watermark
         span = max(far, self._end) - self._low
         if span < SPAN_BUDGET:
             return False
@@ -263,14 +264,14 @@ class PartitionOffsets:
         ``clean``: the log holds no outcome that is missing in the map, so the next owner need not read the log.
         """
         self._absorb()
-        base = self._low = self.base
+        watermark = self._low = self.watermark
         done = list(self._done())
         self._ranges, self._since = len(done), 0
-        metadata = encode(base, done, self.floor, clean, self._begun)
+        metadata = encode(watermark, done, self.floor, clean, self._begun)
         if metadata is None:
             return None
         self.changed = False
-        return Snapshot(base, metadata)
+        return Snapshot(watermark, metadata)
 
     def _done(self) -> Iterator[tuple[int, int]]:
         """Yield the done ranges beyond the watermark, in order."""
@@ -296,32 +297,32 @@ class PartitionOffsets:
             self._end = max(self._end, self._ahead.pop()[1])
 
 
-def encode(base: int, done: Iterable[tuple[int, int]], floor: int, clean: bool, begun: int = 0) -> str | None:
+def encode(watermark: int, done: Iterable[tuple[int, int]], floor: int, clean: bool, begun: int = 0) -> str | None:
     """Encode the metadata text. Return None if the text would be longer than `METADATA_LIMIT`."""
     ranges = list(done)
     payload = b""
     kind = "r"
     if ranges:
-        runs = _runs(base, ranges)
-        span = ranges[-1][1] - base
+        runs = _runs(watermark, ranges)
+        span = ranges[-1][1] - watermark
         if len(runs) <= (span + 7) // 8:
             payload = runs
         else:
-            payload, kind = _bits(base, ranges), "b"
-    ahead = max(0, begun - base)
-    body = f"{floor:x}.{ahead:x}.{_checksum(base, floor, payload, ahead):08x}.{kind}"
+            payload, kind = _bits(watermark, ranges), "b"
+    ahead = max(0, begun - watermark)
+    body = f"{floor:x}.{ahead:x}.{_checksum(watermark, floor, payload, ahead):08x}.{kind}"
     text = f"{_VERSION}{'c' if clean else 'd'}.{body}{binascii.b2a_base64(payload, newline=False).decode()}"
     return text if len(text) <= METADATA_LIMIT else None
 
 
-def decode(base: int, metadata: str | None, log_end: int) -> Restored:
-    """Decode a commit at ``base``, for a log that ends at ``log_end``.
+def decode(watermark: int, metadata: str | None, log_end: int) -> Restored:
+    """Decode a commit at ``watermark``, for a log that ends at ``log_end``.
 
-    The text is ignored if it is missing, damaged, of another version or another base, or if it names records that the
-    log does not have. Then no record beyond the base counts as done, the floor is not known, and the hand-over counts
-    as not clean.
+    The text is ignored if it is missing, damaged, of another version or another watermark, or if it names records that
+    the log does not have. Then no record beyond the watermark counts as done, the floor is not known, and the hand-over
+    counts as not clean.
     """
-    nothing = Restored(base)
+    nothing = Restored(watermark)
     if not metadata:
         return nothing
     try:
@@ -332,23 +333,23 @@ def decode(base: int, metadata: str | None, log_end: int) -> Restored:
         checksum, body = rest.split(".", 1)
         floor, ahead = int(floor_text, 16), int(ahead_text, 16)
         payload = binascii.a2b_base64(body[1:].encode("ascii"), strict_mode=True)
-        if int(checksum, 16) != _checksum(base, floor, payload, ahead if head[0] == _VERSION else None):
+        if int(checksum, 16) != _checksum(watermark, floor, payload, ahead if head[0] == _VERSION else None):
             return nothing
         if body[0] == "r":
-            ranges = tuple(_from_runs(base, payload))
+            ranges = tuple(_from_runs(watermark, payload))
         elif body[0] == "b":
-            ranges = tuple(_from_bits(base, payload))
+            ranges = tuple(_from_bits(watermark, payload))
         else:
             return nothing
     except (ValueError, IndexError, UnicodeError):
         return nothing
-    if base > log_end or (ranges and ranges[-1][1] > log_end):
+    if watermark > log_end or (ranges and ranges[-1][1] > log_end):
         return nothing
-    return Restored(base, ranges, floor, head[1] == "c", base + ahead)
+    return Restored(watermark, ranges, floor, head[1] == "c", watermark + ahead)
 
 
-def _checksum(base: int, floor: int, payload: bytes, ahead: int | None) -> int:
-    about = f"{base}/{floor}" if ahead is None else f"{base}/{floor}/{ahead}"
+def _checksum(watermark: int, floor: int, payload: bytes, ahead: int | None) -> int:
+    about = f"{watermark}/{floor}" if ahead is None else f"{watermark}/{floor}/{ahead}"
     return zlib.crc32(payload, zlib.crc32(about.encode()))
 
 
@@ -363,9 +364,9 @@ def _varint(out: bytearray, number: int) -> None:
     out.append(number)
 
 
-def _runs(base: int, ranges: Iterable[tuple[int, int]]) -> bytes:
+def _runs(watermark: int, ranges: Iterable[tuple[int, int]]) -> bytes:
     out = bytearray()
-    at = base
+    at = watermark
     for start, end in ranges:
         _varint(out, start - at)
         _varint(out, end - start)
@@ -373,7 +374,7 @@ def _runs(base: int, ranges: Iterable[tuple[int, int]]) -> bytes:
     return bytes(out)
 
 
-def _from_runs(base: int, payload: bytes) -> Iterator[tuple[int, int]]:
+def _from_runs(watermark: int, payload: bytes) -> Iterator[tuple[int, int]]:
     numbers: list[int] = []
     number = shift = 0
     for byte in payload:
@@ -384,27 +385,27 @@ def _from_runs(base: int, payload: bytes) -> Iterator[tuple[int, int]]:
             number = shift = 0
     if shift or len(numbers) % 2:
         raise ValueError("the run lengths end too early")
-    at = base
+    at = watermark
     for gap, length in zip(numbers[::2], numbers[1::2], strict=True):
         at += gap
         yield at, at + length
         at += length
 
 
-def _bits(base: int, ranges: Iterable[tuple[int, int]]) -> bytes:
+def _bits(watermark: int, ranges: Iterable[tuple[int, int]]) -> bytes:
     bits = 0
-    end = base
+    end = watermark
     for start, end in ranges:
-        bits |= ((1 << (end - start)) - 1) << (start - base)
-    return bits.to_bytes((end - base + 7) // 8, "little")
+        bits |= ((1 << (end - start)) - 1) << (start - watermark)
+    return bits.to_bytes((end - watermark + 7) // 8, "little")
 
 
-def _from_bits(base: int, payload: bytes) -> Iterator[tuple[int, int]]:
+def _from_bits(watermark: int, payload: bytes) -> Iterator[tuple[int, int]]:
     text = f"{int.from_bytes(payload, 'little'):b}"[::-1]
     at = text.find("1")
     while at >= 0:
         end = text.find("0", at)
         if end < 0:
             end = len(text)
-        yield base + at, base + end
+        yield watermark + at, watermark + end
         at = text.find("1", end)

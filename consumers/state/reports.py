@@ -25,7 +25,7 @@ class Asked(Enum):
 class Reports:
     """Holds reports until the dispatcher's next pass.
 
-    ``calls``: the worker's event loop. The dispatcher sets `on_wake`, its pass over all reports, and `on_settle`, which
+    ``calls``: the worker's event loop. The dispatcher sets `on_wake`, its pass over all reports, and `on_drain`, which
     takes the delivery reports that have arrived.
     """
 
@@ -42,7 +42,7 @@ class Reports:
         #: Whether a pass is scheduled.
         self.awake = False
         self.on_wake: Callable[[], None]
-        self.on_settle: Callable[[], None]
+        self.on_drain: Callable[[], None]
         self._alarm: tuple[float, asyncio.TimerHandle] | None = None
 
     def wake(self) -> None:
@@ -94,6 +94,6 @@ class Reports:
         self.asked.append((what, work))
         self.wake()
 
-    def settle_soon(self) -> None:
+    def drain_soon(self) -> None:
         """Request that the delivery reports that have arrived are taken soon. Any thread."""
-        self.calls.call(self.on_settle)
+        self.calls.call(self.on_drain)

@@ -251,7 +251,7 @@ class JobLease:
         self.closing = False  # the job's outcome is being sent
         self.tries = 0
 
-    def settled(self, work: JobRun) -> None:
+    def acknowledged(self, work: JobRun) -> None:
         """Note that both facts of the lease are acknowledged, and that the work record is done. Any thread."""
         self.leases.written(work)
 

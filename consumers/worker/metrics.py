@@ -194,8 +194,8 @@ class WorkerMetrics(Collector):
             braked.add_metric(about, part.braked)
             if part.offsets is not None:
                 with part.lock:
-                    received, base, left = part.offsets.end, part.offsets.base, part.offsets.pending
-                gap.add_metric(about, received - base)
+                    received, watermark, left = part.offsets.end, part.offsets.watermark, part.offsets.pending
+                gap.add_metric(about, received - watermark)
                 pending.add_metric(about, left)
         yield from (lag, gap, pending, size, braked)
 

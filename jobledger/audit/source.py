@@ -173,7 +173,7 @@ class Source:
         except AccessDenied as exc:
             self.refused[topic] = exc
             return
-        self.span.committed.update({partition: each.base for partition, each in offsets.items()})
+        self.span.committed.update({partition: each.offset for partition, each in offsets.items()})
 
     def _read_schemas(self) -> None:
         """Read every schema on ``<ns>.schemas``, before the records that need these schemas."""

@@ -82,11 +82,11 @@ class Check:
         with LogReader(settings) as reader:
             plan: list[tuple[str, int, int, int, Restored | None]] = []
             for topic in sorted(work_topics(settings, names)):
-                bases = self._commits(topic)
+                commits = self._commits(topic)
                 for number in range(partitions_of(settings, topic)):
                     low, high = reader.watermarks(topic, number)
-                    base, metadata = bases.get(number, (low, None))
-                    plan.append((topic, number, max(low, base), high, decode(base, metadata, high)))
+                    committed, metadata = commits.get(number, (low, None))
+                    plan.append((topic, number, max(low, committed), high, decode(committed, metadata, high)))
             rows = changelog(names)
             for number in range(partitions_of(settings, rows)):
                 plan.append((rows, number, *reader.watermarks(rows, number), None))
@@ -110,7 +110,7 @@ class Check:
         lane = names.queue_of(topic)
         assert lane is not None
         commits = group_offsets(self.app.settings, names.worker_group(lane), topic)
-        return {number: (commit.base, commit.metadata) for (_, number), commit in commits.items()}
+        return {number: (commit.offset, commit.metadata) for (_, number), commit in commits.items()}
 
     def _watched(
         self,

@@ -259,7 +259,7 @@ def cancel(
         if where and targets and not (yes or dry_run or as_json):
             typer.confirm(f"Cancel {counted(len(targets), 'job')}?", abort=True, err=True)
         if targets and not dry_run:
-            queried.orders.cancel(targets, reason, by)
+            queried.commands.cancel(targets, reason, by)
     finally:
         queried.close()
     if as_json:

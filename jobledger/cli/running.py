@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 LOG = get_logger("jobledger.cli")
 
 #: Seconds that a running round of maintenance gets to end.
-UPKEEP_END_S = 5.0
+MAINTENANCE_END_S = 5.0
 #: Seconds that the coordinator and the materializer get to stop.
 STREAMS_GRACE_S = 30.0
 
@@ -253,9 +253,12 @@ def materializer(
     target: Target,
     bootstrap: Bootstrap = None,
     status_url: StatusUrl = None,
-    upkeep: Annotated[
+    maintenance: Annotated[
         bool,
-        typer.Option("--upkeep/--no-upkeep", help="Also run watchdog, audit and trimming, based on this status table."),
+        typer.Option(
+            "--maintenance/--no-maintenance",
+            help="Also run watchdog, commit check and trimming, based on this status table.",
+        ),
     ] = True,
     metrics: Metrics = None,
     log_format: LogFormat = None,
@@ -263,7 +266,7 @@ def materializer(
     """Keep the status table up to date with the log, until SIGTERM or Ctrl-C. A second materializer waits as a standby
     until the first ends.
 
-    If a namespace has several status tables, run all materializers but one with --no-upkeep.
+    If a namespace has several status tables, run all materializers but one with --no-maintenance.
     """
     need("jobledger materializer", "streams")
     app = load_app(target, bootstrap=bootstrap, status_url=status_url)
@@ -277,19 +280,19 @@ def materializer(
     app.settings.resolve_bootstrap()
     made = Materializer(app.names, app.settings, list(app.lanes), url, registry=REGISTRY)
     with serving(metrics), stopping() as stop:
-        rounds = threading.Thread(target=_upkeep, args=(app, url, made, stop), name="jobledger-upkeep")
-        if upkeep:
+        rounds = threading.Thread(target=_maintain, args=(app, url, made, stop), name="jobledger-maintenance")
+        if maintenance:
             rounds.start()
         try:
             made.run(stop)
         finally:
             stop.set()
-            if upkeep:
-                rounds.join(UPKEEP_END_S)
+            if maintenance:
+                rounds.join(MAINTENANCE_END_S)
 
 
-def _upkeep(app: App, url: str, made: Materializer, stop: threading.Event) -> None:
-    """Run watchdog, audit and trimming, as soon as the materializer holds the lease of the status table."""
+def _maintain(app: App, url: str, made: Materializer, stop: threading.Event) -> None:
+    """Run watchdog, commit check and trimming, as soon as the materializer holds the lease of the status table."""
     from jobledger.streams.maintenance.maintenance import Maintenance
     from jobledger.streams.status.store import open_reader
 
@@ -300,7 +303,7 @@ def _upkeep(app: App, url: str, made: Materializer, stop: threading.Event) -> No
         with closing(open_reader(url, app.names.namespace)) as reader:
             Maintenance(app.names, app.settings, list(app.lanes), reader, active=lambda: made.active).run(stop)
     except JobledgerError as exc:
-        LOG.error("watchdog, audit and trimming do not run: %s", exc)
+        LOG.error("watchdog, commit check and trimming do not run: %s", exc)
 
 
 @contextmanager

@@ -58,7 +58,7 @@ class BulkAck:
         self._settings, self._writer, self._what = settings, writer, what
         self._added: list[tuple[str, str]] = []
         self._positions: dict[int, tuple[int, int]] = {}
-        self._settled = 0
+        self._answered = 0
         #: Errors by index in the order of `add`.
         self._failed: dict[int, KafkaError | PayloadTooLarge] = {}
 
@@ -77,7 +77,7 @@ class BulkAck:
             return
         else:
             self._failed[index] = error
-        self._settled += 1
+        self._answered += 1
 
     def add(self, identity: str, record: Outgoing) -> None:
         """Send one more record. Waits while `WINDOW` records are outstanding. If a record is too large, only that
@@ -85,7 +85,7 @@ class BulkAck:
         index = len(self._added)
         if not index % CHUNK:
             self._writer.poll(0)
-            if index - self._settled >= WINDOW:
+            if index - self._answered >= WINDOW:
                 self._await(WINDOW - CHUNK)
         delivered = partial(self._delivered, index)
         if record.headers is not None:
@@ -94,20 +94,20 @@ class BulkAck:
             self._writer.post(record, delivered)
         except PayloadTooLarge as exc:
             self._failed[index] = exc
-            self._settled += 1
+            self._answered += 1
         self._added.append((identity, record.topic))
 
     def _await(self, outstanding: int) -> None:
         """Serve delivery callbacks until at most ``outstanding`` acknowledgements are missing. The time limit starts
         again with each acknowledgement. Raises `BrokerUnavailable`."""
         patience = self._settings.submit_timeout + 5.0
-        settled, since = self._settled, time.monotonic()
-        while len(self._added) - self._settled > outstanding:
+        answered, since = self._answered, time.monotonic()
+        while len(self._added) - self._answered > outstanding:
             self._writer.poll(0.05)
-            if self._settled != settled:
-                settled, since = self._settled, time.monotonic()
+            if self._answered != answered:
+                answered, since = self._answered, time.monotonic()
             elif time.monotonic() - since > patience:
-                missing = len(self._added) - self._settled
+                missing = len(self._added) - self._answered
                 raise BrokerUnavailable(
                     f"{missing} of {len(self._added)} {self._what} were not acknowledged: no acknowledgement arrived for "
                     f"{patience:g} s"

@@ -77,7 +77,7 @@ class Client:
         self._bulk: LogWriter | None = None
         self._source = source("client")
         #: Control commands for jobs, queues and tasks.
-        self.orders = Commands(settings, names, self.writer)
+        self.commands = Commands(settings, names, self.writer)
         #: The fingerprints of event schemas that are published and compatible with those on the log, each with the head
         #: of its Schema Registry frame, or b"" for single-object encoding.
         self._event_schemas: dict[bytes, bytes] = {}
@@ -133,11 +133,11 @@ class Client:
 
     def cancel(self, job_id: str, reason: str | None = None, run: int = 1, by: str | None = None) -> None:
         """Request that a job be cancelled; see `App.cancel`."""
-        self.orders.cancel([Job(job_id, run)], reason, by)
+        self.commands.cancel([Job(job_id, run)], reason, by)
 
     async def cancel_async(self, job_id: str, reason: str | None = None, run: int = 1, by: str | None = None) -> None:
         """Request that a job be cancelled as `cancel` does, without blocking the event loop."""
-        for records in self.orders.cancels([Job(job_id, run)], reason, by):
+        for records in self.commands.cancels([Job(job_id, run)], reason, by):
             writer = await _in_thread(self.writer)
             what = f"cancelling job {job_id}"
             await asyncio.gather(*(self._acknowledged(writer, record, what) for record in records))
@@ -216,7 +216,7 @@ class Client:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Position] = loop.create_future()
 
-        def settle(error: KafkaError | None, position: Position) -> None:
+        def resolve(error: KafkaError | None, position: Position) -> None:
             if future.done():
                 return
             if error is None:
@@ -228,7 +228,7 @@ class Client:
             if error is not None and writer.resend(error, message, record.headers, delivered, alone):
                 return
             with contextlib.suppress(RuntimeError):  # the loop has been closed: no caller waits
-                loop.call_soon_threadsafe(settle, error, position_of(message))
+                loop.call_soon_threadsafe(resolve, error, position_of(message))
 
         await _post_async(writer, record, delivered)
         while not writer.served and not future.done():

@@ -107,7 +107,7 @@ class Question:
         due = (now // pace + 1) * pace
         return due if self.deadline is None else min(due, max(now, self.deadline))
 
-    def settle(self, answer: JobStatus | Exception) -> None:
+    def resolve(self, answer: JobStatus | Exception) -> None:
         """Set the answer, unless the caller has stopped waiting."""
         with suppress(InvalidStateError):
             if isinstance(answer, JobStatus):
@@ -183,7 +183,7 @@ class Follower:
 
     def _give_up(self) -> None:
         for _, _, question in self._due:
-            question.settle(JobledgerError(f"the app was closed while a caller waited for job {question.job_id}"))
+            question.resolve(JobledgerError(f"the app was closed while a caller waited for job {question.job_id}"))
         self._due.clear()
 
     def _push(self, question: Question, due: float) -> None:
@@ -252,7 +252,7 @@ class Follower:
         self._read(table, changed)
         for question in some:
             if question.deadline is not None and now >= question.deadline and not question.answer.done():
-                question.settle(question.late())
+                question.resolve(question.late())
 
     def _read(self, table: StatusSource, some: list[Question]) -> None:
         """Answer those of these questions to which the table has an answer."""
@@ -274,9 +274,9 @@ class Follower:
                 status = statuses.get(job_id)
                 for question in ready[job_id]:
                     if status is None:
-                        question.settle(table.unknown(job_id))
+                        question.resolve(table.unknown(job_id))
                     elif status.state.ended or not question.ended:
-                        question.settle(status)
+                        question.resolve(status)
 
     def _missed(self, question: Question, error: BaseException, now: float) -> None:
         """Handle a failed poll. If the stream processor may just be starting, the question stays open; else the error
@@ -287,7 +287,7 @@ class Follower:
                 return
         if not isinstance(error, Exception):
             error = RuntimeError(f"the query for job {question.job_id} was aborted: {error!r}")
-        question.settle(_own(error))
+        question.resolve(_own(error))
 
 
 def _own(error: Exception) -> Exception:

@@ -1,5 +1,5 @@
 """Checks which functions may be declared, and awaits an awaitable that a plain function returns. Everything except
-`settled` is pure.
+`awaited` is pure.
 
 Calling a generator function does not run its body, and neither does calling an ``async def`` whose coroutine is not
 awaited. A task made of such a function would succeed without having done anything.
@@ -49,7 +49,7 @@ def check_plain(fn: Any, what: str) -> None:
         raise ConfigError(f"{what}: {_named(fn)} is async or a generator, and must be a plain function")
 
 
-def settled(value: Any) -> Any:
+def awaited(value: Any) -> Any:
     """Return the result of a plain function that returned ``value``: the awaited result if ``value`` is an awaitable,
     else ``value``. A decorator without ``async`` around a coroutine function returns an awaitable."""
     if value is None or not hasattr(type(value), "__await__"):

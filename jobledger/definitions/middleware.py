@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobledger.definitions import tracing
 from jobledger.definitions.context import JobContext, current_job
-from jobledger.definitions.functions import check_plain, settled
+from jobledger.definitions.functions import awaited, check_plain
 from jobledger.errors import ConfigError
 from jobledger.process.logger import get_logger
 
@@ -158,7 +158,7 @@ def _code(task: Task[Any, Any]) -> Inner:
     def call(job: JobContext, kwargs: dict[str, Any]) -> Any:
         for name, resource in needs:
             kwargs[name] = store.get(resource)
-        return settled(fn(**kwargs))
+        return awaited(fn(**kwargs))
 
     return call
 
@@ -230,7 +230,7 @@ class _Async(contextlib.AbstractAsyncContextManager[None, bool]):
 
 def _before(hook: Hook, inner: Inner) -> Inner:
     def call(job: JobContext, kwargs: dict[str, Any]) -> Any:
-        settled(hook.fn(job))
+        awaited(hook.fn(job))
         return inner(job, kwargs)
 
     return call
@@ -250,7 +250,7 @@ def _after(hook: Hook, inner: Inner) -> Inner:
     def call(job: JobContext, kwargs: dict[str, Any]) -> Any:
         result = inner(job, kwargs)
         try:
-            settled(hook.fn(job, result))
+            awaited(hook.fn(job, result))
         except OWN:
             _failed(hook, job)
         return result

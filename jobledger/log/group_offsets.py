@@ -19,10 +19,10 @@ from jobledger.kafka.topic_names import Names
 
 
 class Committed(msgspec.Struct, frozen=True):
-    """A partition's commit. ``base``: the committed offset. ``floor``: the lifecycle offset from which a takeover
+    """A partition's commit. ``offset``: the committed offset. ``floor``: the lifecycle offset from which a takeover
     reads, None if not given. ``metadata``: the commit's metadata."""
 
-    base: int
+    offset: int
     floor: int | None = None
     metadata: str | None = None
 

@@ -285,8 +285,8 @@ class LogWriter:
     def _send_all(self, records: Iterable[Outgoing]) -> list[Position]:
         positions: list[Position | None] = []
         failed: list[tuple[KafkaError, str]] = []
-        settled: list[int] = []
-        some_settled = self.event()
+        answered: list[int] = []
+        some_answered = self.event()
 
         def delivered(index: int, headers: Headers | None) -> DeliveryCallback:
             def callback(error: KafkaError | None, message: Message, *, alone: bool = False) -> None:
@@ -296,8 +296,8 @@ class LogWriter:
                     failed.append((error, message.topic() or "?"))
                 else:
                     positions[index] = position_of(message)
-                settled.append(index)
-                some_settled.set()
+                answered.append(index)
+                some_answered.set()
 
             return callback
 
@@ -305,9 +305,9 @@ class LogWriter:
             positions.append(None)
             self.post(record, delivered(len(positions) - 1, record.headers))
         deadline = time.monotonic() + self.settings.submit_timeout + 5.0
-        while len(settled) < len(positions):
-            some_settled.clear()
-            if len(settled) < len(positions) and not self.wait(some_settled, max(0.0, deadline - time.monotonic())):
+        while len(answered) < len(positions):
+            some_answered.clear()
+            if len(answered) < len(positions) and not self.wait(some_answered, max(0.0, deadline - time.monotonic())):
                 raise BrokerUnavailable(
                     f"{self.settings.bootstrap or 'the embedded broker'} did not acknowledge every record within "
                     f"{self.settings.submit_timeout:g} s (JOBLEDGER_SUBMIT_TIMEOUT)"

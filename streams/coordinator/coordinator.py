@@ -153,8 +153,8 @@ class Coordinator:
         changed topic settings that break a guarantee.
         """
         pipeline, metrics = self._pipeline, self.metrics
-        settled = self._started and not self._app.rebalancing
-        ready = pipeline is not None and settled and bool(self._app.tables.actives_ready) and pipeline.ready
+        stable = self._started and not self._app.rebalancing
+        ready = pipeline is not None and stable and bool(self._app.tables.actives_ready) and pipeline.ready
         owned = [] if pipeline is None else pipeline.firing.partitions
         now = time.monotonic()
         if ready:
@@ -167,7 +167,7 @@ class Coordinator:
         )
         scheduled = 0 if pipeline is None else sum(pipeline.table.scheduled.values())
         missing = [] if pipeline is None else pipeline.topics.missing
-        state = "ready" if ready else "starting" if not self._started else "catching-up" if settled else "rebalancing"
+        state = "ready" if ready else "starting" if not self._started else "catching-up" if stable else "rebalancing"
         metrics.ready.set(ready)
         metrics.overdue.set(overdue)
         metrics.lag.set(lag)
@@ -178,7 +178,7 @@ class Coordinator:
         return {
             "state": state,
             "ready": ready,
-            "rebalancing": not settled,
+            "rebalancing": not stable,
             "partitions": owned,
             "lag": lag,
             "scheduled": scheduled,
@@ -267,7 +267,7 @@ class Coordinator:
         """Start everything that runs until the coordinator stops."""
         several = (
             pipeline.decide,
-            pipeline.settle,
+            pipeline.write,
             pipeline.firing.run,
             pipeline.sweep,
             pipeline.topics.watch,

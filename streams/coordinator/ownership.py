@@ -60,7 +60,7 @@ class Ownership:
     def undisputed(self) -> bool:
         """Whether the instance may act: no rebalance is under way, and the instance's membership is not in doubt."""
         self.beat()
-        return not self._doubted and self.generation is not None and self._group.settled
+        return not self._doubted and self.generation is not None and self._group.stable
 
     def beat(self) -> None:
         """Check whether this process was paused (SIGSTOP, a suspended machine) or its clock was set. The caller calls
@@ -98,7 +98,7 @@ class Ownership:
         """
         self.beat()
         self._doubted = self._doubted or doubt
-        if self._doubted and self._group.settled and await self._group.confirm():
+        if self._doubted and self._group.stable and await self._group.confirm():
             self._doubted = False
             LOG.info("the broker confirmed the group membership of this coordinator")
         return not self._doubted

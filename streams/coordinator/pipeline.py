@@ -239,7 +239,7 @@ class Pipeline:
 
     # -- second stage: make durable and acknowledge ------------------------------------------------------------------
 
-    async def settle(self) -> None:
+    async def write(self) -> None:
         """Make decisions durable, in order. Runs until cancelled. Raises the error that prevents this."""
         while True:
             async with self._changed:
@@ -247,7 +247,7 @@ class Pipeline:
                 plans = list(self._plans)
                 self._plans.clear()
             try:
-                await self._settle([plan for plan in plans if plan.epoch == self._ownership.epoch])
+                await self._write([plan for plan in plans if plan.epoch == self._ownership.epoch])
             except Superseded:
                 LOG.info(
                     "events that are read again later, because their partitions are being reassigned: %d",
@@ -258,7 +258,7 @@ class Pipeline:
                     self._under_way -= sum(len(plan.records) for plan in plans)
                     self._changed.notify_all()
 
-    async def _settle(self, plans: Sequence[PlannedWrites]) -> None:
+    async def _write(self, plans: Sequence[PlannedWrites]) -> None:
         if not plans:
             return
         for plan in plans:

@@ -33,7 +33,7 @@ def standing(log: LogReader, names: Names, decode: Callable[[bytes | None], JobE
     return cancels
 
 
-def settled(cancels: dict[str, JobEvent], names: Names, table: StatusReader) -> Iterator[Outgoing]:
+def tombstones(cancels: dict[str, JobEvent], names: Names, table: StatusReader) -> Iterator[Outgoing]:
     """Yield tombstones for the cancels whose run has ended in the table, or was followed by a later run."""
     for key, event in cancels.items():
         try:

@@ -1,10 +1,10 @@
-"""Periodic maintenance beside the active materializer: the watchdog, the audit, trimming and the removal of old
-cancels.
+"""Periodic maintenance beside the active materializer: the watchdog, the commit check, trimming and the
+removal of old cancels.
 
 * The **watchdog** finds jobs that are due and were not released, and asks the coordinator to check them
   (`ReleaseOverdue`); the coordinator decides. The watchdog first reads the ends of the topics. It acts only if the
   status table reaches these ends.
-* The **audit** counts work records below a worker group's committed offset that no fact closes. The count must be 0.
+* The **commit check** counts work records below a worker group's committed offset that no fact closes. The count must be 0.
 * **Trimming** deletes records past the retention age that every reader has read (`jobledger.streams.maintenance.trim`).
   Readers are workers, the coordinator, the status table, projections of facts in the same database, and the groups of
   `App.lifecycle`.
@@ -62,16 +62,16 @@ try:
 except ImportError as exc:
     raise missing("streams", exc) from exc
 
-LOG = get_logger("jobledger.upkeep")
+LOG = get_logger("jobledger.maintenance")
 
 UNCLOSED = Gauge(
-    "jobledger_audit_unclosed_records",
+    "jobledger_unclosed_records",
     "Work records below a committed offset that no fact closes. Must be 0.",
     ["namespace"],
 )
-AUDITED = Gauge(
-    "jobledger_audit_time_seconds",
-    "Time of the last audit that had a result, in seconds since the epoch.",
+COMMITS_CHECKED = Gauge(
+    "jobledger_commit_check_time_seconds",
+    "Time of the last commit check that had a result, in seconds since the epoch.",
     ["namespace"],
 )
 ASKED = Counter(
@@ -85,9 +85,9 @@ FIRST_S = 300.0
 OVERDUE_PAGE = 1_000
 #: Timeout in seconds of a request to delete records.
 DELETE_TIMEOUT_S = 30.0
-#: Largest number of open jobs that one audit checks. The oldest jobs are checked first: a lost job becomes the oldest
+#: Largest number of open jobs that one commit check reads. The oldest jobs are checked first: a lost job becomes the oldest
 #: when other jobs end.
-AUDIT_MOST = 10_000
+COMMIT_CHECK_MOST = 10_000
 #: Nothing is trimmed if this many or more unfinished jobs are past the retention age.
 UNFINISHED_MOST = 10_000
 
@@ -99,7 +99,7 @@ class Cadence:
     records to delete."""
 
     watch_every: float = 10.0
-    audit_every: float = 15.0
+    commit_check_every: float = 15.0
     trim_every: float = 3600.0
     overdue_after: float = 30.0
     patience: float = 30.0
@@ -134,7 +134,7 @@ class Maintenance:
         """Run rounds until ``stop`` is set. If the broker or the database is unavailable, only the round fails."""
         rounds: list[tuple[str, float, Callable[[], object]]] = [
             ("watchdog", self.cadence.watch_every, self.watch),
-            ("audit", self.cadence.audit_every, self.audit),
+            ("commit check", self.cadence.commit_check_every, self.check_commits),
             ("trimming", self.cadence.trim_every, self.trim),
             ("cancels", self.cadence.trim_every, self.forget_cancels),
         ]
@@ -234,32 +234,32 @@ class Maintenance:
             (record.event, lasting(fact.spec, record.appended_ms)) if isinstance(fact, JobSubmitted | JobDue) else None
         )
 
-    # -- the audit ------------------------------------------------------------------------------------------------
+    # -- the commit check -----------------------------------------------------------------------------------------
 
-    def audit(self) -> int | None:
+    def check_commits(self) -> int | None:
         """Return the number of work records below a committed offset that no fact closes; None if the table is not
         current."""
-        bases = {
-            position: c.base
+        committed = {
+            position: c.offset
             for position, c in group_offsets.worker_commits(self.settings, self.names, self.queues).items()
         }
         if not self._table_is_current([self.names.lifecycle]):
             return None
         unclosed = 0
-        for job_id, life in self._reader.open_lives(AUDIT_MOST):
+        for job_id, life in self._reader.open_lives(COMMIT_CHECK_MOST):
             position = work_position(life, self.names)
             if life.leased is not None and life.leased.release >= (0 if life.due is None else life.due.release):
                 continue  # a job lease replaces the work record
-            if position is not None and position.offset < bases.get((position.topic, position.partition), 0):
+            if position is not None and position.offset < committed.get((position.topic, position.partition), 0):
                 unclosed += 1
                 if unclosed <= 10:
                     LOG.error(
-                        "audit: the work record of job %s at %s is below the committed offset, but no fact closes it",
+                        "commit check: the work record of job %s at %s is below the committed offset, but no fact closes it",
                         job_id,
                         position,
                     )
         UNCLOSED.labels(self.names.namespace).set(unclosed)
-        AUDITED.labels(self.names.namespace).set(time.time())
+        COMMITS_CHECKED.labels(self.names.namespace).set(time.time())
         return unclosed
 
     # -- cancels --------------------------------------------------------------------------------------------------
@@ -268,7 +268,7 @@ class Maintenance:
         """Remove cancels of runs that have ended from the control topic; return the number of these cancels."""
         with LogReader(self.settings) as log:
             standing = cancels.standing(log, self.names, self._decode)
-        done = list(cancels.settled(standing, self.names, self._reader))
+        done = list(cancels.tombstones(standing, self.names, self._reader))
         if done:
             self._send(done)
         return len(done)
@@ -339,7 +339,7 @@ class Maintenance:
                 if owners and len(floors) == len(owners):
                     done[topic, partition] = min(floors)
             elif (topic, partition) in commits:
-                done[topic, partition] = commits[topic, partition].base
+                done[topic, partition] = commits[topic, partition].offset
         return done
 
     def _followers(self, aged: Mapping[Partition, int]) -> Iterator[Mapping[Partition, int]]:
@@ -360,7 +360,7 @@ class Maintenance:
             for topic in {topic for topic, _ in aged}:
                 done = group_offsets.group_offsets(self.settings, group, topic)
                 for place in [place for place in aged if place[0] == topic and done]:
-                    read[place] = done[place].base if place in done else 0
+                    read[place] = done[place].offset if place in done else 0
         for follower, read in followers.items():
             behind = sorted(place for place in aged if read[place] < aged[place])
             if behind:

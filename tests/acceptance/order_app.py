@@ -74,5 +74,5 @@ if __name__ == "__main__":
             for handle in app.submit_many(plain.job(n) for n in range(int(count))):
                 print(handle.job_id)
         case ["cancel", reason]:
-            app.orders.cancel([Job(line.strip()) for line in sys.stdin], reason)
+            app.commands.cancel([Job(line.strip()) for line in sys.stdin], reason)
     app.close()

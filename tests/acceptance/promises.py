@@ -83,7 +83,7 @@ class Promise(enum.Enum):
             "Each work record below the committed offset of its worker group has a closing fact or, for a long job, a job "
             "lease. Or it was rejected, and is in the dead letters."
         ),
-        "None: the metric jobledger_audit_unclosed_records must be 0.",
+        "None: the metric jobledger_unclosed_records must be 0.",
     )
 
     def __init__(self, says: str, limits: str) -> None:

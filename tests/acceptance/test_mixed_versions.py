@@ -71,7 +71,7 @@ def test_a_rolling_upgrade_loses_nothing_and_reruns_no_success(
     """Old and new workers run together and take over partitions from each other, after a stop and after a kill -9. Both
     versions read each other's facts and commits."""
     submit(fleet, 0, JOBS)
-    fleet.start("materializer", "--no-upkeep")
+    fleet.start("materializer", "--no-maintenance")
     one, two = (fleet.start("worker", "--concurrency", str(AT_ONCE), cwd=old) for _ in range(2))
     step = JOBS // 8
     wait_for_starts(fleet, step)

@@ -169,7 +169,7 @@ def coordinator(world: World, refused: list[JobledgerError]) -> None:
 
 def materializer(world: World, refused: list[JobledgerError]) -> None:
     """Write the status table, and copy an unreadable record of the lifecycle topic to the dead letters. Then run the
-    watchdog, the audit, trimming and the removal of settled cancels."""
+    watchdog, the commit check, trimming and the removal of settled cancels."""
     url, names = f"sqlite:///{world.folder}/{uuid.uuid4().hex}.db", world.boss.names
     settings, stop = world.settings("materializer"), threading.Event()
     handle = world.boss.add.using(delay=0.01).submit(1)  # type: ignore[attr-defined]  # no coordinator releases this job
@@ -182,14 +182,14 @@ def materializer(world: World, refused: list[JobledgerError]) -> None:
             return
         cadence = Cadence(overdue_after=0.0, retention=-60.0, patience=30.0)
         with contextlib.closing(open_reader(url, names.namespace)) as reader:
-            upkeep = Maintenance(names, settings, ["default"], reader, cadence=cadence)
+            maintenance = Maintenance(names, settings, ["default"], reader, cadence=cadence)
             assert reader.job(handle.job_id)
-            for act in (upkeep.watch, upkeep.audit, upkeep.trim, upkeep.forget_cancels):
+            for act in (maintenance.watch, maintenance.check_commits, maintenance.trim, maintenance.forget_cancels):
                 try:
                     act()
                 except NotAuthorized as exc:
                     refused.append(exc)
-            upkeep.close()
+            maintenance.close()
 
 
 def router(world: World, refused: list[JobledgerError]) -> None:

@@ -465,7 +465,7 @@ def test_with_one_hot_partition_a_worker_has_only_its_share_of_the_limit(app: Ap
     the whole limit. Of two workers, each has half of the limit."""
     handles = app.submit_many(app.tasks["call"].job(n, 0.01) for n in range(110))
     cold = [handle for handle in handles if handle.position.partition == 1]
-    app.orders.cancel([Job(handle.job_id, 1) for handle in cold], "another partition")
+    app.commands.cancel([Job(handle.job_id, 1) for handle in cold], "another partition")
     hot = len(handles) - len(cold)
     app.pause(queue="slow", reason="until the partitions are dealt out")
     with ExitStack() as all_of_them:
@@ -512,10 +512,12 @@ def test_limits_are_changed_at_run_time_and_hold_for_workers_that_come_later(app
         app.submit_many(app.tasks["call"].job(n) for n in range(500, 530))
         time.sleep(2.0)
         assert len(seen.began) - 500 <= 5 * (time.monotonic() - began) + 1
-        assert [(s.kind, s.name, s.limits.rate) for s in app.orders.standing() if s.limits] == [("queue", "slow", 5.0)]
+        assert [(s.kind, s.name, s.limits.rate) for s in app.commands.standing() if s.limits] == [
+            ("queue", "slow", 5.0)
+        ]
         app.limit(queue="slow")
         wait_for_outcomes(app, 530)
-    assert app.orders.standing() == []
+    assert app.commands.standing() == []
 
 
 # -- pauses -----------------------------------------------------------------------------------------------------------
@@ -530,11 +532,11 @@ def test_a_paused_queue_starts_nothing_until_it_is_resumed(app: App, seen: Seen)
         wait_for_outcomes(app, 5)
         time.sleep(0.5)
         assert not [name for name in seen.names() if isinstance(name, int)]
-        (standing,) = app.orders.standing()
+        (standing,) = app.commands.standing()
         assert (standing.name, standing.paused) == ("slow", "by ann@desk: their maintenance")
         app.resume(queue="slow")
         wait_for_outcomes(app, 10, timeout=10.0)
-    assert app.orders.standing() == []
+    assert app.commands.standing() == []
 
 
 def test_a_paused_task_lets_the_others_of_its_queue_run(app: App, seen: Seen) -> None:

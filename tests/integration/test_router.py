@@ -296,7 +296,7 @@ def test_topics_of_other_systems_are_read_from_the_routers_first_start_on(lab: L
         # later end.
         def begun() -> dict[tuple[str, int], int]:
             found = group_offsets.group_offsets(app.settings, app.names.router_group, topic)
-            return {place: each.base for place, each in found.items()}
+            return {place: each.offset for place, each in found.items()}
 
         until(lambda: begun() == {(topic, 0): 2, (topic, 1): 2})
         until(lambda: router.jobs == 2)

@@ -152,7 +152,7 @@ def test_control_commands_of_another_program_are_in_force(lab: tuple[App, Strang
         "QueueLimited", {"rate": 100.0, "concurrency": None, "by": "stranger", "reason": None}, queue="mail"
     )
     stranger.send("control", "limit:queue:mail", limit)
-    standing = {(s.kind, s.name): s for s in app.orders.standing()}
+    standing = {(s.kind, s.name): s for s in app.commands.standing()}
     assert standing["task", "send"].paused == "by stranger: maintenance"
     limits = standing["queue", "mail"].limits
     assert limits is not None

@@ -77,7 +77,7 @@ def offsets_of(partition: Partition) -> PartitionOffsets:
 
 def watermark(partition: Partition) -> int:
     """Return how many records of the partition are done, from its beginning on."""
-    return offsets_of(partition).base
+    return offsets_of(partition).watermark
 
 
 # -- accepted and rejected --------------------------------------------------------------------------------------------

@@ -262,7 +262,7 @@ class FakeGroup:
     """A consumer group with prepared answers."""
 
     def __init__(self) -> None:
-        self.settled, self.generation, self.answer, self.asked = True, 1, True, 0
+        self.stable, self.generation, self.answer, self.asked = True, 1, True, 0
 
     async def confirm(self) -> bool:
         self.asked += 1

@@ -56,7 +56,7 @@ class Group:
     """The consumer group, with one partition. ``offset``: the committed offset."""
 
     def __init__(self, rows: Any) -> None:
-        self.rows, self.settled, self.generation, self.offset = rows, True, 1, 0
+        self.rows, self.stable, self.generation, self.offset = rows, True, 1, 0
         self.acknowledged: list[int] = []
 
     def partitions(self) -> set[int]:
@@ -141,7 +141,7 @@ class Lab:
     async def working(self) -> AsyncIterator[None]:
         """Rebuild the state from the rows, and run both stages."""
         await self.cycle.rebuild()
-        tasks = [asyncio.create_task(self.cycle.decide()), asyncio.create_task(self.cycle.settle())]
+        tasks = [asyncio.create_task(self.cycle.decide()), asyncio.create_task(self.cycle.write())]
         yield
         for task in tasks:
             task.cancel()

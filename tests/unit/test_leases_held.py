@@ -26,7 +26,7 @@ def full(*args: object) -> None:
 def grant(leases: JobLeases, work: JobRun) -> None:
     """Acknowledge both records of the lease."""
     assert work.lease is not None
-    work.lease.settled(work)
+    work.lease.acknowledged(work)
 
 
 def let_go(leases: JobLeases, work: JobRun) -> None:

@@ -81,20 +81,20 @@ def test_offsets_without_a_record_are_counted() -> None:
 
 @given(st.integers(0, 1 << 40), st.integers(0, 3000), st.data())
 @settings(max_examples=200, deadline=None)
-def test_a_completion_map_is_decoded_as_it_was_encoded(base: int, floor: int, data: st.DataObject) -> None:
+def test_a_completion_map_is_decoded_as_it_was_encoded(watermark: int, floor: int, data: st.DataObject) -> None:
     """Every map that fits is decoded unchanged, in the form of runs and in the form of bits."""
     lengths = data.draw(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), max_size=300))
-    at = base
+    at = watermark
     ranges = []
     for gap, length in lengths:
         ranges.append((at + gap, at + gap + length))
         at += gap + length
-    begun = data.draw(st.integers(base, base + 100_000))
-    text = encode(base, ranges, floor, True, begun)
+    begun = data.draw(st.integers(watermark, watermark + 100_000))
+    text = encode(watermark, ranges, floor, True, begun)
     assert text is not None
     assert len(text.encode()) <= METADATA_LIMIT
     assert "\0" not in text
-    assert decode(base, text, LOG_END << 1) == Restored(base, tuple(ranges), floor, True, begun)
+    assert decode(watermark, text, LOG_END << 1) == Restored(watermark, tuple(ranges), floor, True, begun)
 
 
 @given(st.lists(st.tuples(st.integers(1, 3000), st.integers(0, 800)), min_size=1, max_size=30), st.integers(0, 1 << 32))
@@ -174,7 +174,7 @@ def test_a_map_with_another_committed_offset_is_refused() -> None:
 
 def test_a_map_of_the_previous_version_is_read() -> None:
     """During an upgrade, workers of both versions write maps. The old map does not tell which records were begun."""
-    # Written by the previous version: base 100, done 101 to 104 and 110, floor 0x2a, clean.
+    # Written by the previous version: watermark 100, done 101 to 104 and 110, floor 0x2a, clean.
     assert decode(100, "1c.2a.077dfe9d.rAQQFAQ==", 200) == Restored(100, ((101, 105), (110, 111)), 42, True, 100)
 
 
@@ -213,7 +213,7 @@ def test_the_takeover_floor_is_the_lowest_outcome_that_the_map_may_lack() -> Non
         tracker.receive(offset)
     assert tracker.floor == 50
     tracker.acknowledged(60)
-    tracker.unsettled(0, 60)
+    tracker.look_from(0, 60)
     tracker.acknowledged(61)
     tracker.done(1)
     assert tracker.floor == 60, "record 0 has an outcome at 60 and is not in the map"
@@ -239,7 +239,7 @@ def test_the_takeover_floor_is_below_the_starts_of_running_jobs() -> None:
     assert tracker.floor == 60, "record 0 was begun when the last known outcome stood at 59"
     tracker.begin(0)  # a second start, after the process died
     assert tracker.floor == 60
-    tracker.unsettled(2, 55)
+    tracker.look_from(2, 55)
     assert tracker.floor == 55
     tracker.done(2)
     tracker.done(0)
@@ -299,19 +299,19 @@ def test_a_hand_over_is_not_clean_while_suspects_are_left() -> None:
     for record in range(5):
         tracker.receive(record)
     tracker.acknowledged(60)
-    assert (tracker.floor, tracker.settled) == (50, False)
+    assert (tracker.floor, tracker.nothing_to_look_up) == (50, False)
     for record in (0, 2, 4):
         tracker.done(record)
-    tracker.unsettled(3, 40)
+    tracker.look_from(3, 40)
     assert tracker.floor == 40
     tracker.done(3)
-    assert (tracker.floor, tracker.settled) == (50, False), "record 1 is left"
+    assert (tracker.floor, tracker.nothing_to_look_up) == (50, False), "record 1 is left"
     tracker.acknowledged(49 + SUSPECT_MOST)
     assert tracker.floor == 50
     tracker.acknowledged(50 + SUSPECT_MOST)
-    assert (tracker.floor, tracker.settled) == (51 + SUSPECT_MOST, False), "too far back to be looked for"
+    assert (tracker.floor, tracker.nothing_to_look_up) == (51 + SUSPECT_MOST, False), "too far back to be looked for"
     tracker.done(1)
-    assert tracker.settled
+    assert tracker.nothing_to_look_up
 
 
 def test_suspects_that_are_not_received_yet_keep_the_floor() -> None:
@@ -321,10 +321,10 @@ def test_suspects_that_are_not_received_yet_keep_the_floor() -> None:
     tracker.receive(0)
     tracker.done(0)
     tracker.acknowledged(70)
-    assert (tracker.floor, tracker.settled) == (50, False)
+    assert (tracker.floor, tracker.nothing_to_look_up) == (50, False)
     tracker.receive(1)
     tracker.done(1)
-    assert (tracker.floor, tracker.settled) == (71, True)
+    assert (tracker.floor, tracker.nothing_to_look_up) == (71, True)
 
 
 def test_the_fact_of_an_attempt_in_place_is_expected_after_the_acknowledged_facts() -> None:
@@ -347,8 +347,8 @@ def test_the_lowest_note_of_a_record_counts_for_the_floor() -> None:
     for noted, floor in ((400, 400), (450, 400), (120, 120), (400, 120)):
         offsets.note(0, noted)
         assert offsets.floor == floor
-    assert not offsets.settled
+    assert not offsets.nothing_to_look_up
     offsets.done(0)
-    assert (offsets.floor, offsets.settled) == (500, True)
+    assert (offsets.floor, offsets.nothing_to_look_up) == (500, True)
     offsets.note(0, 7)
-    assert offsets.settled, "it is done"
+    assert offsets.nothing_to_look_up, "it is done"

@@ -334,7 +334,7 @@ def test_an_isolated_job_is_left_to_its_next_owner_when_no_child_can_be_started(
         bench.step()
         assert (bench.free(), given.threads, bench.kinds()) == ([work], [], ["JobStarted"])
         assert partition.offsets is not None
-        assert partition.offsets.base == 0
+        assert partition.offsets.watermark == 0
 
 
 # -- begun, but not certainly this worker's ---------------------------------------------------------------------------

@@ -186,7 +186,7 @@ def test_a_job_of_a_partition_that_is_no_longer_served_is_dropped(why: str) -> N
         assert bench.running == [1]
         assert bench.kinds()[sent:] == ["JobStarted"]
         assert second.offsets is not None
-        assert (second.offsets.base, second.offsets.pending, second.taking) == (0, 2, False)
+        assert (second.offsets.watermark, second.offsets.pending, second.taking) == (0, 2, False)
 
 
 def test_a_worker_that_stops_forgets_the_jobs_that_wait_for_a_slot() -> None:

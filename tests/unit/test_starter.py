@@ -142,7 +142,7 @@ def test_a_long_job_takes_its_lease_before_its_code_may_run() -> None:
         bench.acknowledge()
         assert [asked.name for asked, _ in bench.reports.asked] == ["LEASED"]
         assert partition.offsets is not None
-        assert partition.offsets.base == 1, "from now on the lease keeps the job, and not the record"
+        assert partition.offsets.watermark == 1, "from now on the lease keeps the job, and not the record"
 
 
 @pytest.mark.parametrize("known", [True, False])

@@ -15,7 +15,7 @@ from jobledger.job import Life, apply
 from jobledger.kafka.topic_names import Names
 from jobledger.log.group_offsets import floor_of
 from jobledger.schemas import events as ev
-from jobledger.streams.maintenance import maintenance
+from jobledger.streams.maintenance import maintenance as maintenance_module
 from jobledger.streams.maintenance.maintenance import Maintenance, work_position
 from jobledger.streams.maintenance.trim import Readers, plan
 
@@ -134,9 +134,9 @@ def test_no_limit_is_above_a_reader_or_an_unfinished_job(
 
 
 @given(st.integers(0, 2**50), st.integers(0, 2**50), st.booleans())
-def test_the_floor_is_read_as_the_worker_writes_it(base: int, floor: int, clean: bool) -> None:
+def test_the_floor_is_read_as_the_worker_writes_it(watermark: int, floor: int, clean: bool) -> None:
     """Trimming and a takeover read the same text."""
-    text = offset_tracker.encode(base, [(base + 2, base + 5)], floor, clean)
+    text = offset_tracker.encode(watermark, [(watermark + 2, watermark + 5)], floor, clean)
     assert floor_of(text) == floor
 
 
@@ -157,13 +157,13 @@ def test_the_work_record_of_a_job_is_its_last_release() -> None:
 
 def test_a_process_that_is_started_again_every_hour_trims(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first round follows soon after the start."""
-    monkeypatch.setattr(maintenance, "FIRST_S", 0.1)
-    upkeep = Maintenance(Names("shop"), Settings(bootstrap="127.0.0.1:1"), [], cast(Any, None))
-    for name in ("watch", "audit", "forget_cancels"):
-        monkeypatch.setattr(upkeep, name, lambda: None)
+    monkeypatch.setattr(maintenance_module, "FIRST_S", 0.1)
+    maintenance = Maintenance(Names("shop"), Settings(bootstrap="127.0.0.1:1"), [], cast(Any, None))
+    for name in ("watch", "check_commits", "forget_cancels"):
+        monkeypatch.setattr(maintenance, name, lambda: None)
     stop, trimmed = threading.Event(), threading.Event()
-    monkeypatch.setattr(upkeep, "trim", trimmed.set)
-    thread = threading.Thread(target=upkeep.run, args=(stop,))
+    monkeypatch.setattr(maintenance, "trim", trimmed.set)
+    thread = threading.Thread(target=maintenance.run, args=(stop,))
     thread.start()
     try:
         assert trimmed.wait(20)

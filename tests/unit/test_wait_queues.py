@@ -99,7 +99,7 @@ class KeyOrder(RuleBasedStateMachine):
                 self.order()
             assert nothing_waits(self.bench, self.partition)
             assert self.partition.offsets is not None
-            assert self.partition.offsets.base == len(self.keys)
+            assert self.partition.offsets.watermark == len(self.keys)
             assert sorted(set(self.code.began)) == list(range(len(self.keys)))
         finally:
             self.bench.__exit__(None, None, None)
@@ -292,7 +292,7 @@ def test_an_attempt_in_place_is_the_next_owners_if_the_partition_is_given_up_mea
         bench.advance(10.0)
         assert (bench.serve(), code.began, partition.backlog.count) == (0, [0], 0)
         assert partition.offsets is not None
-        assert partition.offsets.base == 0
+        assert partition.offsets.watermark == 0
 
 
 def test_an_attempt_that_a_former_owner_announced_waits_for_its_time_and_has_its_number() -> None:
@@ -718,4 +718,4 @@ def test_a_worker_that_stops_forgets_the_jobs_that_wait() -> None:
         end(bench, code, 0)
         assert code.began == [0]
         assert partition.offsets is not None
-        assert (partition.offsets.base, partition.offsets.pending) == (1, CROWDED + 4)
+        assert (partition.offsets.watermark, partition.offsets.pending) == (1, CROWDED + 4)

@@ -165,15 +165,15 @@ class AckedWriter:
         """
         send, framing = self._producer.send, self._framing
         loop = asyncio.get_running_loop()
-        settled: asyncio.Future[Outcomes] = loop.create_future()
+        all_outcomes: asyncio.Future[Outcomes] = loop.create_future()
         if framing is not None:
             new = {record.topic for record in records if framing.waits(record.topic, record.value)}
             try:
                 if new:  # a work topic that was created since the start
                     await loop.run_in_executor(None, framing.prepare, new)
             except JobledgerError as exc:
-                settled.set_result([exc] * len(records))
-                return settled
+                all_outcomes.set_result([exc] * len(records))
+                return all_outcomes
         under_way: list[Any] = []
         for topic, value, key, partition, headers in records:
             if framing is not None and value is not None:
@@ -187,13 +187,13 @@ class AckedWriter:
                 under_way.append(failed)
         gathered = asyncio.gather(*under_way, return_exceptions=True)
 
-        def settle(done: asyncio.Future[list[Any]]) -> None:
-            if settled.done():
+        def collect(done: asyncio.Future[list[Any]]) -> None:
+            if all_outcomes.done():
                 return
             if done.cancelled():
-                settled.cancel()
+                all_outcomes.cancel()
                 return
-            settled.set_result(
+            all_outcomes.set_result(
                 [
                     self._translate(outcome, f"sending to {record.topic}", write(record.topic))
                     if isinstance(outcome, BaseException)
@@ -202,8 +202,8 @@ class AckedWriter:
                 ]
             )
 
-        gathered.add_done_callback(settle)
-        return settled
+        gathered.add_done_callback(collect)
+        return all_outcomes
 
     def _translate(self, error: BaseException, what: str, *needs: Need) -> JobledgerError:
         if isinstance(error, NotAuthenticated):

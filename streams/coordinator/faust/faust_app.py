@@ -323,7 +323,7 @@ class Group:
         return store
 
     @property
-    def settled(self) -> bool:
+    def stable(self) -> bool:
         """Whether no rebalance is under way.
 
         The value becomes false in the consumer's thread, before partitions are revoked.
@@ -364,7 +364,7 @@ class Group:
             # Nothing was committed yet. 0 means the same, since a group without offsets starts at the beginning.
             offset = 0
         accepted: bool = await self.app.consumer._commit({TP(self._names.coordination, first): offset})
-        return accepted and self.settled
+        return accepted and self.stable
 
 
 def _client_group(app: Any) -> Any:

@@ -70,7 +70,7 @@ def test_an_acknowledgement_without_an_offset_closes_a_record() -> None:
     works[2].closing_delivered(None, cast(Any, Report(None)))
     ack_tracker.drain()
     assert not partition.live
-    assert offsets.base == 3
+    assert offsets.watermark == 3
 
 
 def test_derived_records_wait_until_the_ownership_of_the_partition_is_confirmed() -> None:

@@ -71,7 +71,7 @@ def _add_list(group: CommandGroup, kind: Kind) -> None:
     ) -> None:
         target = words_of(words, app is not None or namespace is not None, "argument", 0).target
         with _opened(kind, target or app, namespace, bootstrap, status_url) as known:
-            standing = {each.name: each for each in known.app.orders.standing() if each.kind == kind}
+            standing = {each.name: each for each in known.app.commands.standing() if each.kind == kind}
         # Without the app's code, a name may be known only from the commands in force.
         rows = [_row(known, name, standing.get(name)) for name in sorted({*known.things, *standing})]
         if as_json:
@@ -94,8 +94,8 @@ def _add_pause_and_resume(group: CommandGroup, kind: Kind) -> None:
         status_url: StatusUrl = None,
         as_json: Json = False,
     ) -> None:
-        with _ordered(kind, words, app, namespace, bootstrap, status_url) as (known, name):
-            known.app.orders.pause(kind, name, reason, by)
+        with _control_target(kind, words, app, namespace, bootstrap, status_url) as (known, name):
+            known.app.commands.pause(kind, name, reason, by)
         _say(as_json, {kind: name, "paused": True}, f"{kind} {name} is paused")
 
     @group.command("resume", help=f"Resume a paused {kind}.")
@@ -109,8 +109,8 @@ def _add_pause_and_resume(group: CommandGroup, kind: Kind) -> None:
         status_url: StatusUrl = None,
         as_json: Json = False,
     ) -> None:
-        with _ordered(kind, words, app, namespace, bootstrap, status_url) as (known, name):
-            known.app.orders.resume(kind, name, reason, by)
+        with _control_target(kind, words, app, namespace, bootstrap, status_url) as (known, name):
+            known.app.commands.resume(kind, name, reason, by)
         _say(as_json, {kind: name, "paused": False}, f"{kind} {name} is resumed")
 
 
@@ -138,10 +138,10 @@ def _add_limit(group: CommandGroup, kind: Kind) -> None:
 
         with judged():
             limits = Limits.of(_number(rate), concurrency, kind)
-        with _ordered(kind, words, app, namespace, bootstrap, status_url) as (known, name):
+        with _control_target(kind, words, app, namespace, bootstrap, status_url) as (known, name):
             with judged():
                 check_shares(f"{kind} {name!r}", known.things[name], limits, known.app.partitions)
-            known.app.orders.limit(kind, name, limits or None, reason, by)
+            known.app.commands.limit(kind, name, limits or None, reason, by)
         _say(
             as_json,
             {kind: name, "rate": limits.rate, "concurrency": limits.concurrency},
@@ -200,7 +200,7 @@ def _opened(
 
 
 @contextmanager
-def _ordered(
+def _control_target(
     kind: Kind,
     words: list[str] | None,
     app: str | None,

@@ -24,7 +24,7 @@ from jobledger.log.writer import LogWriter, Outgoing
 from jobledger.process.identity import now_us
 from jobledger.schemas import codec
 from jobledger.schemas import events as ev
-from jobledger.streams.maintenance import maintenance as upkeep_module
+from jobledger.streams.maintenance import maintenance as maintenance_module
 from jobledger.streams.maintenance.maintenance import Cadence, Maintenance
 from jobledger.streams.projections.projection_store import ProjectionStore, offsets_table
 from jobledger.streams.projections.runner import ProjectionRunner
@@ -61,7 +61,7 @@ class Bench:
         wait_until(lambda: made.active, 20, "the materializer becoming active")
         self.reader = open_reader(url, namespace)
 
-    def upkeep(self, **cadence: float) -> Maintenance:
+    def maintenance(self, **cadence: float) -> Maintenance:
         """Create the maintenance with the cadence of the test."""
         return Maintenance(self.names, self.settings, ["mail"], self.reader, cadence=Cadence(**cadence))
 
@@ -120,14 +120,14 @@ def test_the_watchdog_asks_about_a_job_that_was_not_released(bench: Bench) -> No
     it waits."""
     handle = bench.task.using(delay=0.05, tags={"a": "b"}).submit("x")
     bench.caught_up()
-    upkeep = bench.upkeep(overdue_after=0.1)
-    wait_until(lambda: upkeep.watch() == 1, 20, "the watchdog asking")
+    maintenance = bench.maintenance(overdue_after=0.1)
+    wait_until(lambda: maintenance.watch() == 1, 20, "the watchdog asking")
     asked = [r.event for r in bench.read(bench.names.coordination) if isinstance(r.event.fact, ev.ReleaseOverdue)]
     assert [(e.job_id, e.run, e.release, e.attempt, e.home) for e in asked] == [(handle.job_id, 1, 1, 1, handle.job_id)]
     assert isinstance(asked[0].fact, ev.ReleaseOverdue)
     assert asked[0].fact.spec == ev.JobSpec(b'{"to":"x"}', {"a": "b"})
-    assert upkeep.watch() == 0, "it asks again only after a while"
-    upkeep.close()
+    assert maintenance.watch() == 0, "it asks again only after a while"
+    maintenance.close()
 
 
 def test_the_watchdog_does_not_ask_about_a_job_that_ends_while_it_reads_the_log(
@@ -136,8 +136,8 @@ def test_the_watchdog_does_not_ask_about_a_job_that_ends_while_it_reads_the_log(
     """Of two overdue jobs, one ends after the watchdog found it overdue. The watchdog asks about the other one only."""
     jobs = [bench.task.using(delay=0.05).submit(to).job_id for to in ("x", "y")]
     bench.caught_up()
-    upkeep = bench.upkeep(overdue_after=0.1)
-    ask = upkeep._ask
+    maintenance = bench.maintenance(overdue_after=0.1)
+    ask = maintenance._ask
 
     def ends_meanwhile(log: LogReader, overdue: Overdue) -> Outgoing | None:
         if overdue.job_id == jobs[0]:
@@ -145,14 +145,14 @@ def test_the_watchdog_does_not_ask_about_a_job_that_ends_while_it_reads_the_log(
             bench.caught_up()
         return ask(log, overdue)
 
-    monkeypatch.setattr(upkeep, "_ask", ends_meanwhile)
+    monkeypatch.setattr(maintenance, "_ask", ends_meanwhile)
     wait_until(lambda: len(bench.reader.overdue(time.time_ns() // 1_000_000, 100)) == 2, 20, "both being overdue")
-    assert upkeep.watch() == 1
+    assert maintenance.watch() == 1
     asked = [
         r.event.job_id for r in bench.read(bench.names.coordination) if isinstance(r.event.fact, ev.ReleaseOverdue)
     ]
     assert asked == jobs[1:]
-    upkeep.close()
+    maintenance.close()
 
 
 def test_a_backlog_is_not_overdue(bench: Bench) -> None:
@@ -160,7 +160,7 @@ def test_a_backlog_is_not_overdue(bench: Bench) -> None:
     bench.task.submit("x")
     bench.task.using(delay=3600).submit("y")
     bench.caught_up()
-    assert bench.upkeep(overdue_after=0.0).watch() == 0
+    assert bench.maintenance(overdue_after=0.0).watch() == 0
 
 
 def test_the_watchdog_asks_nothing_while_the_table_is_behind(bench: Bench) -> None:
@@ -169,10 +169,10 @@ def test_the_watchdog_asks_nothing_while_the_table_is_behind(bench: Bench) -> No
     bench.caught_up()
     bench.stop_materializer()
     bench.task.using(delay=3600).submit("y")
-    upkeep = bench.upkeep(overdue_after=0.0, patience=0.3)
+    maintenance = bench.maintenance(overdue_after=0.0, patience=0.3)
     wait_until(lambda: bool(bench.reader.overdue(time.time_ns() // 1_000_000, 0)), 20, "the job being overdue")
-    assert upkeep.watch() == 0
-    upkeep.close()
+    assert maintenance.watch() == 0
+    maintenance.close()
 
 
 def test_jobs_that_cannot_be_released_hide_no_others_from_the_watchdog(
@@ -180,7 +180,7 @@ def test_jobs_that_cannot_be_released_hide_no_others_from_the_watchdog(
 ) -> None:
     """Jobs whose submission is no longer in the log are overdue for longer than a job about which the watchdog can ask.
     The watchdog passes them in a few rounds, and looks at all of them again and again."""
-    monkeypatch.setattr(upkeep_module, "OVERDUE_PAGE", 2)
+    monkeypatch.setattr(maintenance_module, "OVERDUE_PAGE", 2)
     for _ in range(5):
         job = str(uuid.uuid4())
         retried = ev.JobRetried(ev.ErrorInfo("E", "m"), 0)
@@ -190,12 +190,12 @@ def test_jobs_that_cannot_be_released_hide_no_others_from_the_watchdog(
     wait_until(lambda: time.time() - began > 0.2, 5, "time passing")
     bench.task.using(delay=0.05).submit("x")
     bench.caught_up()
-    upkeep = bench.upkeep(overdue_after=0.1)
+    maintenance = bench.maintenance(overdue_after=0.1)
     wait_until(lambda: len(bench.reader.overdue(time.time_ns() // 1_000_000, 100)) == 6, 20, "all being overdue")
-    assert [upkeep.watch() for _ in range(7)] == [0, 0, 1, 0, 0, 0, 0], "and none twice within a minute"
-    upkeep._asked_at.clear()
-    assert sum(upkeep.watch() for _ in range(3)) == 1
-    upkeep.close()
+    assert [maintenance.watch() for _ in range(7)] == [0, 0, 1, 0, 0, 0, 0], "and none twice within a minute"
+    maintenance._asked_at.clear()
+    assert sum(maintenance.watch() for _ in range(3)) == 1
+    maintenance.close()
 
 
 def test_the_audit_finds_a_committed_record_without_a_closing_fact(bench: Bench) -> None:
@@ -203,12 +203,12 @@ def test_the_audit_finds_a_committed_record_without_a_closing_fact(bench: Bench)
     handle = bench.task.submit("x")
     place = handle.position
     bench.caught_up()
-    upkeep = bench.upkeep()
-    assert upkeep.audit() == 0, "nothing is committed, so nothing was passed"
+    maintenance = bench.maintenance()
+    assert maintenance.check_commits() == 0, "nothing is committed, so nothing was passed"
     bench.commit(bench.names.worker_group("mail"), place.topic, {place.partition: place.offset + 1})
-    assert upkeep.audit() == 1
+    assert maintenance.check_commits() == 1
     bench.write(success_of(bench, handle.job_id), bench.names.lifecycle, place.partition)
-    assert upkeep.audit() == 0
+    assert maintenance.check_commits() == 0
 
 
 def submit_to(bench: Bench, partition: int) -> str:
@@ -251,10 +251,10 @@ def test_nothing_is_trimmed_while_the_table_is_behind(bench: Bench) -> None:
         }
     bench.commit(names.worker_group("mail"), work, ends[work], f"1c.{max(ends[names.lifecycle].values()):x}.00000000.r")
     bench.commit(names.coordinator_group, names.coordination, ends[names.coordination])
-    upkeep = bench.upkeep(retention=retention, patience=0.3)
-    assert upkeep.trim() == {}
+    maintenance = bench.maintenance(retention=retention, patience=0.3)
+    assert maintenance.trim() == {}
     assert len(bench.read(names.coordination)) == 1, "nothing was sent again"
-    upkeep.close()
+    maintenance.close()
 
 
 def test_trimming_keeps_records_that_are_still_needed(bench: Bench) -> None:
@@ -265,15 +265,15 @@ def test_trimming_keeps_records_that_are_still_needed(bench: Bench) -> None:
     waiting = bench.task.using(delay=3600).submit("waiting")
     retention = let_records_age(lambda: bench.write(success_of(bench, ended), names.lifecycle, 0))
     bench.caught_up()
-    upkeep = bench.upkeep(retention=retention)
-    assert upkeep.trim() == {}, "no worker and no coordinator has said how far it is"
+    maintenance = bench.maintenance(retention=retention)
+    assert maintenance.trim() == {}, "no worker and no coordinator has said how far it is"
 
     with LogReader(bench.settings) as log:
         ends = {t: {p: log.watermarks(t, p)[1] for p in range(PARTITIONS)} for t in (work, names.coordination)}
     floor = "1c.0.00000000.r"
     bench.commit(names.worker_group("mail"), work, ends[work], floor)
     bench.commit(names.coordinator_group, names.coordination, ends[names.coordination])
-    upkeep.trim()
+    maintenance.trim()
 
     assert [r.event.job_id for r in bench.read(work)] == [open_job], "what has ended is gone"
     assert starts(bench, names.lifecycle) == dict.fromkeys(range(PARTITIONS), 0), "the takeover floor is 0"
@@ -286,7 +286,7 @@ def test_trimming_keeps_records_that_are_still_needed(bench: Bench) -> None:
     due_at = bench.reader.job(waiting.job_id).due_at
     assert due_at is not None
     assert again[0].fact.due_at == round(due_at.timestamp() * 1000) * 1000
-    upkeep.close()
+    maintenance.close()
 
 
 def test_trimming_waits_for_projections_and_for_readers_of_the_lifecycle(
@@ -334,8 +334,8 @@ def test_trimming_waits_for_projections_and_for_readers_of_the_lifecycle(
         floor = f"1c.{min(to[names.lifecycle].values()):x}.00000000.r"
         bench.commit(names.worker_group("mail"), work, to[work], floor)
         caplog.clear()
-        upkeep.trim()
-        upkeep.close()
+        maintenance.trim()
+        maintenance.close()
         return starts(bench, work)[0], starts(bench, names.lifecycle)[0]
 
     def named() -> set[str]:
@@ -350,7 +350,7 @@ def test_trimming_waits_for_projections_and_for_readers_of_the_lifecycle(
     bench.commit(names.lifecycle_group("other"), names.coordination, {0: 0})
     for partition in range(PARTITIONS):
         end(partition)
-    upkeep = bench.upkeep(retention=let_records_age(lambda: None))
+    maintenance = bench.maintenance(retention=let_records_age(lambda: None))
     assert trimmed() == (1, 1)
     assert named() == {"projection ends", f"group {names.namespace}.lifecycle.billing"}
     fold()
