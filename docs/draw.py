@@ -15,7 +15,7 @@ HEAD = """\
 
 Written by `make docs` from `TRANSITIONS` in `jobledger/job.py`: do not edit.
 The table lists the steps of a job whose facts are read once and in order.
-A fact that is read late or twice does not change the state.
+Neither the order in which facts are read nor copies of facts change the result.
 
 ![The states of a job and the facts that lead from one to another](states.svg)
 """

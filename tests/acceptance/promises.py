@@ -14,7 +14,10 @@ class Promise(enum.Enum):
     has all of them."""
 
     AT_LEAST_ONCE = (
-        "Every job whose submission was acknowledged gets an outcome: it succeeds, fails for good, is cancelled or expires.",
+        (
+            "Every job whose submission was acknowledged gets an outcome: it succeeds, fails (no further attempt follows), "
+            "is cancelled or expires."
+        ),
         (
             "A job's code may run more than once, because a worker can be killed after the code did its work and before the "
             "outcome is in the log. A record that the cluster has lost is lost."
@@ -62,8 +65,9 @@ class Promise(enum.Enum):
         (
             "A job may be started four times if the fact of one of its starts was never sent, or lies more than 20,000 facts "
             "back in the log. While child processes are available, the death of a whole worker fails a job only at its tenth "
-            "start. If child processes cannot import the app, the worker itself dies three times. Several poison jobs at "
-            "once, or a fourth start, may cost the other jobs one more run each. Of a very long record only the beginning "
+            "start. If child processes cannot import the app, the worker itself dies three times. If several jobs "
+            "kill their process at the same time, or one job does so a fourth time, the other jobs may be executed once "
+            "more for each. Of a very long record only the beginning "
             "is kept, or nothing."
         ),
     )
@@ -75,8 +79,11 @@ class Promise(enum.Enum):
         ),
     )
     BOUNDED_MEMORY = (
-        "The memory of no process grows with the backlog.",
-        "The coordinator's memory grows with the number of delayed jobs. Objects that the app keeps stay in memory.",
+        (
+            "The memory of a process does not grow with the backlog; only the coordinator needs about 100 bytes for each "
+            "delayed job."
+        ),
+        "Objects that the app keeps stay in memory.",
     )
     NOTHING_PASSED_OVER = (
         (

@@ -34,31 +34,31 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     assert (tmp_path / "_images" / "states.svg").exists()
 
 
-def shelves() -> dict[str, list[str]]:
-    """The pages of each shelf of docs/index.md, in order."""
+def kinds_of_pages() -> dict[str, list[str]]:
+    """Return the pages of each kind of docs/index.md, in order."""
     index = (ROOT / "docs" / "index.md").read_text("utf-8")
     blocks = re.findall(r"^```\{toctree\}\n:caption: (.+)\n:maxdepth: 1\n\n((?:\S+\n)+)```$", index, re.MULTILINE)
     return {caption: names.split() for caption, names in blocks}
 
 
-def test_every_page_is_on_exactly_one_of_four_shelves() -> None:
-    """A new page belongs on a shelf of docs/index.md. The design decisions have a page of their own on a shelf."""
-    assert list(shelves()) == ["Tutorial", "How-to guides", "Reference", "Explanation"]
+def test_every_page_is_of_exactly_one_of_four_kinds() -> None:
+    """A new page belongs to one of the kinds of docs/index.md. The design decisions have a page of their own."""
+    assert list(kinds_of_pages()) == ["Tutorial", "How-to guides", "Reference", "Explanation"]
     pages = sorted(path.stem for path in (ROOT / "docs").glob("*.md") if path.name not in ("index.md", "pypi.md"))
-    assert sorted(name for names in shelves().values() for name in names) == pages
+    assert sorted(name for names in kinds_of_pages().values() for name in names) == pages
     assert "\nadr/*\n" in (ROOT / "docs" / "decisions.md").read_text("utf-8")
 
 
-def test_the_readme_is_short_and_names_each_page_under_its_shelf() -> None:
-    """The README has fewer than 150 lines, and its last section has the shelves of docs/index.md."""
+def test_the_readme_is_short_and_names_each_page_under_its_kind() -> None:
+    """The README has fewer than 150 lines, and its last section has the kinds of docs/index.md."""
     text = (ROOT / "README.md").read_text("utf-8")
     assert len(text.splitlines()) < 150
     parts = re.split(r"^- (.+)$", text.partition("\n## Where to go on\n")[2], flags=re.MULTILINE)[1:]
     named = {
-        shelf: sorted(re.findall(r"\(docs/([\w-]+)\.md\)", links))
-        for shelf, links in zip(parts[::2], parts[1::2], strict=True)
+        kind: sorted(re.findall(r"\(docs/([\w-]+)\.md\)", links))
+        for kind, links in zip(parts[::2], parts[1::2], strict=True)
     }
-    assert named == {shelf: sorted(names) for shelf, names in shelves().items()}
+    assert named == {kind: sorted(names) for kind, names in kinds_of_pages().items()}
 
 
 @pytest.mark.parametrize("promise", [each for each in Promise if each is not Promise.NOTHING_PASSED_OVER])
