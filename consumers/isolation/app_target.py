@@ -1,4 +1,4 @@
-"""Finds the import name of an app, with which a child process imports the app."""
+"""Finds the import name of an app, with which the fork server imports the app."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def find_target(registry: TaskRegistry) -> str:
                 if path is not None:
                     return f"{Path(path).absolute()}:{attribute}"
     raise ConfigError(
-        f"app {registry.names.namespace!r} is not a variable of a module, so a child process cannot import it: put it and its "
-        "tasks at the top level of one"
+        f"app {registry.names.namespace!r} is not a variable of a module, so a child process cannot import it: put the "
+        "app and its tasks at the top level of a module"
     )
 
 

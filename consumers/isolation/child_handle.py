@@ -155,7 +155,7 @@ class ChildHandle(asyncio.Protocol):
             return 0
 
 
-def end_of(status: int | None) -> str:
+def exit_status_text(status: int | None) -> str:
     """Describe a status of ``waitpid`` in words."""
     if status is None:
         return "it left no exit status"
@@ -171,7 +171,7 @@ def end_of(status: int | None) -> str:
 def process_died(status: int | None, errors: bytes) -> ErrorInfo:
     """Build the error of a child that ended by itself, from its exit status and its last standard error."""
     text = errors.decode("utf-8", "replace").strip()
-    summary = f"the process that ran it ended by itself: {end_of(status)}"
+    summary = f"the process that ran it ended by itself: {exit_status_text(status)}"
     if text:
-        summary += f"; it said last: {text.splitlines()[-1]}"
+        summary += f"; its last output: {text.splitlines()[-1]}"
     return ErrorInfo("ProcessDied", printable(summary, MESSAGE_LIMIT), printable(text, TRACEBACK_LIMIT) or None)

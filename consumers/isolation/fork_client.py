@@ -233,7 +233,9 @@ class ForkClient:
     def _give_up(self, code: int) -> None:
         output = self._last_output.kept.decode("utf-8", "replace").strip()
         self._tell.unusable(
-            ConfigError(f"no child processes: importing {self._target} in one failed with exit code {code}:\n{output}")
+            ConfigError(
+                f"no child processes: importing {self._target} in the fork server failed with exit code {code}:\n{output}"
+            )
         )
 
     def _start_again(self) -> None:

@@ -1,9 +1,9 @@
-"""The pool of a worker's child processes. Each child is started before a job needs it, runs one job at a time, and is
-killed if its job does not end after a signal.
+"""The pool of a worker's child processes. A child runs one job at a time, and is killed if its job does not end after a
+signal. Children of isolated tasks are started before a job needs them, children for suspects when a job waits.
 
-Everything in this module runs on the worker's event loop. Whatever happens to a child, the worker survives. It records
-the job's outcome if the job timed out, used too much memory or was cancelled. After a first death of its process the
-job is started again, and no outcome is recorded.
+Everything in this module runs on the worker's event loop. Whatever happens to a child, the worker survives. If
+the job timed out, used too much memory or was cancelled, this is its outcome. If the child died by itself, `Placement`
+starts the job again, and fails it after `CRASHES` starts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from jobledger.config import Settings
-from jobledger.consumers.isolation.child_handle import ChildHandle, end_of, process_died
+from jobledger.consumers.isolation.child_handle import ChildHandle, exit_status_text, process_died
 from jobledger.consumers.isolation.child_main import LATE, STOP
 from jobledger.consumers.isolation.fork_client import AGAIN_S, ForkClient, Told
 from jobledger.consumers.isolation.protocol import RunMessage, frame
@@ -156,7 +156,7 @@ class ChildPool:
         """Return whether the job runs in a child or waits for one."""
         return work in self._of or work in self._waiting
 
-    def abandoned(self, work: JobRun) -> None:
+    def kill_job(self, work: JobRun) -> None:
         """Kill the job's process at once, because the job's outcome is no longer wanted. ``ended`` is called for the
         job."""
         child = self._of.get(work)
@@ -183,7 +183,7 @@ class ChildPool:
         for child in list(self._all):
             self._forget(child)
 
-    def abandon(self) -> None:
+    def kill_all(self) -> None:
         """Kill every child and the fork server at once. For use after the event loop has ended."""
         self._closing = True
         for child in list(self._all):
@@ -357,16 +357,16 @@ class ChildPool:
         if child in self._idle:
             self._idle.remove(child)
         if child.status is None and self._fork_client.listens:
-            child.timers.append(self._loop.call_later(STATUS_S, self._bury, child))
+            child.timers.append(self._loop.call_later(STATUS_S, self._remove_ended, child))
         else:
-            self._loop.call_later(0.01, self._bury, child)
+            self._loop.call_later(0.01, self._remove_ended, child)
 
     def _has_died(self, child: ChildHandle) -> None:
         # The child's last messages may still arrive. The wait for the end of the child's connection is bounded, because
         # a process that the child started may hold the connection open.
-        self._loop.call_later(0.01 if child.gone else STATUS_S, self._bury, child)
+        self._loop.call_later(0.01 if child.gone else STATUS_S, self._remove_ended, child)
 
-    def _bury(self, child: ChildHandle) -> None:
+    def _remove_ended(self, child: ChildHandle) -> None:
         if child not in self._all:
             return
         if child.status is None and self._fork_client.listens:
@@ -378,7 +378,7 @@ class ChildPool:
             self._more()
         if work is None:
             if not expected and not self._closing:
-                LOG.warning("an idle child process ended by itself: %s", end_of(child.status))
+                LOG.warning("an idle child process ended by itself: %s", exit_status_text(child.status))
             return
         runtime = work.runtime
         assert runtime is not None

@@ -99,7 +99,7 @@ def ended(outcome: Outcome) -> EndedMessage:
             return EndedMessage("retried", None, delay_ms, None, (error.type, error.message, error.traceback))
         case Failed(why, error):
             return EndedMessage("failed", None, 0, why, (error.type, error.message, error.traceback))
-    raise TypeError(f"{type(outcome).__name__} is nothing that a child says")
+    raise TypeError(f"{type(outcome).__name__} is nothing that a child sends")
 
 
 def outcome_of(message: EndedMessage) -> Outcome:
@@ -112,4 +112,4 @@ def outcome_of(message: EndedMessage) -> Outcome:
         return Retried(ErrorInfo(*message.error), message.delay_ms)
     if message.error is not None and message.kind == "failed" and message.reason is not None:
         return Failed(message.reason, ErrorInfo(*message.error))  # type: ignore[arg-type]  # a child sends allowed ones only
-    raise ValueError(f"a child said {message!r}")
+    raise ValueError(f"a child sent {message!r}")

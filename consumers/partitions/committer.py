@@ -55,7 +55,8 @@ class Committer:
         self._asked_at: float | None = None  # `time.monotonic` at the start of the commit in progress
 
     def commit(self, partitions: Iterable[Partition], *, final: bool = False) -> bool:
-        """Commit the present state of ``partitions``. Return whether the group coordinator accepted all of it.
+        """Commit the present state of ``partitions``. Return whether the group coordinator accepted all that was sent: a
+        partition that is not ready, or whose completion map is too large, is not sent.
 
         ``final``: the partitions are being given up. Then a partition is committed as clean if none of its jobs is
         under way and the next owner need not look for facts in the log. A partition whose takeover is not complete is
@@ -125,14 +126,19 @@ class Committer:
         self._fail(
             BrokerUnavailable(
                 f"a commit of group {self._group} has not returned for {now - asked_at:.0f} s, although the cluster answers: "
-                "the Kafka client has lost it, and this worker would run no more jobs of that queue. It ends; start it again"
+                "the Kafka client has lost the commit, and this worker would run no more jobs of that queue. The worker stops; "
+                "start it again"
             )
         )
 
     def _refused(self, partition: Partition, error: KafkaError) -> None:
         self.errors += 1
         if self._last_code != error.code():  # log one line, not one for each partition
-            LOG.info("a commit was refused; the next one repeats it: %r: %s", partition, error.str())
+            LOG.info(
+                "a commit of %r was refused: %s; the next commit includes it if it is still owned",
+                partition,
+                error.str(),
+            )
             self._last_code = error.code()
         self.last_error = f"{partition!r}: {error.str()}"
         if error.code() == KafkaError.OFFSET_METADATA_TOO_LARGE:

@@ -234,7 +234,7 @@ class Fetcher(threading.Thread):
         self._commit_at = now + COMMIT_INTERVAL_S
         owned = self.owned()
         if now >= self._missing_at:
-            self._tell_missing(owned, now)
+            self._log_missing(owned, now)
         # Renew the ownership lease while records wait or jobs run, so that no start and no derived record has to wait
         # for a renewal.
         renew = wanted or (self.lease.until - now < self.lease.seconds / 2 and any(p.raw or p.live for p in owned))
@@ -242,7 +242,7 @@ class Fetcher(threading.Thread):
         if due:
             self.committer.commit(due)
 
-    def _tell_missing(self, parts: list[Partition], now: float) -> None:
+    def _log_missing(self, parts: list[Partition], now: float) -> None:
         """Log how many offsets have no record.
 
         If the record of a job that had not run was at such an offset, no worker will run the job. The commit check
@@ -400,12 +400,12 @@ class Fetcher(threading.Thread):
         if not parts:
             return
         all_ended = self._await_jobs(parts)
-        self._tell_missing(parts, time.monotonic())
+        self._log_missing(parts, time.monotonic())
         if not self._ack_tracker.broken:
             self.committer.commit(parts, final=True)
         for partition in parts:
             partition.gone = True
-        left = {p.number: len(p.live) for p in parts if p.busy}
+        left = {p.number: sum(not work.waiting for work in list(p.live.values())) for p in parts if p.busy}
         LOG.info(
             "lane %s: handed over partitions %s%s",
             self.lane,
@@ -414,7 +414,7 @@ class Fetcher(threading.Thread):
         )
 
     def _await_jobs(self, parts: list[Partition]) -> bool:
-        """Wait until no job of ``parts`` is under way, at most for the hand-over time. Return whether none is."""
+        """Wait until no job of ``parts`` is under way, at most for the handover time. Return whether none is."""
         deadline = time.monotonic() + self._handover
         while any(p.busy for p in parts):
             now = time.monotonic()
@@ -432,7 +432,7 @@ class Fetcher(threading.Thread):
         for partition in parts:
             partition.gone = True
         self._give_up(parts)
-        self._tell_missing(parts, time.monotonic())
+        self._log_missing(parts, time.monotonic())
         if parts:
             LOG.warning("lane %s: lost partitions %s; nothing is committed", self.lane, [p.number for p in parts])
 

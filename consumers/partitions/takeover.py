@@ -21,7 +21,7 @@ from jobledger.config import Settings
 from jobledger.consumers.partitions.fetcher import Fetcher
 from jobledger.consumers.partitions.range_reader import STALL_S, LogRanges
 from jobledger.consumers.recording.ack_tracker import AckTracker
-from jobledger.consumers.state.dedup import REMEMBERED, REMEMBERED_MS, end_of, key_of, release_key
+from jobledger.consumers.state.dedup import REMEMBERED, REMEMBERED_MS, release_key, release_key_of, settling_fact_of
 from jobledger.consumers.state.offset_tracker import PartitionOffsets, Restored, Snapshot, decode, encode
 from jobledger.consumers.state.prior_state import NOTHING_FOLLOWS, PriorFact, PriorState
 from jobledger.consumers.state.work import Partition
@@ -75,7 +75,7 @@ class Takeover(threading.Thread):
     """Takes over assigned partitions, one batch at a time.
 
     ``ready`` is called in this thread with the partitions whose jobs may run now. ``fail`` stops the worker.
-    ``known_places``: the number of lifecycle partitions when the worker started.
+    ``lifecycle_partitions``: the number of lifecycle partitions when the worker started.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Takeover(threading.Thread):
         ack_tracker: AckTracker,
         decoder: Decoder,
         *,
-        known_places: int,
+        lifecycle_partitions: int,
         ready: Callable[[list[Partition]], None],
         fail: Callable[[JobledgerError], None],
     ) -> None:
@@ -94,7 +94,7 @@ class Takeover(threading.Thread):
         self._todo: queue.SimpleQueue[tuple[Fetcher, list[Partition]] | None] = queue.SimpleQueue()
         self._closing = False
         self._log = LogRanges(settings, lambda: self._closing)
-        self._known_places = known_places
+        self._lifecycle_partitions_seen = lifecycle_partitions
         self._names, self._ack_tracker, self._decoder, self._ready = names, ack_tracker, decoder, ready
         #: Counts since the start: releases that the log settled, and work records that were read into release memories.
         self.found = self.seeded = 0
@@ -133,7 +133,7 @@ class Takeover(threading.Thread):
     # -- steps ----------------------------------------------------------------------------------------------------
 
     def _take_over(self, fetcher: Fetcher, partitions: list[Partition]) -> None:
-        scans = [_Scan(p) for p in self._with_facts(fetcher.topic, partitions) if p.owned]
+        scans = [_Scan(p) for p in self._with_lifecycle_partition(fetcher.topic, partitions) if p.owned]
         if not scans:
             return
         for scan in scans:
@@ -148,7 +148,7 @@ class Takeover(threading.Thread):
         self._read_elsewhere(scans)
         if self._closing:
             # The reads may be incomplete. The partitions were committed as dirty above, so the next owner reads the
-            # log itself. A commit that was found clean is committed as clean again at the hand-over
+            # log itself. A commit that was found clean is committed as clean again at the handover
             # (`PriorState.clean_commit`).
             return
         # A stopped partition is not taken over: the next owner begins at the offset where this owner began.
@@ -160,19 +160,19 @@ class Takeover(threading.Thread):
             partition.ready = True
         self._ready(done)
 
-    def _with_facts(self, topic: str, partitions: list[Partition]) -> list[Partition]:
+    def _with_lifecycle_partition(self, topic: str, partitions: list[Partition]) -> list[Partition]:
         """Return the partitions whose number the lifecycle topic has, too. Stop the other partitions, because facts
         about their jobs cannot be written."""
         most = max((p.number for p in partitions), default=-1)
-        if most < self._known_places:  # Kafka never removes partitions
+        if most < self._lifecycle_partitions_seen:  # Kafka never removes partitions
             return partitions
-        there = self._known_places = self._log.partitions(self._names.lifecycle)
+        there = self._lifecycle_partitions_seen = self._log.partitions(self._names.lifecycle)
         if most < there:
             return partitions
         why = lifecycle_too_small(topic, self._log.partitions(topic), self._names.lifecycle, there)
         beyond = [p for p in partitions if p.number >= there]
         for partition in beyond:
-            partition.stop_all(why)
+            partition.start_none(why)
         return [p for p in partitions if p not in beyond]
 
     def _judge(self, scan: _Scan) -> None:
@@ -287,13 +287,13 @@ class Takeover(threading.Thread):
             try:
                 if message.topic() != topic:
                     self._scanned(by_number[message.partition() or 0], message)
-                elif (key := key_of(message, self._decoder)) is not None:
+                elif (key := release_key_of(message, self._decoder)) is not None:
                     partition.memory.add(key)
                     self.seeded += 1
             except RegistryNeeded as exc:
                 # The record cannot be read, and may say that a job is done. So no job of the partition may run.
                 if partition.stopped is None:
-                    partition.stop(message, str(exc))
+                    partition.start_no_more(message, str(exc))
 
         self._log.read(ranges, take, wanted=lambda: any(scan.partition.owned for scan in scans))
 
@@ -306,7 +306,9 @@ class Takeover(threading.Thread):
             job_id, run, release, fact = seen[0], seen[1], seen[2], seen[6]
             key = release_key(job_id, run, release)
             if type(fact) is JobSucceeded:
-                self._note_end(scan, (job_id, run, release), fact, message.offset() or 0, message.timestamp()[1])
+                self._note_settling_fact(
+                    scan, (job_id, run, release), fact, message.offset() or 0, message.timestamp()[1]
+                )
             elif type(fact) is JobStarted:
                 self._passed(scan, job_id, run, release)
                 # `glance` leaves the fields of the fact empty. In the encoding that `glance` reads, the takeover count
@@ -322,7 +324,7 @@ class Takeover(threading.Thread):
         job_id, run, release = event.job_id, event.run, event.release
         key = release_key(job_id, run, release)
         if settles(other):
-            self._note_end(scan, (job_id, run, release), other, message.offset() or 0, message.timestamp()[1])
+            self._note_settling_fact(scan, (job_id, run, release), other, message.offset() or 0, message.timestamp()[1])
         elif isinstance(other, JobRetried | JobSnoozed):  # in place: this attempt ended, and the next one follows
             attempt = event.attempt + isinstance(other, JobRetried)
             # A lower attempt: a late fact of a former owner, which is ignored.
@@ -344,7 +346,9 @@ class Takeover(threading.Thread):
         if key not in prior.closed:
             prior.starts[key] = max(prior.starts.get(key, 0), starts_before) + 1
 
-    def _note_end(self, scan: _Scan, of: tuple[str, int, int], fact: Fact, offset: int, appended_ms: int) -> None:
+    def _note_settling_fact(
+        self, scan: _Scan, of: tuple[str, int, int], fact: Fact, offset: int, appended_ms: int
+    ) -> None:
         """Note a fact that settles a release. A scan of the lifecycle partition from ``offset`` on finds it again.
 
         The first such fact counts, with two exceptions: an outcome replaces a fact of `OPEN`, and any other fact
@@ -407,17 +411,17 @@ class Takeover(threading.Thread):
 
         def take(message: Message) -> None:
             try:
-                end = end_of(message, self._decoder)
+                end = settling_fact_of(message, self._decoder)
             except RegistryNeeded as exc:  # as in `_read`
                 for asking in {id(scan): scan.partition for scan in wanted.values()}.values():
                     if asking.stopped is None:
-                        asking.stop(message, str(exc))
+                        asking.start_no_more(message, str(exc))
                 return
             if end is not None:
                 (job_id, run, release), fact = end
                 scan = wanted.get(release_key(*end[0])) or wanted.get(release_key(job_id, run, release - 1))
                 if scan is not None:
-                    self._note_end(scan, end[0], fact, scan.floor, message.timestamp()[1])
+                    self._note_settling_fact(scan, end[0], fact, scan.floor, message.timestamp()[1])
 
         self._log.read(ranges, take, wanted=lambda: any(scan.partition.owned for scan in scans))
 

@@ -157,8 +157,8 @@ class AckTracker(threading.Thread):
             self._fail(
                 BrokerUnavailable(
                     f"a record for {topic} could not be delivered ({error.str()}; sent {counted(work.tries + 1, 'time')}): "
-                    f"{self._settings.bootstrap or 'the embedded broker'} does not take it. Nothing was committed for "
-                    "its job; another worker, or this one started again, takes it up"
+                    f"{self._settings.bootstrap or 'the embedded broker'} does not accept the record. The job's "
+                    "record is not committed, so the next owner runs the job"
                 )
             )
             return

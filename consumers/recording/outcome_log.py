@@ -20,7 +20,7 @@ def log_outcome(event: JobEvent, outcome: Outcome) -> None:
     if isinstance(outcome, Failed):
         # The task's author intended the rejection.
         level = logging.INFO if outcome.reason == "rejected" else logging.ERROR
-        what = f"failed for good, {outcome.reason}"
+        what = f"failed ({outcome.reason}), with no further attempt,"
     elif isinstance(outcome, Retried):
         level, what = logging.WARNING, f"is tried again in {outcome.delay_ms / 1000:.1f} s"
     else:

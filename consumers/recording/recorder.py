@@ -192,8 +192,8 @@ class Recorder:
         runtime.runs[bisect_left(RUN_BOUNDS_S, duration)] += 1
 
     def raised(self, work: JobRun, error: BaseException, late: bool) -> None:
-        """Record the outcome of code that raised ``error``. ``late``: the attempt's time limit was over. This method
-        calls no code of the exception's class."""
+        """Record the outcome of code that raised ``error``. ``late``: the attempt's time limit was over. The
+        exception's traceback is changed without a call of the exception's own methods."""
         trace = traceback_of(error)
         if trace is not None:  # drop the first frame, which belongs to `Executor`
             BaseException.with_traceback(error, trace.tb_next or trace)

@@ -253,7 +253,7 @@ class Backfill:
             try:
                 jobs, refused = self._routes.jobs(message)
             except SchemaError:
-                self.progress.unreadable += 1  # the router wrote its dead letter when the event arrived
+                self.progress.unreadable += 1  # if the router has read this event, it has written its dead letter
                 continue
             if refused:
                 where = f"{message.topic()}[{message.partition()}]@{message.offset()}"

@@ -1,8 +1,8 @@
 """Calls the middleware hooks `retry` and `failure` after an attempt's outcome was sent to the log.
 
 Plain hooks run in one separate thread, so that a slow hook delays no job. Coroutine hooks run on the worker's event
-loop. An error that a hook raises is logged and does not change the outcome. The worker does not wait for hooks that
-have not ended when the grace time is over.
+loop. An error that a hook raises is logged and does not change the outcome. A worker that stops
+waits for hooks until the grace time is over, at least 1 s.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class HookRunner(threading.Thread):
         if self._todo.qsize() > MOST:
             if not self.dropped:
                 LOG.error(
-                    "%d outcomes wait for %s: the hooks are too slow, and are not called for further outcomes",
+                    "more than %d hook calls are waiting: calls are dropped until fewer wait (the first dropped call: %s)",
                     MOST,
                     hooks[0].description,
                 )

@@ -36,8 +36,8 @@ _monotonic = time.monotonic
 
 
 class JobLeases:
-    """Holds the leases of one worker. It passes outcomes to ``recorder``, and requests to the dispatcher to
-    ``reports``."""
+    """Takes, renews and gives back the leases of one worker, and sends the outcomes of leased jobs to the coordinator.
+    It asks the dispatcher through ``reports``."""
 
     def __init__(self, sender: WorkerProducer, recorder: Recorder, reports: Reports) -> None:
         self._facts, self._names, self._sender = recorder.facts, recorder.facts.names, sender

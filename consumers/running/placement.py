@@ -97,8 +97,8 @@ class Placement:
         if starts < most:
             return None
         message = (
-            f"its code was started {starts} times and never finished: each time the worker process died or stopped "
-            "responding; that process's log has its last output"
+            f"its code was started {starts} times without an outcome: each time its process (a worker or a child process) "
+            "ended or stopped responding; the log of that process has its last output"
         )
         return Failed("crashed", ErrorInfo("ProcessDied", message))
 
@@ -173,7 +173,7 @@ class Placement:
             work.timer = None
         work.interrupted = None  # a timer may have fired while the process was paused
         if work.suspect:
-            work.waiting = True  # a hand-over need not wait for this job
+            work.waiting = True  # a handover need not wait for this job
             self.go(work)
         elif self._may_start(work, self.begin_later):
             work.began = _monotonic()  # the pause does not count as running time
@@ -189,7 +189,7 @@ class Placement:
         """
         if work.abandoned or not self._running.ours(work):
             self._drop(work)
-        elif not self._running.certain(work):
+        elif not self._running.partition_certain(work):
             self._calls.later(AGAIN_S, again, work)
         elif work.stop_outcome is not None:  # cancelled while it waited
             self._recorder.close_with(work, work.stop_outcome)
@@ -297,7 +297,7 @@ class Placement:
     def give_up(self, work: JobRun) -> None:
         """End running code whose outcome is no longer wanted."""
         if self.children is not None and self.children.holds(work):
-            self.children.abandoned(work)
+            self.children.kill_job(work)
         else:
             self._end(work)
 

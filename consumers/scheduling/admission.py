@@ -2,8 +2,8 @@
 this worker cannot judge.
 
 Runs on the event loop; only `SchemaResolver` has a thread. Before anything else is done with a message, the partition's
-offset tracker receives its offset, in the order of the log. From then on, the record is done only when acknowledgements
-settle it. Exceptions are duplicates, and releases that the log settles already and from which no record derives: these
+offset tracker receives its offset, in the order of the log. From then on, the record is marked as done only when the
+records that close its release are acknowledged. Exceptions are duplicates, and releases that the log settles already and from which no record derives: these
 are marked as done at once.
 """
 
@@ -58,7 +58,7 @@ _OWN = codec.MAGIC + codec.FINGERPRINT
 
 @dataclass(slots=True)
 class Counts:
-    """Counts the records that were taken and whose jobs were not run, for metrics and the health report."""
+    """Counts duplicates, releases that the log had settled, and rejected records, for metrics and the health report."""
 
     duplicates: int = 0
     found_closed: int = 0
@@ -130,9 +130,9 @@ class Admission:
         """Accept or reject a decoded record. If a newer version wrote the record, or if only a Schema Registry has its
         schema, stop the partition until this worker is upgraded or is configured with the registry."""
         if isinstance(read, UnknownFact):
-            partition.stop(message, f"{read}: upgrade this worker")
+            partition.start_no_more(message, f"{read}: upgrade this worker")
         elif isinstance(read, RegistryNeeded):
-            partition.stop(message, str(read))
+            partition.start_no_more(message, str(read))
         elif isinstance(read, str):
             self.reject(partition, message, read, fresh)
         else:

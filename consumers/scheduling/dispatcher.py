@@ -26,7 +26,8 @@ LOG = get_logger("jobledger.worker")
 
 #: Records taken from one partition before the next partition's turn.
 SLICE = 16
-#: Records taken and jobs begun in one call of `_pump`, before the event loop runs other callbacks.
+#: In one call of `_pump`: records taken into the wait queues of each fair lane, and records and waiting jobs taken from
+#: all lanes. Jobs that wait for a slot are not counted.
 BUDGET = 64
 
 #: Seconds until the number of unacknowledged records is checked again.
@@ -42,7 +43,7 @@ POLL_S, KEY_POLL_S = 0.005, 0.001
 _monotonic = time.monotonic
 
 
-def may_be_unsent(begun: int, age: float) -> int:
+def unacknowledged_limit(begun: int, age: float) -> int:
     """Return how many records may be unacknowledged in a worker that has begun ``begun`` jobs, the first one ``age``
     seconds ago.
 
@@ -247,7 +248,7 @@ class Dispatcher:
         began, now = self._running.begun, _monotonic()
         if not began:
             self._first_at = now
-        room = may_be_unsent(began, now - self._first_at) - self._sender.unacknowledged
+        room = unacknowledged_limit(began, now - self._first_at) - self._sender.unacknowledged
         if room <= 0:
             if not self._resting:
                 self._resting = True
@@ -332,7 +333,7 @@ class Dispatcher:
             return 0  # while a record's schema is looked up, the records after it wait, so that they do not overtake it
         taken = 0
         try:
-            if _monotonic() > lease.until:  # also snooze no job: another worker may have run that job
+            if _monotonic() > lease.until:  # take nothing, not even to snooze a job that another worker may have run
                 lease.ask()
                 return 0
             backlog = partition.backlog

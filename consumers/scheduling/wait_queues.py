@@ -27,10 +27,12 @@ from jobledger.kafka.broker_clock import BrokerClock
 
 _monotonic = time.monotonic
 
-#: Jobs of a full partition that are snoozed in one call; wait queues of one gate that are searched for such jobs.
-ASIDE_AT_ONCE, LOOKED_AT = 64, 1_000
-#: Jobs of a lane that wait for slots of one kind, up to which jobs of a wait queue join them; 1 in a queue with
-#: priorities.
+#: Maximum number of jobs that one call of `make_room` snoozes.
+SNOOZED_AT_ONCE = 64
+#: Maximum number of wait queues of a gate in which `make_room` looks for such jobs.
+SEARCHED_MOST = 1_000
+#: A job of a wait queue joins the jobs of its lane that wait for slots of one kind only while fewer than this many wait;
+#: in a queue with priorities, only if none waits.
 SLOT_QUEUE = 64
 
 
@@ -178,11 +180,11 @@ class WaitQueues:
         if gate is not None:
             wait_queues = partition.backlog.wait_queues
             ahead = len(wait_queues[identity].works) if identity in wait_queues else 0
-            self._set_aside(work, gate, ahead)
+            self._snooze_at_gate(work, gate, ahead)
             return
         self.enqueue(work, identity, serial=False, tenant=tenant)
 
-    def _set_aside(self, work: JobRun, gate: Gate, ahead: int) -> None:
+    def _snooze_at_gate(self, work: JobRun, gate: Gate, ahead: int) -> None:
         """Snooze a job until about its turn; the coordinator then releases it again. ``ahead``: how many jobs are
         before it in its wait queue."""
         seconds = max(5.0, gate.passes_in(ahead * max(1, self.owned))) * (1.0 + 0.2 * random.random())
@@ -199,7 +201,7 @@ class WaitQueues:
             (len(wait_queue.works), gate, wait_queue)
             for gate in self.parking
             if not isinstance(gate, Slots)
-            for wait_queue in islice(gate.parked, LOOKED_AT)
+            for wait_queue in islice(gate.parked, SEARCHED_MOST)
             if wait_queue.partition is partition
             and not wait_queue.serial
             and len(wait_queue.works) > 1
@@ -208,7 +210,7 @@ class WaitQueues:
         if not kept:
             return
         _, gate, wait_queue = max(kept, key=lambda each: each[0])
-        for _ in range(min(ASIDE_AT_ONCE, len(wait_queue.works) - 1)):
+        for _ in range(min(SNOOZED_AT_ONCE, len(wait_queue.works) - 1)):
             one = wait_queue.works[-1]
             if one.suspect:
                 break
@@ -219,7 +221,7 @@ class WaitQueues:
                 work, one.waiting = one, False
             wait_queue.works.pop()
             partition.backlog.count -= 1
-            self._set_aside(work, gate, len(wait_queue.works))
+            self._snooze_at_gate(work, gate, len(wait_queue.works))
         self._wake()
 
     def serve(self, lane: Lane, most: int) -> int:
@@ -347,7 +349,7 @@ class WaitQueues:
         if wait_queue is None or not wait_queue.serial:
             return
         if work.again_s is not None:
-            work.waiting = True  # a hand-over need not wait: the next owner finds the job's last fact in the log
+            work.waiting = True  # a handover need not wait: the next owner finds the job's last fact in the log
         if work.lease is not None:  # a long job's outcome goes to the coordinator, and no job here waits for it
             self._turn_over(work, wait_queue)
         elif not self._half_over(work, wait_queue) and wait_queue.partition.owned:

@@ -113,7 +113,7 @@ def _slot(slots: array[int], mask: int, key: int) -> int:
     return at
 
 
-def key_of(message: Message, decoder: codec.Decoder) -> int | None:
+def release_key_of(message: Message, decoder: codec.Decoder) -> int | None:
     """Return the `release_key` of a work record, from its headers or its first fields; None if the record cannot be
     read.
 
@@ -144,7 +144,7 @@ def key_of(message: Message, decoder: codec.Decoder) -> int | None:
     return release_key(event.job_id, event.run, event.release)
 
 
-def end_of(message: Message, decoder: codec.Decoder) -> tuple[tuple[str, int, int], Fact] | None:
+def settling_fact_of(message: Message, decoder: codec.Decoder) -> tuple[tuple[str, int, int], Fact] | None:
     """Return the release and the fact of a lifecycle record that settles a release; None for any other record.
 
     Raises `RegistryNeeded` if the record can be read only with a Schema Registry.

@@ -189,7 +189,7 @@ class PartitionOffsets:
     def suspect(self, below: int, lifecycle_offset: int) -> None:
         """Note that a former owner may have begun records below offset ``below``.
 
-        Until all these records are done, a hand-over is not clean, so the next owner suspects their jobs, too. The
+        Until all these records are done, a handover is not clean, so the next owner suspects their jobs, too. The
         former owner may still write outcomes of these jobs. The next owner must find these outcomes from
         ``lifecycle_offset`` on, unless that offset lies more than `SUSPECT_MOST` facts back.
         """
@@ -319,7 +319,7 @@ def decode(watermark: int, metadata: str | None, log_end: int) -> Restored:
     """Decode a commit at ``watermark``, for a log that ends at ``log_end``.
 
     The text is ignored if it is missing, damaged, of another version or another watermark, or if it names records that
-    the log does not have. Then no record beyond the watermark counts as done, the floor is not known, and the hand-over
+    the log does not have. Then no record beyond the watermark counts as done, the floor is not known, and the handover
     counts as not clean.
     """
     nothing = Restored(watermark)

@@ -98,7 +98,7 @@ def holding(outcome: Retried | Snoozed, held_s: float, most_s: float, key: str) 
         return Failed("key-held", outcome.error)
     if outcome.reason == "unknown-task":
         return Failed(
-            "unknown-task", ErrorInfo("UnknownTask", f"no worker that knew the task came within {most_s:g} s")
+            "unknown-task", ErrorInfo("UnknownTask", f"no worker that knows the task took the job within {most_s:g} s")
         )
     reason = f": {outcome.reason}" if outcome.reason else ""
     what = f"a snooze of {outcome.delay_ms / 1000:g} s would hold key {key!r} for more than key_hold_max={most_s:g} s{reason}"
@@ -125,7 +125,7 @@ def judge(
         return decide(retry, attempt, error, uniform, timed_out=timed_out)
     except BaseException as broken:  # noqa: BLE001  # a user's exception may lack what its base class has
         info = error_info(error)
-        why = f"{info.message} (what it means for the job cannot be told: {type_of(broken)}: {text_of(broken)})"
+        why = f"{info.message} (Jobledger could not examine this exception: {type_of(broken)}: {text_of(broken)})"
         return Failed("never", ErrorInfo(info.type, printable(why, MESSAGE_LIMIT), info.traceback))
 
 

@@ -40,15 +40,15 @@ class RunningJobs:
         return partition.owned and partition.stopped is None if work.suspect else not partition.gone
 
     @staticmethod
-    def certain(work: JobRun) -> bool:
-        """Return whether it is certain that no other worker has taken the job over. If this is not known, request a
-        confirmation from the group."""
+    def partition_certain(work: JobRun) -> bool:
+        """Return whether this worker certainly owns the job's partition; always true for a long job (see `ours` for its
+        lease). If this is not known, request a confirmation from the group."""
         return work.lease is not None or work.partition.certain()
 
     def may_begin(self, work: JobRun) -> bool:
         """Return whether a job's code may begin on the loop or in the thread to which the job was passed. Any thread.
 
-        Call this if the job may no longer be this worker's: the job was abandoned, its partition was lost, or the lease
-        is over. A long job is this worker's as long as the worker holds the job lease.
+        Callers check cheaply first, and call this only if the job was abandoned, its partition was lost, or the lease is
+        over. A long job is this worker's as long as the worker holds the job lease.
         """
-        return not work.abandoned and self.certain(work) and (work.lease is None or self.ours(work))
+        return not work.abandoned and self.partition_certain(work) and (work.lease is None or self.ours(work))

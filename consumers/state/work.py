@@ -183,7 +183,7 @@ class Partition:
     def certain(self) -> bool:
         """Return whether it is certain that no other worker has taken the partition over.
 
-        If the ownership lease is over, request a confirmation from the group, and return False. During a hand-over the
+        If the ownership lease is over, request a confirmation from the group, and return False. During a handover the
         group waits for this worker, so the result is True even after the end of the lease. Any thread.
         """
         owned = self.owned  # read before `gone`: when the partition is lost, `gone` is set before `owned` is cleared
@@ -203,14 +203,15 @@ class Partition:
             self.taking = self.owned and self.stopped is None and self.offsets is not None
         return self.taking
 
-    def stop(self, message: Message, why: str) -> None:
-        """Stop running jobs of the partition, because this worker cannot judge ``message``."""
+    def start_no_more(self, message: Message, why: str) -> None:
+        """Start no more jobs of the partition, because this worker cannot judge ``message``. Running jobs continue, except
+        suspects."""
         where = position_of(message)
         here = f"{self!r}@{where.offset}" if where.topic == self.topic else f"{self!r}, because of {where}"
         self._stop(f"{here}: {why}")
 
-    def stop_all(self, why: str) -> None:
-        """Stop running jobs of the partition, for a reason that does not depend on one record."""
+    def start_none(self, why: str) -> None:
+        """Start no more jobs of the partition, for a reason that does not depend on one record."""
         self._stop(f"{self!r}: {why}")
 
     def _stop(self, reason: str) -> None:

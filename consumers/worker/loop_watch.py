@@ -1,6 +1,6 @@
 """Watches the event loop: logs code that blocks the loop, ends blocking jobs at their time limit, and collects garbage.
 
-`LoopWatch` describes how.
+`LoopWatch` describes how it watches; `jobledger.consumers.isolation.garbage` describes when garbage is collected.
 """
 
 from __future__ import annotations

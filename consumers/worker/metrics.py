@@ -146,7 +146,7 @@ class WorkerMetrics(Collector):
             labels=labels,
         )
         waiting = GaugeMetricFamily(
-            f"{PREFIX}waiting", "Received jobs that wait for a turn, a key, a limit or room", labels=labels
+            f"{PREFIX}waiting", "Received jobs that wait for a turn, a key, a limit or a slot", labels=labels
         )
         oldest = GaugeMetricFamily(
             f"{PREFIX}oldest_wait_seconds",
@@ -175,9 +175,11 @@ class WorkerMetrics(Collector):
             f"{PREFIX}watermark_gap", "Records between the oldest not done and the newest received", labels=labels
         )
         pending = GaugeMetricFamily(f"{PREFIX}pending", "Received records that are not done", labels=labels)
-        size = GaugeMetricFamily(f"{PREFIX}map_bytes", "The completion map as it was last committed", labels=labels)
+        size = GaugeMetricFamily(f"{PREFIX}map_bytes", "Bytes of the metadata of the last commit", labels=labels)
         braked = GaugeMetricFamily(
-            f"{PREFIX}braked", "1 while nothing more is taken, because the map is as long as it may be", labels=labels
+            f"{PREFIX}braked",
+            "1 while no records are taken, because the completion map could become too long",
+            labels=labels,
         )
         parts: list[Partition] = list(worker.partitions())
         ends = self._ends.of([(p.topic, p.number) for p in parts])

@@ -187,8 +187,9 @@ class Worker:
                     runner.run(self._main(sender))
                 except BaseException as exc:
                     error = JobledgerError(
-                        f"the worker's event loop was ended from within ({type_of(exc)}: {text_of(exc)}): a job stopped it, "
-                        "or raised SystemExit in a task of its own. What ran is run again elsewhere"
+                        f"the worker's event loop stopped unexpectedly ({type_of(exc)}: {text_of(exc)}): the code of a job "
+                        "stopped the loop, or raised SystemExit in an asyncio task that it had created. The next owner runs "
+                        "the running jobs again"
                     )
                     self._give_up_running(error, sender)
                     if not is_a(exc, (SystemExit, RuntimeError)):
@@ -226,7 +227,7 @@ class Worker:
         self.fail(error)
         self._close_readers()
         if self.children is not None:
-            self.children.abandon()
+            self.children.kill_all()
         if self.ack_tracker is not None:
             self._close_rest(self.ack_tracker, sender)
         if dispatcher is not None:
@@ -312,7 +313,7 @@ class Worker:
             names,
             ack_tracker,
             decode,
-            known_places=self._lifecycle_partitions,
+            lifecycle_partitions=self._lifecycle_partitions,
             ready=dispatcher.ready,
             fail=self.fail,
         )
@@ -360,7 +361,7 @@ class Worker:
         for fetcher in self.fetchers:
             fetcher.start()
         LOG.info(
-            "worker %s serves %s of %s: %s, %d at once, %s",
+            "worker %s serves %s of namespace %s: %s, concurrency %d, %s",
             *(self.identity, ", ".join(self.queues), names.namespace),
             *(counted(len(runtimes), "task"), options.concurrency, counted(options.job_threads, "thread")),
         )
@@ -382,7 +383,10 @@ class Worker:
         await self._wait_idle(dispatcher, began + (0.0 if self.error is not None else self.options.grace))
         left = list(dispatcher.running)
         if left:
-            LOG.warning("jobs that did not end within the grace time, and are run again elsewhere: %d", len(left))
+            LOG.warning(
+                "jobs that still run and are abandoned: %d; the next owner runs those again that record no outcome",
+                len(left),
+            )
             for work in left:
                 work.abandoned = True
                 dispatcher.placement.give_up(work)
@@ -471,8 +475,8 @@ class Worker:
             if left:
                 self.fail(
                     BrokerUnavailable(
-                        f"records not acknowledged within {FLUSH_S:g} s of the stop: {left}; their jobs are not "
-                        "committed, and another worker takes them up"
+                        f"{counted(left, 'record')} not acknowledged when the worker flushed its producer "
+                        f"({FLUSH_S:g} s): their jobs are not committed, and the next owner runs them"
                     )
                 )
         for fetcher in self.fetchers:

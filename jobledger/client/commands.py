@@ -80,7 +80,7 @@ def cancel_key(job_id: str, run: int) -> str:
 
 
 def is_copy(record: Recorded, names: Names) -> bool:
-    """Return whether a reader of all topics must skip a record, because another record of the same fact counts.
+    """Return whether a reader of all topics must skip a record, because only a record on another topic counts.
 
     A cancel is on the control topic and on the coordination topic; the record on the coordination topic counts. The
     worker of a leased job reports the job's outcome on the coordination topic, possibly after its lease has ended. The

@@ -1,8 +1,9 @@
 """Everything that happens to jobs, as one typed stream for other services: billing, audits, webhooks, a cache.
 
 A stream has its own consumer group and reads every topic of the namespace that has facts of jobs or control commands. A
-record counts as processed when the next record is requested. So a service that dies while it processes a record gets
-that record again: delivery is at least once, and in order within a partition.
+record counts as processed when the next record is requested. So a service that dies gets the records since its
+last commit again, at least the record that it was processing: delivery is at least once, and in order within a
+partition.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class LifecycleStream:
         self,
         settings: Settings,
         names: Names,
-        queues: Iterable[str],
+        lanes: Iterable[str],
         group: str,
         *,
         facts: Iterable[type[Any]] | None = None,
@@ -70,7 +71,7 @@ class LifecycleStream:
         self._settings, self._timeout = settings, check_patience(timeout)
         self._names, self._checked = names, False
         standing = (names.lifecycle, names.coordination, names.dead_letter, names.control)
-        self._topics = [*standing, *(names.jobs(q) for q in queues)]
+        self._topics = [*standing, *(names.jobs(lane) for lane in lanes)]
         self._decode = decoder(settings, names).decode
         self._group = names.lifecycle_group(group)
         self._auth_monitor = AuthMonitor(settings)

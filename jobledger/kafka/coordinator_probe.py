@@ -25,7 +25,7 @@ WARN_EVERY_S = 60.0
 
 
 class CoordinatorProbe:
-    """Asks the coordinator of ``group`` whether it answers, while the consumer owns no partitions.
+    """Asks the group coordinator of ``group`` whether it answers, while the consumer owns no partitions.
 
     ``topic``: a topic that the consumer subscribes to. ``reads``: what the consumer reads, for the messages. All methods
     are called by the thread that polls the consumer; `problem` may be read by any thread.
@@ -37,7 +37,8 @@ class CoordinatorProbe:
         self._answered_at = time.monotonic()
         self._warned_at = 0.0
         self._ask_at = self._answered_at + SILENT_S / 2
-        #: Why the consumer has no partitions, for the health report; None: the coordinator answers.
+        #: Why the consumer has no partitions, for the health report. None: the group coordinator answers, or has been
+        #: silent for less than `SILENT_S`.
         self.problem: str | None = None
 
     def check(self, owns_partitions: bool) -> None:
@@ -66,7 +67,7 @@ class CoordinatorProbe:
         self._answered_at, self._ask_at = now, now + SILENT_S / 2
         if self.problem is not None:
             self.problem = None
-            self._log.info("%s: the coordinator of group %s answers again", self._reads, self._group)
+            self._log.info("%s: the group coordinator of %s answers again", self._reads, self._group)
 
     def _unanswered(self, now: float, error: KafkaError) -> None:
         self._ask_at = now + ASK_EVERY_S
@@ -75,7 +76,7 @@ class CoordinatorProbe:
             return
         is_new = self.problem is None
         self.problem = (
-            f"the coordinator of group {self._group} has not answered for {silent:.0f} s ({error.str()}), so no "
+            f"the group coordinator of {self._group} has not answered for {silent:.0f} s ({error.str()}), so no "
             "partitions are assigned. If the brokers are reachable, look in their logs for GroupCoordinator"
         )
         if is_new or now - self._warned_at >= WARN_EVERY_S:

@@ -57,11 +57,11 @@ def group_offsets(
     }
 
 
-def worker_commits(settings: Settings, names: Names, queues: Iterable[str]) -> dict[tuple[str, int], Committed]:
-    """Return the committed offsets of every queue's worker group, by work topic and partition."""
+def worker_commits(settings: Settings, names: Names, lanes: Iterable[str]) -> dict[tuple[str, int], Committed]:
+    """Return the committed offsets of every lane's worker group, by work topic and partition."""
     commits: dict[tuple[str, int], Committed] = {}
-    for queue in queues:
-        commits.update(group_offsets(settings, names.worker_group(queue), names.jobs(queue)))
+    for lane in lanes:
+        commits.update(group_offsets(settings, names.worker_group(lane), names.jobs(lane)))
     return commits
 
 

@@ -94,7 +94,7 @@ def messages(
 
 
 class LogReader:
-    """Reads ranges of partitions: for takeovers, timelines, schema lookups and audits. Not thread-safe. Close the
+    """Reads ranges of partitions: for timelines, schema lookups, trimming, backfills and audits. Not thread-safe. Close the
     reader after use."""
 
     def __init__(self, settings: Settings) -> None:

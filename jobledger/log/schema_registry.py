@@ -14,6 +14,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 from jobledger.config import PREFIX
 from jobledger.errors import ConfigError, NotAnEvent, RegistryUnavailable, SchemaError, SchemaRefused
+from jobledger.process.wording import counted
 
 SETTING = PREFIX + "SCHEMA_REGISTRY"
 #: Seconds for all requests of one call of `SchemaRegistry`, attempts for each request, and seconds between attempts.
@@ -136,8 +137,8 @@ class SchemaRegistry:
                 break
             time.sleep(PAUSE_S)
         raise RegistryUnavailable(
-            f"{what}: the schema registry {self.shown} did not answer within {TOTAL_S:g} s ({problem}; asked {attempt} "
-            f"times); check {SETTING} and that the registry runs"
+            f"{what}: the schema registry {self.shown} could not be reached or was busy ({problem}; asked "
+            f"{counted(attempt, 'time')}, for at most {TOTAL_S:g} s); check {SETTING} and that the registry runs"
         )
 
     def _answer(self, method: str, path: str, until: float, body: Any) -> tuple[int, bytes]:

@@ -70,13 +70,14 @@ class Ownership:
         self._last_beat = now
         if gap > GAP:
             LOG.warning(
-                "this process was paused for %.1f s: nothing is sent until the broker confirms its group membership",
+                "the clocks of this process jumped by %.1f s (it was paused, or its clock was set): nothing is sent until the "
+                "broker confirms its group membership",
                 gap,
             )
             self._doubted = True
             self._on_gap()
 
-    def lost(self) -> None:
+    def revoking(self) -> None:
         """Note that partitions are being revoked: nothing new is started; events being processed may be completed."""
         self.generation = None
 
@@ -103,7 +104,7 @@ class Ownership:
             LOG.info("the broker confirmed the group membership of this coordinator")
         return not self._doubted
 
-    async def certain(self, epoch: int) -> None:
-        """Return if work started in ``epoch`` may continue; otherwise raise `Superseded`."""
+    async def require(self, epoch: int) -> None:
+        """Raise `Superseded` unless work that was started in ``epoch`` may continue."""
         if not await self.confirm() or epoch != self.epoch:
             raise Superseded

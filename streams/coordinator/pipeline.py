@@ -315,7 +315,7 @@ class Pipeline:
     async def revoked(self) -> None:
         """Prepare for a rebalance: start nothing more, and wait until the events being processed are done, for at most
         0.8 of the session timeout."""
-        self._ownership.lost()
+        self._ownership.revoking()
         self.firing.take_over({})
         self._inbox.clear()
         self._room.set()
@@ -350,9 +350,9 @@ class Pipeline:
 
     async def rebuild(self) -> None:
         """Set up timers, floors and barriers of the owned partitions. Called when Faust has restored the table and
-        before streams continue."""
+        before events are delivered."""
         began = time.monotonic()
-        self._ownership.lost()
+        self._ownership.revoking()
         self._ownership.moved()
         epoch = self._ownership.epoch
         self._inbox.clear()
@@ -385,7 +385,7 @@ class Pipeline:
                     self._metrics.swept(swept)
 
     def _committed_is_processed(self, partition: int) -> bool:
-        """Return whether all events below the committed offset were processed. This is false if the log has lost its
-        end: then the offset that was committed before may be above the new end."""
+        """Return whether all events below the committed offset were processed. This is false if the log
+        was truncated: then the offset that was committed before may be above the new end."""
         committed = self._group.committed(partition) or 0
         return committed <= max(self._ends_at_restore.get(partition, 0), self._position.get(partition, 0))

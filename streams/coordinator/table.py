@@ -95,7 +95,7 @@ class Table:
         """Make rows durable. Raises `Superseded` if partitions were assigned or revoked since ``epoch``, or if the
         membership is not certain; or the error of a record that was not delivered."""
         async with self._lock:
-            await self._ownership.certain(epoch)
+            await self._ownership.require(epoch)
             await self._write([(partition, key, encode_row(row)) for (partition, key), row in rows.items()])
             for key, row in rows.items():
                 if self._pending.get(key) is row:
@@ -192,7 +192,7 @@ class Table:
         floor = Floor(partition, self.floor(partition), last + 1)
         LOG.error(
             "partition %d of the coordination topic ends at %d, and the coordinator's table is ahead of it by %s: "
-            "the topic was recreated, or lost its end. Every event in it is treated as new, so releases of the last "
+            "the topic was recreated or truncated. Every event in it is treated as new, so releases of the last "
             "minutes may be repeated; information that was only in the lost records is lost",
             *(partition, end, counted(last - self.at(partition, end) + 1, "record")),
         )
@@ -249,7 +249,7 @@ class Table:
     async def _sweep_locked(
         self, partition: int, marked: Sequence[tuple[bytes, bytes]], epoch: int, now_ms: int, keep_ms: int
     ) -> int:
-        await self._ownership.certain(epoch)
+        await self._ownership.require(epoch)
         committed = self._group.committed(partition)
         if committed is None or not self._ownership.undisputed:
             return 0
@@ -268,7 +268,7 @@ class Table:
         await self._write([(partition, floor_key(partition), encode_row(Floor(partition, floor, shift)))])
         self._floors[partition] = floor
         self._step("floor-kept")
-        await self._ownership.certain(epoch)
+        await self._ownership.require(epoch)
         await self._write([(partition, key, None) for key in deletable])
         self._step("swept")
         return len(deletable)

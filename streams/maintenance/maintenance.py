@@ -114,14 +114,14 @@ class Maintenance:
         self,
         names: Names,
         settings: Settings,
-        queues: Sequence[str],
+        lanes: Sequence[str],
         reader: StatusReader,
         *,
         cadence: Cadence | None = None,
         active: Callable[[], bool] = lambda: True,
     ) -> None:
         settings = settings.acting_as("materializer")
-        self.names, self.settings, self.queues = names, settings, list(queues)
+        self.names, self.settings, self.lanes = names, settings, list(lanes)
         self.cadence = cadence or Cadence(retention=settings.retention_days * 24 * 3600.0)
         self._reader, self._active = reader, active
         self._asked_at: dict[tuple[str, int, int], float] = {}
@@ -241,7 +241,7 @@ class Maintenance:
         current."""
         committed = {
             position: c.offset
-            for position, c in group_offsets.worker_commits(self.settings, self.names, self.queues).items()
+            for position, c in group_offsets.worker_commits(self.settings, self.names, self.lanes).items()
         }
         if not self._table_is_current([self.names.lifecycle]):
             return None
@@ -280,7 +280,7 @@ class Maintenance:
         trimmed partition."""
         cutoff_ms = int((time.time() - self.cadence.retention) * 1000)
         commits = {
-            **group_offsets.worker_commits(self.settings, self.names, self.queues),
+            **group_offsets.worker_commits(self.settings, self.names, self.lanes),
             **group_offsets.group_offsets(self.settings, self.names.coordinator_group, self.names.coordination),
         }
         starts, aged = self._aged(cutoff_ms)
@@ -329,7 +329,7 @@ class Maintenance:
     ) -> dict[Partition, int]:
         """Return the offset up to which the workers and the coordinator need no more records, for each partition of
         ``aged``. A partition is left out if it is not known. ``existing``: all partitions."""
-        work = [self.names.jobs(queue) for queue in self.queues]
+        work = [self.names.jobs(lane) for lane in self.lanes]
         done: dict[Partition, int] = {}
         for topic, partition in aged:
             if topic == self.names.lifecycle:
@@ -409,7 +409,7 @@ class Maintenance:
     # -- shared ---------------------------------------------------------------------------------------------------
 
     def _topics(self) -> list[str]:
-        return [*(self.names.jobs(q) for q in self.queues), self.names.lifecycle, self.names.coordination]
+        return [*(self.names.jobs(lane) for lane in self.lanes), self.names.lifecycle, self.names.coordination]
 
     def _table_is_current(self, topics: Collection[str]) -> bool:
         """Return whether the table reaches the topics' present ends within ``patience`` seconds."""

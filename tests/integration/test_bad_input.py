@@ -230,7 +230,7 @@ def test_a_job_that_ends_the_event_loop_closes_no_other_job(broker: str, namespa
             ends.submit()
             assert worker.ended.wait(PATIENCE * 30)
 
-    with pytest.raises(JobledgerError, match="event loop was ended from within"):
+    with pytest.raises(JobledgerError, match="event loop stopped unexpectedly"):
         first_worker()
     assert closings(app) == {}
     left = {

@@ -1,4 +1,4 @@
-"""The watchdog, the audit and trimming with a real log and a real status table."""
+"""The watchdog, the commit check and trimming with a real log and a real status table."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ def test_jobs_that_cannot_be_released_hide_no_others_from_the_watchdog(
     maintenance.close()
 
 
-def test_the_audit_finds_a_committed_record_without_a_closing_fact(bench: Bench) -> None:
+def test_the_commit_check_counts_a_committed_record_without_a_closing_fact(bench: Bench) -> None:
     """A work record below the committed offset without a closing fact is counted, until the fact is in the log."""
     handle = bench.task.submit("x")
     place = handle.position
@@ -363,7 +363,7 @@ def test_trimming_waits_for_projections_and_for_readers_of_the_lifecycle(
         end(partition)
     read()
     let_records_age(lambda: None)
-    assert trimmed() == (2, 2), "the projection stands still"
+    assert trimmed() == (2, 2), "the projection makes no progress"
     with closing_of(ProjectionStore(url, names.namespace)) as store, store.engine.begin() as db:
         db.execute(offsets_table.delete().where(offsets_table.c.projection == "ends"))
     assert trimmed() == (3, 3)

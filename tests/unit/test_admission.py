@@ -308,7 +308,7 @@ def test_of_a_job_that_must_wait_in_a_crowded_partition_only_the_record_is_kept(
 
 
 @pytest.mark.parametrize("why", ["started before", "attempt announced", "its lease has expired"])
-def test_a_job_with_a_past_is_not_parked(why: str) -> None:
+def test_a_job_that_a_former_owner_started_or_leased_is_not_parked(why: str) -> None:
     """A parked record could not keep what the log says about the job: its starts, or the number of its next attempt."""
     with PartsBench(shop(), lookahead=100) as bench:
         partition = bench.partition()
@@ -503,7 +503,7 @@ def test_a_job_of_a_limited_task_joins_the_jobs_that_wait_although_its_limit_is_
 
 
 def test_the_code_of_a_job_that_the_last_owner_may_have_begun_waits_for_its_start_to_be_acknowledged() -> None:
-    """Records from the last owner's end on are no suspects."""
+    """Jobs at or above `suspect_below` are not suspects, because the last owner cannot have begun them."""
     with PartsBench(shop()) as bench:
         partition = bench.partition()
         partition.prior.scanned_to, partition.prior.suspect_below = 10, 1

@@ -282,7 +282,7 @@ def test_ownership_is_certain_while_time_passes_without_a_gap() -> None:
     for _ in range(10):
         times[0] += GAP / 2
         assert own.undisputed
-        asyncio.run(own.certain(own.epoch))
+        asyncio.run(own.require(own.epoch))
     assert group.asked == 0
 
 
@@ -293,10 +293,10 @@ def test_after_a_gap_the_coordinator_waits_until_the_broker_confirms_its_ownersh
     times[0] += GAP + 0.1
     group.answer = False
     with pytest.raises(Superseded):
-        asyncio.run(own.certain(own.epoch))
+        asyncio.run(own.require(own.epoch))
     seen = [own.undisputed]
     group.answer = True
-    asyncio.run(own.certain(own.epoch))
+    asyncio.run(own.require(own.epoch))
     assert [*seen, own.undisputed] == [False, True]
     assert group.asked == 2
 
@@ -307,11 +307,11 @@ def test_work_that_began_before_a_rebalance_does_not_continue() -> None:
     own = owner(group, times)
     epoch = own.epoch
     seen = [own.undisputed]
-    own.lost()
+    own.revoking()
     seen.append(own.undisputed)
     own.moved()
     with pytest.raises(Superseded):
-        asyncio.run(own.certain(epoch))
+        asyncio.run(own.require(epoch))
     own.gained()
     seen.append(own.undisputed)
     assert seen == [True, False, True]

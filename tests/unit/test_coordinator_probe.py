@@ -14,7 +14,7 @@ from jobledger.kafka.coordinator_probe import ASK_EVERY_S, SILENT_S, WARN_EVERY_
 LOG = logging.getLogger("probe")
 
 
-class Coordinator:
+class GroupCoordinator:
     """Answers `committed` like a consumer's client: with an offset, an error, or an exception."""
 
     def __init__(self) -> None:
@@ -39,17 +39,17 @@ class _Failed:
 
 
 @pytest.fixture
-def coordinator(monkeypatch: pytest.MonkeyPatch) -> Coordinator:
-    there = Coordinator()
+def coordinator(monkeypatch: pytest.MonkeyPatch) -> GroupCoordinator:
+    there = GroupCoordinator()
     monkeypatch.setattr(coordinator_probe, "time", SimpleNamespace(monotonic=lambda: there.now))
     return there
 
 
-def probe_of(coordinator: Coordinator) -> CoordinatorProbe:
+def probe_of(coordinator: GroupCoordinator) -> CoordinatorProbe:
     return CoordinatorProbe(coordinator, "app.worker", "app.jobs", LOG, "lane mail")  # type: ignore[arg-type]
 
 
-def run(coordinator: Coordinator, probe: CoordinatorProbe, seconds: float, owns: bool = False) -> None:
+def run(coordinator: GroupCoordinator, probe: CoordinatorProbe, seconds: float, owns: bool = False) -> None:
     """Check twice a second for ``seconds``."""
     until = coordinator.now + seconds
     while coordinator.now < until:
@@ -57,13 +57,13 @@ def run(coordinator: Coordinator, probe: CoordinatorProbe, seconds: float, owns:
         coordinator.now += 0.5
 
 
-def test_a_consumer_that_owns_partitions_does_not_ask(coordinator: Coordinator) -> None:
+def test_a_consumer_that_owns_partitions_does_not_ask(coordinator: GroupCoordinator) -> None:
     run(coordinator, probe_of(coordinator), 10 * SILENT_S, owns=True)
     assert coordinator.asked == []
 
 
 def test_a_consumer_without_partitions_is_well_while_its_coordinator_answers(
-    coordinator: Coordinator, caplog: pytest.LogCaptureFixture
+    coordinator: GroupCoordinator, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It asks every fifteen seconds."""
     probe = probe_of(coordinator)
@@ -72,8 +72,8 @@ def test_a_consumer_without_partitions_is_well_while_its_coordinator_answers(
 
 
 @pytest.mark.parametrize("raises", [False, True])
-def test_a_coordinator_that_does_not_answer_is_a_problem_after_thirty_seconds(
-    coordinator: Coordinator, caplog: pytest.LogCaptureFixture, raises: bool
+def test_a_group_coordinator_that_does_not_answer_is_a_problem_after_thirty_seconds(
+    coordinator: GroupCoordinator, caplog: pytest.LogCaptureFixture, raises: bool
 ) -> None:
     """The problem names the group, the time and the error. It is logged once a minute."""
     probe = probe_of(coordinator)
@@ -83,14 +83,14 @@ def test_a_coordinator_that_does_not_answer_is_a_problem_after_thirty_seconds(
     run(coordinator, probe, ASK_EVERY_S)
     assert probe.problem is not None
     assert "app.worker has not answered for 30 s (Broker: Not coordinator)" in probe.problem
-    assert "lane mail: the coordinator of group app.worker" in caplog.text
+    assert "lane mail: the group coordinator of app.worker" in caplog.text
     run(coordinator, probe, 3 * WARN_EVERY_S)
     assert len([r for r in caplog.records if r.levelno == logging.WARNING]) == 4
 
 
 @pytest.mark.parametrize("owns", [False, True])
 def test_the_problem_ends_with_an_answer_or_with_partitions(
-    coordinator: Coordinator, caplog: pytest.LogCaptureFixture, owns: bool
+    coordinator: GroupCoordinator, caplog: pytest.LogCaptureFixture, owns: bool
 ) -> None:
     """The end is logged once."""
     caplog.set_level(logging.INFO)
@@ -103,11 +103,11 @@ def test_the_problem_ends_with_an_answer_or_with_partitions(
     run(coordinator, probe, ASK_EVERY_S + 1, owns)
     assert (before is not None, probe.problem) == (True, None)
     assert [r.getMessage() for r in caplog.records if r.levelno == logging.INFO] == [
-        "lane mail: the coordinator of group app.worker answers again"
+        "lane mail: the group coordinator of app.worker answers again"
     ]
 
 
-def test_one_answer_among_errors_starts_the_thirty_seconds_again(coordinator: Coordinator) -> None:
+def test_one_answer_among_errors_starts_the_thirty_seconds_again(coordinator: GroupCoordinator) -> None:
     probe = probe_of(coordinator)
     coordinator.error = KafkaError(KafkaError.REQUEST_TIMED_OUT)
     run(coordinator, probe, SILENT_S - 1)

@@ -223,7 +223,7 @@ def test_a_rebalance_while_records_are_handed_over_loses_no_event() -> None:
 
 
 def test_a_log_that_ends_below_the_offsets_of_the_rows_is_a_new_log(caplog: pytest.LogCaptureFixture) -> None:
-    """The topic was recreated or lost its end, and the changelog was not. New events are processed, waiting jobs are
+    """The topic was recreated or truncated, and the changelog was not. New events are processed, waiting jobs are
     released and markers are swept. After the next restart that is still so, also when the new log has grown."""
 
     async def run() -> None:
@@ -266,7 +266,7 @@ def test_a_log_that_ends_below_the_offsets_of_the_rows_is_a_new_log(caplog: pyte
 
 
 def test_a_committed_offset_beyond_the_end_of_the_log_does_not_count() -> None:
-    """If the log has lost its end, the old committed offset does not prove that the events below it were processed."""
+    """If the log was truncated, the old committed offset does not prove that the events below it were processed."""
 
     async def run() -> None:
         lab = Lab()

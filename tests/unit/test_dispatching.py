@@ -537,7 +537,7 @@ def test_a_refused_commit_is_logged_once(caplog: pytest.LogCaptureFixture) -> No
         for accepted in (False, False, True, False):
             refusals[:] = [] if accepted else [loading]
             assert committer.commit_snapshots(taken) is accepted
-    assert sum("a commit was refused" in record.message for record in caplog.records) == 2
+    assert sum("was refused" in record.message for record in caplog.records) == 2
     assert committer.last_error is not None
     assert committer.errors == 9
 
@@ -597,7 +597,7 @@ async def waits_for_a_child() -> tuple[Bench, FreeChildren, Partition]:
     return bench, children, partition
 
 
-def wake_late(partition: Partition) -> None:
+def end_ownership_lease(partition: Partition) -> None:
     """Let the ownership lease end, as after a pause of the worker."""
     partition.lease.until = time.monotonic() - 1.0
 
@@ -616,7 +616,7 @@ def test_a_job_that_waits_for_a_child_is_not_run_before_the_lease_is_confirmed(l
 
     async def test() -> None:
         bench, children, partition = await waits_for_a_child()
-        wake_late(partition)
+        end_ownership_lease(partition)
         children.free()
         assert (children.given, partition.lease.wanted) == ([], True)
         if lost:
@@ -643,10 +643,10 @@ def test_a_job_whose_child_died_is_not_started_again_before_the_lease_is_confirm
         bench, children, partition = await waits_for_a_child()
         children.free()
         (work,) = children.given
-        wake_late(partition)
+        end_ownership_lease(partition)
         bench.dispatcher.placement._died(work, ErrorInfo("ProcessDied", "signal 9"), True)
         assert (starts(bench), partition.lease.wanted) == (1, True)
-        assert not partition.busy, "a hand-over does not wait for it"
+        assert not partition.busy, "a handover does not wait for it"
         if lost:
             lose(bench, partition)
         partition.lease.confirm(time.monotonic())
@@ -686,7 +686,7 @@ def test_a_second_start_that_cannot_be_sent_ends_the_worker(monkeypatch: pytest.
         (work,) = children.given
         monkeypatch.setattr(bench.kept, "send", full)
         if paused:
-            wake_late(partition)
+            end_ownership_lease(partition)
         bench.dispatcher.placement.died(work, ErrorInfo("ProcessDied", "signal 9"), True)
         if paused:
             await until(lambda: partition.lease.wanted)
@@ -718,7 +718,7 @@ def test_a_job_that_waits_for_a_thread_is_not_run_before_the_lease_is_confirmed(
         put(partition, [job("plain", n=n) for n in range(2)])
         bench.dispatcher.wake()
         await until(lambda: len(partition.live) == 2)
-        wake_late(partition)
+        end_ownership_lease(partition)
         bench.dispatcher.pipe.reports.ended_in_thread(given[0])
         await until(lambda: partition.lease.wanted)
         assert (len(given), starts(bench)) == (1, 1)
@@ -770,18 +770,18 @@ def test_code_that_did_not_begin_before_a_pause_waits_for_the_ownership_lease(
         def then_paused(*about: Any) -> None:
             started(*about)
             if starts(bench) == len(numbers) and not partition.lease.wanted:
-                wake_late(partition)
+                end_ownership_lease(partition)
                 if task == "function":
                     bench.dispatcher.pipe.executor.late(*partition.live.values())
 
         asked: Counter[int] = Counter()
-        certain = RunningJobs.certain
+        certain = RunningJobs.partition_certain
 
         def counted(work: JobRun) -> bool:
             asked[work.offset] += 1
             return certain(work)
 
-        monkeypatch.setattr(RunningJobs, "certain", staticmethod(counted))
+        monkeypatch.setattr(RunningJobs, "partition_certain", staticmethod(counted))
         monkeypatch.setattr(bench.dispatcher.pipe.recorder, "started", then_paused)
         put(partition, [job(task, n=n) for n in numbers])
         bench.dispatcher.wake()
@@ -870,7 +870,7 @@ def test_a_long_job_that_did_not_begin_before_a_pause_depends_on_its_job_lease(
             bench.kept.frozen = True
             leases._look()  # a renewal is under way
             if paused:
-                wake_late(partition)
+                end_ownership_lease(partition)
             if not held:
                 work.lease.until = time.monotonic() - 1.0
             if lease == "lost, and then renewed":
@@ -913,7 +913,7 @@ def test_the_duration_of_a_suspect_does_not_include_a_pause_before_its_code() ->
             if not paused:
                 paused.append(work)
                 assert work.suspect
-                wake_late(partition)
+                end_ownership_lease(partition)
                 work.began -= 3600.0
 
         places.go = then_paused  # type: ignore[method-assign]
@@ -1010,10 +1010,10 @@ WAYS: dict[str, tuple[bytes, type]] = {
 }
 
 
-@pytest.mark.parametrize("deferred", [False, True], ids=["job", "bare record"])
+@pytest.mark.parametrize("parked", [False, True], ids=["job", "parked record"])
 @pytest.mark.parametrize("how", WAYS)
 def test_the_next_job_of_a_key_begins_when_the_outcome_of_the_previous_job_is_in_the_log(
-    how: str, deferred: bool
+    how: str, parked: bool
 ) -> None:
     """The next job of a key begins when any outcome of the previous job is acknowledged, and not when it is sent. Jobs
     of other keys do not wait."""
@@ -1034,15 +1034,15 @@ def test_the_next_job_of_a_key_begins_when_the_outcome_of_the_previous_job_is_in
                 {release_key(event.job_id, 1, 1): UNSEEN_CRASHES},
                 10_000,
             )
-        waiting = [job("holds", key="h", k="h") for _ in range(60 if deferred else 0)]
+        waiting = [job("holds", key="h", k="h") for _ in range(60 if parked else 0)]
         put(partition, [*waiting, value, job("book", key="a", k="next")])
         d.wake()
         await until(lambda: any(type(fact) is end for fact in kept.facts()))
         put(partition, [job("book", key="c", k="other")])
         d.wake()
         await until(lambda: any(k == "other" for k, *_ in ran))
-        await until(lambda: len(d.running) == deferred)
-        assert (partition.backlog.parked > 0) == deferred
+        await until(lambda: len(d.running) == parked)
+        assert (partition.backlog.parked > 0) == parked
         assert not any(k == "next" for k, *_ in ran)
         kept.frozen = False
         await until(lambda: any(k == "next" for k, *_ in ran))

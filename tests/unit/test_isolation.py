@@ -235,7 +235,8 @@ def test_the_error_of_a_dead_child_has_the_signal_and_the_last_line_of_output() 
     """The cases are signals, exit codes, and a process without an exit status."""
     killed = process_died(9, b"first\nlast \xff line\n")
     assert (
-        killed.message == "the process that ran it ended by itself: signal 9 (SIGKILL); it said last: last \ufffd line"
+        killed.message
+        == "the process that ran it ended by itself: signal 9 (SIGKILL); its last output: last \ufffd line"
     )
     assert killed.traceback == "first\nlast \ufffd line"
     assert process_died(7 << 8, b"").message.endswith("exit code 7")
@@ -245,7 +246,7 @@ def test_the_error_of_a_dead_child_has_the_signal_and_the_last_line_of_output() 
 def test_the_target_of_an_app_is_found_by_its_module() -> None:
     """The target is the module of the app's tasks or another module with the app. Otherwise the error has a remedy."""
     assert find_target(module_app.registry) == f"{__name__}:module_app"
-    with pytest.raises(ConfigError, match="put it and its tasks at the top level"):
+    with pytest.raises(ConfigError, match="put the app and its tasks at the top level"):
         find_target(App("nowhere", settings=Settings(bootstrap="127.0.0.1:1")).registry)
 
 

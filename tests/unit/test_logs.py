@@ -105,7 +105,7 @@ log_outcome(event, Failed("exhausted", error))
 logging.getLogger("jobledger.worker").info("a line of information")
 """
 RETRIED = "job j1 (charge) is tried again in 1.5 s at attempt 2: ValueError: no such city"
-FAILED = "job j1 (charge) failed for good, exhausted at attempt 2: ValueError: no such city"
+FAILED = "job j1 (charge) failed (exhausted), with no further attempt, at attempt 2: ValueError: no such city"
 DICT = """logging.config.dictConfig({"version": 1, "handlers": {"h": {"class": "logging.StreamHandler", "level": "CRITICAL"}},
     "root": {"handlers": ["h"]}})"""
 

@@ -155,7 +155,7 @@ def test_a_single_open_record_does_not_stop_the_intake_of_others() -> None:
     ],
 )
 def test_an_unreadable_map_means_not_done(text: str | None) -> None:
-    """If the text is missing, damaged or of another version, no record is done, and the hand-over was not clean."""
+    """If the text is missing, damaged or of another version, no record is done, and the handover was not clean."""
     assert decode(7, text, LOG_END) == Restored(7)
 
 

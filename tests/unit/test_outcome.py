@@ -166,7 +166,7 @@ def test_a_snooze_with_a_wrong_delay_fails_the_job(delay: object) -> None:
     outcome = judge(PLAIN, 1, SpoiltSnooze(delay), 0.0)
     assert isinstance(outcome, Failed)
     assert outcome.reason == "never"
-    assert "what it means for the job cannot be told" in outcome.error.message
+    assert "Jobledger could not examine this exception" in outcome.error.message
 
 
 def test_a_traceback_shows_its_causes_unless_they_are_too_many() -> None:

@@ -178,7 +178,7 @@ def test_a_job_of_a_partition_that_is_no_longer_served_is_dropped(why: str) -> N
         if why == "given up":
             second.give_up()
         else:
-            second.stop_all("upgrade this worker")
+            second.start_none("upgrade this worker")
         bench.succeed(first.live[0])
         sent = len(bench.kept.sent)
         bench.pipe.slot_queues.start()
@@ -190,7 +190,7 @@ def test_a_job_of_a_partition_that_is_no_longer_served_is_dropped(why: str) -> N
 
 
 def test_a_worker_that_stops_forgets_the_jobs_that_wait_for_a_slot() -> None:
-    """They are not live, so the hand-over does not wait for them, and they are not done."""
+    """They are not live, so the handover does not wait for them, and they are not done."""
     with PartsBench(shop(), threads=1) as bench:
         first, second = occupied(bench, 3)
         bench.pipe.slot_queues.drop()

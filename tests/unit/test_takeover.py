@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jobledger.config import Settings
 from jobledger.consumers.partitions.takeover import UNSEEN_MS, Takeover, _Scan
 from jobledger.consumers.recording.worker_producer import UNACKNOWLEDGED_LIMIT
-from jobledger.consumers.scheduling.dispatcher import may_be_unsent
+from jobledger.consumers.scheduling.dispatcher import unacknowledged_limit
 from jobledger.consumers.state.dedup import release_key
 from jobledger.consumers.state.ownership_lease import OwnershipLease
 from jobledger.consumers.state.work import Partition
@@ -56,7 +56,13 @@ def scanned(*facts: tuple[int, ev.Fact], framed: bool = False, attempts: Sequenc
     ``attempts``: the attempt of each fact; by default 1."""
     nothing = cast(Any, None)
     takeover = Takeover(
-        Settings(bootstrap="h:1"), Names("shop"), nothing, codec.Decoder(), known_places=1, ready=nothing, fail=nothing
+        Settings(bootstrap="h:1"),
+        Names("shop"),
+        nothing,
+        codec.Decoder(),
+        lifecycle_partitions=1,
+        ready=nothing,
+        fail=nothing,
     )
     scan = _Scan(Partition("shop.jobs.slow", 0, OwnershipLease(1.0), -1, None))
     for offset, (release, fact) in enumerate(facts):
@@ -148,7 +154,7 @@ def test_the_records_that_derive_from_a_failure_are_always_sent_again() -> None:
 def test_each_job_that_a_new_worker_began_is_seen_or_suspected_after_its_death(
     turns: list[tuple[int, int]], written_ms: int, answered_ms: int, died_ms: int
 ) -> None:
-    """The worker begins jobs in turns of (ms since the last turn, most jobs), as many as `may_be_unsent` allows. A
+    """The worker begins jobs in turns of (ms since the last turn, most jobs), as many as `unacknowledged_limit` allows. A
     start is in the log ``written_ms`` later, and its acknowledgement arrives ``answered_ms`` after that. Then a job
     kills the worker."""
     begun: list[int] = []
@@ -159,7 +165,7 @@ def test_each_job_that_a_new_worker_began_is_seen_or_suspected_after_its_death(
             break
         age = (now - begun[0]) / 1000 if begun else 0.0
         unsent = sum(at + written_ms + answered_ms > now for at in begun)
-        begun += [now] * max(0, min(most, may_be_unsent(len(begun), age) - unsent))
+        begun += [now] * max(0, min(most, unacknowledged_limit(len(begun), age) - unsent))
 
     scan = _Scan(Partition("shop.jobs.slow", 0, OwnershipLease(1.0), -1, None))
     seen = [at + written_ms for at in begun if at + written_ms <= died_ms]
@@ -169,6 +175,6 @@ def test_each_job_that_a_new_worker_began_is_seen_or_suspected_after_its_death(
 
 
 def test_the_limit_of_unacknowledged_starts_grows_with_the_number_of_begun_jobs() -> None:
-    assert may_be_unsent(0, 0.0) == 16
-    assert may_be_unsent(1_000, 0.1) > may_be_unsent(1_000, 10.0) > 250
-    assert may_be_unsent(1_000_000, 10.0) == UNACKNOWLEDGED_LIMIT
+    assert unacknowledged_limit(0, 0.0) == 16
+    assert unacknowledged_limit(1_000, 0.1) > unacknowledged_limit(1_000, 10.0) > 250
+    assert unacknowledged_limit(1_000_000, 10.0) == UNACKNOWLEDGED_LIMIT

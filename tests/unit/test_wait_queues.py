@@ -273,7 +273,7 @@ def test_an_attempt_in_place_keeps_the_key_until_its_delay_is_over() -> None:
 
 @pytest.mark.parametrize("what", ["lost", "worker stops"])
 def test_an_attempt_in_place_is_the_next_owners_if_the_partition_is_given_up_meanwhile(what: str) -> None:
-    """The job does not block the hand-over while it waits."""
+    """The job does not block the handover while it waits."""
     code = HeldCode()
     with PartsBench(keyed_app(code)) as bench:
         partition = bench.partition()
@@ -494,7 +494,7 @@ def test_a_lost_partition_passes_its_turn_at_a_gate_to_another_partition() -> No
 
 
 def test_parked_records_become_jobs_again_in_their_turn() -> None:
-    """A parked job keeps its place behind the jobs of its key, its arguments and its suspicion. The memory that it took
+    """A parked job keeps its place behind the jobs of its key and its arguments, and stays a suspect. The memory that it took
     is free again."""
     code = HeldCode()
     with PartsBench(keyed_app(code), lookahead=100) as bench:
@@ -699,7 +699,7 @@ def test_a_lost_partition_leaves_nothing_behind() -> None:
 
 
 def test_a_worker_that_stops_forgets_the_jobs_that_wait() -> None:
-    """They have no outcome and are not live, so the hand-over does not wait for them, and the next owner runs them. The
+    """They have no outcome and are not live, so the handover does not wait for them, and the next owner runs them. The
     running job stays."""
     code = HeldCode()
     with PartsBench(keyed_app(code), lookahead=100) as bench:

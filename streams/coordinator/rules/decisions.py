@@ -15,8 +15,9 @@ A release has three steps:
    row any more.
 
 While a worker runs a long job with a job lease, the job's row is `Held`. The worker sends the closing fact to the
-coordinator first. The coordinator passes the closing fact on to the lifecycle topic if the lease is still valid. If the
-lease ends without an outcome, the job is released again. So a run has one outcome on the lifecycle topic. After a crash
+coordinator first. The coordinator passes the closing fact on to the lifecycle topic if the row is still `Held` for this
+release, so that the end of the lease has not been decided. If the lease ends without an outcome, the job is released
+again. So a run has one outcome on the lifecycle topic. After a crash
 of the coordinator, this outcome may be there twice, with the same `event_id`.
 
 A row contains the offset of the event from which the row was made. Rows are durable before that offset is committed. So
@@ -290,7 +291,7 @@ def _closed(
     offset: int,
     appended_ms: int,
 ) -> Decision:
-    """Pass on the closing fact that a worker reports for a leased job, if the lease is still valid."""
+    """Pass on the closing fact that a worker reports for a leased job, if the row is still `Held` for this release."""
     if not isinstance(row, Held) or (row.run, row.release) != (event.run, event.release):
         return _STALE_LEASE
     if isinstance(fact, JobRetried | JobSnoozed):
