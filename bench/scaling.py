@@ -155,7 +155,7 @@ def _starts(settings: Settings, names: Names, *, after_ms: float = 0.0, new_work
     by_worker: dict[str, list[int]] = {}
     with LogReader(settings) as reader:
         for partition in range(PARTITIONS):
-            low, high = reader.watermarks(names.lifecycle, partition)
+            low, high = reader.bounds(names.lifecycle, partition)
             for message in reader.read(names.lifecycle, partition, low, high):
                 found = recorded(message, decode)
                 if isinstance(found.event.fact, JobStarted):

@@ -97,7 +97,7 @@ def coordinator(settings: Settings, names: Names, partitions: int) -> Iterator[p
 
 def count(reader: LogReader, names: Names, partitions: int) -> int:
     """Return the number of records in the work topic."""
-    return sum(reader.watermarks(names.jobs(QUEUE), p)[1] for p in range(partitions))
+    return sum(reader.bounds(names.jobs(QUEUE), p)[1] for p in range(partitions))
 
 
 def await_released(settings: Settings, names: Names, wanted: int, timeout: float) -> None:

@@ -365,7 +365,7 @@ class PartsBench:
     def serve(self, most: int = 100) -> int:
         """Begin jobs of ready wait queues, in all lanes, until none may begin. Return how many were handled."""
         handled = 0
-        self.pipe.wait_queues.unpark()
+        self.pipe.wait_queues.release_opened()
         while got := sum(self.pipe.wait_queues.serve(lane, most - handled) for lane in self.lanes.all):
             handled += got
             if handled >= most:

@@ -26,7 +26,7 @@ STALL_S = 60.0
 T = TypeVar("T")
 
 
-class LogRanges:
+class RangeReader:
     """Reads the ranges of the log that a takeover needs. ``closing()``: whether reading is to stop early."""
 
     def __init__(self, settings: Settings, closing: Callable[[], bool]) -> None:
@@ -49,7 +49,7 @@ class LogRanges:
             self._reader = consumer(consumer_config(self._settings) | RANGES)
         return self._reader
 
-    def ends(self, topic: str, number: int) -> tuple[int, int]:
+    def bounds(self, topic: str, number: int) -> tuple[int, int]:
         """Return the first offset and the high watermark of a partition.
 
         Raises `BrokerUnavailable`, `TopicMissing` or `AccessDenied`.

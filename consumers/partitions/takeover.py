@@ -19,7 +19,7 @@ from confluent_kafka import KafkaException, Message, TopicPartition
 
 from jobledger.config import Settings
 from jobledger.consumers.partitions.fetcher import Fetcher
-from jobledger.consumers.partitions.range_reader import STALL_S, LogRanges
+from jobledger.consumers.partitions.range_reader import STALL_S, RangeReader
 from jobledger.consumers.recording.ack_tracker import AckTracker
 from jobledger.consumers.state.dedup import REMEMBERED, REMEMBERED_MS, release_key, release_key_of, settling_fact_of
 from jobledger.consumers.state.offset_tracker import PartitionOffsets, Restored, Snapshot, decode, encode
@@ -93,7 +93,7 @@ class Takeover(threading.Thread):
         self._settings, self._fail = settings, fail
         self._todo: queue.SimpleQueue[tuple[Fetcher, list[Partition]] | None] = queue.SimpleQueue()
         self._closing = False
-        self._log = LogRanges(settings, lambda: self._closing)
+        self._log = RangeReader(settings, lambda: self._closing)
         self._lifecycle_partitions_seen = lifecycle_partitions
         self._names, self._ack_tracker, self._decoder, self._ready = names, ack_tracker, decoder, ready
         #: Counts since the start: releases that the log settled, and work records that were read into release memories.
@@ -178,8 +178,8 @@ class Takeover(threading.Thread):
     def _judge(self, scan: _Scan) -> None:
         """Restore what the last owner committed, after a check against the present range of the log."""
         partition, prior = scan.partition, scan.partition.prior
-        scan.low, scan.high = self._log.ends(partition.topic, partition.number)
-        scan.lifecycle_low, scan.lifecycle_high = self._log.ends(self._names.lifecycle, partition.number)
+        scan.low, scan.high = self._log.bounds(partition.topic, partition.number)
+        scan.lifecycle_low, scan.lifecycle_high = self._log.bounds(self._names.lifecycle, partition.number)
         committed = prior.committed
         if committed > scan.high:
             LOG.error(
@@ -407,7 +407,9 @@ class Takeover(threading.Thread):
         lifecycle = self._names.lifecycle
         asked = [TopicPartition(lifecycle, number, max(0, at - SKEW_MS)) for number, at in since.items()]
         begins = self._log.offsets_at(asked)
-        ranges = {(lifecycle, n): (begins[n], self._log.ends(lifecycle, n)[1]) for n in since if begins.get(n, -1) >= 0}
+        ranges = {
+            (lifecycle, n): (begins[n], self._log.bounds(lifecycle, n)[1]) for n in since if begins.get(n, -1) >= 0
+        }
 
         def take(message: Message) -> None:
             try:

@@ -137,7 +137,7 @@ class Backfill:
         ranges: dict[int, Range] = {}
         with LogReader(self.settings) as reader:
             for part in parts:
-                low, high = reader.watermarks(self.topic, part.partition)
+                low, high = reader.bounds(self.topic, part.partition)
                 begin = self._at_time(consumer, part.partition, self.plan.since, low, high)
                 end = self._at_time(consumer, part.partition, self.plan.until, high, high)
                 ranges[part.partition] = Range(max(low, begin), max(low, begin, end), max(low, begin))

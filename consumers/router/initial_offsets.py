@@ -52,4 +52,4 @@ def at_the_end(settings: Settings, group: str, topic: str, assigned: Sequence[in
         began = partitions_of(settings, topic)
     fresh = [number for number in assigned if (topic, number) not in known and number < began]
     with LogReader(settings) as log:
-        return {number: log.watermarks(topic, number)[1] for number in fresh}, note(began)
+        return {number: log.bounds(topic, number)[1] for number in fresh}, note(began)

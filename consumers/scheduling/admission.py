@@ -88,7 +88,7 @@ class Admission:
         )
         self._tasks, self._runtimes, self._recorder, self._reports = tasks, tasks.runtimes, recorder, reports
         self._start = starter.start
-        self._fair = bool(lanes.filled)
+        self._fair = bool(lanes.fair)
         self.schema_resolver = SchemaResolver(decoder, partial(reports.calls.call, self.resolved), reports.calls.fail)
         self.counts = Counts()
 

@@ -180,13 +180,13 @@ class Dispatcher:
             if not self.running:
                 self.idle.set()
             return
-        if self.wait_queues.parking:
-            self.wait_queues.unpark()
+        if self.wait_queues.awaited:
+            self.wait_queues.release_opened()
         begun = self.pipe.slot_queues.start()
         begun += self._take_turns(BUDGET)
         # Records whose jobs are not run take no slot, so no end of a job would schedule `_pump` for the records after
         # them.
-        if begun and (self._lanes.filled or len(self.running) < self._running.concurrency):
+        if begun and (self._lanes.fair or len(self.running) < self._running.concurrency):
             self._reports.wake_soon()
         if self.wait_queues.unacknowledged and not begun and not self.running:
             self._ack_tracker.hurry()  # no other job can begin before an acknowledgement arrives
@@ -255,7 +255,7 @@ class Dispatcher:
                 self._calls.later(REST_S, self._rested)
             return 0
         filled = 0
-        for lane in self._lanes.filled:
+        for lane in self._lanes.fair:
             filled += self._fill(lane, budget)
         free = min(self._running.concurrency - len(self.running), budget, room)
         if free <= 0:
@@ -297,7 +297,7 @@ class Dispatcher:
             return served
         parts = lane.parts
         empty = 0
-        limit = self._waiting_limit if not lane.levelled else 1
+        limit = self._waiting_limit if not lane.has_priorities else 1
         while served < most and empty < len(parts):
             if lane.waiting and any(len(waiting) >= limit for waiting in lane.waiting.values()):
                 break

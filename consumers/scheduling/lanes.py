@@ -36,28 +36,28 @@ class Lane:
         "_turns",
         "base_weight",
         "fair_by",
-        "lane",
-        "level",
-        "levelled",
+        "has_priorities",
         "limiter",
+        "name",
         "parts",
-        "passed",
+        "priority",
         "queue",
         "ready",
+        "stride_pass",
+        "wait_counts",
         "waited_ms",
         "waiting",
-        "waits",
         "weight",
     )
 
-    def __init__(self, queue: Queue, level: str | None, limiter: Limiter) -> None:
-        self.queue, self.level, self.limiter = queue.name, level, limiter
-        self.lane = lane_name(queue.name, level)
+    def __init__(self, queue: Queue, priority: str | None, limiter: Limiter) -> None:
+        self.queue, self.priority, self.limiter = queue.name, priority, limiter
+        self.name = lane_name(queue.name, priority)
         self.fair_by = queue.fair_by
-        self.levelled = queue.priorities
-        self.base_weight = self.weight = WEIGHTS[level]
-        self.passed = 0.0
-        self.waits = [0] * (len(WAIT_BOUNDS_MS) + 1)  # starts, by `WAIT_BOUNDS_MS`
+        self.has_priorities = queue.priorities
+        self.base_weight = self.weight = WEIGHTS[priority]
+        self.stride_pass = 0.0
+        self.wait_counts = [0] * (len(WAIT_BOUNDS_MS) + 1)  # starts, by `WAIT_BOUNDS_MS`
         self.waited_ms = 0.0
         self.parts: deque[Partition] = deque()
         #: Number of ready wait queues, whose first job may be startable. ``_turns`` holds them by tenant, in
@@ -119,19 +119,19 @@ class Turns:
         """Return the lane that has had the fewest starts for its weight. ``lanes``: one or more lanes that have work.
         A lane that had no work for a time does not get the starts later that it missed in that time."""
         for lane in lanes:
-            lane.passed = max(lane.passed, self._passed)
-        return min(lanes, key=lambda lane: lane.passed)
+            lane.stride_pass = max(lane.stride_pass, self._passed)
+        return min(lanes, key=lambda lane: lane.stride_pass)
 
     def took(self, lane: Lane, count: int) -> None:
         """Note that the lane was given ``count`` starts."""
-        self._passed = lane.passed
-        lane.passed += count / lane.weight
+        self._passed = lane.stride_pass
+        lane.stride_pass += count / lane.weight
 
 
 class Lanes:
     """The lanes of the queues that this worker serves, by work topic, and the limits of these queues and their tasks.
 
-    ``limiters``: the limits and pauses of each queue. ``all``: all lanes. ``filled``: the lanes whose tenants take
+    ``limiters``: the limits and pauses of each queue. ``all``: all lanes. ``fair``: the lanes whose tenants take
     turns: their records are taken into wait queues first.
     """
 
@@ -144,7 +144,7 @@ class Lanes:
             for level in registry.queues[name].levels
         }
         self.all = list(self.by_topic.values())
-        self.filled = [each for each in self.all if each.fair_by is not None]
+        self.fair = [each for each in self.all if each.fair_by is not None]
         self.turns = Turns()
 
     @property
@@ -155,7 +155,7 @@ class Lanes:
     def age(self, broker_ms: float) -> None:
         """Set the weights of lanes with priorities. ``broker_ms``: ms of the broker's clock."""
         for each in self.all:
-            if each.levelled:
+            if each.has_priorities:
                 each.age(broker_ms)
 
     def divide(self) -> None:

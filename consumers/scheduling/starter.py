@@ -95,7 +95,7 @@ class Starter:
         if work.appended > 0:
             waited_ms = at_us / 1000 + self.clock_ahead_ms - work.appended
             work.appended = 0
-            lane.waits[bisect_left(WAIT_BOUNDS_MS, waited_ms)] += 1
+            lane.wait_counts[bisect_left(WAIT_BOUNDS_MS, waited_ms)] += 1
             lane.waited_ms += waited_ms
         if partition.offsets is not None:
             with partition.lock:

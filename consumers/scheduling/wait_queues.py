@@ -74,7 +74,7 @@ class WaitQueues:
         self._clock, self._reports = clock, reports
         self._wake, self._wake_in = reports.wake, reports.wake_in
         #: Gates and slots for which wait queues wait.
-        self.parking: dict[Gate | Slots, None] = {}
+        self.awaited: dict[Gate | Slots, None] = {}
         #: Wait queues of keys whose job has freed its slot, while the job's last fact is not acknowledged yet.
         self.unacknowledged: dict[WaitQueue, None] = {}
         #: How many partitions share the lookahead.
@@ -199,9 +199,9 @@ class WaitQueues:
         """
         kept = [
             (len(wait_queue.works), gate, wait_queue)
-            for gate in self.parking
+            for gate in self.awaited
             if not isinstance(gate, Slots)
-            for wait_queue in islice(gate.parked, SEARCHED_MOST)
+            for wait_queue in islice(gate.waiting_queues, SEARCHED_MOST)
             if wait_queue.partition is partition
             and not wait_queue.serial
             and len(wait_queue.works) > 1
@@ -248,7 +248,7 @@ class WaitQueues:
 
     def _serve_wait_queue(self, lane: Lane, wait_queue: WaitQueue, now: float) -> int:
         """Begin the first job of a wait queue, or close the job if it must not begin. If a gate holds the job back,
-        park the wait queue at that gate. Return 1 if the job left the wait queue, else 0."""
+        let the wait queue wait at that gate. Return 1 if the job left the wait queue, else 0."""
         work = wait_queue.works[0]
         unread = wait_queue.serial  # whether the job's arguments are not decoded yet
         if isinstance(work, ParkedRecord):
@@ -257,7 +257,7 @@ class WaitQueues:
             if (runtime := work.runtime) is not None and (
                 gate := self._keeping(runtime, runtime.slots, now)
             ) is not None:
-                return self._park(wait_queue, gate, now)
+                return self._wait_at(wait_queue, gate, now)
             self._count(wait_queue.partition, work, -1)
             wait_queue.works[0] = work = work.revive(wait_queue.partition, self._reports.arrived)
             work.wait_queue, work.waiting, unread = wait_queue, True, True
@@ -268,7 +268,7 @@ class WaitQueues:
         if ended is None and runtime is not None:
             gate = self._keeping(runtime, self._placement.slots_of(work, runtime), now)
             if gate is not None and not _joins_slot_queue(lane, wait_queue, gate):
-                return self._park(wait_queue, gate, now)
+                return self._wait_at(wait_queue, gate, now)
         wait_queue.works.popleft()
         wait_queue.partition.backlog.count -= 1
         wait_queue.gate = None
@@ -308,34 +308,34 @@ class WaitQueues:
     def _passed(self, wait_queue: WaitQueue) -> None:
         """Note that a wait queue begins no job although its gate released it. Call `wake`, so that another wait queue
         of that gate can begin one."""
-        if wait_queue.gate is not None and wait_queue.gate.parked:
+        if wait_queue.gate is not None and wait_queue.gate.waiting_queues:
             self._wake()
         wait_queue.gate = None
 
-    def _park(self, wait_queue: WaitQueue, gate: Gate | Slots, now: float) -> int:
+    def _wait_at(self, wait_queue: WaitQueue, gate: Gate | Slots, now: float) -> int:
         if wait_queue.gate is not gate:
             self._passed(wait_queue)
         wait_queue.gate = gate
         wait_queue.queued = True
-        gate.parked.append(wait_queue)
-        self.parking[gate] = None
+        gate.waiting_queues.append(wait_queue)
+        self.awaited[gate] = None
         self._wake_in(gate.wait(now))
         if wait_queue.partition.backlog.full:  # the gate that keeps the partition full is known only now
             self._wake()
         return 0
 
-    def unpark(self) -> None:
+    def release_opened(self) -> None:
         """Make wait queues ready again that wait at gates that have opened."""
         now = _monotonic()
-        for gate in list(self.parking):
-            for _ in range(min(gate.free(now), len(gate.parked))):
-                wait_queue = gate.parked.popleft()
+        for gate in list(self.awaited):
+            for _ in range(min(gate.free(now), len(gate.waiting_queues))):
+                wait_queue = gate.waiting_queues.popleft()
                 wait_queue.queued = False
                 self._by_topic[wait_queue.partition.topic].add(wait_queue)
-            if gate.parked:
+            if gate.waiting_queues:
                 self._wake_in(gate.wait(now))
             else:
-                del self.parking[gate]
+                del self.awaited[gate]
 
     def left(self, work: JobRun) -> None:
         """Stop counting a job at its gates, because it no longer runs. In a serial wait queue, also note that the job's
@@ -412,10 +412,10 @@ class WaitQueues:
         self.parked_bytes -= sum(partition.backlog.parked_bytes for partition in gone)
         for wait_queue in [wait_queue for wait_queue in self.unacknowledged if wait_queue.partition in gone]:
             del self.unacknowledged[wait_queue]
-        for gate in list(self.parking):
-            kept = [wait_queue for wait_queue in gate.parked if wait_queue.partition not in gone]
-            gate.parked.clear()
-            gate.parked.extend(kept)
+        for gate in list(self.awaited):
+            kept = [wait_queue for wait_queue in gate.waiting_queues if wait_queue.partition not in gone]
+            gate.waiting_queues.clear()
+            gate.waiting_queues.extend(kept)
 
     def drop_waiting(self) -> None:
         """Forget all waiting jobs. These jobs are not begun, so they belong to the next owner."""
@@ -437,4 +437,4 @@ def _joins_slot_queue(lane: Lane, wait_queue: WaitQueue, gate: Gate | Slots) -> 
     """
     if not isinstance(gate, Slots) or wait_queue.identity[0] != "task":
         return False
-    return len(lane.waiting.get(gate.name, ())) < (1 if lane.levelled else SLOT_QUEUE)
+    return len(lane.waiting.get(gate.name, ())) < (1 if lane.has_priorities else SLOT_QUEUE)

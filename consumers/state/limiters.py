@@ -25,10 +25,10 @@ BURST_S = 0.1
 
 
 class Gate(Protocol):
-    """One condition for jobs to begin. Times are seconds of a monotonic clock. ``parked``: the wait queues that wait
+    """One condition for jobs to begin. Times are seconds of a monotonic clock. ``waiting_queues``: the wait queues that wait
     for the gate to open."""
 
-    parked: deque[Any]
+    waiting_queues: deque[Any]
     name: str
 
     def free(self, now: float) -> int:
@@ -83,18 +83,18 @@ class Limiter:
         "declared",
         "name",
         "overridden",
-        "parked",
         "paused",
         "rate",
         "running",
         "slots",
+        "waiting_queues",
     )
 
     def __init__(self, name: str, declared: Limits) -> None:
         self.name, self.declared = name, declared
         self.overridden: Limits | None = None
         self.paused: str | None = None  # by whom it was paused, and why
-        self.parked: deque[Any] = deque()
+        self.waiting_queues: deque[Any] = deque()
         self.running = 0
         self._owned: list[int] = []
         self._total = 1
@@ -205,16 +205,16 @@ class AdaptiveGate:
         "_timed",
         "limit",
         "name",
-        "parked",
         "policy",
         "running",
+        "waiting_queues",
     )
 
     def __init__(self, name: str, policy: Adaptive) -> None:
         self.name, self.policy = name, policy
         self.limit = float(min(policy.most, max(policy.least, 10)))
         self.running = 0
-        self.parked: deque[Any] = deque()
+        self.waiting_queues: deque[Any] = deque()
         self._best: float | None = None
         self._reset(-math.inf)
 
@@ -276,11 +276,11 @@ class BreakerGate:
     circuit is open, and no job begins for ``reset`` seconds. Then one job may try; its success closes the circuit. The
     outcomes of jobs that began before the circuit opened count only while the circuit is closed."""
 
-    __slots__ = ("_failures", "_open_until", "_trying", "name", "parked", "policy", "trips")
+    __slots__ = ("_failures", "_open_until", "_trying", "name", "policy", "trips", "waiting_queues")
 
     def __init__(self, name: str, policy: Breaker) -> None:
         self.name, self.policy = name, policy
-        self.parked: deque[Any] = deque()
+        self.waiting_queues: deque[Any] = deque()
         self._failures = 0
         self._open_until: float | None = None
         self._trying = False
@@ -333,11 +333,11 @@ class BreakerGate:
 class Slots:
     """A limited number of slots for running jobs: for example the job threads, or the child processes."""
 
-    __slots__ = ("most", "name", "parked", "running")
+    __slots__ = ("most", "name", "running", "waiting_queues")
 
     def __init__(self, name: str, most: int) -> None:
         self.name, self.most, self.running = name, most, 0
-        self.parked: deque[Any] = deque()
+        self.waiting_queues: deque[Any] = deque()
 
     def free(self, now: float) -> int:
         """See `Gate.free`."""

@@ -156,8 +156,10 @@ class WorkerMetrics(Collector):
         ack_tracker = self._worker.ack_tracker
         broker_ms = time.time() * 1000 if ack_tracker is None else ack_tracker.clock.ms()
         for lane in dispatcher.pipe.lanes.by_topic.values():
-            about = [lane.queue, lane.level or "normal"]
-            waits.add_metric(about, _histogram(lane.waits, [b / 1000 for b in WAIT_BOUNDS_MS]), lane.waited_ms / 1000)
+            about = [lane.queue, lane.priority or "normal"]
+            waits.add_metric(
+                about, _histogram(lane.wait_counts, [b / 1000 for b in WAIT_BOUNDS_MS]), lane.waited_ms / 1000
+            )
             parts = list(lane.parts)
             rooms = sum(map(len, list(lane.waiting.values())))
             waiting.add_metric(about, sum(p.backlog.count for p in parts) + rooms)
@@ -187,7 +189,7 @@ class WorkerMetrics(Collector):
             lane = dispatcher.pipe.lanes.by_topic.get(part.topic)
             if lane is None:
                 continue
-            about = [lane.queue, lane.level or "normal", str(part.number)]
+            about = [lane.queue, lane.priority or "normal", str(part.number)]
             end = ends.get((part.topic, part.number))
             offset, metadata = part.last_commit or (part.prior.committed, part.prior.metadata or "")
             if end is not None:
@@ -212,7 +214,7 @@ class WorkerMetrics(Collector):
         assert dispatcher is not None
         for fetcher in self._worker.fetchers:
             lane = dispatcher.pipe.lanes.by_topic[fetcher.topic]
-            about = [lane.queue, lane.level or "normal"]
+            about = [lane.queue, lane.priority or "normal"]
             for kind in ("assigned", "revoked", "lost"):
                 moved.add_metric([*about, kind], fetcher.moved[kind])
             commits.add_metric(about, fetcher.committer.commits)

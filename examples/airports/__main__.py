@@ -41,7 +41,7 @@ from jobledger.errors import StoreNotFound
 from jobledger.kafka.clients import admin
 from jobledger.kafka.embedded import EmbeddedKafka
 from jobledger.kafka.topics import ensure
-from jobledger.log.reading import LogReader, ends
+from jobledger.log.reading import LogReader, high_watermarks
 
 if TYPE_CHECKING:
     from jobledger import App
@@ -297,14 +297,14 @@ def _rebuild(screen: Screen, processes: Processes, app: App, api: str) -> list[C
 def _abreast(app: App) -> bool:
     """Return whether the status table has read the log up to its end."""
     with LogReader(app.settings) as reader:
-        return all(reader.watermarks(*place)[1] == offset for place, offset in app.status_table().offsets().items())
+        return all(reader.bounds(*place)[1] == offset for place, offset in app.status_table().offsets().items())
 
 
 def _written(app: App) -> int:
     """Return the number of records in the work topics and the lifecycle topic."""
     topics = [*(app.names.jobs(queue) for queue in app.queues), app.names.lifecycle]
     with LogReader(app.settings) as reader:
-        return sum(ends(reader, topics, app.settings).values())
+        return sum(high_watermarks(reader, topics, app.settings).values())
 
 
 def _stats(api: str) -> dict[str, int]:

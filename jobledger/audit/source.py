@@ -129,7 +129,7 @@ class Source:
         for topic, partitions in topics.items():
             for number in range(partitions):
                 partition = (topic, number)
-                low, end = self._reader.watermarks(topic, number)
+                low, end = self._reader.bounds(topic, number)
                 if self._since is not None and (later := self._reader.offset_at(topic, number, self._since)) > low:
                     low = later
                     span.begins[partition] = self._since
@@ -138,7 +138,7 @@ class Source:
                 span.low[partition], span.bound[partition], span.end[partition] = low, end, end
         self._read_schemas()
         yield from self._read(span.low, span.bound, tell)
-        span.end = {partition: self._reader.watermarks(*partition)[1] for partition in span.bound}
+        span.end = {partition: self._reader.bounds(*partition)[1] for partition in span.bound}
         self._read_schemas()
         yield from self._read(span.bound, span.end, None)
         self._check_lows()
@@ -199,7 +199,7 @@ class Source:
         lost = [
             f"{topic}[{number}]"
             for (topic, number), low in self.span.low.items()
-            if low < self.span.end[topic, number] and self._reader.watermarks(topic, number)[0] > low
+            if low < self.span.end[topic, number] and self._reader.bounds(topic, number)[0] > low
         ]
         if lost:
             raise LogTrimmed(f"the log was trimmed while it was read ({', '.join(lost)}): run the audit again")

@@ -84,12 +84,12 @@ class Check:
             for topic in sorted(work_topics(settings, names)):
                 commits = self._commits(topic)
                 for number in range(partitions_of(settings, topic)):
-                    low, high = reader.watermarks(topic, number)
+                    low, high = reader.bounds(topic, number)
                     committed, metadata = commits.get(number, (low, None))
                     plan.append((topic, number, max(low, committed), high, decode(committed, metadata, high)))
             rows = changelog(names)
             for number in range(partitions_of(settings, rows)):
-                plan.append((rows, number, *reader.watermarks(rows, number), None))
+                plan.append((rows, number, *reader.bounds(rows, number), None))
             total, done = sum(end - start for _, _, start, end, _ in plan), 0
             for topic, number, start, end, restored in plan:
                 seen = self._watched(reader, topic, number, start, end, done, total, tell)

@@ -188,7 +188,7 @@ class _Tail:
             )
         with reading.LogReader(self._settings) as reader:
             for topic, partition in partitions:
-                low, high = reader.watermarks(topic, partition)
+                low, high = reader.bounds(topic, partition)
                 start = low
                 if at_end:
                     start = high

@@ -115,7 +115,7 @@ class LogReader:
         """Close the connection."""
         self._consumer.close()
 
-    def watermarks(self, topic: str, partition: int, timeout: float = 10.0) -> tuple[int, int]:
+    def bounds(self, topic: str, partition: int, timeout: float = 10.0) -> tuple[int, int]:
         """Return the partition's first offset and its high watermark (the next offset to be written).
 
         Raises `TopicMissing` if the broker reports this for `MISSING_S` seconds, and `BrokerUnavailable` after
@@ -159,7 +159,7 @@ class LogReader:
         except KafkaException as exc:
             what = f"asking for the offset of a time in {topic}[{partition}]"
             raise translate(exc.args[0], self.settings, what, read(topic)) from exc
-        return offsets[0].offset if offsets[0].offset >= 0 else self.watermarks(topic, partition, timeout)[1]
+        return offsets[0].offset if offsets[0].offset >= 0 else self.bounds(topic, partition, timeout)[1]
 
     def read(
         self, topic: str, partition: int, start: int, end: int | None = None, *, stall: float = 30.0
@@ -168,7 +168,7 @@ class LogReader:
 
         Offsets may have gaps. Raises `BrokerUnavailable` if no message arrives for ``stall`` seconds.
         """
-        low, high = self.watermarks(topic, partition)
+        low, high = self.bounds(topic, partition)
         end = high if end is None else min(end, high)
         self._reading += 1
         try:
@@ -203,10 +203,10 @@ def wait_until(check: Callable[[], bool], timeout: float, what: str, poll: float
         time.sleep(poll)
 
 
-def ends(reader: LogReader, topics: Sequence[str], settings: Settings) -> dict[tuple[str, int], int]:
+def high_watermarks(reader: LogReader, topics: Sequence[str], settings: Settings) -> dict[tuple[str, int], int]:
     """Return the high watermarks of every partition of ``topics``."""
     return {
-        (topic, partition): reader.watermarks(topic, partition)[1]
+        (topic, partition): reader.bounds(topic, partition)[1]
         for topic in topics
         for partition in range(partitions_of(settings, topic))
     }

@@ -154,7 +154,7 @@ class SchemaLookup:
             self._reader = LogReader(self._settings)
         for partition in range(self._partitions):
             begin = self._next.get(partition, 0)
-            _, end = self._reader.watermarks(topic, partition)
+            _, end = self._reader.bounds(topic, partition)
             if end < begin:  # the topic was deleted and created again
                 begin = 0
             for message in self._reader.read(topic, partition, begin, end):

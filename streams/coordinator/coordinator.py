@@ -155,11 +155,11 @@ class Coordinator:
         pipeline, metrics = self._pipeline, self.metrics
         stable = self._started and not self._app.rebalancing
         ready = pipeline is not None and stable and bool(self._app.tables.actives_ready) and pipeline.ready
-        owned = [] if pipeline is None else pipeline.firing.partitions
+        owned = [] if pipeline is None else pipeline.timer_loop.partitions
         now = time.monotonic()
         if ready:
             self._last_ready = now
-        overdue = 0.0 if pipeline is None else pipeline.firing.overdue
+        overdue = 0.0 if pipeline is None else pipeline.timer_loop.overdue
         lag = (
             0
             if pipeline is None
@@ -174,7 +174,7 @@ class Coordinator:
         metrics.partitions.set(len(owned))
         metrics.scheduled.set(scheduled)
         metrics.missing_topics.set(len(missing))
-        metrics.clock_ahead.set(0 if pipeline is None else pipeline.firing.clock.ahead_s)
+        metrics.clock_ahead.set(0 if pipeline is None else pipeline.timer_loop.clock.ahead_s)
         return {
             "state": state,
             "ready": ready,
@@ -182,7 +182,7 @@ class Coordinator:
             "partitions": owned,
             "lag": lag,
             "scheduled": scheduled,
-            "next_due_us": None if pipeline is None else pipeline.firing.next_due,
+            "next_due_us": None if pipeline is None else pipeline.timer_loop.next_due,
             "overdue_s": round(overdue, 1),
             "not_ready_s": round(now - self._last_ready, 1),
             "fired": metrics.fired,
@@ -268,7 +268,7 @@ class Coordinator:
         several = (
             pipeline.decide,
             pipeline.write,
-            pipeline.firing.run,
+            pipeline.timer_loop.run,
             pipeline.sweep,
             pipeline.topics.watch,
             self._pulse,
@@ -519,7 +519,7 @@ class Coordinator:
         assert self._ends is not None
         self._broker_seen = time.monotonic()
         while True:
-            owned = self._pipeline.firing.partitions
+            owned = self._pipeline.timer_loop.partitions
             try:
                 # Ask also without partitions: an unavailable broker may be the reason why this instance owns none.
                 bounds = await self._ends.of(self.names.coordination, owned or [0])

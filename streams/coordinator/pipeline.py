@@ -98,11 +98,11 @@ class Pipeline:
         self._ownership = Ownership(group, self._on_gap)
         self.table = Table(changelog(names), group, writer, ends, self._ownership, step)
         self.topics = WorkTopics(names, settings, topics or {})
-        self.firing = TimerLoop(
+        self.timer_loop = TimerLoop(
             names, self._source, self.table, writer, self.topics, self._ownership, self._caught_up, step
         )
         letter_bytes = min(settings.max_record_bytes, writer.most_bytes)
-        self._record_reader = RecordReader(names, decoder, self._source, self.firing.now_ms, letter_bytes)
+        self._record_reader = RecordReader(names, decoder, self._source, self.timer_loop.now_ms, letter_bytes)
         self._inbox: deque[Any] = deque()
         self._arrived, self._room = asyncio.Event(), asyncio.Event()
         self._plans: deque[PlannedWrites] = deque()
@@ -118,7 +118,7 @@ class Pipeline:
     @property
     def ready(self) -> bool:
         """Whether every owned partition is restored and read up to its barrier."""
-        return self._ownership.undisputed and all(map(self._caught_up, self.firing.partitions))
+        return self._ownership.undisputed and all(map(self._caught_up, self.timer_loop.partitions))
 
     @property
     def restoring(self) -> bool:
@@ -134,7 +134,7 @@ class Pipeline:
         self._ownership.beat()
 
     def _on_gap(self) -> None:
-        self.firing.clock.reset()
+        self.timer_loop.clock.reset()
 
     def _caught_up(self, partition: int) -> bool:
         return self.position(partition) >= self._barrier.get(partition, 0)
@@ -196,7 +196,7 @@ class Pipeline:
             return PlannedWrites(epoch, records, batch, 0, 0, (), None)
         self.table.expect(batch.rows)
         for event, *_ in read:
-            self.firing.read_back(row_key(event.job_id))
+            self.timer_loop.read_back(row_key(event.job_id))
         return PlannedWrites(epoch, records, batch, len(rejects), len(batch.releases) - len(released), released, sent)
 
     def _outputs(self, releases: Sequence[Kept]) -> tuple[list[Kept], list[Outgoing], list[Outgoing]]:
@@ -280,7 +280,7 @@ class Pipeline:
     def _released(self, releases: Sequence[Kept], outcomes: Outcomes) -> None:
         for row, outcome in zip(releases, outcomes, strict=False):
             if isinstance(outcome, Delivered):
-                self.firing.clock.observe(outcome.appended_ms)
+                self.timer_loop.clock.observe(outcome.appended_ms)
                 self._metrics.released(outcome.appended_ms / 1000 - row.due / 1_000_000)
         error = first_error(outcomes)
         if error is not None:
@@ -291,7 +291,7 @@ class Pipeline:
         """Set the timers of a plan, and allow its offsets to be committed. The plan's rows and outputs are durable."""
         for partition, change in plan.batch.waiting.items():
             self.table.scheduled[partition] += change
-        self.firing.set(plan.batch.timers)
+        self.timer_loop.set(plan.batch.timers)
         offsets: dict[int, list[int]] = {}
         for record in plan.records:
             offsets.setdefault(record.partition, []).append(record.offset)
@@ -316,7 +316,7 @@ class Pipeline:
         """Prepare for a rebalance: start nothing more, and wait until the events being processed are done, for at most
         0.8 of the session timeout."""
         self._ownership.revoking()
-        self.firing.take_over({})
+        self.timer_loop.replace({})
         self._inbox.clear()
         self._room.set()
         try:
@@ -335,7 +335,7 @@ class Pipeline:
         """Start nothing more, and wait at most ``seconds`` until the events being processed are done. Then the rows of
         sent releases are durable, and the next start does not repeat these releases."""
         self._ending = True
-        self.firing.take_over({})
+        self.timer_loop.replace({})
         self._inbox.clear()
         self._room.set()
         try:
@@ -367,7 +367,7 @@ class Pipeline:
         # If all records below the end were deleted, no record arrives that could move the position to the barrier.
         self._barrier = {partition: end if end > begin else 0 for partition, (begin, end) in ends.items()}
         self._ownership.gained()
-        self.firing.take_over(timers)
+        self.timer_loop.replace(timers)
         scheduled = sum(self.table.scheduled.values())
         duration = time.monotonic() - began
         LOG.info(
@@ -379,9 +379,9 @@ class Pipeline:
         keep_ms = int(self._options.keep_markers * 1000)
         while True:
             await asyncio.sleep(min(30.0, max(self._options.keep_markers / 10, 0.1)))
-            for partition in self.firing.partitions:
+            for partition in self.timer_loop.partitions:
                 if self._committed_is_processed(partition):
-                    swept = await self.table.sweep(partition, self.firing.now_ms, keep_ms)
+                    swept = await self.table.sweep(partition, self.timer_loop.now_ms, keep_ms)
                     self._metrics.swept(swept)
 
     def _committed_is_processed(self, partition: int) -> bool:

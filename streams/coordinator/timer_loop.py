@@ -80,7 +80,7 @@ class TimerLoop:
         """Return the estimated time of the broker's clock, ms."""
         return int(self.clock.ms())
 
-    def take_over(self, timers: Mapping[int, Timers]) -> None:
+    def replace(self, timers: Mapping[int, Timers]) -> None:
         """Replace all timers. Decisions that were not read back may be written again."""
         self._timers = dict(timers)
         self._decided.clear()

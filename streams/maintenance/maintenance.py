@@ -317,7 +317,7 @@ class Maintenance:
         with LogReader(self.settings) as log:
             for topic in self._topics():
                 for partition in range(partitions_of(self.settings, topic)):
-                    starts[topic, partition] = log.watermarks(topic, partition)[0]
+                    starts[topic, partition] = log.bounds(topic, partition)[0]
                     aged[topic, partition] = log.offset_at(topic, partition, cutoff_ms)
         return starts, {place: offset for place, offset in aged.items() if offset > starts[place]}
 
@@ -415,7 +415,7 @@ class Maintenance:
         """Return whether the table reaches the topics' present ends within ``patience`` seconds."""
         with LogReader(self.settings) as log:
             ends = {
-                (topic, partition): log.watermarks(topic, partition)[1]
+                (topic, partition): log.bounds(topic, partition)[1]
                 for topic in topics
                 for partition in range(partitions_of(self.settings, topic))
             }

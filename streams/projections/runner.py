@@ -302,7 +302,7 @@ class ProjectionRunner:
 
     def _watermarks(self, partitions: Iterable[Partition]) -> dict[Partition, tuple[int, int]]:
         with LogReader(self.settings) as reader:
-            return {partition: reader.watermarks(*partition) for partition in partitions}
+            return {partition: reader.bounds(*partition) for partition in partitions}
 
     def _ends(self, partitions: Sequence[Partition]) -> dict[Partition, int]:
         return {partition: high for partition, (low, high) in self._watermarks(partitions).items() if high > low}

@@ -57,7 +57,7 @@ def test_a_missing_topic_is_an_error_only_after_a_while(
     monkeypatch.setattr(reading, "MISSING_S", 1.0)
     began = time.monotonic()
     with LogReader(Settings(bootstrap=broker)) as reader, pytest.raises(TopicMissing, match="topics apply"):
-        reader.watermarks(f"{namespace}.nothing", 0, timeout=20.0)
+        reader.bounds(f"{namespace}.nothing", 0, timeout=20.0)
     assert 1.0 <= time.monotonic() - began < PATIENCE * 20
 
 

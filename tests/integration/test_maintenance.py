@@ -222,7 +222,7 @@ def submit_to(bench: Bench, partition: int) -> str:
 def starts(bench: Bench, topic: str) -> dict[int, int]:
     """Return where each partition of a topic begins."""
     with LogReader(bench.settings) as log:
-        return {p: log.watermarks(topic, p)[0] for p in range(PARTITIONS)}
+        return {p: log.bounds(topic, p)[0] for p in range(PARTITIONS)}
 
 
 def let_records_age(make: Callable[[], object]) -> float:
@@ -246,8 +246,7 @@ def test_nothing_is_trimmed_while_the_table_is_behind(bench: Bench) -> None:
     retention = let_records_age(lambda: bench.write(submission, names.lifecycle, due.partition))
     with LogReader(bench.settings) as log:
         ends = {
-            t: {p: log.watermarks(t, p)[1] for p in range(PARTITIONS)}
-            for t in (work, names.coordination, names.lifecycle)
+            t: {p: log.bounds(t, p)[1] for p in range(PARTITIONS)} for t in (work, names.coordination, names.lifecycle)
         }
     bench.commit(names.worker_group("mail"), work, ends[work], f"1c.{max(ends[names.lifecycle].values()):x}.00000000.r")
     bench.commit(names.coordinator_group, names.coordination, ends[names.coordination])
@@ -269,7 +268,7 @@ def test_trimming_keeps_records_that_are_still_needed(bench: Bench) -> None:
     assert maintenance.trim() == {}, "no worker and no coordinator has said how far it is"
 
     with LogReader(bench.settings) as log:
-        ends = {t: {p: log.watermarks(t, p)[1] for p in range(PARTITIONS)} for t in (work, names.coordination)}
+        ends = {t: {p: log.bounds(t, p)[1] for p in range(PARTITIONS)} for t in (work, names.coordination)}
     floor = "1c.0.00000000.r"
     bench.commit(names.worker_group("mail"), work, ends[work], floor)
     bench.commit(names.coordinator_group, names.coordination, ends[names.coordination])
@@ -313,7 +312,7 @@ def test_trimming_waits_for_projections_and_for_readers_of_the_lifecycle(
     def read() -> None:
         with LogReader(bench.settings) as log:
             left = {
-                ev.Position(topic, partition, log.watermarks(topic, partition)[1] - 1)
+                ev.Position(topic, partition, log.bounds(topic, partition)[1] - 1)
                 for topic in (work, names.lifecycle)
                 for partition in range(PARTITIONS)
             }
@@ -330,7 +329,7 @@ def test_trimming_waits_for_projections_and_for_readers_of_the_lifecycle(
     def trimmed() -> tuple[int, int]:
         bench.caught_up()
         with LogReader(bench.settings) as log:
-            to = {t: {p: log.watermarks(t, p)[1] for p in range(PARTITIONS)} for t in (work, names.lifecycle)}
+            to = {t: {p: log.bounds(t, p)[1] for p in range(PARTITIONS)} for t in (work, names.lifecycle)}
         floor = f"1c.{min(to[names.lifecycle].values()):x}.00000000.r"
         bench.commit(names.worker_group("mail"), work, to[work], floor)
         caplog.clear()

@@ -189,7 +189,7 @@ def fetched_records(worker: Worker, level: str) -> int:
     """Return the number of records of a priority that the worker has fetched and may choose from."""
     if worker.dispatcher is None:
         return 0
-    stages = [stage for stage in worker.dispatcher.pipe.lanes.by_topic.values() if stage.level == level]
+    stages = [stage for stage in worker.dispatcher.pipe.lanes.by_topic.values() if stage.priority == level]
     return sum(len(partition.raw) for stage in stages for partition in list(stage.parts))
 
 

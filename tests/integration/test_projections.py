@@ -277,7 +277,7 @@ def trim(app: App, topic: str, left: int) -> list[str]:
     """Delete all but the last ``left`` records of each partition. Return where the partitions begin now."""
     client, places = admin(app.settings), range(partitions_of(app.settings, topic))
     with LogReader(app.settings) as log:
-        ends = {p: log.watermarks(topic, p)[1] for p in places}
+        ends = {p: log.bounds(topic, p)[1] for p in places}
     wanted = [TopicPartition(topic, p, max(0, end - left)) for p, end in ends.items()]
     for future in client.delete_records(wanted).values():
         future.result(timeout=20)
@@ -286,7 +286,7 @@ def trim(app: App, topic: str, left: int) -> list[str]:
 
 def ends_of(app: App, topic: str) -> list[int]:
     with LogReader(app.settings) as log:
-        return [log.watermarks(topic, p)[1] for p in range(partitions_of(app.settings, topic))]
+        return [log.bounds(topic, p)[1] for p in range(partitions_of(app.settings, topic))]
 
 
 def cli(app: App, *words: str) -> subprocess.CompletedProcess[str]:

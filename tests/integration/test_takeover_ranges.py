@@ -9,7 +9,7 @@ import pytest
 from confluent_kafka import Message
 
 from jobledger import App, Queue, Settings
-from jobledger.consumers.partitions.range_reader import LogRanges
+from jobledger.consumers.partitions.range_reader import RangeReader
 from jobledger.kafka import topics, topology
 from jobledger.kafka.clients import admin
 from jobledger.kafka.partitioner import partition_of
@@ -36,7 +36,7 @@ def test_ranges_of_a_partition_can_be_read_again_on_the_same_connection(broker: 
     writer = LogWriter(settings, None)
     writer.send(Outgoing(names.jobs("mail"), b"x", None, p) for p in (0, 1) for _ in range(20))
     writer.close()
-    log = LogRanges(settings, lambda: False)
+    log = RangeReader(settings, lambda: False)
     began = time.monotonic()
     try:
         for ranges in ({0: (0, 7), 1: (3, 20)}, {0: (0, 20), 1: (0, 1)}, {1: (5, 20)}, {0: (7, 8)}):

@@ -217,7 +217,7 @@ def test_a_rebalance_while_records_are_handed_over_loses_no_event() -> None:
             await lab.settled()
             assert lab.group.acknowledged == [0, 1]
             assert [type(row) for row in lab.kept().values()] == [Scheduled]
-            assert lab.cycle.firing.next_due is not None
+            assert lab.cycle.timer_loop.next_due is not None
 
     asyncio.run(run())
 

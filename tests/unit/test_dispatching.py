@@ -298,7 +298,7 @@ def test_room_is_made_although_the_longest_wait_queue_ends_with_a_suspect() -> N
             runtime.regate()
         put(partition, [*(job("many", n=n) for n in range(5)), *(job("few", n=n) for n in range(3))])
         bench.dispatcher.wake()
-        await until(lambda: partition.backlog.count == 8 and len(bench.dispatcher.wait_queues.parking) == 2)
+        await until(lambda: partition.backlog.count == 8 and len(bench.dispatcher.wait_queues.awaited) == 2)
         longest = partition.backlog.wait_queues["task", "many"]
         longest.works[-1].suspect = True
         bench.dispatcher.wait_queues.make_room(partition)

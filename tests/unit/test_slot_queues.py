@@ -214,7 +214,7 @@ def test_among_queues_that_wait_for_a_slot_the_one_with_the_fewest_starts_for_it
     def next_of(high_starts: int, low_starts: int) -> str | None:
         """Return the priority that gets the slot after so many starts."""
         with PartsBench(app, threads=1) as bench:
-            lanes: dict[str | None, Lane] = {lane.level: lane for lane in bench.lanes.all}
+            lanes: dict[str | None, Lane] = {lane.priority: lane for lane in bench.lanes.all}
             normal, high, low = (bench.partition(queue="mail", level=level) for level in (None, "high", "low"))
             bench.take(normal, job("send", queue="mail"))
             bench.take(low, job("send", queue="mail"))
@@ -224,7 +224,7 @@ def test_among_queues_that_wait_for_a_slot_the_one_with_the_fewest_starts_for_it
             bench.succeed(normal.live[0])
             assert bench.pipe.slot_queues.start() == 1
             (work,) = bench.pipe.running.jobs
-            return bench.lanes.by_topic[work.partition.topic].level
+            return bench.lanes.by_topic[work.partition.topic].priority
 
     assert next_of(0, 1) == "high"
     assert next_of(63, 1) == "high"

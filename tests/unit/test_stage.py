@@ -26,7 +26,7 @@ def test_starts_are_shared_by_weight() -> None:
     for _ in range(7300):
         stage = turns.next_of(list(all_of_them.values()))
         turns.took(stage, 1)
-        had[stage.level] += 1
+        had[stage.priority] += 1
     assert abs(had["high"] - 6400) <= 64
     assert abs(had[None] - 800) <= 8
     assert abs(had["low"] - 100) <= 2
@@ -42,7 +42,7 @@ def test_an_idle_lane_saves_no_turns() -> None:
     for _ in range(130):
         stage = turns.next_of([low, high])
         turns.took(stage, 1)
-        had[stage.level] += 1
+        had[stage.priority] += 1
     assert had["low"] >= 1, "low does not starve while high catches up"
     assert had["high"] >= 120
 
@@ -82,5 +82,5 @@ def test_the_low_lane_is_served_at_least_once_in_74_starts(absent: list[str | No
         present = [s for level, s in all_of_them.items() if level == "low" or level != gone]
         stage = turns.next_of(present)
         turns.took(stage, 1)
-        since = 0 if stage.level == "low" else since + 1
+        since = 0 if stage.priority == "low" else since + 1
         assert since <= 74

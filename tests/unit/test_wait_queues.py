@@ -65,7 +65,7 @@ def nothing_waits(bench: PartsBench, partition: Partition) -> bool:
     backlog, queues = partition.backlog, bench.pipe.wait_queues
     counters = (backlog.count, backlog.parked, backlog.parked_bytes, queues.parked_bytes, len(backlog.wait_queues))
     ready = sum(lane.ready for lane in bench.lanes.all)
-    return (counters, ready, queues.unacknowledged, queues.parking) == ((0, 0, 0, 0, 0), 0, {}, {})
+    return (counters, ready, queues.unacknowledged, queues.awaited) == ((0, 0, 0, 0, 0), 0, {}, {})
 
 
 # -- keys -------------------------------------------------------------------------------------------------------------
@@ -480,7 +480,7 @@ def test_a_lost_partition_passes_its_turn_at_a_gate_to_another_partition() -> No
         first.give_up()
         code.end(0)
         bench.free()
-        bench.pipe.wait_queues.unpark()
+        bench.pipe.wait_queues.release_opened()
         woken = bench.woken
         bench.pipe.wait_queues.serve(bench.lanes.all[0], 10)
         bench.step()

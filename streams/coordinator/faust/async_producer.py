@@ -308,7 +308,7 @@ class Ends:
         Raises `BrokerUnavailable` and `TopicMissing`.
         """
         wanted = sorted(partitions)
-        return await self._ask(lambda reader: {p: reader.watermarks(topic, p, 5.0) for p in wanted})
+        return await self._ask(lambda reader: {p: reader.bounds(topic, p, 5.0) for p in wanted})
 
     async def keys(self, topic: str, partition: int, offsets: set[int]) -> set[bytes]:
         """Return the keys of the records at these offsets, without records that were deleted. Raises as `of` does."""
