@@ -124,7 +124,7 @@ TABLE: Mapping[str, Sequence[Right]] = {
         *_topic("<ns>.schemas", "Write"),
         *_topic("<ns>.coordination", "Write", lost="watchdog"),
         *_topic("<ns>.control", "Read", "Write", lost="removal of cancels whose jobs have ended"),
-        *_group("<ns>.worker.", "Describe", lost="audit, no trimming"),
+        *_group("<ns>.worker.", "Describe", lost="commit check, no trimming"),
         *_group("<ns>.coordinator", "Describe", lost=_TRIMMING),
         *_group("<ns>.lifecycle.", "Describe", lost=_TRIMMING),
         *_topic("<ns>.jobs.", "Delete", lost=_TRIMMING),

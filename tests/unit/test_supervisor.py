@@ -106,13 +106,17 @@ NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 @pytest.mark.parametrize("number", NUMBERS, ids=lambda number: number.name)
 def test_in_the_main_thread_a_signal_stops_the_children(number: signal.Signals) -> None:
     """Afterwards the signals are handled as before."""
-    before = [signal.getsignal(each) for each in NUMBERS]
     supervisor = Supervisor(
         [Child("a", python(PATIENT))],
         lambda name, line: os.kill(os.getpid(), number) if line.startswith("up ") else None,
     )
-    assert supervisor.run() == 0
-    assert [signal.getsignal(each) for each in NUMBERS] == before
+    inherited = signal.signal(number, signal.SIG_DFL)  # under `nohup` this process ignores SIGHUP
+    try:
+        before = [signal.getsignal(each) for each in NUMBERS]
+        assert supervisor.run() == 0
+        assert [signal.getsignal(each) for each in NUMBERS] == before
+    finally:
+        signal.signal(number, inherited)
 
 
 def test_an_ignored_hangup_stays_ignored() -> None:
