@@ -1,8 +1,8 @@
 """The pool of a worker's child processes. A child runs one job at a time, and is killed if its job does not end after a
 signal. Children of isolated tasks are started before a job needs them, children for suspects when a job waits.
 
-Everything in this module runs on the worker's event loop. Whatever happens to a child, the worker survives. If
-the job timed out, used too much memory or was cancelled, this is its outcome. If the child died by itself, `Placement`
+Everything in this module runs on the worker's event loop. Whatever happens to a child, the worker survives. If the
+job timed out, used too much memory or was cancelled, this is its outcome. If the child died by itself, `Placement`
 starts the job again, and fails it after `CRASHES` starts.
 """
 

@@ -172,7 +172,7 @@ class Takeover(threading.Thread):
         why = lifecycle_too_small(topic, self._log.partitions(topic), self._names.lifecycle, there)
         beyond = [p for p in partitions if p.number >= there]
         for partition in beyond:
-            partition.start_none(why)
+            partition.start_no_more(why)
         return [p for p in partitions if p not in beyond]
 
     def _judge(self, scan: _Scan) -> None:
@@ -293,7 +293,7 @@ class Takeover(threading.Thread):
             except RegistryNeeded as exc:
                 # The record cannot be read, and may say that a job is done. So no job of the partition may run.
                 if partition.stopped is None:
-                    partition.start_no_more(message, str(exc))
+                    partition.start_no_more(str(exc), message)
 
         self._log.read(ranges, take, wanted=lambda: any(scan.partition.owned for scan in scans))
 
@@ -417,7 +417,7 @@ class Takeover(threading.Thread):
             except RegistryNeeded as exc:  # as in `_read`
                 for asking in {id(scan): scan.partition for scan in wanted.values()}.values():
                     if asking.stopped is None:
-                        asking.start_no_more(message, str(exc))
+                        asking.start_no_more(str(exc), message)
                 return
             if end is not None:
                 (job_id, run, release), fact = end
@@ -448,7 +448,7 @@ class Takeover(threading.Thread):
             partition,
             scan.restored.watermark,
             "clean" if scan.restored.clean else f"lifecycle read from {scan.floor} to {scan.lifecycle_high}",
-            counted(len(prior.closed), "outcome"),
+            counted(len(prior.closed), "settled release"),
         )
 
 

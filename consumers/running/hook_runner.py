@@ -1,8 +1,8 @@
 """Calls the middleware hooks `retry` and `failure` after an attempt's outcome was sent to the log.
 
 Plain hooks run in one separate thread, so that a slow hook delays no job. Coroutine hooks run on the worker's event
-loop. An error that a hook raises is logged and does not change the outcome. A worker that stops
-waits for hooks until the grace time is over, at least 1 s.
+loop. An error that a hook raises is logged and does not change the outcome. A worker that stops waits for
+hooks until the grace time is over, at least 1 s.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@ this worker cannot judge.
 
 Runs on the event loop; only `SchemaResolver` has a thread. Before anything else is done with a message, the partition's
 offset tracker receives its offset, in the order of the log. From then on, the record is marked as done only when the
-records that close its release are acknowledged. Exceptions are duplicates, and releases that the log settles already and from which no record derives: these
-are marked as done at once.
+records that close its release are acknowledged. Exceptions are duplicates, and releases that the log settles already
+and from which no record derives: these are marked as done at once.
 """
 
 from __future__ import annotations
@@ -130,9 +130,9 @@ class Admission:
         """Accept or reject a decoded record. If a newer version wrote the record, or if only a Schema Registry has its
         schema, stop the partition until this worker is upgraded or is configured with the registry."""
         if isinstance(read, UnknownFact):
-            partition.start_no_more(message, f"{read}: upgrade this worker")
+            partition.start_no_more(f"{read}: upgrade this worker", message)
         elif isinstance(read, RegistryNeeded):
-            partition.start_no_more(message, str(read))
+            partition.start_no_more(str(read), message)
         elif isinstance(read, str):
             self.reject(partition, message, read, fresh)
         else:

@@ -38,7 +38,6 @@ class Lane:
         "fair_by",
         "has_priorities",
         "limiter",
-        "name",
         "parts",
         "priority",
         "queue",
@@ -52,7 +51,6 @@ class Lane:
 
     def __init__(self, queue: Queue, priority: str | None, limiter: Limiter) -> None:
         self.queue, self.priority, self.limiter = queue.name, priority, limiter
-        self.name = lane_name(queue.name, priority)
         self.fair_by = queue.fair_by
         self.has_priorities = queue.priorities
         self.base_weight = self.weight = WEIGHTS[priority]

@@ -27,8 +27,8 @@ _monotonic = time.monotonic
 
 
 class Starter:
-    """Begins jobs that the caller has found ready to start. ``clock_ahead_ms``: the time of the broker's clock minus the
-    time of this machine's clock, in ms."""
+    """Begins jobs that the caller has found ready to start. ``clock_ahead_ms``: the time of the broker's clock
+    minus the time of this machine's clock, in ms."""
 
     def __init__(
         self,

@@ -25,8 +25,8 @@ BURST_S = 0.1
 
 
 class Gate(Protocol):
-    """One condition for jobs to begin. Times are seconds of a monotonic clock. ``waiting_queues``: the wait queues that wait
-    for the gate to open."""
+    """One condition for jobs to begin. Times are seconds of a monotonic clock. ``waiting_queues``: the wait queues
+    that wait for the gate to open."""
 
     waiting_queues: deque[Any]
     name: str

@@ -203,20 +203,15 @@ class Partition:
             self.taking = self.owned and self.stopped is None and self.offsets is not None
         return self.taking
 
-    def start_no_more(self, message: Message, why: str) -> None:
-        """Start no more jobs of the partition, because this worker cannot judge ``message``. Running jobs continue, except
-        suspects."""
-        where = position_of(message)
-        here = f"{self!r}@{where.offset}" if where.topic == self.topic else f"{self!r}, because of {where}"
-        self._stop(f"{here}: {why}")
-
-    def start_none(self, why: str) -> None:
-        """Start no more jobs of the partition, for a reason that does not depend on one record."""
-        self._stop(f"{self!r}: {why}")
-
-    def _stop(self, reason: str) -> None:
-        self.stopped = reason
-        LOG.critical("partition stopped: %s", reason)
+    def start_no_more(self, why: str, message: Message | None = None) -> None:
+        """Start no more jobs of the partition. ``message``: the record that this worker cannot judge, if that is the
+        reason. Running jobs continue, except suspects."""
+        here = repr(self)
+        if message is not None:
+            where = position_of(message)
+            here += f"@{where.offset}" if where.topic == self.topic else f", because of {where}"
+        self.stopped = f"{here}: {why}"
+        LOG.critical("partition stopped: %s", self.stopped)
 
     def give_up(self) -> None:
         """End the ownership, and drop the raw messages. Only a record that is being taken up at this moment is still

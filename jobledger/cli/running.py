@@ -257,7 +257,7 @@ def materializer(
         bool,
         typer.Option(
             "--maintenance/--no-maintenance",
-            help="Also run watchdog, commit check and trimming, based on this status table.",
+            help="Also run watchdog, commit check, trimming and the removal of old cancels, based on this status table.",
         ),
     ] = True,
     metrics: Metrics = None,

@@ -1,9 +1,8 @@
 """Everything that happens to jobs, as one typed stream for other services: billing, audits, webhooks, a cache.
 
 A stream has its own consumer group and reads every topic of the namespace that has facts of jobs or control commands. A
-record counts as processed when the next record is requested. So a service that dies gets the records since its
-last commit again, at least the record that it was processing: delivery is at least once, and in order within a
-partition.
+record counts as processed when the next record is requested. So a service that dies gets the records since its last
+commit again, at least the record that it was processing: delivery is at least once, and in order within a partition.
 """
 
 from __future__ import annotations

@@ -94,8 +94,8 @@ def messages(
 
 
 class LogReader:
-    """Reads ranges of partitions: for timelines, schema lookups, trimming, backfills and audits. Not thread-safe. Close the
-    reader after use."""
+    """Reads ranges of partitions: for timelines, schema lookups, trimming, backfills and audits. Not thread-safe.
+    Close the reader after use."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings

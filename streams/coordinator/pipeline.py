@@ -385,7 +385,7 @@ class Pipeline:
                     self._metrics.swept(swept)
 
     def _committed_is_processed(self, partition: int) -> bool:
-        """Return whether all events below the committed offset were processed. This is false if the log
-        was truncated: then the offset that was committed before may be above the new end."""
+        """Return whether all events below the committed offset were processed. This is false if the log was
+        truncated: then the offset that was committed before may be above the new end."""
         committed = self._group.committed(partition) or 0
         return committed <= max(self._ends_at_restore.get(partition, 0), self._position.get(partition, 0))

@@ -4,7 +4,8 @@ removal of old cancels.
 * The **watchdog** finds jobs that are due and were not released, and asks the coordinator to check them
   (`ReleaseOverdue`); the coordinator decides. The watchdog first reads the ends of the topics. It acts only if the
   status table reaches these ends.
-* The **commit check** counts work records below a worker group's committed offset that no fact closes. The count must be 0.
+* The **commit check** counts work records below a worker group's committed offset that no fact closes. The count must
+  be 0.
 * **Trimming** deletes records past the retention age that every reader has read (`jobledger.streams.maintenance.trim`).
   Readers are workers, the coordinator, the status table, projections of facts in the same database, and the groups of
   `App.lifecycle`.
@@ -85,8 +86,8 @@ FIRST_S = 300.0
 OVERDUE_PAGE = 1_000
 #: Timeout in seconds of a request to delete records.
 DELETE_TIMEOUT_S = 30.0
-#: Largest number of open jobs that one commit check reads. The oldest jobs are checked first: a lost job becomes the oldest
-#: when other jobs end.
+#: Largest number of open jobs that one commit check reads. The oldest jobs are checked first: a lost job becomes the
+#: oldest when other jobs end.
 COMMIT_CHECK_MOST = 10_000
 #: Nothing is trimmed if this many or more unfinished jobs are past the retention age.
 UNFINISHED_MOST = 10_000

@@ -7,9 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import uuid
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,18 +19,10 @@ from jobledger.kafka.embedded.broker_process import BROKER_CONFIG
 from jobledger.kafka.embedded.defaults import START_TIMEOUT_S
 from jobledger.kafka.topics import ensure
 from tests.integration import logging_app
-from tests.integration.worker_app import working
+from tests.integration.worker_app import until, working
 from tests.patience import PATIENCE
 
 pytestmark = pytest.mark.kafka
-
-
-def until(check: Callable[[], bool], what: str) -> None:
-    """Poll ``check`` until it is true."""
-    deadline = time.monotonic() + PATIENCE * 60
-    while not check():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.1)
 
 
 @pytest.mark.extended
@@ -49,15 +39,15 @@ def test_a_worker_logs_failures_and_outages_and_nothing_else(tmp_path: Path) -> 
         with out.open("wb") as file:
             worker = subprocess.Popen([*command, "--grace", "5"], stdout=file, stderr=file, env=env)
         try:
-            until(lambda: "assigned partitions" in out.read_text(), "the worker serves")
+            until(lambda: "assigned partitions" in out.read_text(), what="the worker serves")
             assert "WARNING" not in out.read_text()
             job = logging_app.fails.submit("k")
             app.close()
-            until(lambda: "no further attempt" in out.read_text(), "the job fails")
+            until(lambda: "no further attempt" in out.read_text(), what="the job fails")
             kafka.stop()
-            until(lambda: "cannot be reached" in out.read_text(), "the outage is logged")
+            until(lambda: "cannot be reached" in out.read_text(), what="the outage is logged")
             kafka.start()
-            until(lambda: "connected again" in out.read_text(), "its end is logged")
+            until(lambda: "connected again" in out.read_text(), what="its end is logged")
             worker.send_signal(signal.SIGTERM)
             kafka.stop()
             worker.wait(60)
@@ -89,21 +79,21 @@ def test_a_worker_reports_that_its_group_coordinator_does_not_answer(tmp_path: P
         ensure(app, settings)
         group = app.names.worker_group("default")
         with working(app) as worker:
-            until(lambda: any(worker.partitions()), "the group exists")
+            until(lambda: any(worker.partitions()), what="the group exists")
         number = _write_damaged_record(settings, group)
         kafka.stop()
         kafka.start()
         with working(app) as worker:
-            until(lambda: worker.health()["status"] == "unhealthy", "the worker reports the problem")
+            until(lambda: worker.health()["status"] == "unhealthy", 60.0, "the worker reports the problem")
             (reason,) = worker.health()["reasons"]
             assert f"lane default: the group coordinator of {group} has not answered for" in reason
             kafka.stop()
             (damaged,) = (tmp_path / "kafka").glob(f"**/__consumer_offsets-{number}")
             shutil.rmtree(damaged)
             kafka.start()
-            until(lambda: worker.health()["status"] == "ok", "the worker has its partition")
+            until(lambda: worker.health()["status"] == "ok", 60.0, "the worker has its partition")
             task.submit()
-            until(lambda: worker.health()["succeeded"] == 1, "the job runs")
+            until(lambda: worker.health()["succeeded"] == 1, what="the job runs")
         app.close()
 
 

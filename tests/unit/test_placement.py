@@ -160,7 +160,8 @@ def test_a_suspect_runs_in_a_child_and_alone_after_three_starts(
 def test_a_limited_number_of_suspects_run_at_once_and_only_one_with_three_starts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """If the system killed a worker and its children for lack of memory, all of their jobs would count as possible causes."""
+    """If the system killed a worker and its children for lack of memory, all of their jobs would count as possible
+    causes."""
     with PartsBench(shop(), concurrency=100) as bench:
         Given(bench, monkeypatch)
         partition = bench.partition()

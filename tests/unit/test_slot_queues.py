@@ -178,7 +178,7 @@ def test_a_job_of_a_partition_that_is_no_longer_served_is_dropped(why: str) -> N
         if why == "given up":
             second.give_up()
         else:
-            second.start_none("upgrade this worker")
+            second.start_no_more("upgrade this worker")
         bench.succeed(first.live[0])
         sent = len(bench.kept.sent)
         bench.pipe.slot_queues.start()

@@ -17,8 +17,8 @@ A release has three steps:
 While a worker runs a long job with a job lease, the job's row is `Held`. The worker sends the closing fact to the
 coordinator first. The coordinator passes the closing fact on to the lifecycle topic if the row is still `Held` for this
 release, so that the end of the lease has not been decided. If the lease ends without an outcome, the job is released
-again. So a run has one outcome on the lifecycle topic. After a crash
-of the coordinator, this outcome may be there twice, with the same `event_id`.
+again. So a run has one outcome on the lifecycle topic. After a crash of the coordinator, this outcome may be there
+twice, with the same `event_id`.
 
 A row contains the offset of the event from which the row was made. Rows are durable before that offset is committed. So
 after a crash the table is ahead of the committed offset, and events that the table contains already are skipped.
