@@ -37,7 +37,13 @@ from jobledger.process import greenlets
 from jobledger.process.extras import missing
 from jobledger.process.logger import get_logger
 from jobledger.process.retrying import retry_until
-from jobledger.streams.coordinator.faust.async_producer import MAX_BATCH_BYTES, AckedWriter, Ends, denied_kind, unused
+from jobledger.streams.coordinator.faust.async_producer import (
+    MAX_BATCH_BYTES,
+    AckedWriter,
+    LogBounds,
+    denied_kind,
+    unused,
+)
 from jobledger.streams.coordinator.faust.faust_app import (
     TABLE,
     CommitHook,
@@ -48,15 +54,15 @@ from jobledger.streams.coordinator.faust.faust_app import (
     changelog,
     check_topics,
     deliver_to,
-    hasten,
+    group_error,
     origin_of,
     progress,
     recovering,
-    stuck,
+    shorten_fetch_wait,
     work_topics,
 )
-from jobledger.streams.coordinator.faust.instance_dir import InstanceDir, take_place
-from jobledger.streams.coordinator.faust.log_filters import quieten, tell_no_more
+from jobledger.streams.coordinator.faust.instance_dir import InstanceDir, lock_instance_dir
+from jobledger.streams.coordinator.faust.log_filters import forget_heard, quieten
 from jobledger.streams.coordinator.faust.security import security
 from jobledger.streams.coordinator.metrics import Metrics
 from jobledger.streams.coordinator.pipeline import Pipeline
@@ -121,10 +127,10 @@ class Coordinator:
         self._stopping = threading.Event()  # set together with `_stop` from outside; for threads
         self._loop: asyncio.AbstractEventLoop | None = None
         self._failure: BaseException | None = None
-        self.stuck = False  # whether Faust did not stop: its threads would keep the process alive
+        self.did_not_stop = False  # whether Faust did not stop: its threads would keep the process alive
         self._app: Any = None
         self._pipeline: Pipeline | None = None
-        self._ends: Ends | None = None
+        self._log_bounds: LogBounds | None = None
         self._end_offsets: dict[int, int] = {}
         self._broker_seen = time.monotonic()
         self._last_ready = self._broker_seen
@@ -144,13 +150,15 @@ class Coordinator:
     def health(self) -> dict[str, Any]:
         """Return the state as plain values, and set the gauges.
 
-        ``state``: starting, rebalancing, catching-up or ready. ``lag``: number of events not processed yet.
-        ``next_due_us``: the time at which the next timer is due, µs of the broker's clock. ``overdue_s``: seconds since
-        the earliest timer was due. ``not_ready_s``: seconds since this instance was last ready. ``overdue_s`` and
-        ``not_ready_s`` grow while something keeps the instance from acting, and stay near 0 otherwise. ``late``:
-        cumulative numbers of releases by lateness, with the upper bound in seconds as key. ``missing_topics``: work
-        topics that releases wait for; if there are any, run ``jobledger topics apply``. ``topic_problems``: texts about
-        changed topic settings that break a guarantee.
+        ``state``: starting, rebalancing, catching-up or ready. ``rebalancing``: whether the state is rebalancing.
+        ``lag``: number of events not processed yet. ``scheduled``: number of releases that wait until they are due, and
+        of long jobs that run. ``next_due_us``: the time at which the next timer is due, µs of the broker's clock.
+        ``overdue_s``: seconds since the earliest timer was due. ``not_ready_s``: seconds since this instance was last
+        ready. ``overdue_s`` and ``not_ready_s`` grow while something keeps the instance from acting, and stay near 0
+        otherwise. ``fired``: number of releases since the start. ``late``: cumulative numbers of releases by lateness,
+        with the upper bound in seconds as key. ``missing_topics``: work topics that releases wait for; if there are
+        any, run ``jobledger topics apply``. ``topic_problems``: texts about changed topic settings that break a
+        guarantee.
         """
         pipeline, metrics = self._pipeline, self.metrics
         stable = self._started and not self._app.rebalancing
@@ -165,27 +173,27 @@ class Coordinator:
             if pipeline is None
             else sum(max(0, end - pipeline.position(p)) for p, end in self._end_offsets.items() if p in owned)
         )
-        scheduled = 0 if pipeline is None else sum(pipeline.table.scheduled.values())
+        kept = 0 if pipeline is None else sum(pipeline.table.kept.values())
         missing = [] if pipeline is None else pipeline.topics.missing
         state = "ready" if ready else "starting" if not self._started else "catching-up" if stable else "rebalancing"
         metrics.ready.set(ready)
         metrics.overdue.set(overdue)
         metrics.lag.set(lag)
         metrics.partitions.set(len(owned))
-        metrics.scheduled.set(scheduled)
+        metrics.kept.set(kept)
         metrics.missing_topics.set(len(missing))
         metrics.clock_ahead.set(0 if pipeline is None else pipeline.timer_loop.clock.ahead_s)
         return {
             "state": state,
             "ready": ready,
-            "rebalancing": not stable,
+            "rebalancing": state == "rebalancing",
             "partitions": owned,
             "lag": lag,
-            "scheduled": scheduled,
+            "scheduled": kept,
             "next_due_us": None if pipeline is None else pipeline.timer_loop.next_due,
             "overdue_s": round(overdue, 1),
             "not_ready_s": round(now - self._last_ready, 1),
-            "fired": metrics.fired,
+            "fired": metrics.released_count,
             "late": metrics.lateness(),
             "missing_topics": missing,
             "topic_problems": list(self._topics.problems),
@@ -197,7 +205,7 @@ class Coordinator:
     async def run(self) -> None:
         """Run until `stop` is called. Raises the error that ended the instance. Commits only fully processed events."""
         self._loop = asyncio.get_running_loop()
-        instance_dir = take_place(self._root, self.names.namespace)
+        instance_dir = lock_instance_dir(self._root, self.names.namespace)
         writer: AckedWriter | None = None
         tasks: list[asyncio.Task[None]] = []
         try:
@@ -206,7 +214,7 @@ class Coordinator:
             await writer.start()
             pipeline = self._pipeline = self._build(instance_dir, writer, topics)
             await self._await_start(self._app.start())
-            hasten(self._app)
+            shorten_fetch_wait(self._app)
             quieten()
             self._started = True
             self._topics.start()
@@ -229,7 +237,7 @@ class Coordinator:
             LOG.warning("client settings that the coordinator does not use (aiokafka): %s", ", ".join(unused_settings))
         origin, topics, max_batch = await self._retry_until_available(self._prepare)
         instance_dir.keep_for(origin)
-        self._ends = Ends(self.settings, self.options.patience / 2)
+        self._log_bounds = LogBounds(self.settings, self.options.patience / 2)
         framed = framing(self.settings, self.names, self._publish)
         await self._retry_until_available(partial(self._publish, None))
         if framed is not None:
@@ -241,7 +249,7 @@ class Coordinator:
 
     def _build(self, instance_dir: InstanceDir, writer: AckedWriter, topics: dict[str, int | None]) -> Pipeline:
         """Create Faust's app and the pipeline, and connect them."""
-        assert self._ends is not None
+        assert self._log_bounds is not None
         app, table = build(self.names, self.settings, self.options, self._partitions, instance_dir)
         self._app = app
         pipeline = Pipeline(
@@ -250,7 +258,7 @@ class Coordinator:
             self.options,
             Group(app, self.names, table),
             writer,
-            self._ends,
+            self._log_bounds,
             decoder(self.settings, self.names),
             self.metrics,
             self._step,
@@ -292,9 +300,9 @@ class Coordinator:
             await self._end(self._app)
         if writer is not None:
             await writer.stop(2.0)
-        if self._ends is not None:
-            self._ends.close()
-        tell_no_more()
+        if self._log_bounds is not None:
+            self._log_bounds.close()
+        forget_heard()
         if isinstance(self._failure, ConsistencyError):
             instance_dir.clear()  # the local copy belongs to a log that no longer exists
         instance_dir.release()
@@ -372,7 +380,7 @@ class Coordinator:
         done, _ = await asyncio.wait({stopping}, timeout=STOP_TIMEOUT)
         if not done:
             stopping.cancel()
-            self.stuck = True
+            self.did_not_stop = True
             LOG.warning("Faust did not stop within %.0f s", STOP_TIMEOUT)
         elif (problem := stopping.exception()) is not None:  # nothing is lost if Faust does not stop cleanly
             LOG.warning("Faust did not stop cleanly: %r", problem)
@@ -472,7 +480,7 @@ class Coordinator:
 
     async def _watch_group(self) -> None:
         """Raise the error that keeps Faust's client out of its group. The client itself raises it only when polled."""
-        while (reason := stuck(self._app)) is None:
+        while (reason := group_error(self._app)) is None:
             await asyncio.sleep(PULSE)
         raise self._explained(reason)
 
@@ -516,13 +524,13 @@ class Coordinator:
         """Measure the lag every `SURVEY` seconds. Raises `BrokerUnavailable` after more than `Options.patience` seconds
         without an answer."""
         assert self._pipeline is not None
-        assert self._ends is not None
+        assert self._log_bounds is not None
         self._broker_seen = time.monotonic()
         while True:
             owned = self._pipeline.timer_loop.partitions
             try:
                 # Ask also without partitions: an unavailable broker may be the reason why this instance owns none.
-                bounds = await self._ends.of(self.names.coordination, owned or [0])
+                bounds = await self._log_bounds.of(self.names.coordination, owned or [0])
                 self._end_offsets = {p: end for p, (_, end) in bounds.items() if p in owned}
                 self._broker_seen = time.monotonic()
             except AccessDenied:
@@ -547,36 +555,25 @@ def run_coordinator(
     partitions: int,
     *,
     data_dir: Path | None = None,
-    session_timeout_s: float | None = None,
-    options: Options | None = None,
-    stop_event: threading.Event | None = None,
     registry: CollectorRegistry | None = None,
-    on_ready: Callable[[Coordinator], None] | None = None,
 ) -> int:
-    """Run one coordinator in this thread until SIGTERM, SIGINT or ``stop_event``, and return its exit code.
+    """Run one coordinator in this thread until SIGTERM or SIGINT, and return its exit code.
 
-    Signals are handled if this is the main thread. ``on_ready(coordinator)`` is called before the coordinator starts,
-    to give access to `Coordinator.health`. An error that ends the coordinator is logged. The exit code is then 70, or
-    77 for `AccessDenied`. In the main thread, the process exits at once after an error, or if Faust did not stop.
+    Signals are handled if this is the main thread. An error that ends the coordinator is logged. The exit code is then
+    70, or 77 for `AccessDenied`. In the main thread, the process exits at once after an error, or if Faust did not
+    stop. ``data_dir``, ``registry``: see `Coordinator`.
     """
     greenlets.refuse("the stream processor")
-    options = options or Options()
-    if session_timeout_s is not None:
-        options = replace(options, session_timeout=session_timeout_s)
 
     async def main() -> bool:
-        coordinator = Coordinator(
-            names, settings, partitions=partitions, options=options, data_dir=data_dir, registry=registry
-        )
-        if on_ready is not None:
-            on_ready(coordinator)
-        await supervise(coordinator, stop_event)
-        return coordinator.stuck
+        coordinator = Coordinator(names, settings, partitions=partitions, data_dir=data_dir, registry=registry)
+        await supervise(coordinator)
+        return coordinator.did_not_stop
 
-    code, stuck = EXIT_OK, False
+    code, did_not_stop = EXIT_OK, False
     with asyncio.Runner(loop_factory=_new_loop) as runner:
         try:
-            stuck = runner.run(main())
+            did_not_stop = runner.run(main())
         except KeyboardInterrupt:
             pass
         except JobledgerError as exc:
@@ -585,7 +582,7 @@ def run_coordinator(
         except Exception:
             LOG.exception("the coordinator ended with an error")
             code = EXIT_FAILED
-        if (code or stuck) and threading.current_thread() is threading.main_thread():
+        if (code or did_not_stop) and threading.current_thread() is threading.main_thread():
             # Threads of Faust's clients that wait for a dead broker would keep the process alive.
             logging.shutdown()
             os._exit(code)

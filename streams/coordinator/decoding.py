@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from jobledger.errors import NotAnEvent, RegistryNeeded, SchemaError, UnknownFact
 from jobledger.kafka.topic_names import Names
@@ -13,7 +13,7 @@ from jobledger.process.identity import now_us
 from jobledger.process.logger import get_logger
 from jobledger.schemas import codec
 from jobledger.schemas.dead_letters import rejection
-from jobledger.schemas.events import JobEvent, fact_name
+from jobledger.schemas.events import JobEvent, Position, Recorded, fact_name
 from jobledger.schemas.ids import derived_id
 
 LOG = get_logger("jobledger.coordinator")
@@ -26,16 +26,7 @@ ID_BYTES = 1_000
 NUMBER_MOST = (1 << 31) - 1
 
 
-class Read(NamedTuple):
-    """An event and its position in the log. ``appended_ms``: its append time, ms of the broker's clock."""
-
-    event: JobEvent
-    partition: int
-    offset: int
-    appended_ms: int
-
-
-class RecordReader:
+class RecordDecoder:
     """Decode batches of records. ``decoder`` blocks while it looks up an unknown schema; such a call runs in a thread.
 
     ``now_ms()``: returns the estimated time of the broker's clock, ms. A record with its writer's time (the topic has
@@ -48,14 +39,14 @@ class RecordReader:
     ) -> None:
         self._names, self._decoder, self._source, self._now_ms, self._limit = names, decoder, source, now_ms, limit
 
-    async def decode(self, records: Sequence[Any]) -> tuple[list[Read], list[Outgoing]]:
+    async def decode(self, records: Sequence[Any]) -> tuple[list[Recorded], list[Outgoing]]:
         """Return the events of ``records``, and the dead letters of records that are not events.
 
         Raises `UnknownFact` for a valid event whose fact this version does not know, because such an event must not be
         skipped; `RegistryNeeded` for a record that may be an event whose schema only a Schema Registry knows;
         `BrokerUnavailable` if the schema of a record cannot be looked up.
         """
-        read: list[Read] = []
+        events: list[Recorded] = []
         rejects: list[Outgoing] = []
         loop = asyncio.get_running_loop()
         decode, asks = self._decoder.decode, self._decoder.asks
@@ -65,7 +56,8 @@ class RecordReader:
                 event = await loop.run_in_executor(None, decode, value) if asks(value) else decode(value)
                 check_head(event)
                 appended_ms = message.timestamp if message.timestamp_type == APPEND_TIME else self._now_ms()
-                read.append(Read(event, message.partition, message.offset, appended_ms))
+                position = Position(message.topic, message.partition, message.offset)
+                events.append(Recorded(event, position, appended_ms))
             except UnknownFact as exc:
                 raise UnknownFact(
                     exc.fact,
@@ -76,7 +68,7 @@ class RecordReader:
                 raise RegistryNeeded(f"{_where(message)}: {exc}") from exc
             except SchemaError as exc:
                 rejects.append(self._reject(message, str(exc)))
-        return read, rejects
+        return events, rejects
 
     def _reject(self, message: Any, why: str) -> Outgoing:
         LOG.error("%s is not an event and is copied to %s: %s", _where(message), self._names.dead_letter, why)

@@ -37,7 +37,7 @@ class Metrics:
         self._undeliverable = counter(
             "undeliverable_jobs", "Jobs that ended because their work topic refuses their size"
         )
-        self._swept = counter("swept_markers", "Deleted markers of earlier releases")
+        self._swept = counter("swept_markers", "Deleted markers of releases and of ended runs")
         self._late = Histogram(
             prefix + "lateness_seconds",
             "Seconds from the due time to the append time of JobDue, by the broker's clock",
@@ -45,15 +45,15 @@ class Metrics:
             registry=self.registry,
         )
         self.lag = gauge("lag", "Events of owned partitions that are not processed yet")
-        self.scheduled = gauge("scheduled", "Releases that wait until they are due")
+        self.kept = gauge("scheduled", "Releases that wait until they are due, and long jobs that run")
         self.ready = gauge("ready", "1 if every owned partition is restored, and read up to the end that it had then")
-        self.overdue = gauge("overdue_seconds", "Seconds since the earliest waiting release was due")
+        self.overdue = gauge("overdue_seconds", "Seconds since the earliest timer was due")
         self.partitions = gauge("partitions", "Partitions owned")
         self.missing_topics = gauge("missing_topics", "Work topics that releases wait for")
         self.clock_ahead = gauge(
             "clock_ahead_seconds", "Upper bound of the seconds by which this process's clock is ahead of the broker's"
         )
-        self.fired = 0
+        self.released_count = 0
 
     def verdicts(self, counts: Mapping[str, int]) -> None:
         """Count decided events by verdict."""
@@ -62,7 +62,7 @@ class Metrics:
 
     def released(self, late: float) -> None:
         """Count a release whose `JobDue` was appended ``late`` seconds after the release was due."""
-        self.fired += 1
+        self.released_count += 1
         self._released.inc()
         self._late.observe(late)
 

@@ -1,9 +1,13 @@
 """Decide whether this instance may still act for its partitions. This module does not use rows.
 
 An instance can lose its partitions without noticing the loss, if its process was paused or its machine was suspended.
-The clocks of the process then show a gap, and the instance sends nothing until the broker has confirmed its membership.
-A late write that still reaches the broker is harmless, because repeated decisions never contradict earlier ones.
-`jobledger.streams.coordinator.table` detects such a write at the changelog.
+The clocks of the process then show a gap. From then on until the broker has confirmed its membership, the instance
+writes no row, starts no timer decision, and allows no further offset to be committed.
+
+It may still send releases and other records that follow from events that it has read already. They are harmless:
+decisions are a function of the log, so another owner makes the same ones, with the same ids, and workers drop a release
+that is sent twice by its (job, run, release). A row that was on its way when the process was paused may also reach the
+changelog late. `jobledger.streams.coordinator.table` detects such a write.
 """
 
 from __future__ import annotations
@@ -58,7 +62,8 @@ class Ownership:
 
     @property
     def undisputed(self) -> bool:
-        """Whether the instance may act: no rebalance is under way, and the instance's membership is not in doubt."""
+        """Whether the instance may write rows and timer decisions: no rebalance is under way, and the instance's
+        membership is not in doubt."""
         self.beat()
         return not self._doubted and self.generation is not None and self._group.stable
 
@@ -70,8 +75,9 @@ class Ownership:
         self._last_beat = now
         if gap > GAP:
             LOG.warning(
-                "the clocks of this process jumped by %.1f s (it was paused, or its clock was set): nothing is sent until the "
-                "broker confirms its group membership",
+                "the clocks of this process jumped by %.1f s (it was paused, or its clock was set): until the broker "
+                "confirms its group membership, it writes no row, starts no timer decision and allows no further "
+                "offset to be committed; releases of events that it has read already may still be sent",
                 gap,
             )
             self._doubted = True

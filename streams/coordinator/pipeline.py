@@ -28,19 +28,19 @@ from jobledger.process.logger import get_logger
 from jobledger.process.wording import counted
 from jobledger.schemas import codec
 from jobledger.schemas.events import DeadLettered, ErrorInfo, JobEvent
-from jobledger.streams.coordinator.decoding import RecordReader
+from jobledger.streams.coordinator.decoding import RecordDecoder
 from jobledger.streams.coordinator.faust.async_producer import (
     AckedWriter,
     Delivered,
-    Ends,
-    Outcomes,
+    Deliveries,
+    LogBounds,
     first_error,
     record_bytes,
 )
 from jobledger.streams.coordinator.faust.faust_app import Group, Options, changelog
 from jobledger.streams.coordinator.metrics import Metrics
 from jobledger.streams.coordinator.ownership import Ownership, Superseded
-from jobledger.streams.coordinator.rules.decisions import DecisionBatch
+from jobledger.streams.coordinator.rules.decisions import DecisionBatch, Place
 from jobledger.streams.coordinator.rules.derived_events import job_due, undeliverable
 from jobledger.streams.coordinator.rules.schedule_rows import Kept, Row, row_key
 from jobledger.streams.coordinator.table import Key, Table
@@ -58,7 +58,7 @@ UNDER_WAY = 4_000
 class PlannedWrites(NamedTuple):
     """A batch of events with its decisions.
 
-    ``sent``: the delivery outcomes of the batch's outputs, those of ``released`` first; None without outputs.
+    ``sent``: the deliveries of the batch's outputs, those of ``released`` first; None without outputs.
     ``rejects``: number of records that are not events. ``refused``: number of releases that are too large for their
     topics.
     """
@@ -69,7 +69,7 @@ class PlannedWrites(NamedTuple):
     rejects: int
     refused: int
     released: Sequence[Kept]
-    sent: asyncio.Future[Outcomes] | None
+    sent: asyncio.Future[Deliveries] | None
 
 
 class Pipeline:
@@ -86,23 +86,23 @@ class Pipeline:
         options: Options,
         group: Group,
         writer: AckedWriter,
-        ends: Ends,
+        log_bounds: LogBounds,
         decoder: codec.Decoder,
         metrics: Metrics,
         step: Callable[[str], None],
         topics: Mapping[str, int | None] | None = None,
     ) -> None:
         self._names, self._options, self._group = names, options, group
-        self._writer, self._ends, self._metrics, self._step = writer, ends, metrics, step
+        self._writer, self._log_bounds, self._metrics, self._step = writer, log_bounds, metrics, step
         self._source = source("coordinator")
         self._ownership = Ownership(group, self._on_gap)
-        self.table = Table(changelog(names), group, writer, ends, self._ownership, step)
+        self.table = Table(changelog(names), group, writer, log_bounds, self._ownership, step)
         self.topics = WorkTopics(names, settings, topics or {})
         self.timer_loop = TimerLoop(
             names, self._source, self.table, writer, self.topics, self._ownership, self._caught_up, step
         )
         letter_bytes = min(settings.max_record_bytes, writer.most_bytes)
-        self._record_reader = RecordReader(names, decoder, self._source, self.timer_loop.now_ms, letter_bytes)
+        self._record_decoder = RecordDecoder(names, decoder, self._source, self.timer_loop.now_ms, letter_bytes)
         self._inbox: deque[Any] = deque()
         self._arrived, self._room = asyncio.Event(), asyncio.Event()
         self._plans: deque[PlannedWrites] = deque()
@@ -176,27 +176,29 @@ class Pipeline:
                     self._changed.notify_all()
 
     async def _plan(self, records: Sequence[Any], epoch: int) -> PlannedWrites:
-        read, rejects = await self._record_reader.decode(records)
+        events, rejects = await self._record_decoder.decode(records)
         while True:
             batch = DecisionBatch(self.table.row, self.table.floor, self.topics.is_open)
-            for event, partition, offset, appended_ms in read:
-                batch.add(event, partition, self.table.at(partition, offset), appended_ms)
-            if not batch.closed or not await self.topics.find(batch.closed):
+            for recorded in events:
+                partition, offset = recorded.position.partition, recorded.position.offset
+                place = Place(partition, self.table.shifted(partition, offset), recorded.appended_ms)
+                batch.add(recorded.event, place)
+            if not batch.held_back_lanes or not await self.topics.find(batch.held_back_lanes):
                 break
         self._step("decided")
         if epoch != self._ownership.epoch:  # the rows looked up may belong to another instance now
             return PlannedWrites(epoch, records, batch, 0, 0, (), None)
         released, outputs, ended = self._outputs(batch.releases)
-        outputs += [*ended, *map(self._fact, batch.facts), *rejects]
+        outputs += [*ended, *map(self._outgoing_event, batch.events), *rejects]
         sent = await self._writer.post(outputs) if outputs else None
         self._step("releases-sent")
         if epoch != self._ownership.epoch:
             # Partitions were assigned or revoked meanwhile, so this plan is dropped and its events are read again. Do
             # not keep its rows as pending: they never become durable, and the events would look like duplicates.
             return PlannedWrites(epoch, records, batch, 0, 0, (), None)
-        self.table.expect(batch.rows)
-        for event, *_ in read:
-            self.timer_loop.read_back(row_key(event.job_id))
+        self.table.add_pending(batch.rows)
+        for recorded in events:
+            self.timer_loop.read_back(row_key(recorded.event.job_id))
         return PlannedWrites(epoch, records, batch, len(rejects), len(batch.releases) - len(released), released, sent)
 
     def _outputs(self, releases: Sequence[Kept]) -> tuple[list[Kept], list[Outgoing], list[Outgoing]]:
@@ -222,7 +224,7 @@ class Pipeline:
             ended.append(Outgoing(self._names.dead_letter, codec.encode(letter), row.job_id))
         return released, outputs, ended
 
-    def _fact(self, event: JobEvent) -> Outgoing:
+    def _outgoing_event(self, event: JobEvent) -> Outgoing:
         topic = self._names.dead_letter if isinstance(event.fact, DeadLettered) else self._names.lifecycle
         if not event.source:
             event = msgspec.structs.replace(event, source=self._source)
@@ -269,28 +271,28 @@ class Pipeline:
         for plan in plans:
             rows.update(plan.batch.rows)
         epoch = plans[-1].epoch
-        await self.table.keep(rows, epoch)
-        self._step("kept")
+        await self.table.make_durable(rows, epoch)
+        self._step("rows-durable")
         if epoch != self._ownership.epoch:
             raise Superseded
         for plan in plans:
             self._acknowledge(plan)
         self._step("acknowledged")
 
-    def _released(self, releases: Sequence[Kept], outcomes: Outcomes) -> None:
-        for row, outcome in zip(releases, outcomes, strict=False):
-            if isinstance(outcome, Delivered):
-                self.timer_loop.clock.observe(outcome.appended_ms)
-                self._metrics.released(outcome.appended_ms / 1000 - row.due / 1_000_000)
-        error = first_error(outcomes)
+    def _released(self, releases: Sequence[Kept], deliveries: Deliveries) -> None:
+        for row, delivery in zip(releases, deliveries, strict=False):
+            if isinstance(delivery, Delivered):
+                self.timer_loop.clock.observe(delivery.appended_ms)
+                self._metrics.released(delivery.appended_ms / 1000 - row.due / 1_000_000)
+        error = first_error(deliveries)
         if error is not None:
             # For example, a work topic was deleted, or now accepts only smaller records. The next start handles that.
             raise error
 
     def _acknowledge(self, plan: PlannedWrites) -> None:
         """Set the timers of a plan, and allow its offsets to be committed. The plan's rows and outputs are durable."""
-        for partition, change in plan.batch.waiting.items():
-            self.table.scheduled[partition] += change
+        for partition, change in plan.batch.kept_change.items():
+            self.table.kept[partition] += change
         self.timer_loop.set(plan.batch.timers)
         offsets: dict[int, list[int]] = {}
         for record in plan.records:
@@ -358,21 +360,19 @@ class Pipeline:
         self._inbox.clear()
         self._room.set()
         owned = self._group.partitions()
-        ends = await self._ends.of(self._names.coordination, owned)
-        self._ends_at_restore = {partition: end for partition, (_, end) in ends.items()}
+        bounds = await self._log_bounds.of(self._names.coordination, owned)
+        self._ends_at_restore = {partition: end for partition, (_, end) in bounds.items()}
         timers = await self.table.restore(owned, self._ends_at_restore)
         if epoch != self._ownership.epoch:
             return  # the next rebalance has begun, and another call of `rebuild` follows
         self._position.clear()
         # If all records below the end were deleted, no record arrives that could move the position to the barrier.
-        self._barrier = {partition: end if end > begin else 0 for partition, (begin, end) in ends.items()}
+        self._barrier = {partition: end if end > begin else 0 for partition, (begin, end) in bounds.items()}
         self._ownership.gained()
         self.timer_loop.replace(timers)
-        scheduled = sum(self.table.scheduled.values())
+        kept = sum(self.table.kept.values())
         duration = time.monotonic() - began
-        LOG.info(
-            "partitions %s: %s scheduled, restored in %.2f s", sorted(owned), counted(scheduled, "release"), duration
-        )
+        LOG.info("partitions %s: %s kept, restored in %.2f s", sorted(owned), counted(kept, "release"), duration)
 
     async def sweep(self) -> None:
         """Delete markers that are no longer needed. Runs until cancelled."""

@@ -1,13 +1,14 @@
 """Write the coordinator's rows to the changelog, then to the local copy. Restore, repair and sweep the rows.
 
-Only `Table` changes rows, for one caller at a time (a lock). Rows that were decided on but are not durable yet are held
-in memory. `Table.row` prefers these rows, so that the decisions on the next events use them.
+Only `Table` writes rows to the changelog, for one caller at a time (a lock). The local copy is changed by `Table` and
+by Faust's restoring. Rows that were decided on but are not durable yet are held in memory. `Table.row` prefers these
+rows, so that the decisions on the next events use them.
 
 A row contains the offset of the event from which the row was made. If the coordination topic is recreated or loses its
 end, new offsets are below those in the rows, and new events would be dropped as duplicates. So offsets are shifted
-before they are compared with rows (`Table.at`). If a partition ends below the offsets in its rows, the partition gets a
-shift with which its first offset is above all offsets in its rows. The shift is stored in the partition's floor before
-any event of the partition is decided on.
+before they are compared with rows (`Table.shifted`). If a partition ends below the offsets in its rows, the partition
+gets a shift with which its first offset is above all offsets in its rows. The shift is stored in the partition's floor
+before any event of the partition is decided on.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from jobledger.log.writer import Outgoing
 from jobledger.process.logger import get_logger
 from jobledger.process.wording import counted
-from jobledger.streams.coordinator.faust.async_producer import AckedWriter, Delivered, Ends, first_error
+from jobledger.streams.coordinator.faust.async_producer import AckedWriter, Delivered, LogBounds, first_error
 from jobledger.streams.coordinator.faust.faust_app import Group
 from jobledger.streams.coordinator.ownership import Ownership, Superseded
 from jobledger.streams.coordinator.rules.decisions import raised_floor, sweepable
@@ -56,18 +57,18 @@ class Table:
         changelog: str,
         group: Group,
         writer: AckedWriter,
-        ends: Ends,
+        log_bounds: LogBounds,
         ownership: Ownership,
         step: Callable[[str], None],
     ) -> None:
-        self._changelog, self._group, self._writer, self._ends = changelog, group, writer, ends
+        self._changelog, self._group, self._writer, self._log_bounds = changelog, group, writer, log_bounds
         self._ownership, self._step = ownership, step
         self._lock = asyncio.Lock()
         self._next: dict[int, int] = {}  # by partition: changelog offset expected for the next own row
         self._floors: dict[int, int] = {}
         self._shifts: dict[int, int] = {}
         self._pending: dict[Key, Row] = {}
-        self.scheduled: Counter[int] = Counter()
+        self.kept: Counter[int] = Counter()  # number of `Kept` rows by partition
         self.restored = 0  # rows that restorations have read or repaired so far: shows their progress
 
     def row(self, partition: int, key: bytes) -> Row | None:
@@ -79,7 +80,7 @@ class Table:
         row = None if data is None else decode_row(data)
         return None if isinstance(row, Floor) else row
 
-    def at(self, partition: int, offset: int) -> int:
+    def shifted(self, partition: int, offset: int) -> int:
         """Return an offset of the source topic with the shift added, for a comparison with those in rows and floors."""
         return offset + self._shifts.get(partition, 0)
 
@@ -87,11 +88,11 @@ class Table:
         """Return the partition's floor: every event at or below this (shifted) offset was processed."""
         return self._floors.get(partition, NO_FLOOR)
 
-    def expect(self, rows: Mapping[Key, Row]) -> None:
-        """Note rows that were decided on. From now on `row` returns these rows, before they are durable."""
+    def add_pending(self, rows: Mapping[Key, Row]) -> None:
+        """Add rows that were decided on. From now on `row` returns these rows, before they are durable."""
         self._pending.update(rows)
 
-    async def keep(self, rows: Mapping[Key, Row], epoch: int) -> None:
+    async def make_durable(self, rows: Mapping[Key, Row], epoch: int) -> None:
         """Make rows durable. Raises `Superseded` if partitions were assigned or revoked since ``epoch``, or if the
         membership is not certain; or the error of a record that was not delivered."""
         async with self._lock:
@@ -115,15 +116,15 @@ class Table:
                 [Outgoing(self._changelog, value, key, partition) for partition, key, value in puts]
             )
             self._step("rows-sent")
-            outcomes = await sent
-            error = first_error(outcomes)
+            deliveries = await sent
+            error = first_error(deliveries)
             if error is not None:
                 raise error
             self._step("rows-acknowledged")
             own: dict[int, list[int]] = {}
-            for outcome in outcomes:
-                assert isinstance(outcome, Delivered)
-                own.setdefault(outcome.partition, []).append(outcome.offset)
+            for delivery in deliveries:
+                assert isinstance(delivery, Delivered)
+                own.setdefault(delivery.partition, []).append(delivery.offset)
             foreign = {
                 partition: strangers
                 for partition, offsets in own.items()
@@ -141,7 +142,7 @@ class Table:
         """Return this instance's rows for the keys that another instance wrote at these changelog offsets."""
         puts: list[Put] = []
         for partition, offsets in foreign.items():
-            keys = await self._ends.keys(self._changelog, partition, offsets)
+            keys = await self._log_bounds.keys(self._changelog, partition, offsets)
             LOG.warning(
                 "%s[%d]: %d late writes of another coordinator are undone", self._changelog, partition, len(keys)
             )
@@ -158,8 +159,9 @@ class Table:
             self._pending.clear()
             self._floors.clear()
             self._shifts.clear()
-            self.scheduled.clear()
-            self._next = {p: end for p, (_, end) in (await self._ends.of(self._changelog, partitions)).items()}
+            self.kept.clear()
+            bounds = await self._log_bounds.of(self._changelog, partitions)
+            self._next = {partition: end for partition, (_, end) in bounds.items()}
             timers = {partition: await self._timers_of(partition, ends[partition]) for partition in sorted(partitions)}
             await self._repair_overtaken(partitions)
             return timers
@@ -179,9 +181,9 @@ class Table:
                 elif isinstance(row, Floor):
                     self._floors[partition], self._shifts[partition] = row.offset, row.shift
             await asyncio.sleep(0)
-        if last >= self.at(partition, end):
+        if last >= self.shifted(partition, end):
             await self._shift(partition, end, last)
-        self.scheduled[partition] = len(entries)
+        self.kept[partition] = len(entries)
         return Timers(entries)
 
     async def _shift(self, partition: int, end: int, last: int) -> None:
@@ -194,7 +196,7 @@ class Table:
             "partition %d of the coordination topic ends at %d, and the coordinator's table is ahead of it by %s: "
             "the topic was recreated or truncated. Every event in it is treated as new, so releases of the last "
             "minutes may be repeated; information that was only in the lost records is lost",
-            *(partition, end, counted(last - self.at(partition, end) + 1, "record")),
+            *(partition, end, counted(last - self.shifted(partition, end) + 1, "record")),
         )
         await self._write([(partition, floor_key(partition), encode_row(floor))])
         self._shifts[partition] = floor.shift
@@ -208,8 +210,9 @@ class Table:
                 puts.append((partition, key, rows.get(partition, key)))
                 rows.overtaken.discard((partition, key))
         for start in range(0, len(puts), WRITE_CHUNK):
-            await self._write(puts[start : start + WRITE_CHUNK])
-            self.restored += WRITE_CHUNK
+            chunk = puts[start : start + WRITE_CHUNK]
+            await self._write(chunk)
+            self.restored += len(chunk)
         if puts:
             LOG.warning(
                 "rows that were written to the changelog again, because another coordinator had written older rows late: %d",
@@ -253,7 +256,7 @@ class Table:
         committed = self._group.committed(partition)
         if committed is None or not self._ownership.undisputed:
             return 0
-        committed = self.at(partition, committed)
+        committed = self.shifted(partition, committed)
         deletable: list[bytes] = []
         for key, data in marked:
             # The scan did not hold the lock, so the row may have been replaced since, or a decision on it may be
@@ -267,7 +270,7 @@ class Table:
         self._step("sweep-begins")
         await self._write([(partition, floor_key(partition), encode_row(Floor(partition, floor, shift)))])
         self._floors[partition] = floor
-        self._step("floor-kept")
+        self._step("floor-durable")
         await self._ownership.require(epoch)
         await self._write([(partition, key, None) for key in deletable])
         self._step("swept")

@@ -14,7 +14,7 @@ from jobledger.log.writer import Outgoing
 from jobledger.process.identity import now_us
 from jobledger.process.logger import get_logger
 from jobledger.schemas import codec
-from jobledger.streams.coordinator.faust.async_producer import AckedWriter, Delivered, Outcomes, first_error
+from jobledger.streams.coordinator.faust.async_producer import AckedWriter, Delivered, Deliveries, first_error
 from jobledger.streams.coordinator.ownership import Ownership
 from jobledger.streams.coordinator.rules.derived_events import release_decided
 from jobledger.streams.coordinator.rules.schedule_rows import Kept
@@ -139,12 +139,12 @@ class TimerLoop:
                 # The job was released or its run has ended meanwhile, or the decision is not read back yet.
                 continue
             at = wake_at(row.acts_at)
-            wait = self._topics.wait_for(row.lane)
+            retry_in = self._topics.retry_in(row.lane)
             if at > now:
                 self._timers[partition].set(at, key)
-            elif wait:
+            elif retry_in:
                 # The work topic is missing. Write no decision until the topic may exist.
-                self._timers[partition].set(now + int(wait * 1_000_000), key)
+                self._timers[partition].set(now + int(retry_in * 1_000_000), key)
             else:
                 self._decided[key] = (row.run, row.release)
                 rows.append((partition, row))
@@ -170,15 +170,15 @@ class TimerLoop:
         self._step("decisions-sent")
         sent.add_done_callback(self._acknowledged)
 
-    def _acknowledged(self, sent: asyncio.Future[Outcomes]) -> None:
+    def _acknowledged(self, sent: asyncio.Future[Deliveries]) -> None:
         self._room.release()
         if sent.cancelled():
             return
-        outcomes = sent.result()
+        deliveries = sent.result()
         self._step("decisions-acknowledged")
-        self._failure = self._failure or first_error(outcomes)
-        for outcome in outcomes:
-            if isinstance(outcome, Delivered):
-                self.clock.observe(outcome.appended_ms)
+        self._failure = self._failure or first_error(deliveries)
+        for delivery in deliveries:
+            if isinstance(delivery, Delivered):
+                self.clock.observe(delivery.appended_ms)
         if self._failure is not None:
             self._armed.set()

@@ -59,8 +59,8 @@ class WorkTopics:
             "max.message.bytes"
         )
 
-    def wait_for(self, lane: str) -> float:
-        """Return the seconds after which to retry a lane whose topic is missing; 0 for any other lane."""
+    def retry_in(self, lane: str) -> float:
+        """Return in how many seconds to try a lane again whose topic is missing; 0 for any other lane."""
         search = self._missing.get(self._names.jobs(lane))
         return 0.0 if search is None else max(search[0] - time.monotonic(), 0.0) + BEAT
 

@@ -50,12 +50,12 @@ STEPS = [
     "released",
     "rows-sent",
     "rows-acknowledged",
-    "kept",
+    "rows-durable",
     "acknowledged",
     "commit-begins",
     "committed",
     "sweep-begins",
-    "floor-kept",
+    "floor-durable",
     "swept",
 ]
 

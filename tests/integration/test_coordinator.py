@@ -51,10 +51,10 @@ from jobledger.schemas.events import (
 from jobledger.streams.coordinator.coordinator import Coordinator, supervise
 from jobledger.streams.coordinator.faust import faust_app
 from jobledger.streams.coordinator.faust.faust_app import Options, changelog
-from jobledger.streams.coordinator.rules.decisions import decide
+from jobledger.streams.coordinator.rules.decisions import Place, decide
 from jobledger.streams.coordinator.rules.schedule_rows import (
     NO_FLOOR,
-    Released,
+    Marker,
     Scheduled,
     encode_row,
     floor_key,
@@ -500,7 +500,7 @@ def test_a_recreated_coordination_topic_is_read_from_its_start(lab: Lab, caplog:
 def scheduled(job: str, partition: int, offset: int, due: int) -> Scheduled:
     """Return the row that the event at ``offset`` would have made."""
     event = JobEvent("i", job, 1, 1, 1, 0, "t", "mail", None, job, "s", None, ReleaseRequested(SPEC, None, due))
-    made = decide(None, NO_FLOOR, event, partition, offset, 0).row
+    made = decide(None, NO_FLOOR, event, Place(partition, offset, 0)).row
     assert isinstance(made, Scheduled)
     return made
 
@@ -536,7 +536,7 @@ def test_a_late_write_of_another_instance_is_undone_at_the_owners_next_write(lab
     wait_for(lambda: running.health()["scheduled"] == 1)
     mine = next(m for m in lab.messages(changelog(lab.names)) if m.key() == job.encode())
     partition = mine.partition() or 0
-    forged = encode_row(Released(partition, 0, 1, 1, 0))
+    forged = encode_row(Marker(partition, 0, 1, 1, 0))
     lab.writer.send([Outgoing(changelog(lab.names), forged, row_key(job), partition)])
 
     def newest() -> object:

@@ -21,15 +21,15 @@ from jobledger.kafka.topic_names import Names
 from jobledger.schemas import codec
 from jobledger.schemas.dead_letters import KEY_BYTES
 from jobledger.schemas.events import JobEvent, JobSpec, JobSubmitted, RecordRejected
-from jobledger.streams.coordinator.decoding import RecordReader
+from jobledger.streams.coordinator.decoding import RecordDecoder
 from jobledger.streams.coordinator.faust import async_producer, faust_app
 from jobledger.streams.coordinator.faust.async_producer import AckedWriter
 from jobledger.streams.coordinator.faust.faust_app import Options, changelog, faust_settings
-from jobledger.streams.coordinator.faust.instance_dir import InstanceDir, take_place
+from jobledger.streams.coordinator.faust.instance_dir import InstanceDir, lock_instance_dir
 from jobledger.streams.coordinator.faust.local_store import MemoryRows, RocksRows, merged
 from jobledger.streams.coordinator.faust.log_filters import RateLimit, Unheard
 from jobledger.streams.coordinator.ownership import GAP, Ownership, Superseded
-from jobledger.streams.coordinator.rules.schedule_rows import Floor, Released, decode_row, encode_row
+from jobledger.streams.coordinator.rules.schedule_rows import Floor, Marker, decode_row, encode_row
 from jobledger.streams.coordinator.work_topics import RETRY, WorkTopics
 
 
@@ -52,11 +52,11 @@ def test_faust_reads_nothing_from_the_environment(tmp_path: Path, monkeypatch: p
 def test_coordinators_on_one_machine_get_folders_of_their_own(tmp_path: Path) -> None:
     """A coordinator takes the first free folder, with the member id of that folder. A restart takes the same folder
     again."""
-    one, two = take_place(tmp_path, "shop"), take_place(tmp_path, "shop")
+    one, two = lock_instance_dir(tmp_path, "shop"), lock_instance_dir(tmp_path, "shop")
     assert one.folder != two.folder
     assert one.instance != two.instance
     one.release()
-    again = take_place(tmp_path, "shop")
+    again = lock_instance_dir(tmp_path, "shop")
     assert (again.folder, again.instance) == (one.folder, one.instance)
     again.release()
     two.release()
@@ -65,14 +65,14 @@ def test_coordinators_on_one_machine_get_folders_of_their_own(tmp_path: Path) ->
 def test_without_a_writable_folder_the_coordinator_keeps_its_rows_in_memory(tmp_path: Path) -> None:
     """The coordinator works, but is no static member of its group, and a restart reads the whole changelog."""
     (tmp_path / "file").write_text("x")
-    folder = take_place(tmp_path / "file", "shop")
+    folder = lock_instance_dir(tmp_path / "file", "shop")
     assert (folder.durable, folder.instance) == (False, None)
 
 
 def test_rows_of_another_log_are_thrown_away(tmp_path: Path) -> None:
     """The offsets in the rows have no meaning for a recreated topic or another cluster. For the same log the rows are
     kept."""
-    instance_dir = take_place(tmp_path, "shop")
+    instance_dir = lock_instance_dir(tmp_path, "shop")
     rows = instance_dir.folder / "v1" / "tables"
     instance_dir.keep_for("cluster/topic")
     rows.mkdir(parents=True)
@@ -87,7 +87,7 @@ def test_rows_of_another_log_are_thrown_away(tmp_path: Path) -> None:
 
 
 def marker(offset: int) -> bytes:
-    return encode_row(Released(0, offset, 1, 1, 0))
+    return encode_row(Marker(0, offset, 1, 1, 0))
 
 
 def test_the_row_of_the_later_event_wins_in_any_order_of_writes() -> None:
@@ -203,7 +203,7 @@ def test_a_record_with_its_writers_time_counts_as_appended_now() -> None:
         for n in (0, 1)
     ]
     read, _ = asyncio.run(
-        RecordReader(Names("shop"), codec.Decoder(), "test", lambda: 7, LETTER_BYTES).decode(messages)
+        RecordDecoder(Names("shop"), codec.Decoder(), "test", lambda: 7, LETTER_BYTES).decode(messages)
     )
     assert [each.appended_ms for each in read] == [7, 5]
 
@@ -214,7 +214,7 @@ def taken_in(value: bytes | None, key: bytes | None = None) -> tuple[list[Any], 
         topic="shop.coordination", partition=0, offset=3, timestamp=1, timestamp_type=1, key=key, value=value
     )
     read, rejects = asyncio.run(
-        RecordReader(Names("shop"), codec.Decoder(), "test", lambda: 7, LETTER_BYTES).decode([message])
+        RecordDecoder(Names("shop"), codec.Decoder(), "test", lambda: 7, LETTER_BYTES).decode([message])
     )
     facts = [codec.decode(each.value).fact for each in rejects]
     assert all(len(each.value or b"") <= LETTER_BYTES for each in rejects)
@@ -393,12 +393,12 @@ def test_a_topic_about_which_no_broker_answers_is_not_called_missing(
         for _ in range(6):
             assert not await topics._look("shop.jobs.mail")
             assert (topics.missing, topics.is_open("mail")) == ([], False)
-            assert 0 < topics.wait_for("mail") < 2 * RETRY
+            assert 0 < topics.retry_in("mail") < 2 * RETRY
         assert "topic exists" not in caplog.text
         assert not await topics._look("shop.jobs.mail")
         assert topics.missing == ["shop.jobs.mail"]
         assert await topics._look("shop.jobs.mail")
-        assert (topics.missing, topics.is_open("mail"), topics.wait_for("mail")) == ([], True, 0.0)
+        assert (topics.missing, topics.is_open("mail"), topics.retry_in("mail")) == ([], True, 0.0)
 
     asyncio.run(search())
 

@@ -15,7 +15,7 @@ from jobledger.errors import BrokerUnavailable
 from jobledger.kafka.topic_names import Names
 from jobledger.streams.coordinator import coordinator as module
 from jobledger.streams.coordinator.coordinator import Coordinator
-from jobledger.streams.coordinator.faust.faust_app import Options, stuck
+from jobledger.streams.coordinator.faust.faust_app import Options, group_error
 
 #: Ticks of the watch without progress after which the coordinator ends.
 BOUND = 40
@@ -130,7 +130,7 @@ def test_an_ended_task_of_the_client_is_noticed_without_a_poll() -> None:
     async def run(task: asyncio.Task[None] | None, pending: Exception | None = None) -> Exception | None:
         group = SimpleNamespace(_pending_exception=pending, _coordination_task=task)
         client = SimpleNamespace(_coordinator=group)
-        return stuck(SimpleNamespace(consumer=SimpleNamespace(_thread=SimpleNamespace(_consumer=client))))
+        return group_error(SimpleNamespace(consumer=SimpleNamespace(_thread=SimpleNamespace(_consumer=client))))
 
     async def look() -> None:
         running = asyncio.create_task(asyncio.sleep(60))

@@ -1,6 +1,6 @@
 """The coordinator's cycle without a broker: rebalances during a cycle, and a log that does not belong to the rows.
 
-The group, the writer and the ends of topics are stand-ins. The table, the decisions and the local copy are the real
+The group, the writer and the bounds of the log are stand-ins. The table, the decisions and the local copy are the real
 ones.
 """
 
@@ -30,7 +30,7 @@ from jobledger.streams.coordinator.metrics import Metrics
 from jobledger.streams.coordinator.pipeline import Pipeline
 from jobledger.streams.coordinator.rules.schedule_rows import (
     Floor,
-    Released,
+    Marker,
     Row,
     Scheduled,
     decode_row,
@@ -87,20 +87,20 @@ class Writer:
         if records[0].topic != changelog(NAMES):
             self.waiting.set()
             await self.gate.wait()
-        outcomes: list[Delivered] = []
+        deliveries: list[Delivered] = []
         for record in records:
-            outcomes.append(Delivered(0, sum(r.topic == record.topic for r in self.sent), T0))
+            deliveries.append(Delivered(0, sum(r.topic == record.topic for r in self.sent), T0))
             self.sent.append(record)
         settled = asyncio.get_running_loop().create_future()
-        settled.set_result(outcomes)
+        settled.set_result(deliveries)
         return settled
 
     def events(self, topic: str) -> list[ev.JobEvent]:
         return [codec.decode(r.value) for r in self.sent if r.topic == topic]
 
 
-class Ends:
-    """The end offsets of the topics."""
+class LogBounds:
+    """The first offsets and the ends of the topics."""
 
     def __init__(self, writer: Writer) -> None:
         self.source, self._writer = 2, writer
@@ -119,7 +119,7 @@ class Lab:
         )
         self.rows = table.data
         self.group, self.writer = Group(self.rows), Writer()
-        self.ends = Ends(self.writer)
+        self.log_bounds = LogBounds(self.writer)
         self.start()
 
     def start(self) -> None:
@@ -130,7 +130,7 @@ class Lab:
             Options(session_timeout=0.05, keep_markers=0.0),
             self.group,  # type: ignore[arg-type]
             self.writer,  # type: ignore[arg-type]
-            self.ends,  # type: ignore[arg-type]
+            self.log_bounds,  # type: ignore[arg-type]
             codec.Decoder(),
             Metrics(),
             lambda step: None,
@@ -233,7 +233,7 @@ def test_a_log_that_ends_below_the_offsets_of_the_rows_is_a_new_log(caplog: pyte
             [
                 (floor_key(0), encode_row(Floor(0, 50))),
                 (row_key(JOBS[0]), waiting(JOBS[0], 60)),
-                (row_key(JOBS[1]), encode_row(Released(0, 70, 1, 1, T0))),
+                (row_key(JOBS[1]), encode_row(Marker(0, 70, 1, 1, T0))),
             ],
             2,
         )
@@ -254,7 +254,7 @@ def test_a_log_that_ends_below_the_offsets_of_the_rows_is_a_new_log(caplog: pyte
             message = SimpleNamespace(partition=0, offset=offset, key=key, value=value)
             restored.rows.apply_changelog_batch([SimpleNamespace(message=message)], None, None)
         assert restored.kept()[floor_key(0)] == lab.kept()[floor_key(0)]
-        restored.ends.source, restored.group.offset = 200, 3
+        restored.log_bounds.source, restored.group.offset = 200, 3
         async with restored.working():
             await restored.take((2, submitted(JOBS[3])), (3, submitted(JOBS[3])))
             await restored.settled()
@@ -288,7 +288,7 @@ def test_a_row_with_an_empty_key_is_swept() -> None:
 
     async def run() -> None:
         lab = Lab()
-        lab.rows.write(0, [(b"", encode_row(Released(0, 0, 1, 1, T0)))], 0)
+        lab.rows.write(0, [(b"", encode_row(Marker(0, 0, 1, 1, T0)))], 0)
         lab.group.offset = 2
         async with asyncio.timeout(60), lab.working():
             assert await lab.cycle.table.sweep(0, lambda: T0 + 1, 0) == 1

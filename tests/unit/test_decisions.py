@@ -32,13 +32,13 @@ from jobledger.schemas.events import (
     ReleaseRequested,
 )
 from jobledger.schemas.ids import derived_id
-from jobledger.streams.coordinator.rules.decisions import DecisionBatch, decide, raised_floor, sweepable
+from jobledger.streams.coordinator.rules.decisions import DecisionBatch, Place, decide, raised_floor, sweepable
 from jobledger.streams.coordinator.rules.derived_events import job_due, release_decided
 from jobledger.streams.coordinator.rules.schedule_rows import (
     NO_FLOOR,
     Floor,
     Kept,
-    Released,
+    Marker,
     Row,
     Scheduled,
     decode_row,
@@ -60,7 +60,9 @@ def event(fact: Fact, job: str = JOBS[0], run: int = 1, release: int = 1, attemp
 
 
 def scheduled(offset: int = 5, run: int = 1, release: int = 1, due: int = T0 * 1000) -> Scheduled:
-    made = decide(None, NO_FLOOR, event(ReleaseRequested(SPEC, None, due), run=run, release=release), 0, offset, T0).row
+    made = decide(
+        None, NO_FLOOR, event(ReleaseRequested(SPEC, None, due), run=run, release=release), Place(0, offset, T0)
+    ).row
     assert isinstance(made, Scheduled)
     return made
 
@@ -70,7 +72,7 @@ def scheduled(offset: int = 5, run: int = 1, release: int = 1, due: int = T0 * 1
 
 def test_a_delayed_submission_schedules_the_first_release() -> None:
     """The delay counts from the append time. An event with release 0 asks for release 1."""
-    made = decide(None, NO_FLOOR, event(JobSubmitted(SPEC, 1500), release=0), 3, 7, T0)
+    made = decide(None, NO_FLOOR, event(JobSubmitted(SPEC, 1500), release=0), Place(3, 7, T0))
     assert made.verdict == "scheduled"
     assert isinstance(made.row, Scheduled)
     assert (made.row.partition, made.row.offset) == (3, 7)
@@ -82,7 +84,7 @@ def test_a_delayed_submission_schedules_the_first_release() -> None:
 def test_an_absolute_due_time_wins_over_a_delay() -> None:
     """`due_at` is not changed. The timer fires at the next whole millisecond, because append times are in
     milliseconds."""
-    made = decide(None, NO_FLOOR, event(ReleaseRequested(SPEC, 60_000, T0 * 1000 + 1)), 0, 0, T0)
+    made = decide(None, NO_FLOOR, event(ReleaseRequested(SPEC, 60_000, T0 * 1000 + 1)), Place(0, 0, T0))
     assert isinstance(made.row, Scheduled)
     assert made.row.due == T0 * 1000 + 1
     assert made.wake_at == (T0 + 1) * 1000
@@ -91,14 +93,14 @@ def test_an_absolute_due_time_wins_over_a_delay() -> None:
 def test_a_decision_appended_after_the_due_time_releases_the_job_and_leaves_a_marker() -> None:
     """The marker has the offset and the append time of the decision."""
     row = scheduled()
-    made = decide(row, NO_FLOOR, event(ReleaseDecided(row.due)), 0, 9, T0)
-    assert made == type(made)("released", row=Released(0, 9, 1, 1, T0), release=row)
+    made = decide(row, NO_FLOOR, event(ReleaseDecided(row.due)), Place(0, 9, T0))
+    assert made == type(made)("released", row=Marker(0, 9, 1, 1, T0), release=row)
 
 
 def test_a_decision_appended_before_the_due_time_sets_the_timer_again() -> None:
     """Only the append time counts, and not the clock of the coordinator that decided (rule 7)."""
     row = scheduled(due=T0 * 1000 + 1)
-    made = decide(row, NO_FLOOR, event(ReleaseDecided(row.due)), 0, 9, T0)
+    made = decide(row, NO_FLOOR, event(ReleaseDecided(row.due)), Place(0, 9, T0))
     assert (made.verdict, made.row, made.release, made.wake_at) == ("early", None, None, (T0 + 1) * 1000)
 
 
@@ -106,7 +108,7 @@ def test_a_decision_appended_before_the_due_time_sets_the_timer_again() -> None:
     ("row", "run", "release"),
     [
         (None, 1, 1),
-        (Released(0, 5, 1, 1, T0), 1, 1),
+        (Marker(0, 5, 1, 1, T0), 1, 1),
         (scheduled(release=2), 1, 1),
         (scheduled(run=2), 1, 1),
         (scheduled(), 1, 2),
@@ -114,15 +116,15 @@ def test_a_decision_appended_before_the_due_time_sets_the_timer_again() -> None:
 )
 def test_a_decision_that_the_row_does_not_wait_for_does_nothing(row: Row | None, run: int, release: int) -> None:
     """The decision is a zombie's, a copy, or one for an earlier release or run."""
-    made = decide(row, NO_FLOOR, event(ReleaseDecided(0), run=run, release=release), 0, 9, T0)
+    made = decide(row, NO_FLOOR, event(ReleaseDecided(0), run=run, release=release), Place(0, 9, T0))
     assert (made.verdict, made.row, made.release, made.wake_at) == ("stale-decision", None, None, None)
 
 
-@pytest.mark.parametrize("row", [scheduled(release=2), Released(0, 5, 1, 2, T0), scheduled(run=2, release=1)])
+@pytest.mark.parametrize("row", [scheduled(release=2), Marker(0, 5, 1, 2, T0), scheduled(run=2, release=1)])
 @pytest.mark.parametrize("release", [1, 2])
 def test_a_second_or_late_request_for_a_release_is_ignored(row: Row, release: int) -> None:
     """The first request for a release counts."""
-    made = decide(row, NO_FLOOR, event(ReleaseRequested(SPEC, 0), release=release), 0, 9, T0)
+    made = decide(row, NO_FLOOR, event(ReleaseRequested(SPEC, 0), release=release), Place(0, 9, T0))
     assert made.verdict == "passed"
     assert (made.row, made.release) == (None, None)
 
@@ -130,7 +132,9 @@ def test_a_second_or_late_request_for_a_release_is_ignored(row: Row, release: in
 @pytest.mark.parametrize(("run", "release"), [(1, 3), (2, 1)])
 def test_a_later_release_or_run_replaces_the_row(run: int, release: int) -> None:
     """Rows are ordered by (run, release). A later run begins again at release 1."""
-    made = decide(scheduled(release=2), NO_FLOOR, event(ReleaseRequested(SPEC, 0), run=run, release=release), 0, 9, T0)
+    made = decide(
+        scheduled(release=2), NO_FLOOR, event(ReleaseRequested(SPEC, 0), run=run, release=release), Place(0, 9, T0)
+    )
     assert isinstance(made.row, Scheduled)
     assert (made.row.run, made.row.release, made.row.offset) == (run, release, 9)
 
@@ -139,7 +143,7 @@ def test_an_overdue_release_that_was_sent_is_sent_again_with_the_same_id() -> No
     """The coordinator sends the release of the event again, and no new one. Workers drop the second copy."""
     row = scheduled()
     first = job_due(row, 1, "a")
-    made = decide(Released(0, 7, 1, 1, T0), NO_FLOOR, event(ReleaseOverdue(SPEC, row.due)), 0, 9, T0)
+    made = decide(Marker(0, 7, 1, 1, T0), NO_FLOOR, event(ReleaseOverdue(SPEC, row.due)), Place(0, 9, T0))
     assert made.verdict == "sent-again"
     assert made.row is None
     assert made.release is not None
@@ -149,14 +153,14 @@ def test_an_overdue_release_that_was_sent_is_sent_again_with_the_same_id() -> No
 
 def test_an_overdue_release_that_still_waits_gets_a_new_timer() -> None:
     """The old timer may have been lost."""
-    made = decide(scheduled(), NO_FLOOR, event(ReleaseOverdue(SPEC, 0)), 0, 9, T0)
+    made = decide(scheduled(), NO_FLOOR, event(ReleaseOverdue(SPEC, 0)), Place(0, 9, T0))
     assert (made.verdict, made.row, made.release, made.wake_at) == ("looked-again", None, None, T0 * 1000)
 
 
 @pytest.mark.parametrize("row", [None, scheduled(release=2)])
 def test_an_overdue_release_without_a_row_gets_a_new_row(row: Row | None) -> None:
     """The request was lost. `ReleaseOverdue` has all data of the job."""
-    made = decide(row, NO_FLOOR, event(ReleaseOverdue(SPEC, T0 * 1000), release=3, attempt=2), 0, 9, T0 + 9)
+    made = decide(row, NO_FLOOR, event(ReleaseOverdue(SPEC, T0 * 1000), release=3, attempt=2), Place(0, 9, T0 + 9))
     assert made.verdict == "recreated"
     assert isinstance(made.row, Scheduled)
     assert (made.row.release, made.row.attempt, made.row.due, made.row.args) == (3, 2, T0 * 1000, SPEC.args)
@@ -164,24 +168,24 @@ def test_an_overdue_release_without_a_row_gets_a_new_row(row: Row | None) -> Non
 
 def test_an_overdue_release_before_that_of_the_row_is_ignored() -> None:
     """The watchdog has read the status table before the table had the later release."""
-    assert decide(scheduled(release=2), NO_FLOOR, event(ReleaseOverdue(SPEC, 0)), 0, 9, T0).verdict == "passed"
+    assert decide(scheduled(release=2), NO_FLOOR, event(ReleaseOverdue(SPEC, 0)), Place(0, 9, T0)).verdict == "passed"
 
 
 @pytest.mark.parametrize("offset", [0, 4, 5])
 def test_an_event_at_or_below_the_offset_of_the_row_is_skipped(offset: int) -> None:
     """After a crash the table may be ahead of the committed offset."""
-    assert decide(scheduled(5), NO_FLOOR, event(ReleaseDecided(0)), 0, offset, T0).verdict == "seen"
+    assert decide(scheduled(5), NO_FLOOR, event(ReleaseDecided(0)), Place(0, offset, T0)).verdict == "seen"
 
 
 @pytest.mark.parametrize("offset", [0, 4, 5])
 def test_an_event_at_or_below_the_floor_is_skipped(offset: int) -> None:
     """If the group's offsets are lost after markers were swept, nothing is released again."""
-    assert decide(None, 5, event(JobSubmitted(SPEC, 0), release=0), 0, offset, T0).verdict == "seen"
+    assert decide(None, 5, event(JobSubmitted(SPEC, 0), release=0), Place(0, offset, T0)).verdict == "seen"
 
 
 def test_a_fact_that_does_not_concern_the_coordinator_changes_nothing() -> None:
     """The fact is only counted."""
-    made = decide(scheduled(), NO_FLOOR, event(JobStarted("w", "t", 1)), 0, 9, T0)
+    made = decide(scheduled(), NO_FLOOR, event(JobStarted("w", "t", 1)), Place(0, 9, T0))
     assert (made.verdict, made.row, made.release, made.wake_at) == ("unexpected", None, None, None)
 
 
@@ -233,10 +237,10 @@ def test_rows_and_derived_records_fit_for_any_number_in_an_event(
     rows: dict[tuple[int, bytes], Row] = {}
     batch = DecisionBatch(lambda p, k: rows.get((p, k)), lambda p: NO_FLOOR)
     for offset, (fact, release, attempt) in enumerate(steps):
-        batch.add(event(fact, release=release, attempt=attempt), 0, offset, appended_ms)
+        batch.add(event(fact, release=release, attempt=attempt), Place(0, offset, appended_ms))
         for row in batch.rows.values():
             assert decode_row(encode_row(row)) == row
-    for made in [*batch.facts, *(job_due(row, T0, "c") for row in batch.releases)]:
+    for made in [*batch.events, *(job_due(row, T0, "c") for row in batch.releases)]:
         assert codec.decode(codec.encode(made)) == made
     for kept in batch.rows.values():
         if isinstance(kept, Kept):
@@ -245,7 +249,9 @@ def test_rows_and_derived_records_fit_for_any_number_in_an_event(
 
 def test_a_time_beyond_the_year_9999_becomes_the_end_of_that_year() -> None:
     """A delay of 10^18 ms ends with the year 9999, and so it is still a valid time."""
-    made = decide(None, NO_FLOOR, event(JobSubmitted(JobSpec(b"{}", {}, None, 10**18), 10**18), release=0), 0, 7, T0)
+    made = decide(
+        None, NO_FLOOR, event(JobSubmitted(JobSpec(b"{}", {}, None, 10**18), 10**18), release=0), Place(0, 7, T0)
+    )
     assert isinstance(made.row, Scheduled)
     assert made.row.due == made.row.expires_at == FAR_US
 
@@ -265,7 +271,7 @@ rows = st.one_of(
         st.dictionaries(text, text, max_size=2),
         st.none() | text,
     ),
-    st.builds(Released, *[st.integers(0, 2**40)] * 5),
+    st.builds(Marker, *[st.integers(0, 2**40)] * 5),
     st.builds(Floor, *[st.integers(0, 2**40)] * 2),
 )
 
@@ -275,7 +281,7 @@ def test_rows_survive_their_encoding(row: Row | Floor) -> None:
     """A row is decoded as it was encoded. A marker is recognised by its bytes alone."""
     data = encode_row(row)
     assert decode_row(data) == row
-    assert is_marker(data) == isinstance(row, Released)
+    assert is_marker(data) == isinstance(row, Marker)
 
 
 def test_the_keys_of_floors_and_rows_are_different() -> None:
@@ -323,9 +329,9 @@ def test_a_timer_fires_less_than_a_millisecond_after_the_due_time_and_never_befo
 @pytest.mark.parametrize(
     ("row", "committed", "now_ms", "swept"),
     [
-        (Released(0, 5, 1, 1, T0), 6, T0 + 600, True),
-        (Released(0, 5, 1, 1, T0), 5, T0 + 600, False),
-        (Released(0, 5, 1, 1, T0), 6, T0 + 599, False),
+        (Marker(0, 5, 1, 1, T0), 6, T0 + 600, True),
+        (Marker(0, 5, 1, 1, T0), 5, T0 + 600, False),
+        (Marker(0, 5, 1, 1, T0), 6, T0 + 599, False),
         (scheduled(5), 6, T0 + 600, False),
         (Floor(0, 5), 6, T0 + 600, False),
     ],
@@ -383,7 +389,7 @@ class Partition:
         end = min(self.position + most, len(self.log))
         for offset in range(self.position, end):
             what, appended = self.log[offset]
-            batch.add(what, 0, offset, appended)
+            batch.add(what, Place(0, offset, appended))
         steps: list[tuple[Kept | None, bytes, Row | None]] = [(r, b"", None) for r in batch.releases]
         steps += [(None, key, row) for (_, key), row in batch.rows.items()]
         for number, (release, key, row) in enumerate(steps):
@@ -574,11 +580,11 @@ def test_a_replay_with_the_table_ahead_changes_no_row(script: list[tuple[object,
     assert p.table == before
 
 
-def test_a_release_to_a_closed_queue_is_held_back_and_stays_scheduled() -> None:
-    """There is no marker without an acknowledged JobDue. The timer is set again, and the queue is reported."""
+def test_a_release_to_a_missing_work_topic_is_held_back_and_stays_scheduled() -> None:
+    """There is no marker without an acknowledged JobDue. The timer is set again, and the lane is reported."""
     row = scheduled()
-    batch = DecisionBatch(lambda partition, key: row, lambda partition: NO_FLOOR, lambda queue: False)
-    batch.add(event(ReleaseDecided(row.due)), 0, 9, T0)
-    assert (batch.rows, batch.releases, batch.closed) == ({}, [], {"mail"})
+    batch = DecisionBatch(lambda partition, key: row, lambda partition: NO_FLOOR, lambda lane: False)
+    batch.add(event(ReleaseDecided(row.due)), Place(0, 9, T0))
+    assert (batch.rows, batch.releases, batch.held_back_lanes) == ({}, [], {"mail"})
     assert batch.timers == [(0, row_key(JOBS[0]), wake_at(row.due))]
     assert batch.verdicts == {"held-back": 1}

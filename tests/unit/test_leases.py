@@ -33,12 +33,12 @@ from jobledger.schemas.events import (
     ReleaseOverdue,
     ReleaseRequested,
 )
-from jobledger.streams.coordinator.rules.decisions import LEASES_LOST, Decision, DecisionBatch, decide
+from jobledger.streams.coordinator.rules.decisions import LEASES_LOST, Decision, DecisionBatch, Place, decide
 from jobledger.streams.coordinator.rules.schedule_rows import (
     NO_FLOOR,
     Held,
     Kept,
-    Released,
+    Marker,
     Row,
     Scheduled,
     decode_row,
@@ -62,7 +62,7 @@ def event(fact: Fact, release: int = 1, run: int = 1, attempt: int = 1) -> JobEv
 
 def on(row: Row | None, fact: Fact, release: int = 1, offset: int = 9, at: int = T0, run: int = 1) -> Decision:
     """Return the decision for a fact that was appended at ``at``."""
-    return decide(row, NO_FLOOR, event(fact, release, run), 0, offset, at)
+    return decide(row, NO_FLOOR, event(fact, release, run), Place(0, offset, at))
 
 
 def held(release: int = 1, crashes: int = 0, at: int = T0) -> Held:
@@ -105,10 +105,10 @@ def test_a_job_is_released_again_when_its_lease_ends() -> None:
     assert isinstance(made.release, Scheduled)
     assert (made.release.release, made.release.attempt) == (2, 1)
     assert made.release.tags == {"tenant": "acme", CRASHES_TAG: "1"}
-    assert made.row == Released(0, 9, 1, 2, T0 + LEASE_MS)
+    assert made.row == Marker(0, 9, 1, 2, T0 + LEASE_MS)
     for late in (JobSucceeded(None), LeaseRenewed("w1", LEASE_MS), LeaseRenewed("w1", 0)):
         stale = on(made.row, late, offset=20)
-        assert (stale.verdict, stale.row, stale.facts, stale.release) == ("stale-lease", None, (), None)
+        assert (stale.verdict, stale.row, stale.events, stale.release) == ("stale-lease", None, (), None)
     again = on(made.row, Leased(made.release.spec, "w2", LEASE_MS, 1), release=2, offset=21)
     assert isinstance(again.row, Held)
     assert again.row.crashes == 1
@@ -128,11 +128,11 @@ def test_a_lease_that_ends_while_the_work_topic_is_missing_counts_as_it_ended(ho
     row, at = held(), T0 + LEASE_MS
     end = LeaseRenewed("w1", 0) if how == "given back" else ReleaseDecided(row.due)
     batch = DecisionBatch(lambda partition, key: row, lambda partition: NO_FLOOR, lambda lane: False)
-    batch.add(event(end), 0, 9, at)
+    batch.add(event(end), Place(0, 9, at))
     kept = batch.rows[0, row_key(JOB)]
     assert isinstance(kept, Scheduled)
     assert (kept.release, kept.offset, kept.due) == (2, 9, at * 1000)
-    assert (batch.releases, batch.verdicts, batch.waiting[0]) == ([], {"held-back": 1}, 0)
+    assert (batch.releases, batch.verdicts, batch.kept_change[0]) == ([], {"held-back": 1}, 0)
     assert batch.timers == [(0, row_key(JOB), wake_at(kept.due))]
     made = on(kept, ReleaseDecided(kept.due), 2, 10, at)
     assert (made.verdict, made.release) == ("released", kept)
@@ -145,13 +145,13 @@ def test_too_many_lost_leases_fail_the_job() -> None:
     made = on(row, ReleaseDecided(row.due), at=T0 + LEASE_MS)
     assert made.verdict == "crashed"
     assert made.release is None
-    failed, letter = (fact_event.fact for fact_event in made.facts)
+    failed, letter = (each.fact for each in made.events)
     assert isinstance(failed, JobFailedFact)
     assert (failed.reason, f"started {LEASES_LOST} times" in failed.error.message) == ("crashed", True)
     assert isinstance(letter, DeadLettered)
     assert letter.spec == row.spec
-    assert isinstance(made.row, Released)
-    assert made.row.closed
+    assert isinstance(made.row, Marker)
+    assert made.row.run_ended
     assert on(made.row, ReleaseOverdue(SPEC, 0), offset=30).verdict == "ended"
     assert on(made.row, Leased(SPEC, "w3", LEASE_MS), offset=31).verdict == "ended"
     assert on(made.row, JobSubmitted(SPEC, 5), run=2, release=0, offset=32).verdict == "scheduled", "another run"
@@ -161,10 +161,10 @@ def test_too_many_lost_leases_fail_the_job() -> None:
 def test_the_outcome_of_a_leased_job_is_written_unchanged(fact: Any) -> None:
     """The coordinator writes the event of the report itself, and for a failure also the dead letter."""
     report = event(fact)
-    made = decide(held(), NO_FLOOR, report, 0, 9, T0 + 1)
-    assert made.facts[0] is report
-    assert [type(f.fact) for f in made.facts[1:]] == ([DeadLettered] if isinstance(fact, JobFailedFact) else [])
-    assert made.row == Released(0, 9, 1, 1, T0 + 1, True)
+    made = decide(held(), NO_FLOOR, report, Place(0, 9, T0 + 1))
+    assert made.events[0] is report
+    assert [type(f.fact) for f in made.events[1:]] == ([DeadLettered] if isinstance(fact, JobFailedFact) else [])
+    assert made.row == Marker(0, 9, 1, 1, T0 + 1, True)
 
 
 @pytest.mark.parametrize(("fact", "attempt"), [(JobRetried(ERROR, 5_000), 2), (JobSnoozed(5_000, "later"), 1)])
@@ -174,7 +174,7 @@ def test_a_reported_retry_or_snooze_schedules_the_next_release(fact: Any, attemp
     assert isinstance(made.row, Scheduled)
     assert (made.row.release, made.row.attempt, made.row.due) == (2, attempt, (T0 + 5_007) * 1000)
     assert made.wake_at == made.row.due
-    assert [f.fact for f in made.facts] == [fact]
+    assert [f.fact for f in made.events] == [fact]
 
 
 def test_a_cancel_ends_a_waiting_job_and_no_job_at_the_workers() -> None:
@@ -184,12 +184,12 @@ def test_a_cancel_ends_a_waiting_job_and_no_job_at_the_workers() -> None:
     assert isinstance(row, Scheduled)
     made = on(row, CancelRequested("ann", "no need"), release=0)
     assert made.verdict == "cancelled"
-    assert [(f.fact, f.release, f.attempt) for f in made.facts] == [(JobCancelledFact("ann", "no need"), 1, 1)]
-    assert made.row == Released(0, 9, 1, 1, T0, True)
+    assert [(f.fact, f.release, f.attempt) for f in made.events] == [(JobCancelledFact("ann", "no need"), 1, 1)]
+    assert made.row == Marker(0, 9, 1, 1, T0, True)
     assert on(made.row, ReleaseDecided(row.due), offset=10, at=T0 + 60_000).verdict == "ended"
-    for other in (None, Released(0, 5, 1, 1, T0), held()):
-        assert on(other, CancelRequested("ann"), release=0).facts == ()
-    assert on(row, CancelRequested("ann"), release=0, run=2).facts == (), "of another run"
+    for other in (None, Marker(0, 5, 1, 1, T0), held()):
+        assert on(other, CancelRequested("ann"), release=0).events == ()
+    assert on(row, CancelRequested("ann"), release=0, run=2).events == (), "of another run"
 
 
 def test_a_job_that_expires_while_it_waits_ends_at_its_expiry() -> None:
@@ -199,7 +199,7 @@ def test_a_job_that_expires_while_it_waits_ends_at_its_expiry() -> None:
     assert row.acts_at == (T0 + 1_000) * 1000
     assert on(row, ReleaseDecided(row.acts_at), at=T0 + 999).verdict == "early"
     made = on(row, ReleaseDecided(row.acts_at), at=T0 + 1_000)
-    assert (made.verdict, [f.fact for f in made.facts]) == ("expired", [JobExpiredFact((T0 + 1_000) * 1000)])
+    assert (made.verdict, [f.fact for f in made.events]) == ("expired", [JobExpiredFact((T0 + 1_000) * 1000)])
     soon = on(None, JobSubmitted(JobSpec(b"{}", {}, None, 90_000), 60_000), release=0, offset=4).row
     assert isinstance(soon, Scheduled)
     assert on(soon, ReleaseDecided(soon.due), at=T0 + 60_000).verdict == "released"
@@ -229,12 +229,14 @@ def test_a_run_has_at_most_one_outcome(steps: list[tuple[Fact, int, int]], crash
     released: Counter[int] = Counter()
     for offset, (fact, release, later) in enumerate(steps):
         at += later
-        made = decide(row, NO_FLOOR, event(fact, release), 0, offset, at)
+        made = decide(row, NO_FLOOR, event(fact, release), Place(0, offset, at))
         if crash:
-            assert decide(row, NO_FLOOR, event(fact, release), 0, offset, at) == made, "a function of what stands there"
+            assert decide(row, NO_FLOOR, event(fact, release), Place(0, offset, at)) == made, (
+                "a function of what stands there"
+            )
         terminal = [
             f
-            for f in made.facts
+            for f in made.events
             if isinstance(f.fact, JobSucceeded | JobFailedFact | JobCancelledFact | JobExpiredFact)
         ]
         for outcome in terminal:

@@ -1,9 +1,9 @@
 """Kafka clients for the coordinator's event loop: one sends records, with one awaitable for each batch; the other reads
-the first and last offsets of partitions. This module does not interpret events.
+the first offset and the end of partitions, and the keys of single records. This module does not interpret events.
 
 Records are sent with aiokafka. aiokafka has one request at a time in progress to each broker, and the next request
 contains all records for all partitions that arrived meanwhile. librdkafka sends one request for each partition. With a
-few records per millisecond for many partitions, aiokafka needs a tenth of the requests. The offsets of partitions are
+few records per millisecond for many partitions, aiokafka needs a tenth of the requests. The offsets and keys are
 requested over a separate connection. On the connection of Faust's consumer, these requests would wait for its fetches.
 """
 
@@ -72,7 +72,8 @@ class Delivered(NamedTuple):
     appended_ms: int
 
 
-Outcomes = list[Delivered | JobledgerError]
+#: For each record of a batch, in order: its position, or why it was not acknowledged.
+Deliveries = list[Delivered | JobledgerError]
 
 
 class AckedWriter:
@@ -157,23 +158,23 @@ class AckedWriter:
         except (TimeoutError, aioerrors.KafkaError):
             await self._producer.client.close()
 
-    async def post(self, records: Sequence[Outgoing]) -> asyncio.Future[Outcomes]:
+    async def post(self, records: Sequence[Outgoing]) -> asyncio.Future[Deliveries]:
         """Send records (at least one) in order, and return a future.
 
-        The future's result has the delivery outcome of each record, and is set when all outcomes are known. The failure
-        of a record is an outcome in that list, not an exception.
+        The future's result has one `Delivered` or error for each record, and is set when all of them are known. The
+        error of a record is an item of that list, not an exception.
         """
         send, framing = self._producer.send, self._framing
         loop = asyncio.get_running_loop()
-        all_outcomes: asyncio.Future[Outcomes] = loop.create_future()
+        all_deliveries: asyncio.Future[Deliveries] = loop.create_future()
         if framing is not None:
             new = {record.topic for record in records if framing.waits(record.topic, record.value)}
             try:
                 if new:  # a work topic that was created since the start
                     await loop.run_in_executor(None, framing.prepare, new)
             except JobledgerError as exc:
-                all_outcomes.set_result([exc] * len(records))
-                return all_outcomes
+                all_deliveries.set_result([exc] * len(records))
+                return all_deliveries
         under_way: list[Any] = []
         for topic, value, key, partition, headers in records:
             if framing is not None and value is not None:
@@ -188,22 +189,22 @@ class AckedWriter:
         gathered = asyncio.gather(*under_way, return_exceptions=True)
 
         def collect(done: asyncio.Future[list[Any]]) -> None:
-            if all_outcomes.done():
+            if all_deliveries.done():
                 return
             if done.cancelled():
-                all_outcomes.cancel()
+                all_deliveries.cancel()
                 return
-            all_outcomes.set_result(
+            all_deliveries.set_result(
                 [
-                    self._translate(outcome, f"sending to {record.topic}", write(record.topic))
-                    if isinstance(outcome, BaseException)
-                    else Delivered(outcome.partition, outcome.offset, outcome.timestamp)
-                    for outcome, record in zip(done.result(), records, strict=True)
+                    self._translate(result, f"sending to {record.topic}", write(record.topic))
+                    if isinstance(result, BaseException)
+                    else Delivered(result.partition, result.offset, result.timestamp)
+                    for result, record in zip(done.result(), records, strict=True)
                 ]
             )
 
         gathered.add_done_callback(collect)
-        return all_outcomes
+        return all_deliveries
 
     def _translate(self, error: BaseException, what: str, *needs: Need) -> JobledgerError:
         if isinstance(error, NotAuthenticated):
@@ -283,13 +284,13 @@ def record_bytes(record: Outgoing) -> int:
     return _OVERHEAD + len(record.key or b"") + len(record.value or b"") + headers
 
 
-def first_error(outcomes: Iterable[Delivered | JobledgerError]) -> JobledgerError | None:
+def first_error(deliveries: Iterable[Delivered | JobledgerError]) -> JobledgerError | None:
     """Return the error of the first record that was not acknowledged; None if there is none."""
-    return next((o for o in outcomes if isinstance(o, JobledgerError)), None)
+    return next((each for each in deliveries if isinstance(each, JobledgerError)), None)
 
 
-class Ends:
-    """Read the first and last offsets of partitions over a separate connection.
+class LogBounds:
+    """Read the first offset and the end of partitions, and the keys of single records, over a separate connection.
 
     A request is retried for ``patience`` seconds while a leader is being elected or the broker is unavailable. The
     owner must call `close`.
@@ -300,10 +301,10 @@ class Ends:
         self._reader: LogReader | None = None
         self._closed = threading.Event()
         # One thread, because threads must not share the reader.
-        self._thread = ThreadPoolExecutor(1, "jobledger-ends")
+        self._thread = ThreadPoolExecutor(1, "jobledger-log-bounds")
 
     async def of(self, topic: str, partitions: Iterable[int]) -> dict[int, tuple[int, int]]:
-        """Return the first offset and the high watermark of each partition.
+        """Return the first offset and the end (the high watermark) of each partition.
 
         Raises `BrokerUnavailable` and `TopicMissing`.
         """

@@ -125,7 +125,8 @@ def origin_of(settings: Settings, topic: str) -> str:
 
 
 def check_topics(settings: Settings, names: Names, partitions: int) -> None:
-    """Raise `TopicMissing` or `ConfigError` unless coordination topic and changelog exist, with ``partitions`` each.
+    """Raise `TopicMissing` or `ConfigError` unless coordination topic and changelog exist with ``partitions``
+    partitions each.
 
     If these numbers of partitions differed, Faust would run and do nothing.
     """
@@ -373,7 +374,7 @@ def _client_group(app: Any) -> Any:
     return getattr(client, "_coordinator", None)
 
 
-def stuck(app: Any) -> Exception | None:
+def group_error(app: Any) -> Exception | None:
     """Return the error that keeps the group's client from working, or None.
 
     The client raises this error only when the client is polled for records. Faust does not poll before it has
@@ -405,7 +406,7 @@ def recovering(app: Any) -> bool:
     return bool(app.tables.recovery.in_recovery)
 
 
-def hasten(app: Any) -> None:
+def shorten_fetch_wait(app: Any) -> None:
     """Make a fetch without new records return after `FETCH_WAIT_MS`.
 
     Other requests on the same connection, for example those of a rebalance, wait until the fetch returns. Faust has a

@@ -50,7 +50,7 @@ class InstanceDir:
             shutil.rmtree(version, ignore_errors=True)
 
 
-def take_place(root: Path, namespace: str) -> InstanceDir:
+def lock_instance_dir(root: Path, namespace: str) -> InstanceDir:
     """Lock and return the first folder under ``root`` that no running coordinator has locked.
 
     If ``root`` cannot be written, return an `InstanceDir` that is not durable: rows are then kept in memory. Raises

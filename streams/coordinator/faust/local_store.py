@@ -75,6 +75,40 @@ def merged(current: bytes | None, incoming: bytes) -> bytes | None:
     return None
 
 
+def apply_changelog(rows: Rows, batch: Iterable[Any]) -> None:
+    """Apply changelog records to ``rows`` for Faust. A row from a later event replaces one from an earlier event.
+
+    Each partition's rows and its changelog offset are written in one call of `Rows.write`. An error is stored in
+    `Rows.failure` and raised.
+    """
+    try:
+        _apply(rows, batch)
+    except Exception as exc:
+        rows.failure = exc
+        raise
+
+
+def _apply(rows: Rows, batch: Iterable[Any]) -> None:
+    seen: dict[int, dict[bytes, bytes | None]] = defaultdict(dict)
+    offsets: dict[int, int] = {}
+    for event in batch:
+        message = event.message
+        partition, key, value = message.partition, message.key, message.value
+        offsets[partition] = max(message.offset, offsets.get(partition, -1))
+        if key is None:
+            continue
+        if value is not None:
+            known = seen[partition]
+            value = merged(known[key] if key in known else rows.get(partition, key), value)
+            if value is None:
+                rows.overtaken.add((partition, key))
+                continue
+        rows.overtaken.discard((partition, key))
+        seen[partition][key] = value
+    for partition, offset in offsets.items():
+        rows.write(partition, seen[partition].items(), offset)
+
+
 class RocksRows(rocksdb.Store):
     """`Rows` in one RocksDB per partition. The files survive a restart, which replays only newer changelog records."""
 
@@ -119,36 +153,8 @@ class RocksRows(rocksdb.Store):
         return rows
 
     def apply_changelog_batch(self, batch: Iterable[Any], to_key: Any, to_value: Any) -> None:
-        """Apply changelog records for Faust. A row from a later event replaces one from an earlier event.
-
-        Each partition's rows and its changelog offset are written in one batch. An error is stored in `failure` and
-        raised.
-        """
-        try:
-            self._apply(batch)
-        except Exception as exc:
-            self.failure = exc
-            raise
-
-    def _apply(self, batch: Iterable[Any]) -> None:
-        seen: dict[int, dict[bytes, bytes | None]] = defaultdict(dict)
-        offsets: dict[int, int] = {}
-        for event in batch:
-            message = event.message
-            partition, key, value = message.partition, message.key, message.value
-            offsets[partition] = max(message.offset, offsets.get(partition, -1))
-            if key is None:
-                continue
-            if value is not None:
-                known = seen[partition]
-                value = merged(known[key] if key in known else self.get(partition, key), value)
-                if value is None:
-                    self.overtaken.add((partition, key))
-                    continue
-            self.overtaken.discard((partition, key))
-            seen[partition][key] = value
-        for partition, offset in offsets.items():
-            self.write(partition, seen[partition].items(), offset)
+        """Apply changelog records for Faust, as `apply_changelog` does."""
+        apply_changelog(self, batch)
 
     def revoke_partitions(self, table: Any, tps: Any) -> None:
         """Close the copies of revoked partitions.
@@ -204,29 +210,8 @@ class MemoryRows(memory.Store[bytes, bytes]):
         return [(key, rows[key]) for key in chunk if key in rows]
 
     def apply_changelog_batch(self, batch: Iterable[Any], to_key: Any, to_value: Any) -> None:
-        """Apply changelog records for Faust. A row from a later event replaces one from an earlier event.
-
-        An error is stored in `failure` and raised.
-        """
-        try:
-            self._apply(batch)
-        except Exception as exc:
-            self.failure = exc
-            raise
-
-    def _apply(self, batch: Iterable[Any]) -> None:
-        for event in batch:
-            message = event.message
-            partition, key, value = message.partition, message.key, message.value
-            if key is None:
-                continue
-            if value is not None:
-                value = merged(self.get(partition, key), value)
-                if value is None:
-                    self.overtaken.add((partition, key))
-                    continue
-            self.overtaken.discard((partition, key))
-            self.write(partition, [(key, value)], message.offset)
+        """Apply changelog records for Faust, as `apply_changelog` does."""
+        apply_changelog(self, batch)
 
     async def on_rebalance(self, assigned: Any, revoked: Any, newly_assigned: Any, generation_id: int = 0) -> None:
         """Drop the rows of revoked partitions. If one is assigned again, its whole changelog is replayed."""
@@ -237,8 +222,6 @@ class MemoryRows(memory.Store[bytes, bytes]):
 
 class RowTable(faust.Table[bytes, bytes]):
     """A Faust table that restores into `Rows`. Rows are never written through Faust."""
-
-    rows: Rows
 
     def _new_store(self) -> Any:
         durable = self.app.conf.store.scheme == "rocksdb"
@@ -251,8 +234,5 @@ class RowTable(faust.Table[bytes, bytes]):
             "loop": self.loop,
         }
         if durable:
-            store: Any = RocksRows("rocksdb://", self.app, self, options=dict(ROCKSDB_OPTIONS), **options)
-        else:
-            store = MemoryRows("memory://", self.app, self, options={}, **options)
-        self.rows = store
-        return store
+            return RocksRows("rocksdb://", self.app, self, options=dict(ROCKSDB_OPTIONS), **options)
+        return MemoryRows("memory://", self.app, self, options={}, **options)

@@ -95,7 +95,7 @@ class Connections(logging.Filter):
         return False
 
 
-def tell_no_more() -> None:
+def forget_heard() -> None:
     """Remove the ``heard`` callback that `quieten` has set."""
     _connections.heard = None
 

@@ -38,7 +38,7 @@ def credentials(kafka: Mapping[str, str]) -> Any:
     for name in kafka:
         if name.startswith(("ssl.", "sasl.", "security.", "https.")) and name not in known:
             raise ConfigError(
-                f"{setting(name)} is not supported by the coordinator (aiokafka){_beside(mechanism)}. Supported "
+                f"{setting(name)} is not supported by the coordinator (aiokafka){_alternatives(mechanism)}. Supported "
                 "settings: "
                 f"{', '.join(sorted(known))}"
             )
@@ -51,7 +51,7 @@ def credentials(kafka: Mapping[str, str]) -> Any:
     if mechanism not in PASSWORDS:
         raise ConfigError(
             f"{setting('sasl.mechanism')}={mechanism} is not supported by the coordinator "
-            f"(aiokafka){_beside(mechanism)}"
+            f"(aiokafka){_alternatives(mechanism)}"
         )
     for name in ("sasl.username", "sasl.password"):
         if not kafka.get(name):
@@ -61,7 +61,7 @@ def credentials(kafka: Mapping[str, str]) -> Any:
     )
 
 
-def _beside(mechanism: str) -> str:
+def _alternatives(mechanism: str) -> str:
     ways = f"{', '.join(PASSWORDS)}, OAUTHBEARER with {setting('sasl.oauthbearer.method')}=oidc, or mutual TLS"
     return "" if mechanism in (*PASSWORDS, "", "OAUTHBEARER") else f": use {ways}"
 

@@ -1,4 +1,4 @@
-"""The rows of the coordinator's table and their encoding: kept releases, markers of passed releases, and floors.
+"""The rows of the coordinator's table and their encoding: kept releases, markers, and floors.
 
 This module is pure.
 """
@@ -74,17 +74,17 @@ class Held(Kept, frozen=True, array_like=True, tag=3, gc=False):
     crashes: int = 0
 
 
-class Released(msgspec.Struct, frozen=True, array_like=True, tag=1, gc=False):
+class Marker(msgspec.Struct, frozen=True, array_like=True, tag=1, gc=False):
     """A marker: the coordinator released the job, or ended its run, because of the event at ``offset``, which was
-    appended at ``ended_ms`` (ms of the broker's clock). ``closed``: whether the run has ended, so that the release must
-    not be sent or leased again."""
+    appended at ``appended_ms`` (ms of the broker's clock). ``run_ended``: whether the run has ended, so that the
+    release must not be sent or leased again."""
 
     partition: int
     offset: int
     run: int
     release: int
-    ended_ms: int
-    closed: bool = False
+    appended_ms: int
+    run_ended: bool = False
 
 
 class Floor(msgspec.Struct, frozen=True, array_like=True, tag=2, gc=False):
@@ -99,13 +99,13 @@ class Floor(msgspec.Struct, frozen=True, array_like=True, tag=2, gc=False):
     shift: int = 0
 
 
-Row = Scheduled | Released | Held
+Row = Scheduled | Marker | Held
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode: Callable[[bytes], Row | Floor] = msgspec.msgpack.Decoder(Row | Floor).decode
 
 #: The second byte of a marker. A row's bytes begin with the array header (one byte if below 16 fields) and the tag.
-_RELEASED_MARK = _encode(Released(0, 0, 0, 0, 0))[1]
+_MARKER_TAG = _encode(Marker(0, 0, 0, 0, 0))[1]
 
 
 def encode_row(row: Row | Floor) -> bytes:
@@ -130,8 +130,8 @@ def of_unknown_kind(data: bytes) -> bool:
 
 
 def is_marker(data: bytes) -> bool:
-    """Return whether a row's bytes are a `Released` marker, without decoding them."""
-    return len(data) > 1 and data[1] == _RELEASED_MARK
+    """Return whether a row's bytes are a `Marker`, without decoding them."""
+    return len(data) > 1 and data[1] == _MARKER_TAG
 
 
 def row_key(job_id: str) -> bytes:
