@@ -21,7 +21,10 @@ Glance = tuple[str, int, int, int, str, str, ev.Fact]
 
 _LEAD = MAGIC + FINGERPRINT + b"H"  # 36, the length of an id, as an Avro long
 _EIGHT_GROUPS, _EIGHT_ENDS = 0x8080808080808080, 0x0080808080808080
-_TIME, _TITLES = 87, 95  # offset of the time, and of the field after it: the time has eight bytes until the year 3111
+_TIME_AT = 87
+#: Offset of the task's name in the shape that `glance` accepts; queue, key, home, source and trace follow. Before it is
+#: the time, which has eight bytes until the year 3111.
+TASK_AT = 95
 
 _SUBMITTED = ev.JobSubmitted(ev.JobSpec(b""))
 _STARTED = ev.JobStarted("", "", 0)
@@ -40,20 +43,20 @@ def glance(value: bytes) -> Glance | None:
         # An odd byte is a negative number; a byte with the high bit continues in the next one.
         if (run | attempt | release) & 0x81:
             return None
-        if int.from_bytes(value[_TIME:_TITLES], "little") & _EIGHT_GROUPS != _EIGHT_ENDS:
+        if int.from_bytes(value[_TIME_AT:TASK_AT], "little") & _EIGHT_GROUPS != _EIGHT_ENDS:
             return None
-        task = value[_TITLES]
-        queue_at = _TITLES + 1 + (task >> 1)
+        task = value[TASK_AT]
+        queue_at = TASK_AT + 1 + (task >> 1)
         queue = value[queue_at]
         key_at = queue_at + 1 + (queue >> 1)
         source = value[key_at + 2]
         trace_at = key_at + 3 + (source >> 1)
         if value[key_at] or value[key_at + 1]:
             trace_at = _source_and_options(value, key_at)
-            titles = value[_TITLES:key_at]
+            titles = value[TASK_AT:key_at]
             source = 0
         else:
-            titles = value[_TITLES:trace_at]
+            titles = value[TASK_AT:trace_at]
         if (task | queue | source) & 0x81:
             return None
         fact_at = after_option(value, trace_at) if value[trace_at] else trace_at + 1
@@ -67,8 +70,8 @@ def glance(value: bytes) -> Glance | None:
         if named is None:
             if len(_titles) >= _TITLES_MOST:
                 _titles.clear()
-            titles[key_at + 3 - _TITLES :].decode()
-            named = (value[_TITLES + 1 : queue_at].decode(), value[queue_at + 1 : key_at].decode())
+            titles[key_at + 3 - TASK_AT :].decode()
+            named = (value[TASK_AT + 1 : queue_at].decode(), value[queue_at + 1 : key_at].decode())
             _titles[titles] = named
         ids = value[11:84].decode("ascii")
         return ids[37:], run >> 1, release >> 1, attempt >> 1, named[0], named[1], fact

@@ -189,8 +189,8 @@ def pipe_of(app: App, kept: Kept, calls: LoopCalls, *, decoder: codec.Decoder | 
     recorder = Recorder(WorkerEvents(app.registry, "worker@unit:1", LIMIT), sender, reports)
     lookahead = Lookahead(options.get("lookahead", 10_000), options.get("lookahead_bytes", 1 << 20))
     limits = PipeOptions(options.get("queues", list(app.registry.queues)), options.get("concurrency", 10), lookahead)
-    unknown = options.get("unknown", Retry())
-    tasks = TaskTable(app.registry, options.get("threads", 4), options.get("children", 1), unknown)
+    unknown_backoff = options.get("unknown_backoff", Retry())
+    tasks = TaskTable(app.registry, options.get("threads", 4), options.get("children", 1), unknown_backoff)
     return build(app.registry, decoder or codec.Decoder(), sender, recorder, reports, tasks, limits)
 
 

@@ -10,14 +10,13 @@ import sys
 from typing import Protocol
 
 from jobledger.consumers.isolation.protocol import ProgressMessage, Splitter, decode_child_message, outcome_of
+from jobledger.consumers.isolation.resident_memory import resident_memory
 from jobledger.consumers.state.outcome import MESSAGE_LIMIT, TRACEBACK_LIMIT, Outcome, printable
 from jobledger.consumers.state.work import JobRun
 from jobledger.schemas.events import ErrorInfo, JobProgressed
 
 #: Number of the last bytes of standard error that are kept.
 LAST_OUTPUT_BYTES = 4_000
-
-PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 
 
 class ChildReceiver(Protocol):
@@ -149,8 +148,7 @@ class ChildHandle(asyncio.Protocol):
     def memory(self) -> int:
         """Return the resident memory in bytes; 0 where the system has no ``/proc``, or the process has ended."""
         try:
-            with open(f"/proc/{self.pid}/statm", "rb") as file:
-                return int(file.read().split()[1]) * PAGE
+            return resident_memory(self.pid)
         except (OSError, IndexError, ValueError):
             return 0
 

@@ -45,8 +45,9 @@ from jobledger.consumers.state.outcome import (
     error_info,
     judge,
     ran_out,
-    timed_out,
+    timeout_error,
 )
+from jobledger.consumers.state.progress import PROGRESS_INTERVAL_S
 from jobledger.definitions import tracing
 from jobledger.definitions.context import JobContext, enter
 from jobledger.definitions.functions import AWAIT, awaited, runs_inside
@@ -68,8 +69,6 @@ LOOK_S, IDLE_S = 0.1, 1
 RECEIVED = 4_096
 #: Signals that tell the job's code to end: `LATE` at its timeout, `STOP` when it is cancelled.
 LATE, STOP = signal.SIGUSR1, signal.SIGUSR2
-#: Seconds between two progress messages of one job.
-PROGRESS_INTERVAL_S = 0.1
 #: Bytes of data (``RLIMIT_DATA``) that a job may allocate beyond its ``max_memory``; then Python raises `MemoryError`.
 #: The worker measures memory only every `pool.WATCH_S` seconds, so this limit stops a job that allocates much at once.
 HEADROOM = 256 << 20
@@ -85,7 +84,7 @@ class JobProcess:
         self._registry, self._connection = registry, connection
         self._depth = forks.depth
         self._functions: dict[str, Callable[..., Any]] = {}
-        self._loop: asyncio.Runner | None = None
+        self._loop_runner: asyncio.Runner | None = None
         self._running: asyncio.Task[Any] | None = None  # the task of the running coroutine
         self._function: Callable[..., Any] | None = None  # the function of that coroutine
         self._clock: asyncio.Timeout | None = None
@@ -205,10 +204,10 @@ class JobProcess:
         return contextvars.copy_context().run(self._plainly, function, context, kwargs), None
 
     def _runner(self) -> asyncio.Runner:
-        if self._loop is None:
-            self._loop = asyncio.Runner()
-            self._loop.get_loop().set_exception_handler(loop_error)
-        return self._loop
+        if self._loop_runner is None:
+            self._loop_runner = asyncio.Runner()
+            self._loop_runner.get_loop().set_exception_handler(loop_error)
+        return self._loop_runner
 
     async def _await(
         self,
@@ -297,11 +296,11 @@ class JobProcess:
             return
         self._interrupt = TaskTimedOut if number == LATE else TaskCancelled
         self._late = number == LATE
-        if self._running is not None and self._loop is not None:
+        if self._running is not None and self._loop_runner is not None:
             if number == LATE and self._clock is not None:
                 self._tell_blocked(frame)
                 return
-            self._loop.get_loop().call_soon_threadsafe(self._running.cancel)
+            self._loop_runner.get_loop().call_soon_threadsafe(self._running.cancel)
         elif self._inside:
             self._inside = False
             raise self._interrupt
@@ -326,7 +325,7 @@ class JobProcess:
 
     def _judge(self, task: Task[Any, Any], run: RunMessage, error: BaseException) -> Outcome:
         late = self._late and ran_out(error)
-        error = timed_out(task.name, task.timeout, error) if late else error
+        error = timeout_error(task.name, task.timeout, error) if late else error
         return judge(task.retry, run.attempt, error, random.random(), timed_out=late)
 
     def _report(self, context: JobContext, progressed: JobProgressed) -> None:
@@ -365,10 +364,9 @@ class JobProcess:
 
     def _close(self) -> None:
         with contextlib.suppress(Exception):  # `close` logs errors, and the process ends in any case
-            if self._loop is None:
-                self._loop = asyncio.Runner()
-            self._loop.run(self._registry.resources.close())
-            self._loop.close()
+            loop_runner = self._runner()
+            loop_runner.run(self._registry.resources.close())
+            loop_runner.close()
         with contextlib.suppress(Exception):  # no `atexit` runs here, so batched spans would be lost
             tracing.flush(FLUSH_MS)
 

@@ -31,13 +31,13 @@ AGAIN_S, AGAIN_MOST_S = 0.5, 30.0
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class ForkCallbacks:
     """The callbacks of a `ForkClient`, all called on the event loop.
 
     ``there(child)``: the child runs and is connected; called once for each child. ``died(child)``: the child has ended
     and its ``status`` is set. ``gone(requested)``: the fork server has ended, and all its children with it; the
-    children ``requested`` were not forked. ``again()``: the fork server was restarted. ``unusable(error)``: no child can
-    be started; no callback follows.
+    children ``requested`` were not forked. ``again()``: the fork server was restarted. ``unusable(error)``: no child
+    can be started; no callback follows.
     """
 
     there: Callable[[ChildHandle], None]
@@ -54,8 +54,8 @@ class ForkClient:
     the event loop.
     """
 
-    def __init__(self, target: str, settings: Settings, tell: Told) -> None:
-        self._target, self._settings, self._tell = target, settings, tell
+    def __init__(self, target: str, settings: Settings, callbacks: ForkCallbacks) -> None:
+        self._target, self._settings, self._callbacks = target, settings, callbacks
         self._loop: asyncio.AbstractEventLoop
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
@@ -193,7 +193,7 @@ class ForkClient:
                 child = self._by_pid.pop(message["died"], None)
                 if child is not None:
                     child.status = message["status"]
-                    self._tell.died(child)
+                    self._callbacks.died(child)
             else:
                 self._ready, self._again_s = True, AGAIN_S
                 if message["ready"] > 1:
@@ -221,7 +221,7 @@ class ForkClient:
             return
         requested = list(self._requested)
         self._requested.clear()
-        self._tell.gone(requested)
+        self._callbacks.gone(requested)
         code = process.returncode
         if not self._ready:
             self._loop.call_later(0.2, self._give_up, code)  # the last output may still arrive
@@ -232,7 +232,7 @@ class ForkClient:
 
     def _give_up(self, code: int) -> None:
         output = self._last_output.kept.decode("utf-8", "replace").strip()
-        self._tell.unusable(
+        self._callbacks.unusable(
             ConfigError(
                 f"no child processes: importing {self._target} in the fork server failed with exit code {code}:\n{output}"
             )
@@ -247,7 +247,7 @@ class ForkClient:
             LOG.error("the process from which children are forked could not be started: %s; retrying", exc)
             self._loop.call_later(self._again_s, self._start_again)
             return
-        self._tell.again()
+        self._callbacks.again()
 
     def _was_forked(self, pid: int) -> None:
         if not self._requested:
@@ -268,4 +268,4 @@ class ForkClient:
         """Call ``there`` for the child, once, when both its pid and its connection are known."""
         if child.pid and child.transport is not None and not child.there:
             child.there = True
-            self._tell.there(child)
+            self._callbacks.there(child)

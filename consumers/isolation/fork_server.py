@@ -59,7 +59,7 @@ class ForkServer:
                     if key.fileobj is woken:
                         with contextlib.suppress(BlockingIOError):
                             woken.recv(4096)
-                    elif not self._ask():
+                    elif not self._answer_request():
                         return
                 self._reap()
         finally:
@@ -69,7 +69,7 @@ class ForkServer:
     def _say(self, message: dict[str, int]) -> None:
         self._control.sendall(json.dumps(message).encode() + b"\n")
 
-    def _ask(self) -> bool:
+    def _answer_request(self) -> bool:
         """Handle one request. Return False if the worker has closed the socket."""
         wanted, descriptors, _, _ = socket.recv_fds(self._control, 1, 2)
         if not wanted:

@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Callable
 
-PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
+from jobledger.consumers.isolation.resident_memory import resident_memory
 
 _LIBC = ctypes.CDLL(None) if os.name == "posix" else None
 
@@ -37,8 +37,7 @@ def due(in_use: int, after_last: int, idle: bool) -> bool:
 def resident() -> int:
     """Return the resident memory of this process, in bytes."""
     try:
-        with open("/proc/self/statm", "rb", buffering=0) as file:
-            return int(file.read().split()[1]) * PAGE
+        return resident_memory("self")
     except OSError:  # not Linux
         import psutil
 

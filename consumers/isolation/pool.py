@@ -2,8 +2,8 @@
 signal. Children of isolated tasks are started before a job needs them, children for suspects when a job waits.
 
 Everything in this module runs on the worker's event loop. Whatever happens to a child, the worker survives. If the
-job timed out, used too much memory or was cancelled, this is its outcome. If the child died by itself, `Placement`
-starts the job again, and fails it after `CRASHES` starts.
+job timed out, used too much memory or was cancelled, its outcome is recorded by the usual rules (a retry, a failure or
+a cancel). If the child died by itself, `Placement` starts the job again, and fails it after `CRASHES` starts.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Protocol
 from jobledger.config import Settings
 from jobledger.consumers.isolation.child_handle import ChildHandle, exit_status_text, process_died
 from jobledger.consumers.isolation.child_main import LATE, STOP
-from jobledger.consumers.isolation.fork_client import AGAIN_S, ForkClient, Told
+from jobledger.consumers.isolation.fork_client import AGAIN_S, ForkCallbacks, ForkClient
 from jobledger.consumers.isolation.protocol import RunMessage, frame
 from jobledger.consumers.state.outcome import Outcome
 from jobledger.consumers.state.work import JobRun
@@ -66,11 +66,11 @@ class ChildJobs(Protocol):
     """Decides about the jobs that run in a pool, and records their outcomes.
 
     For each job that `ChildPool.run` is given, one of `outcome_reported`, `died` and `ended` is called once, when no
-    child has the job any more. No call follows for a job that `take` refuses or that `ChildPool.forget` removes.
+    child has the job any more. No call follows for a job that `may_run_now` refuses or that `ChildPool.forget` removes.
     """
 
-    def take(self, work: JobRun) -> bool:
-        """Return whether the job may run now, because a child is free. If not, nothing else is called for the job."""
+    def may_run_now(self, work: JobRun) -> bool:
+        """A child is free: return whether the job may still run. If not, nothing else is called for the job."""
 
     def outcome_reported(self, work: JobRun, outcome: Outcome) -> None:
         """Handle the outcome with which the job's code ended."""
@@ -89,11 +89,13 @@ class ChildJobs(Protocol):
 class ChildPool:
     """Runs jobs in child processes. ``jobs`` decides about the jobs and records their outcomes."""
 
-    def __init__(self, about: ChildSettings, jobs: ChildJobs) -> None:
-        self._about, self._jobs = about, jobs
+    def __init__(self, settings: ChildSettings, jobs: ChildJobs) -> None:
+        self._settings, self._jobs = settings, jobs
         self._loop: asyncio.AbstractEventLoop
-        tell = Told(self._use, self._has_died, self._fork_server_gone, self._fork_server_again, self._none)
-        self._fork_client = ForkClient(about.target, about.settings, tell)
+        callbacks = ForkCallbacks(
+            self._use, self._has_died, self._fork_server_gone, self._fork_server_again, self._on_unusable
+        )
+        self._fork_client = ForkClient(settings.target, settings.settings, callbacks)
         self._all: set[ChildHandle] = set()
         self._idle: list[ChildHandle] = []
         self._waiting: deque[JobRun] = deque()
@@ -101,7 +103,7 @@ class ChildPool:
         self._watched: set[ChildHandle] = set()
         self._closing = False
         self.deaths = self.killed = 0
-        self.broken: JobledgerError | None = None
+        self.start_error: JobledgerError | None = None
 
     # -- called by the worker -----------------------------------------------------------------------------------------
 
@@ -109,7 +111,7 @@ class ChildPool:
         """Start the fork server and all ``most`` children, so that the first jobs need not wait."""
         self._loop = asyncio.get_running_loop()
         self._fork_client.start()
-        for _ in range(self._about.most):
+        for _ in range(self._settings.most):
             self._request_child()
 
     @property
@@ -119,18 +121,18 @@ class ChildPool:
 
     def run(self, work: JobRun) -> None:
         """Run the attempt in a child as soon as a child is free. Returns at once."""
-        if self.broken is not None:
-            self._jobs.died(work, ErrorInfo("ChildProcessError", str(self.broken)), False)
+        if self.start_error is not None:
+            self._jobs.died(work, ErrorInfo("ChildProcessError", str(self.start_error)), False)
             return
         if not self._fork_client.running:
             self._loop = asyncio.get_running_loop()
             self._fork_client.start()
         if self._idle:
-            if self._jobs.take(work):
+            if self._jobs.may_run_now(work):
                 self._give(self._idle.pop(), work)
             return
         self._waiting.append(work)
-        self._more()
+        self._request_if_needed()
 
     def forget(self, gone: Callable[[JobRun], bool]) -> list[JobRun]:
         """Remove and return the jobs that wait for a child and for which ``gone(work)`` is true. No callback is called
@@ -203,30 +205,30 @@ class ChildPool:
                 child.orphan = True
 
     def _fork_server_again(self) -> None:
-        for _ in range(self._about.most - len(self._all)):
+        for _ in range(self._settings.most - len(self._all)):
             self._request_child()
 
-    def _none(self, error: ConfigError) -> None:
-        self.broken = error
-        self._jobs.unusable(error, self._about.needed)
+    def _on_unusable(self, error: ConfigError) -> None:
+        self.start_error = error
+        self._jobs.unusable(error, self._settings.needed)
         waiting, self._waiting = self._waiting, deque()
         for work in waiting:
             self._jobs.died(work, ErrorInfo("ChildProcessError", str(error)), False)
 
-    def _more(self) -> None:
+    def _request_if_needed(self) -> None:
         """Start one more child if there are fewer children than ``most``. While more jobs wait than children are being
         started, the limit is ``most + spare``."""
         staying = [child for child in self._all if not child.leaving]
         starting = sum(not child.there for child in staying)
-        spare = self._about.spare if len(self._waiting) > starting else 0
-        if len(staying) < self._about.most + spare:
+        spare = self._settings.spare if len(self._waiting) > starting else 0
+        if len(staying) < self._settings.most + spare:
             self._request_child()
 
     def _next(self) -> JobRun | None:
         """Remove and return the first waiting job that may still run; None if there is no such job."""
         while self._waiting:
             work = self._waiting.popleft()
-            if self._jobs.take(work):
+            if self._jobs.may_run_now(work):
                 return work
         return None
 
@@ -239,7 +241,7 @@ class ChildPool:
             self._fork_client.fork(child)
         except OSError as exc:
             LOG.warning("a child process could not be requested: %s; retrying", exc)
-            self._loop.call_later(AGAIN_S, self._more)
+            self._loop.call_later(AGAIN_S, self._request_if_needed)
             return
         self._all.add(child)
 
@@ -255,7 +257,7 @@ class ChildPool:
         work = self._next()
         if work is not None:
             self._give(child, work)
-        elif self._closing or sum(not each.leaving for each in self._all) > self._about.most:
+        elif self._closing or sum(not each.leaving for each in self._all) > self._settings.most:
             self._dismiss(child)
         else:
             self._idle.append(child)
@@ -343,9 +345,9 @@ class ChildPool:
         work = self._release(child)
         child.jobs += 1
         full = most is not None and child.memory() > most * REPLACE_AT
-        if child.leaving or self._closing or full or child.jobs >= self._about.jobs_each:
+        if child.leaving or self._closing or full or child.jobs >= self._settings.jobs_each:
             self._dismiss(child)
-            self._more()
+            self._request_if_needed()
         else:
             self._use(child)
         if work is not None:
@@ -375,7 +377,7 @@ class ChildPool:
         work = self._release(child)
         self._forget(child)
         if not self._closing:
-            self._more()
+            self._request_if_needed()
         if work is None:
             if not expected and not self._closing:
                 LOG.warning("an idle child process ended by itself: %s", exit_status_text(child.status))

@@ -54,9 +54,9 @@ class Committer:
         self._last_code: int | None = None
         self._asked_at: float | None = None  # `time.monotonic` at the start of the commit in progress
 
-    def commit(self, partitions: Iterable[Partition], *, final: bool = False) -> bool:
-        """Commit the present state of ``partitions``. Return whether the group coordinator accepted all that was sent: a
-        partition that is not ready, or whose completion map is too large, is not sent.
+    def commit(self, partitions: Iterable[Partition], *, final: bool = False) -> None:
+        """Commit the present state of ``partitions``. A partition that is not ready, or whose completion map is too
+        large, is left out.
 
         ``final``: the partitions are being given up. Then a partition is committed as clean if none of its jobs is
         under way and the next owner need not look for facts in the log. A partition whose takeover is not complete is
@@ -73,7 +73,9 @@ class Committer:
                     taken.append((partition, partition.prior.clean_commit))
                 continue
             with partition.lock:
-                left = partition.busy or partition.prior.closed or any(w.suspect for w in list(partition.live.values()))
+                left = (
+                    partition.busy or partition.prior.settled or any(w.suspect for w in list(partition.live.values()))
+                )
                 clean = final and not left and partition.offsets.nothing_to_look_up
                 snapshot = partition.offsets.snapshot(clean=clean)
             if snapshot is None:
@@ -82,11 +84,11 @@ class Committer:
                 )
             else:
                 taken.append((partition, snapshot))
-        return self.commit_snapshots(taken)
+        self.commit_snapshots(taken)
 
     def commit_snapshots(self, taken: list[tuple[Partition, Snapshot]]) -> bool:
-        """Commit these snapshots. Return whether the group coordinator accepted all of them."""
-        if self._ack_tracker.broken or not taken:
+        """Commit these snapshots. Return whether the group coordinator accepted all of them; False if none was sent."""
+        if self._ack_tracker.commits_stopped or not taken:
             return False
         asked_at = self._asked_at = time.monotonic()
         parts = [TopicPartition(p.topic, p.number, s.offset, s.metadata) for p, s in taken]

@@ -30,7 +30,7 @@ from jobledger.process.logger import get_logger
 
 LOG = get_logger("jobledger.worker")
 
-#: Most messages handed to the dispatcher at once.
+#: Maximum number of messages passed to the dispatcher at once.
 BATCH = 500
 #: Seconds that a poll may wait. Partitions are paused or resumed at most this much later.
 POLL_S = 0.05
@@ -100,11 +100,11 @@ class Fetcher(threading.Thread):
         self.waiting = False  # this thread waits until more messages fit
         self._filled = False
         self._half = max(1, limits.prefetch // 2)
-        self._draining = False
+        self._stopped_taking = False
         self._closing = threading.Event()
         self._handover = HANDOVER_S
         self.fetched = 0
-        self.moved = {"assigned": 0, "revoked": 0, "lost": 0}
+        self.rebalances = {"assigned": 0, "revoked": 0, "lost": 0}
         self.error: str | None = None
         self._group = names.worker_group(lane)
         self._auth_monitor = AuthMonitor(settings)
@@ -152,9 +152,9 @@ class Fetcher(threading.Thread):
         self._requests.append(request)
         return request
 
-    def drain(self) -> None:
+    def stop_taking(self) -> None:
         """Take no more messages, but continue to poll. Any thread."""
-        self._draining = True
+        self._stopped_taking = True
         self._room.set()
 
     def close(self, handover: float) -> None:
@@ -217,7 +217,7 @@ class Fetcher(threading.Thread):
         Once ``prefetch`` messages wait, none is taken until half of them are gone, because large batches cost less.
         """
         held = self.held
-        if self._draining or held >= (self._half if self._filled else self._prefetch):
+        if self._stopped_taking or held >= (self._half if self._filled else self._prefetch):
             self._filled = True
             return 0
         self._filled = False
@@ -253,21 +253,21 @@ class Fetcher(threading.Thread):
                 continue
             with p.lock:
                 missing, end = p.offsets.missing, p.offsets.end
-            if missing > p.missing:
+            if missing > p.missing_reported:
                 LOG.warning(
                     "%r: %d offsets below %d have no record, and count as done: their records were deleted or belong to "
                     "aborted transactions, or they are markers of transactions",
                     p,
-                    missing - p.missing,
+                    missing - p.missing_reported,
                     end,
                 )
-                p.missing = missing
+                p.missing_reported = missing
                 self._missing_at = now + MISSING_EVERY_S
 
     def _await_room(self) -> None:
         self._room.clear()
         self.waiting = True
-        if self._draining or self.held >= self._half:
+        if self._stopped_taking or self.held >= self._half:
             self._room.wait(POLL_S)
         self.waiting = False
 
@@ -342,7 +342,7 @@ class Fetcher(threading.Thread):
     def _on_assign(self, consumer: Consumer, assigned: list[TopicPartition]) -> None:
         if not assigned or self._closing.is_set():  # the client calls this after a revocation, too
             return  # while closing, newly assigned partitions are left to the next owner
-        self.moved["assigned"] += 1
+        self.rebalances["assigned"] += 1
         committed = self._committed(consumer, assigned)
         if self._closing.is_set():
             return
@@ -391,7 +391,7 @@ class Fetcher(threading.Thread):
             time.sleep(0.1)
 
     def _on_revoke(self, consumer: Consumer, revoked: list[TopicPartition]) -> None:
-        self.moved["revoked"] += 1
+        self.rebalances["revoked"] += 1
         self._hand_over([p for t in revoked if (p := self._parts.get(t.partition)) is not None])
 
     def _hand_over(self, parts: list[Partition]) -> None:
@@ -401,7 +401,7 @@ class Fetcher(threading.Thread):
             return
         all_ended = self._await_jobs(parts)
         self._log_missing(parts, time.monotonic())
-        if not self._ack_tracker.broken:
+        if not self._ack_tracker.commits_stopped:
             self.committer.commit(parts, final=True)
         for partition in parts:
             partition.gone = True
@@ -418,7 +418,7 @@ class Fetcher(threading.Thread):
         deadline = time.monotonic() + self._handover
         while any(p.busy for p in parts):
             now = time.monotonic()
-            if self._ack_tracker.broken or now >= deadline:
+            if self._ack_tracker.commits_stopped or now >= deadline:
                 return False
             self._ack_tracker.serve()
             # The jobs of other partitions continue meanwhile, so the ownership lease must be renewed.
@@ -428,7 +428,7 @@ class Fetcher(threading.Thread):
 
     def _on_lost(self, consumer: Consumer, lost: list[TopicPartition]) -> None:
         parts = [p for t in lost if (p := self._parts.get(t.partition)) is not None]
-        self.moved["lost"] += 1
+        self.rebalances["lost"] += 1
         for partition in parts:
             partition.gone = True
         self._give_up(parts)

@@ -56,13 +56,13 @@ class RangeReader:
         """
         low, high = self._ask(
             topic,
-            f"asking for the ends of {topic}[{number}]",
+            f"asking for the bounds of {topic}[{number}]",
             lambda reader: reader.get_watermark_offsets(TopicPartition(topic, number), REQUEST_TIMEOUT_S),
         )
         return low, high
 
     def partitions(self, topic: str) -> int:
-        """Return the number of a topic's partitions. Raises what `ends` raises."""
+        """Return the number of a topic's partitions. Raises what `bounds` raises."""
 
         def ask(reader: Consumer) -> int:
             metadata = reader.list_topics(topic, REQUEST_TIMEOUT_S).topics[topic]
@@ -75,8 +75,8 @@ class RangeReader:
     def offsets_at(self, asked: list[TopicPartition]) -> dict[int, int]:
         """Return, by partition number, the first offset that was appended at or after a time; -1 if there is none.
 
-        ``asked``: partitions of one topic, each with its time (ms since the epoch) as the offset. Raises what `ends`
-        raises.
+        ``asked``: partitions of one topic, each with its time (ms since the epoch) as the offset. Raises what
+        `bounds` raises.
         """
         if not asked:
             return {}

@@ -57,7 +57,7 @@ class _Scan:
         self.low = self.high = self.lifecycle_low = self.lifecycle_high = 0
         self.restored = Restored(0)
         self.floor = 0
-        self.seed_from = 0
+        self.memory_from = 0
         #: Releases that a fact of `OPEN` settles, by `release_key`: (job id, append time of the fact in ms).
         self.open: dict[int, tuple[str, int]] = {}
         self.begun = 0  # one beyond the highest offset of a record whose start was found
@@ -97,7 +97,7 @@ class Takeover(threading.Thread):
         self._lifecycle_partitions_seen = lifecycle_partitions
         self._names, self._ack_tracker, self._decoder, self._ready = names, ack_tracker, decoder, ready
         #: Counts since the start: releases that the log settled, and work records that were read into release memories.
-        self.found = self.seeded = 0
+        self.found_settled = self.seeded = 0
 
     def take_over(self, fetcher: Fetcher, partitions: list[Partition]) -> None:
         """Queue newly assigned partitions of one lane for takeover. Does not wait."""
@@ -137,11 +137,11 @@ class Takeover(threading.Thread):
         if not scans:
             return
         for scan in scans:
-            self._judge(scan)
+            self._restore(scan)
         self._unknown_floors(fetcher.topic, [scan for scan in scans if scan.restored.floor is None])
         if not self._mark_dirty(fetcher, scans):
             return
-        self._seed_starts(fetcher.topic, scans)
+        self._choose_memory_ranges(fetcher.topic, scans)
         for scan in scans:
             scan.partition.offsets = PartitionOffsets(scan.restored, scan.lifecycle_high)
         self._read(fetcher.topic, scans)
@@ -175,7 +175,7 @@ class Takeover(threading.Thread):
             partition.start_no_more(why)
         return [p for p in partitions if p not in beyond]
 
-    def _judge(self, scan: _Scan) -> None:
+    def _restore(self, scan: _Scan) -> None:
         """Restore what the last owner committed, after a check against the present range of the log."""
         partition, prior = scan.partition, scan.partition.prior
         scan.low, scan.high = self._log.bounds(partition.topic, partition.number)
@@ -234,7 +234,7 @@ class Takeover(threading.Thread):
         deadline = time.monotonic() + STALL_S
         while True:
             owned = [scan for scan in scans if scan.partition.owned]
-            if not owned or self._closing or self._ack_tracker.broken:
+            if not owned or self._closing or self._ack_tracker.commits_stopped:
                 return False
             snapshots: list[tuple[Partition, Snapshot]] = []
             for scan in owned:
@@ -242,7 +242,9 @@ class Takeover(threading.Thread):
                     scan.floor = scan.lifecycle_high
                 restored = scan.restored
                 metadata = encode(restored.watermark, restored.done, scan.floor, False, restored.begun)
-                assert metadata is not None  # it was restored from a text that was short enough
+                # The text fits: `offset_tracker.BRAKE` keeps the text of a former owner well below the limit, and
+                # another floor adds a few characters at most.
+                assert metadata is not None
                 snapshots.append((scan.partition, Snapshot(scan.restored.watermark, metadata)))
             request = fetcher.request_commit(snapshots)
             while not request.done.wait(1.0):
@@ -257,7 +259,7 @@ class Takeover(threading.Thread):
                 )
             time.sleep(0.1)
 
-    def _seed_starts(self, topic: str, scans: list[_Scan]) -> None:
+    def _choose_memory_ranges(self, topic: str, scans: list[_Scan]) -> None:
         asked = [
             TopicPartition(topic, scan.partition.number, int(time.time() * 1000) - REMEMBERED_MS)
             for scan in scans
@@ -270,7 +272,7 @@ class Takeover(threading.Thread):
             watermark = scan.restored.watermark
             recent = by_time.get(scan.partition.number, -1)
             # -1: no record was appended in that time.
-            scan.seed_from = max(scan.low, watermark - REMEMBERED, recent if recent >= 0 else watermark)
+            scan.memory_from = max(scan.low, watermark - REMEMBERED, recent if recent >= 0 else watermark)
 
     def _read(self, topic: str, scans: list[_Scan]) -> None:
         """Read work records into the release memories, and scan the lifecycle topic, for all partitions at once."""
@@ -278,7 +280,7 @@ class Takeover(threading.Thread):
         ranges: dict[tuple[str, int], tuple[int, int]] = {}
         for scan in scans:
             number = scan.partition.number
-            ranges[topic, number] = (scan.seed_from, scan.restored.watermark)
+            ranges[topic, number] = (scan.memory_from, scan.restored.watermark)
             if not scan.restored.clean and scan.restored.watermark < scan.high:
                 ranges[self._names.lifecycle, number] = (scan.floor, scan.lifecycle_high)
 
@@ -286,7 +288,7 @@ class Takeover(threading.Thread):
             partition = by_number[message.partition() or 0].partition
             try:
                 if message.topic() != topic:
-                    self._scanned(by_number[message.partition() or 0], message)
+                    self._take_lifecycle_record(by_number[message.partition() or 0], message)
                 elif (key := release_key_of(message, self._decoder)) is not None:
                     partition.memory.add(key)
                     self.seeded += 1
@@ -297,7 +299,7 @@ class Takeover(threading.Thread):
 
         self._log.read(ranges, take, wanted=lambda: any(scan.partition.owned for scan in scans))
 
-    def _scanned(self, scan: _Scan, message: Message) -> None:
+    def _take_lifecycle_record(self, scan: _Scan, message: Message) -> None:
         prior = scan.partition.prior
         value = message.value()
         raw = (self._decoder.own_form(value) or value) if isinstance(value, bytes) else None
@@ -310,7 +312,7 @@ class Takeover(threading.Thread):
                     scan, (job_id, run, release), fact, message.offset() or 0, message.timestamp()[1]
                 )
             elif type(fact) is JobStarted:
-                self._passed(scan, job_id, run, release)
+                self._note_later_release(scan, job_id, run, release)
                 # `glance` leaves the fields of the fact empty. In the encoding that `glance` reads, the takeover count
                 # is the last byte.
                 self._note_start(prior, key, raw[-1] >> 1)
@@ -332,7 +334,7 @@ class Takeover(threading.Thread):
                 prior.starts.pop(key, None)
                 prior.next_attempts[key] = (attempt, message.timestamp()[1] + other.delay_ms, message.offset() or 0)
         elif isinstance(other, JobStarted):
-            self._passed(scan, job_id, run, release)
+            self._note_later_release(scan, job_id, run, release)
             self._note_start(prior, key, other.takeover)
             self._begun_at(scan, other.work_topic.encode(), other.work_offset, message.timestamp()[1])
 
@@ -343,7 +345,7 @@ class Takeover(threading.Thread):
             scan.lately.append(appended_ms)
 
     def _note_start(self, prior: PriorState, key: int, starts_before: int) -> None:
-        if key not in prior.closed:
+        if key not in prior.settled:
             prior.starts[key] = max(prior.starts.get(key, 0), starts_before) + 1
 
     def _note_settling_fact(
@@ -355,33 +357,33 @@ class Takeover(threading.Thread):
         replaces a `JobLeased`.
         """
         prior, key = scan.partition.prior, release_key(*of)
-        known = prior.closed.get(key)
+        known = prior.settled.get(key)
         if (
             known is None
             or (isinstance(known.fact, OPEN) and not isinstance(fact, OPEN))
             or (isinstance(known.fact, JobLeased) and not isinstance(fact, JobLeased))
         ):
             # Keep the offset of the first fact: a scan from there finds both facts.
-            prior.closed[key] = PriorFact(offset if known is None else known.offset, appended_ms, fact)
+            prior.settled[key] = PriorFact(offset if known is None else known.offset, appended_ms, fact)
             if isinstance(fact, OPEN):
                 scan.open[key] = (of[0], appended_ms)
             else:
                 scan.open.pop(key, None)
-        self._passed(scan, *of)
+        self._note_later_release(scan, *of)
         prior.starts.pop(key, None)
         prior.next_attempts.pop(key, None)
 
     @staticmethod
-    def _passed(scan: _Scan, job_id: str, run: int, release: int) -> None:
+    def _note_later_release(scan: _Scan, job_id: str, run: int, release: int) -> None:
         """Note that the log has a fact of this release, so that the records that derive from the previous release are
         not sent again.
 
         The coordinator may have forgotten this release by now, so a second request would release the job twice.
         """
         if release > 1 and scan.open and scan.open.pop(key := release_key(job_id, run, release - 1), None) is not None:
-            closed = scan.partition.prior.closed
-            known = closed[key]
-            closed[key] = PriorFact(known.offset, known.appended_ms, NOTHING_FOLLOWS)
+            settled = scan.partition.prior.settled
+            known = settled[key]
+            settled[key] = PriorFact(known.offset, known.appended_ms, NOTHING_FOLLOWS)
 
     def _read_elsewhere(self, scans: list[_Scan]) -> None:
         """Read the facts that the coordinator wrote about releases that a fact of `OPEN` settles: the outcomes of
@@ -431,8 +433,8 @@ class Takeover(threading.Thread):
         partition, prior = scan.partition, scan.partition.prior
         assert partition.offsets is not None
         # Most of the facts that the scan finds are about records below the watermark, which are done.
-        for key in [k for k in prior.closed if k in partition.memory]:
-            del prior.closed[key]
+        for key in [k for k in prior.settled if k in partition.memory]:
+            del prior.settled[key]
         prior.scanned_to, prior.floor = scan.high, scan.floor
         if not scan.restored.clean and prior.committed >= 0:
             prior.suspect_below = max(scan.begun, scan.restored.begun, scan.restored.watermark) + scan.unseen
@@ -442,13 +444,13 @@ class Takeover(threading.Thread):
         if scan.high <= scan.restored.watermark:
             prior.forget_releases()
             partition.offsets.hold(None)
-        self.found += len(prior.closed)
+        self.found_settled += len(prior.settled)
         LOG.info(
             "%r: taken over at %d (%s), %s found beyond it",
             partition,
             scan.restored.watermark,
             "clean" if scan.restored.clean else f"lifecycle read from {scan.floor} to {scan.lifecycle_high}",
-            counted(len(prior.closed), "settled release"),
+            counted(len(prior.settled), "settled release"),
         )
 
 

@@ -18,7 +18,7 @@ from jobledger.config import Settings
 from jobledger.consumers.recording.recorder import Recorder
 from jobledger.consumers.recording.worker_producer import BY_KEY, WorkerProducer
 from jobledger.consumers.state.reports import Reports
-from jobledger.consumers.state.work import JobRun
+from jobledger.consumers.state.work import JobRun, RecordKind
 from jobledger.errors import AccessDenied, BrokerUnavailable, JobledgerError, PayloadTooLarge
 from jobledger.process.logger import get_logger
 from jobledger.process.wording import counted
@@ -32,6 +32,9 @@ RESENDS = 2
 SAY_EVERY_S = 10.0
 #: The ack tracker does not poll the producer if another thread has polled it within this many seconds.
 _LOOP_POLLS_S = 0.05
+
+# As in `jobledger.consumers.state.work`: these names are read for each job.
+_SETTLING, _DERIVED, _CONTINUING = RecordKind.SETTLING, RecordKind.DERIVED, RecordKind.CONTINUING
 
 
 class AckTracker(threading.Thread):
@@ -53,7 +56,7 @@ class AckTracker(threading.Thread):
         self._waiting: deque[JobRun] = deque()  # see `_uncertain`
         self.resent = 0
         self._say_at = 0.0
-        self.broken = False  # nothing may be committed any more
+        self.commits_stopped = False  # because of an error, nothing may be committed any more
         self.clock = sender.clock
 
     # -- delivery reports -----------------------------------------------------------------------------------------
@@ -64,32 +67,32 @@ class AckTracker(threading.Thread):
         message: Message | None = None
         with self._drain_lock:
             while arrived:
-                work, closing, error, message = arrived.popleft()
+                work, kind, error, message = arrived.popleft()
                 if error is None:
-                    self._delivered(work, closing, message)
-                elif not self.broken:
-                    self._undelivered(work, closing, error, message)
+                    self._delivered(work, kind, message)
+                elif not self.commits_stopped:
+                    self._undelivered(work, kind, error, message)
         if message is not None:
             self.clock.heard(message)
 
-    def _delivered(self, work: JobRun, closing: bool | None, message: Message) -> None:
+    def _delivered(self, work: JobRun, kind: RecordKind, message: Message) -> None:
         partition = work.partition
         offsets = partition.offsets
         assert offsets is not None
-        if closing is None:
+        if kind is _CONTINUING:
             with partition.lock:
                 stands_at = message.offset()
                 if stands_at is None:
                     stands_at = offsets.floor
-                elif message.topic() not in work.alone:
+                elif message.topic() not in work.single_record_topics:
                     offsets.acknowledged(stands_at)
-                offsets.note(work.offset, stands_at)
-            noted, work.noted = work.noted, None
-            (noted or self._acknowledged)(work)
+                offsets.continues_from(work.offset, stands_at)
+            on_continuing_fact, work.on_continuing_fact = work.on_continuing_fact, None
+            (on_continuing_fact or self._acknowledged)(work)
             return
         work.remaining -= 1
         with partition.lock:
-            if closing:
+            if kind is _SETTLING:
                 stands_at = message.offset()
                 if stands_at is None:
                     # The broker had the fact already, because its first acknowledgement was lost with a leader. The
@@ -97,13 +100,13 @@ class AckTracker(threading.Thread):
                     stands_at = offsets.floor
                 # Only the main producer's records are in order. A record that the other producer sent shows nothing
                 # about the records in flight.
-                elif message.topic() not in work.alone:
+                elif message.topic() not in work.single_record_topics:
                     offsets.acknowledged(stands_at)
                 if work.remaining:
-                    offsets.look_from(work.offset, stands_at)
+                    offsets.must_find_from(work.offset, stands_at)
             if not work.remaining:
                 offsets.done(work.offset)
-        if closing:
+        if kind is _SETTLING:
             if work.wait_queue is not None and work.wait_queue.serial:
                 self._acknowledged(work)
             if work.derived and not self._uncertain(work):
@@ -138,16 +141,16 @@ class AckTracker(threading.Thread):
         except JobledgerError as exc:  # the next owner sends these records
             self._fail(exc)
 
-    def _undelivered(self, work: JobRun, closing: bool | None, error: KafkaError, message: Message) -> None:
+    def _undelivered(self, work: JobRun, kind: RecordKind, error: KafkaError, message: Message) -> None:
         partition = work.partition
         value = message.value()
         topic = message.topic() or ""
-        if closing is not False and partition.offsets is not None:
+        if kind is not _DERIVED and partition.offsets is not None:
             # The fact may be in the log nevertheless, but then not below the present floor.
             with partition.lock:
-                partition.offsets.look_from(work.offset, partition.offsets.floor)
+                partition.offsets.must_find_from(work.offset, partition.offsets.floor)
         if error.code() == KafkaError.MSG_SIZE_TOO_LARGE and isinstance(value, bytes):
-            self._refused_by_size(work, closing, topic, value, message.key())
+            self._refused_by_size(work, kind, topic, value, message.key())
             return
         refused = self._sender.failed(error, topic)
         if isinstance(refused, AccessDenied):
@@ -158,22 +161,22 @@ class AckTracker(threading.Thread):
                 BrokerUnavailable(
                     f"a record for {topic} could not be delivered ({error.str()}; sent {counted(work.tries + 1, 'time')}): "
                     f"{self._settings.bootstrap or 'the embedded broker'} does not accept the record. The job's "
-                    "record is not committed, so the next owner runs the job"
+                    "record is not committed, so the next owner runs the job, or sends the record again if the job has "
+                    "ended"
                 )
             )
             return
         work.tries += 1
         self._say_again(topic, error)
-        beside = closing is not False  # a fact: on the lifecycle partition with the work partition's number
         try:
             self._sender.send(
-                topic, value, message.key(), work.partition.number if beside else BY_KEY, work.delivered(closing)
+                topic, value, message.key(), _partition_to_send_to(work, kind), work.delivery_callback(kind)
             )
         except JobledgerError as exc:
             self._fail(exc)
 
     def _refused_by_size(
-        self, work: JobRun, closing: bool | None, topic: str, value: bytes, key: str | bytes | None
+        self, work: JobRun, kind: RecordKind, topic: str, value: bytes, key: str | bytes | None
     ) -> None:
         """Send a record again in a batch of its own, after the broker refused its batch for its size. This shows which
         record is too large.
@@ -182,15 +185,14 @@ class AckTracker(threading.Thread):
         in a batch of its own stops the worker.
         """
         limit = f"what topic {topic} takes (its max.message.bytes)"
-        beside = closing is not False
         try:
-            if topic not in work.alone:
-                work.alone |= {topic}
+            if topic not in work.single_record_topics:
+                work.single_record_topics |= {topic}
                 self._sender.send_alone(
-                    topic, value, key, work.partition.number if beside else BY_KEY, work.delivered(closing)
+                    topic, value, key, _partition_to_send_to(work, kind), work.delivery_callback(kind)
                 )
-            elif closing and work.event is not None and not work.shortened:
-                work.alone, work.shortened = work.alone - {topic}, True
+            elif kind is _SETTLING and work.event is not None and not work.shortened:
+                work.single_record_topics, work.shortened = work.single_record_topics - {topic}, True
                 self._recorder.refused_as_too_large(work, len(value), limit)
             else:
                 raise PayloadTooLarge(f"a record of {len(value)} bytes is above {limit}: raise it")
@@ -254,3 +256,9 @@ class AckTracker(threading.Thread):
         """Run the delivery callbacks of reports that have arrived, and take these reports. Any thread."""
         self._sender.poll(0.0)
         self.drain()
+
+
+def _partition_to_send_to(work: JobRun, kind: RecordKind) -> int:
+    """Return the partition of a record that is sent again: a fact is in the lifecycle partition with the number of the
+    work partition, and the key of a derived record chooses its partition."""
+    return BY_KEY if kind is _DERIVED else work.partition.number

@@ -1,4 +1,5 @@
-"""Records what becomes of jobs: sends their starts, progress, outcomes, and the dead letters of records that are no jobs.
+"""Records what becomes of jobs: sends their starts, their progress and their outcomes, and the dead letters of records
+that are no jobs.
 
 This module sends the closing fact. When the closing fact is acknowledged, the ack tracker sends the derived records.
 """
@@ -31,10 +32,10 @@ from jobledger.consumers.state.outcome import (
     holding,
     judge,
     ran_out,
-    timed_out,
+    timeout_error,
 )
 from jobledger.consumers.state.reports import Reports
-from jobledger.consumers.state.task_runtime import RUN_BOUNDS_S
+from jobledger.consumers.state.task_runtime import ATTEMPT_BOUNDS_S
 from jobledger.consumers.state.work import JobRun
 from jobledger.definitions.policy import KEY_HOLD_MAX_S
 from jobledger.errors import BadArguments, JobledgerError, text_of, traceback_of, type_of
@@ -63,18 +64,20 @@ class OutcomeHooks(Protocol):
 class Recorder:
     """Sends the facts of jobs. Any thread, except where a docstring says otherwise.
 
-    ``hooks``: None if there are no hooks to call. If a fact cannot be sent, the worker stops, and the job's record is
-    not done; only a progress fact may be lost.
+    ``hooks``: None if there are no hooks to call. If a closing fact or a derived record cannot be sent, the worker
+    stops, and the job's record is not done. A progress fact may be lost, and so may a `JobStarted` for whose
+    acknowledgement nothing waits (see `started`).
 
     The outcome of a job's code is written even if another worker owns the partition by then. Only the exception of an
     abandoned job is dropped.
     """
 
     def __init__(
-        self, facts: WorkerEvents, sender: WorkerProducer, reports: Reports, hooks: OutcomeHooks | None = None
+        self, event_builder: WorkerEvents, sender: WorkerProducer, reports: Reports, hooks: OutcomeHooks | None = None
     ) -> None:
-        self.facts, self._sender, self._reports, self._hooks = facts, sender, reports, hooks
-        self._lifecycle, self._source, self._limit = facts.names.lifecycle, facts.source, facts.limit
+        self.event_builder, self._sender, self._reports, self._hooks = event_builder, sender, reports, hooks
+        self._lifecycle, self._source = event_builder.names.lifecycle, event_builder.source
+        self._limit = event_builder.limit
         self._produce = sender.produce
 
     # -- before the code ------------------------------------------------------------------------------------------
@@ -127,7 +130,7 @@ class Recorder:
         event = work.event
         assert event is not None
         try:
-            value = encode(self.facts.event(event, fact))
+            value = encode(self.event_builder.event(event, fact))
             self._sender.send(self._lifecycle, value, event.job_id, work.partition.number, None)
         except JobledgerError as exc:  # the fact is too large, or the queue is full: progress may be lost
             LOG.warning("progress of job %s was not sent: %s", event.job_id, exc)
@@ -175,21 +178,21 @@ class Recorder:
             )
             if len(fact) > self._limit:
                 where = f"the limit of {self._limit} bytes (JOBLEDGER_MAX_RECORD_BYTES)"
-                self.close_with(work, self.facts.too_large(Succeeded(result), len(fact), where))
+                self.close_with(work, self.event_builder.too_large(Succeeded(result), len(fact), where))
                 return
             try:
                 if work.lease is not None:
-                    work.lease.leases.close(work, fact, [])
+                    work.lease.keeper.send_outcome(work, fact, [])
                 else:
-                    self._produce(self._lifecycle, fact, source.job_id, partition.number, work.closing_delivered)
+                    self._produce(self._lifecycle, fact, source.job_id, partition.number, work.settling_delivered)
             except (BufferError, KafkaException):
-                self._sender.send(self._lifecycle, fact, source.job_id, partition.number, work.closing_delivered)
+                self._sender.send(self._lifecycle, fact, source.job_id, partition.number, work.settling_delivered)
         except Exception as exc:  # noqa: BLE001  # whatever it is, the job must not count as done
-            self.broken(work, exc)
+            self.fail_unwritten(work, exc)
             return
         runtime.succeeded += 1
         runtime.seconds += duration
-        runtime.runs[bisect_left(RUN_BOUNDS_S, duration)] += 1
+        runtime.attempt_counts[bisect_left(ATTEMPT_BOUNDS_S, duration)] += 1
 
     def raised(self, work: JobRun, error: BaseException, late: bool) -> None:
         """Record the outcome of code that raised ``error``. ``late``: the attempt's time limit was over. The
@@ -204,7 +207,7 @@ class Recorder:
         if outcome is None:
             task = runtime.task
             late = late and ran_out(error)
-            error = timed_out(event.task, task.timeout, error) if late else error
+            error = timeout_error(event.task, task.timeout, error) if late else error
             if self._hooks is not None:
                 self._hooks.note(work, error)
             outcome = judge(task.retry, event.attempt, error, random.random(), timed_out=late)
@@ -222,38 +225,38 @@ class Recorder:
             most = KEY_HOLD_MAX_S if work.runtime is None else work.runtime.task.policy.key_hold_max
             outcome = holding(outcome, _monotonic() - work.held_since if work.held_since else 0.0, most, event.key)
         if isinstance(outcome, Retried | Snoozed) and outcome.in_place:
-            self._goes_on(work, event, outcome)
+            self._continue_in_place(work, event, outcome)
             return
         try:
             work.flush_progress()
             duration = _monotonic() - work.began if work.began else 0.0
             duration_us = int(duration * 1e6)
-            value = self.facts.closing(event, outcome, duration_us)
+            value = self.event_builder.closing(event, outcome, duration_us)
             if len(value) > self._limit:
                 where = f"the limit of {self._limit} bytes (JOBLEDGER_MAX_RECORD_BYTES)"
-                outcome = self.facts.too_large(outcome, len(value), where)
-                value = self.facts.closing(event, outcome, duration_us)
+                outcome = self.event_builder.too_large(outcome, len(value), where)
+                value = self.event_builder.closing(event, outcome, duration_us)
             work.outcome = outcome
             if work.lease is not None and work.lease.granted:
-                work.lease.leases.close(work, value, self.facts.fallback(event, outcome))
+                work.lease.keeper.send_outcome(work, value, self.event_builder.fallback(event, outcome))
                 self._count_and_tell(work, event, outcome, duration)
                 return
             # The derived records are sent only when the closing fact is acknowledged. If both were sent together and
             # this process died, the closing fact could be missing in the log. The next owner would then run the job
             # again, while the retry is under way.
-            work.derived = self.facts.derived(event, outcome)
+            work.derived = self.event_builder.derived(event, outcome)
             work.remaining = 1 + len(work.derived)
-            delivered = partial(self._end_delivered, work) if work.derived else work.closing_delivered
+            delivered = partial(self._end_delivered, work) if work.derived else work.settling_delivered
             self._sender.send(self._lifecycle, value, event.job_id, work.partition.number, delivered)
         except Exception as exc:  # noqa: BLE001  # whatever it is, the job must not count as done
-            self.broken(work, exc)
+            self.fail_unwritten(work, exc)
             return
         self._count_and_tell(work, event, outcome, duration)
 
     def _end_delivered(self, work: JobRun, error: KafkaError | None, message: Message) -> None:
         """Handle the delivery of a closing fact with derived records: request that its report is taken soon. Any
         thread."""
-        work.closing_delivered(error, message)
+        work.settling_delivered(error, message)
         self._reports.drain_soon()
 
     def _count_and_tell(self, work: JobRun, event: JobEvent, outcome: Outcome, duration: float) -> None:
@@ -271,21 +274,21 @@ class Recorder:
                 text_of(exc),
             )
 
-    def _goes_on(self, work: JobRun, event: JobEvent, outcome: Retried | Snoozed) -> None:
+    def _continue_in_place(self, work: JobRun, event: JobEvent, outcome: Retried | Snoozed) -> None:
         """Send the fact that the next attempt is made in place. When the fact is acknowledged, `WaitQueues` begins that
         attempt after `JobRun.again_s` seconds."""
         partition = work.partition
         try:
             work.flush_progress()
             duration = _monotonic() - work.began if work.began else 0.0
-            value = self.facts.closing(event, outcome, int(duration * 1e6))
+            value = self.event_builder.closing(event, outcome, int(duration * 1e6))
             # The next owner must look for this fact even if the partition is handed over before the acknowledgement.
             with partition.lock:
                 if partition.offsets is not None:
-                    partition.offsets.goes_on(work.offset)
-            self._sender.send(self._lifecycle, value, event.job_id, partition.number, work.noted_delivered)
+                    partition.offsets.continues_after_next_fact(work.offset)
+            self._sender.send(self._lifecycle, value, event.job_id, partition.number, work.continuing_delivered)
         except Exception as exc:  # noqa: BLE001  # as in `close_with`
-            self.broken(work, exc)
+            self.fail_unwritten(work, exc)
             return
         self._count_and_tell(work, event, outcome, duration)  # before `work` is changed for its next attempt
         work.outcome = outcome
@@ -296,7 +299,7 @@ class Recorder:
         """Fail a job whose closing fact the broker refused for its size. The failure names the size, in bytes, and the
         limit."""
         outcome = work.outcome or Succeeded()
-        self.close_with(work, self.facts.too_large(outcome, size, where))
+        self.close_with(work, self.event_builder.too_large(outcome, size, where))
 
     # -- releases that the log settles already, and records that are no jobs ------------------------------------------
 
@@ -304,7 +307,7 @@ class Recorder:
         """Send the derived records of a closing fact again. The fact is in the log already, at ``lifecycle_offset``.
         ``due_at``: see `WorkerEvents.derived`."""
         assert work.event is not None
-        self.resend(work, self.facts.derived(work.event, outcome, due_at), lifecycle_offset)
+        self.resend(work, self.event_builder.derived(work.event, outcome, due_at), lifecycle_offset)
 
     def resend(self, work: JobRun, derived: list[Outgoing], lifecycle_offset: int) -> None:
         """Send the records ``derived`` again, which derive from the fact at ``lifecycle_offset``. The work record is
@@ -314,7 +317,7 @@ class Recorder:
         work.remaining = len(derived)
         with work.partition.lock:
             if derived:
-                offsets.look_from(work.offset, lifecycle_offset)
+                offsets.must_find_from(work.offset, lifecycle_offset)
             else:
                 offsets.done(work.offset)
         if not derived:
@@ -327,11 +330,11 @@ class Recorder:
         """Send a dead letter with a record that is not a job. ``work``: a `JobRun` without an event, which stands for
         the record. The record is done when the dead letter is acknowledged."""
         partition = work.partition
-        record = self.facts.rejected(partition.topic, partition.number, work.offset, key, value, why)
+        record = self.event_builder.rejected(partition.topic, partition.number, work.offset, key, value, why)
         assert record.value is not None
         self._sender.send(record.topic, record.value, record.key, BY_KEY, work.derived_delivered)
 
-    def broken(self, work: JobRun, exc: BaseException) -> None:
+    def fail_unwritten(self, work: JobRun, exc: BaseException) -> None:
         """Stop the worker, because an outcome of the job could not be written."""
         event = work.event
         job_id = event.job_id if event is not None else "?"
@@ -351,7 +354,7 @@ def _count(work: JobRun, outcome: Outcome, duration: float) -> None:
         return
     runtime.seconds += duration
     if work.began:
-        runtime.runs[bisect_left(RUN_BOUNDS_S, duration)] += 1
+        runtime.attempt_counts[bisect_left(ATTEMPT_BOUNDS_S, duration)] += 1
     if isinstance(outcome, Retried):
         runtime.retried += 1
     elif isinstance(outcome, Snoozed):

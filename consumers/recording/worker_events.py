@@ -61,32 +61,32 @@ class WorkerEvents:
         self.source = source
         self.limit = limit
 
-    def event(self, work: JobEvent, fact: Fact) -> JobEvent:
+    def event(self, job: JobEvent, fact: Fact) -> JobEvent:
         """Return this worker's event with ``fact`` about the job of a work record."""
-        return about(work, fact, str(uuid_utils.uuid7()), now_us(), self.source)
+        return about(job, fact, str(uuid_utils.uuid7()), now_us(), self.source)
 
-    def closing(self, work: JobEvent, outcome: Outcome, duration_us: int) -> bytes:
+    def closing(self, job: JobEvent, outcome: Outcome, duration_us: int) -> bytes:
         """Encode the event with the fact that records the outcome. The text of an error is shortened if the record
         would be too large. ``duration_us``: how long the attempt ran, in µs."""
         if isinstance(outcome, Succeeded):
-            return codec.encode(self.event(work, JobSucceeded(outcome.result, duration_us)))
+            return codec.encode(self.event(job, JobSucceeded(outcome.result, duration_us)))
         if isinstance(outcome, Snoozed):
             return codec.encode(
-                self.event(work, JobSnoozed(outcome.delay_ms, outcome.reason, duration_us, outcome.in_place))
+                self.event(job, JobSnoozed(outcome.delay_ms, outcome.reason, duration_us, outcome.in_place))
             )
         if isinstance(outcome, Cancelled):
-            return codec.encode(self.event(work, JobCancelledFact(outcome.by, outcome.reason)))
+            return codec.encode(self.event(job, JobCancelledFact(outcome.by, outcome.reason)))
         if isinstance(outcome, Expired):
-            return codec.encode(self.event(work, JobExpiredFact(outcome.at)))
+            return codec.encode(self.event(job, JobExpiredFact(outcome.at)))
 
         def fact(error: ErrorInfo) -> Fact:
             if isinstance(outcome, Retried):
                 return JobRetried(error, outcome.delay_ms, duration_us, outcome.in_place)
             return JobFailedFact(outcome.reason, error, duration_us)
 
-        value = codec.encode(self.event(work, fact(outcome.error)))
+        value = codec.encode(self.event(job, fact(outcome.error)))
         if len(value) > self.limit:
-            value = codec.encode(self.event(work, fact(_shortened(outcome.error))))
+            value = codec.encode(self.event(job, fact(_shortened(outcome.error))))
         return value
 
     def too_large(self, outcome: Outcome, size: int, where: str) -> Failed:
@@ -102,66 +102,66 @@ class WorkerEvents:
             ),
         )
 
-    def derived(self, work: JobEvent, outcome: Outcome, due_at: int | None = None) -> list[Outgoing]:
+    def derived(self, job: JobEvent, outcome: Outcome, due_at: int | None = None) -> list[Outgoing]:
         """Return the records that derive from the outcome, on which other parts must act. ``due_at``: when the next
         release is due, in µs of the broker's clock; None if the append time of the closing fact is not known."""
         if getattr(outcome, "in_place", False):
             return []
         if isinstance(outcome, Retried):
-            return [self._release(work, work.attempt + 1, outcome.delay_ms, due_at, _spec(work))]
+            return [self._release(job, job.attempt + 1, outcome.delay_ms, due_at, _spec(job))]
         if isinstance(outcome, Snoozed):
-            spec = _spec(work) if outcome.tags is None else _tagged(_spec(work), outcome.tags)
-            return [self._release(work, work.attempt, outcome.delay_ms, due_at, spec)]
+            spec = _spec(job) if outcome.tags is None else _tagged(_spec(job), outcome.tags)
+            return [self._release(job, job.attempt, outcome.delay_ms, due_at, spec)]
         if isinstance(outcome, Failed):
-            return [self._dead_letter(work, outcome), *self._fallback(work)]
+            return [self._dead_letter(job, outcome), *self._fallback(job)]
         return []
 
-    def fallback(self, work: JobEvent, outcome: Outcome) -> list[Outgoing]:
+    def fallback(self, job: JobEvent, outcome: Outcome) -> list[Outgoing]:
         """Return the derived records of a leased job's outcome that the coordinator cannot build: the job of
         ``fallback=``."""
-        return self._fallback(work) if isinstance(outcome, Failed) else []
+        return self._fallback(job) if isinstance(outcome, Failed) else []
 
-    def leased(self, work: JobEvent, worker: str, lease_ms: int) -> Outgoing:
+    def leased(self, job: JobEvent, worker: str, lease_ms: int) -> Outgoing:
         """Return the record that derives from `JobLeased`. With this record the coordinator keeps the job while the job
         runs."""
-        spec = _spec(work)
+        spec = _spec(job)
         fact = Leased(spec, worker, lease_ms, crashes_of(spec.tags))
-        event = derived(work, "leased", fact, now_us(), self.source)
-        return Outgoing(self.names.coordination, codec.encode(event), work.home or work.job_id)
+        event = derived(job, "leased", fact, now_us(), self.source)
+        return Outgoing(self.names.coordination, codec.encode(event), job.home or job.job_id)
 
-    def _release(self, work: JobEvent, attempt: int, delay_ms: int, due_at: int | None, spec: JobSpec) -> Outgoing:
-        requested = msgspec.structs.replace(work, attempt=attempt, release=work.release + 1)
+    def _release(self, job: JobEvent, attempt: int, delay_ms: int, due_at: int | None, spec: JobSpec) -> Outgoing:
+        requested = msgspec.structs.replace(job, attempt=attempt, release=job.release + 1)
         fact = ReleaseRequested(spec, None if due_at is not None else delay_ms, due_at)
         event = derived(requested, "request", fact, now_us(), self.source)
-        return Outgoing(self.names.coordination, codec.encode(event), work.home or work.job_id)
+        return Outgoing(self.names.coordination, codec.encode(event), job.home or job.job_id)
 
-    def _dead_letter(self, work: JobEvent, outcome: Failed) -> Outgoing:
+    def _dead_letter(self, job: JobEvent, outcome: Failed) -> Outgoing:
         def encoded(error: ErrorInfo) -> bytes:
-            fact = DeadLettered(_spec(work), outcome.reason, error)
-            return codec.encode(derived(work, "dead-letter", fact, now_us(), self.source))
+            fact = DeadLettered(_spec(job), outcome.reason, error)
+            return codec.encode(derived(job, "dead-letter", fact, now_us(), self.source))
 
         value = encoded(outcome.error)
         if len(value) > self.limit:
             value = encoded(_shortened(outcome.error))
-        return Outgoing(self.names.dead_letter, value, work.job_id)
+        return Outgoing(self.names.dead_letter, value, job.job_id)
 
-    def _fallback(self, work: JobEvent) -> list[Outgoing]:
-        failed = self._registry.tasks.get(work.task)
+    def _fallback(self, job: JobEvent) -> list[Outgoing]:
+        failed = self._registry.tasks.get(job.task)
         if failed is None or failed.fallback is None:
             return []
         task = self._registry.task(failed.fallback)
-        job_id = derived_id(work.job_id, work.run, "fallback")
-        spec = _spec(work)
+        job_id = derived_id(job.job_id, job.run, "fallback")
+        spec = _spec(job)
         spec = msgspec.structs.replace(
             spec,
             # The worker's own tags belong to the failed job: the fallback's code has crashed no process.
             tags={k: v for k, v in spec.tags.items() if k not in (UNKNOWN_TASK_TAG, CRASHES_TAG)},
-            parent=work.job_id,
+            parent=job.job_id,
             expires_in_ms=None,
             expires_at=None,
             priority=task.policy.priority,
         )
-        event = submission(job_id, task.name, task.queue, None, spec, now_us(), self.source, work.trace)
+        event = submission(job_id, task.name, task.queue, None, spec, now_us(), self.source, job.trace)
         return [Outgoing(self.names.jobs(lane(task.queue, task.policy.priority)), codec.encode(event), job_id)]
 
     def rejected(
@@ -184,8 +184,8 @@ class WorkerEvents:
         return Outgoing(self.names.dead_letter, record, f"{topic}/{partition}/{offset}")
 
 
-def _spec(work: JobEvent) -> JobSpec:
-    spec: JobSpec = work.fact.spec  # type: ignore[union-attr]  # work topics hold only submissions and releases
+def _spec(job: JobEvent) -> JobSpec:
+    spec: JobSpec = job.fact.spec  # type: ignore[union-attr]  # work topics hold only submissions and releases
     return spec
 
 

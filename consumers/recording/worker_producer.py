@@ -1,4 +1,5 @@
-"""Sends a worker's facts and derived records. The producer's queue is bounded, and no record is dropped silently.
+"""Sends a worker's facts and derived records. The producer's queue is bounded. No closing fact and no derived record is
+dropped silently; a `JobStarted`, a progress fact or the renewal of a job lease may be lost.
 
 Any thread may send. Delivery callbacks run in the thread that polls. While the event loop is busy, it polls, because
 each callback acquires the interpreter lock, and a separate polling thread would compete with the event loop for that
@@ -48,7 +49,7 @@ class WorkerProducer:
         self._fatal: KafkaError | None = None
         self._names, self._linger_ms = names, linger_ms
         self._producer = producer(producer_config(settings, linger_ms=linger_ms, auth_monitor=self._auth_monitor))
-        self._alone: Producer | None = None
+        self._single_record_producer: Producer | None = None
         #: `time.monotonic` of the last poll.
         self.polled_at = 0.0
         self.clock = BrokerClock()
@@ -70,23 +71,24 @@ class WorkerProducer:
         self._producer.produce(topic, self._framing.framed(topic, value), key, partition, on_delivery)
 
     def _publish(self, key: str) -> None:
-        self.first(self._schemas, codec.SCHEMA_TEXT.encode(), key, WAIT_S)
+        self.send_and_wait(self._schemas, codec.SCHEMA_TEXT.encode(), key, WAIT_S)
 
     def prepare(self, topics: Iterable[str]) -> None:
-        """Publish this version's schema and wait for the acknowledgement. Then limit the size of batches to what the
-        topics accept, and with a Schema Registry register the schema for ``topics``.
+        """Limit the size of batches to what the topics accept. Then publish this version's schema and wait for the
+        acknowledgement, and with a Schema Registry register the schema for ``topics``.
 
-        This blocks, so call it at the start, before any other record is sent. Raises what `first` raises,
+        This blocks, so call it at the start, before any other record is sent. Raises what `send_and_wait` raises,
         `RegistryUnavailable`, `SchemaRefused` and `ConfigError`.
         """
-        self._publish(codec.FINGERPRINT.hex())
         room = batch_room(self._settings, self._names)
         if room is not None:
             conf = producer_config(
                 self._settings, linger_ms=self._linger_ms, auth_monitor=self._auth_monitor, batch=room
             )
-            self._producer = producer(conf)
+            unused, self._producer = self._producer, producer(conf)
             self.produce = self._entry()
+            _close(unused)
+        self._publish(codec.FINGERPRINT.hex())
         if self._framing is not None:
             self._framing.prepare(topics)
 
@@ -128,18 +130,18 @@ class WorkerProducer:
         A second producer sends the record, so its order relative to other records is not defined. Does not wait. Raises
         what `send` raises.
         """
-        if self._alone is None:
+        if self._single_record_producer is None:
             conf = producer_config(self._settings, auth_monitor=self._auth_monitor)
-            self._alone = producer({**conf, "batch.num.messages": 1})
+            self._single_record_producer = producer({**conf, "batch.num.messages": 1})
         try:
             framed = value if self._framing is None else self._framing.framed(topic, value)
-            self._alone.produce(topic, framed, key, partition, delivered)
+            self._single_record_producer.produce(topic, framed, key, partition, delivered)
         except BufferError:
             raise BrokerUnavailable(f"the send queue for single records is full: {topic} accepts no records") from None
         except KafkaException as exc:
             raise self.failed(exc.args[0], topic) from exc
 
-    def first(self, topic: str, value: bytes, key: str, timeout: float) -> None:
+    def send_and_wait(self, topic: str, value: bytes, key: str, timeout: float) -> None:
         """Send a record and wait for its acknowledgement. After that the producer has its id and its connections.
 
         Without this first record, the jobs of the first second would run long before any of their facts is in the log,
@@ -183,8 +185,8 @@ class WorkerProducer:
         self.polled_at = time.monotonic()
         try:
             self._producer.poll(timeout)
-            if self._alone is not None:
-                self._alone.poll(0.0)
+            if self._single_record_producer is not None:
+                self._single_record_producer.poll(0.0)
         except KafkaException as exc:
             self._fatal = exc.args[0]
 
@@ -199,20 +201,25 @@ class WorkerProducer:
     @property
     def unacknowledged(self) -> int:
         """The number of sent records whose delivery callback has not run."""
-        return len(self._producer) + (0 if self._alone is None else len(self._alone))
+        return len(self._producer) + (0 if self._single_record_producer is None else len(self._single_record_producer))
 
     def flush(self, timeout: float) -> int:
         """Wait for acknowledgements, up to ``timeout`` seconds for each of the two producers. Return the number of
         missing acknowledgements."""
         left = self._producer.flush(timeout)
-        return left + (0 if self._alone is None else self._alone.flush(timeout))
+        return left + (0 if self._single_record_producer is None else self._single_record_producer.flush(timeout))
 
     def close(self) -> None:
         """Drop unsent records and close the connections. Unsent records are dropped because closing must not wait for a
         broker that is not available."""
-        for each in (self._producer, self._alone):
+        for each in (self._producer, self._single_record_producer):
             if each is not None:
-                with suppress(KafkaException):  # the producer has failed permanently
-                    each.purge()
-                    each.flush(1.0)
-                    each.close()
+                _close(each)
+
+
+def _close(unneeded: Producer) -> None:
+    """Drop the unsent records of a producer and close its connections."""
+    with suppress(KafkaException):  # the producer has failed permanently
+        unneeded.purge()
+        unneeded.flush(1.0)
+        unneeded.close()

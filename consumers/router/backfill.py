@@ -117,8 +117,8 @@ class Backfill:
         self.topic = self.handler.event.topic
         self._lookup = SchemaLookup(settings, self.names)
         writer = source("backfill")
-        facts = WorkerEvents(registry, writer, settings.max_record_bytes)
-        self._routes = Routes(registry, facts, writer, [self.handler], self._lookup)
+        event_builder = WorkerEvents(registry, writer, settings.max_record_bytes)
+        self._routes = Routes(registry, event_builder, writer, [self.handler], self._lookup)
         self.progress = BackfillProgress()
         self._group = self.names.backfill_group(plan.handler)
         self._conf = consumer_config(settings, group=self._group)
@@ -182,12 +182,12 @@ class Backfill:
         check_connection(self.settings)
         consumer, sender = make_consumer(self._conf), WorkerProducer(self.settings, self.names, 1.0)
         try:
-            work = self.names.jobs(lane(self.handler.task.queue, self.handler.task.policy.priority))
-            acls.check(self.settings, self.names.namespace, [self.topic, work, self.names.schemas])
+            work_topic = self.names.jobs(lane(self.handler.task.queue, self.handler.task.policy.priority))
+            acls.check(self.settings, self.names.namespace, [self.topic, work_topic, self.names.schemas])
             check_classes([self.handler.event], self._lookup.all())
             if not self.plan.dry_run:
-                partitions_of(self.settings, work)
-                sender.prepare([work])
+                partitions_of(self.settings, work_topic)
+                sender.prepare([work_topic])
             ranges = self._ranges(consumer)
             self.progress.total = sum(r.end - r.begin for r in ranges.values())
             self.progress.passed = sum(r.at - r.begin for r in ranges.values())
@@ -223,7 +223,7 @@ class Backfill:
             if not self.plan.dry_run:
                 self._save(consumer, ranges, at)
             tell(self.progress)
-            if stop.wait(pace.wait_for(len(chunk))):
+            if stop.wait(pace.pause_after(len(chunk))):
                 return
         if stop.is_set():
             return
@@ -310,7 +310,7 @@ class _Pace:
     def __init__(self, rate: float | None) -> None:
         self._rate, self._next = rate, time.monotonic()
 
-    def wait_for(self, count: int) -> float:
+    def pause_after(self, count: int) -> float:
         if self._rate is None:
             return 0.0
         now = time.monotonic()

@@ -59,17 +59,19 @@ START_TIMEOUT_S = 30.0
 
 
 class Routes:
-    """Builds the jobs of an event's handlers. Pure, except that unknown schemas are looked up in ``schemas``."""
+    """Builds the jobs of an event's handlers. Sends nothing. Looks up unknown schemas in ``schemas`` and reads the
+    clock."""
 
     def __init__(
         self,
         registry: TaskRegistry,
-        facts: WorkerEvents,
+        event_builder: WorkerEvents,
         writer: str,
         handlers: Iterable[Handler],
         schemas: SchemaLookup,
     ) -> None:
-        self._names, self._facts, self._source, self._schemas = registry.names, facts, writer, schemas
+        self._names, self._source, self._schemas = registry.names, writer, schemas
+        self._event_builder = event_builder
         self._by_topic: dict[str, tuple[EventType, list[Handler]]] = {}
         for handler in handlers:
             self._by_topic.setdefault(handler.event.topic, (handler.event, []))[1].append(handler)
@@ -116,7 +118,7 @@ class Routes:
     def rejected(self, message: Message, why: str) -> Outgoing:
         """Build the dead letter of a record that is rejected because of ``why``. Too large keys and values are cut."""
         key, value = message.key(), message.value()
-        return self._facts.rejected(
+        return self._event_builder.rejected(
             message.topic() or "",
             message.partition() or 0,
             message.offset() or 0,
@@ -210,8 +212,8 @@ class Router:
             )
         self._lookup = SchemaLookup(settings, self.names)
         writer = source("router")
-        facts = WorkerEvents(registry, writer, settings.max_record_bytes)
-        self.routes = Routes(registry, facts, writer, self._handlers, self._lookup)
+        event_builder = WorkerEvents(registry, writer, settings.max_record_bytes)
+        self.routes = Routes(registry, event_builder, writer, self._handlers, self._lookup)
         self._auth_monitor = AuthMonitor(settings)
         self._address = settings.bootstrap or "the embedded broker"
         self._from_end = {handler.event.topic for handler in self._handlers if handler.event.start == "latest"}

@@ -1,7 +1,7 @@
 """Runs the code of jobs, coroutines on the event loop and plain functions in a pool of threads.
 
-`Placement` decides where and when a job's code runs; this module handles one job at a time, and passes what the code
-returned or raised to `Recorder`.
+`Placement` decides where and when a job's code runs. Each call here is about one job. What its code returned or raised
+is passed to `Recorder`.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _monotonic = time.monotonic
 class Executor:
     """Runs the code of a `JobRun`, records what it returns or raises, and reports that the job has ended."""
 
-    def __init__(self, recorder: Recorder, running: RunningJobs, reports: Reports) -> None:
-        self._recorder, self._running, self._reports = recorder, running, reports
+    def __init__(self, recorder: Recorder, running_jobs: RunningJobs, reports: Reports) -> None:
+        self._recorder, self._running_jobs, self._reports = recorder, running_jobs, reports
         self.interrupts = Interrupts()
-        self.due: JobRun | None = None  # the job whose coroutine blocks the loop beyond its time limit
+        self.overdue_on_loop: JobRun | None = None  # the job whose coroutine blocks the loop beyond its time limit
         self._queue: queue.SimpleQueue[JobRun | None] = queue.SimpleQueue()
         self._depth = forks.depth
         self._threads: list[threading.Thread] = []
@@ -63,7 +63,8 @@ class Executor:
                 else:
                     async with asyncio.timeout(limit) as clock:
                         value = await runtime.fn(**work.kwargs)
-                        if self.due is work and _monotonic() - work.began >= limit:  # the blocked loop's timer is late
+                        # The timer of a blocked loop is late.
+                        if self.overdue_on_loop is work and _monotonic() - work.began >= limit:
                             work.interrupted = TaskTimedOut
                             raise TaskTimedOut
             except BaseException as error:  # noqa: BLE001  # SystemExit and cancellations end only the job
@@ -98,12 +99,12 @@ class Executor:
         self._queue.put(work)
 
     def close(self) -> None:
-        """Tell idle threads to end."""
+        """Tell the threads to end, after the jobs that they were given."""
         for _ in self._threads:
             self._queue.put(None)
 
     def _may_begin(self, work: JobRun) -> bool:
-        if self._running.may_begin(work):
+        if self._running_jobs.may_begin(work):
             return True
         work.handle = None
         self._reports.ask(Asked.UNCERTAIN, work)
@@ -140,7 +141,7 @@ class Executor:
         try:
             self._recorder.close_with(work, Failed("never", error_info(broken)))
         except BaseException as exc:  # noqa: BLE001  # as in `close_with`
-            self._recorder.broken(work, exc)
+            self._recorder.fail_unwritten(work, exc)
 
     def late(self, work: JobRun) -> None:
         """Interrupt a function in a thread, because the function's time limit is over."""

@@ -74,7 +74,7 @@ class HookRunner(threading.Thread):
                     MOST,
                     hooks[0].description,
                 )
-            self.dropped += 1
+            self.dropped += len(hooks)
             return
         job = self._context_of(work, reports=False)
         info = outcome.error

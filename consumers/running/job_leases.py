@@ -40,7 +40,8 @@ class JobLeases:
     It asks the dispatcher through ``reports``."""
 
     def __init__(self, sender: WorkerProducer, recorder: Recorder, reports: Reports) -> None:
-        self._facts, self._names, self._sender = recorder.facts, recorder.facts.names, sender
+        self._event_builder, self._sender = recorder.event_builder, sender
+        self._names = recorder.event_builder.names
         self._recorder, self._reports, self._calls = recorder, reports, reports.calls
         self._held: dict[JobRun, JobLease] = {}
         self._ticking: asyncio.TimerHandle | None = None
@@ -64,9 +65,9 @@ class JobLeases:
         self._held[work] = lease
         work.remaining = 2
         lease_ms = round(seconds * 1000)
-        value = codec.encode(self._facts.event(event, JobLeased(self._facts.source, lease_ms)))
-        self._sender.send(self._names.lifecycle, value, event.job_id, work.partition.number, work.closing_delivered)
-        record = self._facts.leased(event, self._facts.source, lease_ms)
+        value = codec.encode(self._event_builder.event(event, JobLeased(self._event_builder.source, lease_ms)))
+        self._sender.send(self._names.lifecycle, value, event.job_id, work.partition.number, work.settling_delivered)
+        record = self._event_builder.leased(event, self._event_builder.source, lease_ms)
         assert record.value is not None
         self._sender.send(record.topic, record.value, record.key, BY_KEY, work.derived_delivered)
         if self._ticking is None:
@@ -116,7 +117,7 @@ class JobLeases:
     ) -> None:
         event = work.event
         assert event is not None
-        value = codec.encode(self._facts.event(event, LeaseRenewed(self._facts.source, lease_ms)))
+        value = codec.encode(self._event_builder.event(event, LeaseRenewed(self._event_builder.source, lease_ms)))
         try:
             self._sender.send(self._names.coordination, value, event.home or event.job_id, BY_KEY, delivered)
         except (JobledgerError, KafkaException, BufferError) as exc:  # retried after a third of the lease
@@ -149,7 +150,7 @@ class JobLeases:
 
     # -- closing ------------------------------------------------------------------------------------------------------
 
-    def close(self, work: JobRun, value: bytes, before: list[Outgoing]) -> None:
+    def send_outcome(self, work: JobRun, value: bytes, before: list[Outgoing]) -> None:
         """Send the job's outcome, encoded in ``value``, to the coordinator, after the records ``before`` are
         acknowledged. The lease is renewed until the outcome is acknowledged. Any thread. Raises what
         `WorkerProducer.send` raises."""
@@ -157,7 +158,7 @@ class JobLeases:
         assert lease is not None
         lease.closing = True
         if not before:
-            self._send_close(work, value)
+            self._send_to_coordinator(work, value)
             return
         left = [len(before)]
 
@@ -167,20 +168,24 @@ class JobLeases:
                 return
             left[0] -= 1
             if not left[0]:
-                self._calls.call(self._send_close, work, value)
+                self._calls.call(self._send_to_coordinator, work, value)
 
         for record in before:
             assert record.value is not None
             self._sender.send(record.topic, record.value, record.key, BY_KEY, written)
 
-    def _send_close(self, work: JobRun, value: bytes) -> None:
+    def _send_to_coordinator(self, work: JobRun, value: bytes) -> None:
         event = work.event
         assert event is not None
         self._sender.send(
-            self._names.coordination, value, event.home or event.job_id, BY_KEY, partial(self._closed, work, value)
+            self._names.coordination,
+            value,
+            event.home or event.job_id,
+            BY_KEY,
+            partial(self._outcome_delivered, work, value),
         )
 
-    def _closed(self, work: JobRun, value: bytes, error: KafkaError | None, message: Message) -> None:
+    def _outcome_delivered(self, work: JobRun, value: bytes, error: KafkaError | None, message: Message) -> None:
         """Handle the delivery of the outcome. Any thread."""
         lease = work.lease
         assert lease is not None
@@ -194,7 +199,7 @@ class JobLeases:
             self._failed(f"the outcome of {_name(work)}", error, self._names.coordination)
         else:
             lease.tries += 1
-            self._calls.call(self._send_close, work, value)
+            self._calls.call(self._send_to_coordinator, work, value)
 
     def _failed(self, what: str, error: KafkaError, topic: str) -> None:
         refused = self._sender.failed(error, topic)
@@ -203,12 +208,12 @@ class JobLeases:
         else:
             self._calls.fail(
                 BrokerUnavailable(
-                    f"{what} could not be written ({error.str()}); its lease ends by itself, and another worker runs the job "
-                    "again"
+                    f"{what} could not be written ({error.str()}); the job's lease ends by itself, and another worker "
+                    "runs the job again"
                 )
             )
 
-    def close_all(self) -> None:
+    def give_back_all(self) -> None:
         """Give back the leases of jobs without an outcome, and stop renewing leases, because the worker ends."""
         if self._ticking is not None:
             self._ticking.cancel()

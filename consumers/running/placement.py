@@ -41,7 +41,7 @@ CRASHES = 3
 UNSEEN_CRASHES = 10
 #: Number of starts without an outcome from which on suspects run one at a time. If the operating system kills a worker
 #: and its child processes together, to free memory, each job that ran there seems to be the cause.
-ALONE_FROM = 3
+ONE_AT_A_TIME_FROM = 3
 #: Number of suspects that run at once, each in an additional child process.
 SUSPECTS = 16
 #: Seconds until the worker checks again whether a job is still its own.
@@ -63,17 +63,19 @@ class Placement:
         self,
         executor: Executor,
         recorder: Recorder,
-        running: RunningJobs,
+        running_jobs: RunningJobs,
         tasks: TaskTable,
         children: ChildSettings | None,
         reports: Reports,
     ) -> None:
-        self.executor, self._recorder, self._running = executor, recorder, running
+        self.executor, self._recorder, self._running_jobs = executor, recorder, running_jobs
         self._reports, self._calls = reports, reports.calls
-        self._threads, self._processes = tasks.threads, tasks.processes
-        self._alone = Slots("alone", 1)  # see `ALONE_FROM`
+        self._thread_slots, self._child_slots = tasks.threads, tasks.children
+        self._one_at_a_time = Slots("one at a time", 1)  # see `ONE_AT_A_TIME_FROM`
         self._suspects = Slots("suspects", SUSPECTS)
-        self.slots_by_name = {r.name: r for r in (self._threads, self._processes, self._alone, self._suspects)}
+        self.slots_by_name = {
+            slots.name: slots for slots in (self._thread_slots, self._child_slots, self._one_at_a_time, self._suspects)
+        }
         self.children = None if children is None else ChildPool(children, self)
         #: Each job's context is a copy of this one, because a job must not see variables that another job has set.
         self._base = contextvars.copy_context()
@@ -81,13 +83,13 @@ class Placement:
     @property
     def _usable(self) -> bool:
         """Whether child processes are available."""
-        return self.children is not None and self.children.broken is None
+        return self.children is not None and self.children.start_error is None
 
     def slots_of(self, work: JobRun, runtime: TaskRuntime) -> Slots | None:
         """Return the slots in which the job's code must run. None: the code runs on the event loop, which has no limit
         of its own."""
         if work.suspect and self._usable:
-            return self._alone if work.starts_before >= ALONE_FROM else self._suspects
+            return self._one_at_a_time if work.starts_before >= ONE_AT_A_TIME_FROM else self._suspects
         return runtime.slots
 
     def crashed(self, starts: int) -> Failed | None:
@@ -111,54 +113,54 @@ class Placement:
         code of a suspect waits for the acknowledgement, so that a later owner finds the start.
         """
         if work.suspect:
-            work.waiting, work.noted = True, self._start_noted
+            work.waiting, work.on_continuing_fact = True, self._start_acknowledged
             self._recorder.started(work, at_us, partial(self._start_delivered, work))
             return
         self._recorder.started(work, at_us)
-        if work.slots is None:
+        if work.slots is None:  # as in `run_code`, but without a call: this is done for each job
             work.handle = self._calls.loop.create_task(self.executor.run(work), context=self._base.copy())
         else:
-            self.go(work)
+            self.run_code(work)
 
     def _start_delivered(self, work: JobRun, error: KafkaError | None, message: Message) -> None:
         """Handle the delivery of a suspect's `JobStarted`. Any thread. Request that all reports are taken soon,
         because reports are taken in order."""
-        work.noted_delivered(error, message)
+        work.continuing_delivered(error, message)
         self._reports.drain_soon()
 
-    def _start_noted(self, work: JobRun) -> None:
+    def _start_acknowledged(self, work: JobRun) -> None:
         """Run a suspect's code: the suspect's start is in the log. Called in the thread that takes the delivery
         report."""
-        self._calls.call(self.go, work)
+        self._calls.call(self.run_code, work)
 
-    def go(self, work: JobRun) -> None:
+    def run_code(self, work: JobRun) -> None:
         """Run the code of a job that was begun. A suspect, or a job that has waited for a child process, runs only if
         the job is still this worker's."""
         runtime, slots = work.runtime, work.slots
         assert runtime is not None
-        if slots is not None and slots is not self._threads:
+        if slots is not None and slots is not self._thread_slots:
             assert self.children is not None
             self.children.run(work)
-        elif work.suspect and not self.take(work):
+        elif work.suspect and not self.may_run_now(work):
             return
         elif slots is None:
             work.handle = self._calls.loop.create_task(self.executor.run(work), context=self._base.copy())
-        elif slots is self._threads:
+        elif slots is self._thread_slots:
             if runtime.task.timeout is not None:
                 work.timer = self._calls.loop.call_later(runtime.task.timeout, self.executor.late, work)
             self.executor.submit(work)
 
-    def take(self, work: JobRun) -> bool:
+    def may_run_now(self, work: JobRun) -> bool:
         """Return whether the code of a job may run now, after the job has waited for a child process or for the
         acknowledgement of its start."""
         lease = work.lease or work.partition.lease
-        if (  # if none of these is true, the job may start; else `_may_start` decides
+        if (  # if none of these is true, the job may start; else `_clear_to_start` decides
             work.suspect
             or work.abandoned
             or work.partition.gone
             or work.stop_outcome is not None
             or _monotonic() > lease.until
-        ) and not self._may_start(work, self.go):
+        ) and not self._clear_to_start(work, self.run_code):
             return False
         if work.suspect:
             work.waiting = work.partition.taking = False
@@ -174,22 +176,22 @@ class Placement:
         work.interrupted = None  # a timer may have fired while the process was paused
         if work.suspect:
             work.waiting = True  # a handover need not wait for this job
-            self.go(work)
-        elif self._may_start(work, self.begin_later):
+            self.run_code(work)
+        elif self._clear_to_start(work, self.begin_later):
             work.began = _monotonic()  # the pause does not count as running time
-            self.go(work)
+            self.run_code(work)
 
-    def _may_start(self, work: JobRun, again: Callable[[JobRun], None]) -> bool:
-        """Return whether a job that waited may start now.
+    def _clear_to_start(self, work: JobRun, again: Callable[[JobRun], None]) -> bool:
+        """Return whether the job may start; otherwise drop it, close it or try again later.
 
-        A job that this worker may not run any more is dropped. A job that was cancelled while it waited is closed. If it is
-        not known whether the job is still this worker's, because the worker was paused or has lost the broker,
+        A job that this worker may not run any more is dropped. A job that was cancelled while it waited is closed. If
+        it is not known whether the job is still this worker's, because the worker was paused or has lost the broker,
         ``again(work)`` is called after `AGAIN_S` seconds. For a suspect without a job lease, True also claims the right
         to take records (`Partition.begin_taking`), because the suspect's partition may be handed over at any time.
         """
-        if work.abandoned or not self._running.ours(work):
+        if work.abandoned or not self._running_jobs.ours(work):
             self._drop(work)
-        elif not self._running.partition_certain(work):
+        elif not self._running_jobs.partition_certain(work):
             self._calls.later(AGAIN_S, again, work)
         elif work.stop_outcome is not None:  # cancelled while it waited
             self._recorder.close_with(work, work.stop_outcome)
@@ -203,7 +205,7 @@ class Placement:
     def _drop(self, work: JobRun) -> None:
         """Leave a job to its next owner: free the job's slots, and give back its job lease."""
         if work.lease is not None:
-            work.lease.leases.give_back(work)
+            work.lease.keeper.give_back(work)
         work.abandoned = True  # the job has no outcome; without this mark, that would count as a success
         self._reports.ended(work)
 
@@ -211,7 +213,7 @@ class Placement:
         """Drop the jobs that wait for a child process and are no longer this worker's, because partitions were given up
         or the worker takes no more jobs."""
         if self.children is not None:
-            for work in self.children.forget(lambda work: not self._running.ours(work)):
+            for work in self.children.forget(lambda work: not self._running_jobs.ours(work)):
                 self._drop(work)
 
     # -- reports from children ----------------------------------------------------------------------------------------
@@ -261,7 +263,7 @@ class Placement:
         elif blamed and work.starts_before >= CRASHES:
             self._recorder.close_with(work, Failed("crashed", error))
             self._reports.ended(work)
-        elif runtime.slots is self._processes and not self._usable:
+        elif runtime.slots is self._child_slots and not self._usable:
             self._drop(work)  # the job's next owner finds the starts in the log
         else:
             if not self._usable:
@@ -274,11 +276,11 @@ class Placement:
     def _start_again(self, text: str, work: JobRun) -> None:
         """Start a job again whose process died, if the job is still this worker's. If not, the job's next owner finds
         the starts in the log. ``text``: the message to log."""
-        if self._may_start(work, partial(self._start_again, text)):
+        if self._clear_to_start(work, partial(self._start_again, text)):
             LOG.warning("%s", text)
             work.began = _monotonic()
             work.context = context_of(work)
-            self._running.begun += 1
+            self._running_jobs.begun += 1
             try:
                 self.begin_code(work, now_us())
             finally:

@@ -3,8 +3,9 @@ this worker cannot judge.
 
 Runs on the event loop; only `SchemaResolver` has a thread. Before anything else is done with a message, the partition's
 offset tracker receives its offset, in the order of the log. From then on, the record is marked as done only when the
-records that close its release are acknowledged. Exceptions are duplicates, and releases that the log settles already
-and from which no record derives: these are marked as done at once.
+records that docs/glossary.md names under *work record* are acknowledged: the closing fact of its release and what
+derives from it; for a long job that was started, `JobLeased` and `Leased`; for a rejected record, its dead letter.
+Duplicates, and releases that the log settles already and from which no record derives, are marked as done at once.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Counts:
     """Counts duplicates, releases that the log had settled, and rejected records, for metrics and the health report."""
 
     duplicates: int = 0
-    found_closed: int = 0
+    found_settled: int = 0
     rejected: int = 0
 
 
@@ -167,7 +168,7 @@ class Admission:
             self.reject(partition, message, _why_no_job(event), fresh)
             return
         key = release_key(event.job_id, event.run, event.release)
-        prior_fact = prior.closed.pop(key, None) if prior.closed else None
+        prior_fact = prior.settled.pop(key, None) if prior.settled else None
         if not partition.memory.add(key):
             self.counts.duplicates += 1
             if fresh:
@@ -193,7 +194,7 @@ class Admission:
         work.appended = appended
         partition.live[offset] = work
         if prior_fact is not None:
-            self._settle_prior(work, prior_fact)
+            self._resend_for_settled(work, prior_fact)
             return
         if prior.scanned_to:
             _note_starts(work, prior.starts.pop(key, 0))
@@ -213,7 +214,7 @@ class Admission:
             self._recorder.close_with(work, crashed)
             return
         if runtime is None:
-            self._recorder.close_with(work, self._tasks.unknown(event))
+            self._recorder.close_with(work, self._tasks.unknown_task_outcome(event))
             return
         if lane.fair_by is not None:
             self._wait_queues.wait_for_gate(work, runtime, _of_tenant(tenant, runtime), now, tenant)
@@ -255,16 +256,16 @@ class Admission:
         self._wait_queues.add_parked(partition, identity, one, serial=event.key is not None, tenant=tenant)
         return True
 
-    def _settle_prior(self, work: JobRun, prior_fact: PriorFact) -> None:
+    def _resend_for_settled(self, work: JobRun, prior_fact: PriorFact) -> None:
         """Send the records again that derive from ``prior_fact``, the fact with which the log settles the release
         already. The job is not run."""
-        self.counts.found_closed += 1
+        self.counts.found_settled += 1
         event = work.event
         assert event is not None
         fact = prior_fact.fact
         if isinstance(fact, JobLeased):
             self._recorder.resend(
-                work, [self._recorder.facts.leased(event, fact.worker, fact.lease_ms)], prior_fact.offset
+                work, [self._recorder.event_builder.leased(event, fact.worker, fact.lease_ms)], prior_fact.offset
             )
             return
         outcome: Outcome = Succeeded()
@@ -275,7 +276,7 @@ class Admission:
         elif isinstance(fact, JobSnoozed):
             tags: Mapping[str, str] | None = None
             if fact.reason == "unknown-task":
-                again = self._tasks.unknown(event, jitter=0.0)
+                again = self._tasks.unknown_task_outcome(event, jitter=0.0)
                 tags = again.tags if isinstance(again, Snoozed) else None
             outcome = Snoozed(fact.delay_ms, fact.reason, tags)
             due_at = later(prior_fact.appended_ms, fact.delay_ms)
@@ -315,14 +316,14 @@ def _why_no_job(event: JobEvent) -> str:
 
 
 def _note_starts(work: JobRun, starts: int) -> None:
-    """Note what the takeover's scan found about a job: how often its release was started without an outcome (``starts``), and
-    whether it may have ended the last owner."""
+    """Note what the takeover's scan found about a job: how often its release was started without an outcome
+    (``starts``), and whether it may have ended the last owner."""
     partition, offset = work.partition, work.offset
     work.starts_before = starts
     work.suspect = starts > 0 or offset < partition.prior.suspect_below
     if starts and partition.offsets is not None:
         with partition.lock:  # the next owner must find these starts until a new start counts them
-            partition.offsets.note(offset, partition.prior.floor)
+            partition.offsets.continues_from(offset, partition.prior.floor)
 
 
 def _of_tenant(tenant: str, runtime: TaskRuntime) -> tuple[str, ...]:

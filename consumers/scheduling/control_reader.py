@@ -22,7 +22,7 @@ from jobledger.kafka.clients import PASSING, consumer, consumer_config, translat
 from jobledger.kafka.topic_names import Names
 from jobledger.log.schema_lookup import decoder
 from jobledger.process.logger import get_logger
-from jobledger.schemas.events import CancelRequested, QueueLimited, QueuePaused, QueueResumed
+from jobledger.schemas.events import CancelRequested, JobEvent, QueueLimited, QueuePaused, QueueResumed
 
 LOG = get_logger("jobledger.worker")
 
@@ -41,18 +41,14 @@ class Control:
         self.limits: dict[tuple[str, str], Limits] = {}
         self._keys: dict[str, tuple[str, tuple[str, int] | tuple[str, str]]] = {}
 
-    def apply(self, key: str, event_of: Callable[[], object] | None) -> tuple[str, int] | str | None:
-        """Apply one record. ``event_of()``: return the record's event; None stands for a tombstone. Return what the
-        record changed: a job's (id, run) for a cancel, ``"gates"`` for a pause or limit, or None. Raises what
-        ``event_of`` raises."""
-        if event_of is None:
+    def apply(self, key: str, event: JobEvent | None) -> tuple[str, int] | str | None:
+        """Apply one record. ``event``: the record's event; None stands for a tombstone. Return what the record changed:
+        a job's (id, run) for a cancel, ``"gates"`` for a pause or limit, or None."""
+        if event is None:
             return self._revoked(key)
-        event = event_of()
-        fact = event.fact  # type: ignore[attr-defined]  # an event, as decoders return it
-        job = (event.job_id, event.run)  # type: ignore[attr-defined]  # as above
-        queue, task = event.queue, event.task  # type: ignore[attr-defined]  # as above
-        target = ("queue", queue) if queue else ("task", task)
-        match fact:
+        job = (event.job_id, event.run)
+        target = ("queue", event.queue) if event.queue else ("task", event.task)
+        match event.fact:
             case CancelRequested(by=by, reason=reason):
                 self.cancels[job] = Cancelled(by, reason)
                 self._keys[key] = ("cancels", job)
@@ -164,16 +160,14 @@ class ControlReader(threading.Thread):
         key, value = message.key(), message.value()
         name = key.decode(errors="replace") if isinstance(key, bytes) else str(key or "")
         try:
-            changed = self.control.apply(
-                name,
-                None if value is None else lambda: self._decoder.decode(value if isinstance(value, bytes) else None),
-            )
+            event = None if value is None else self._decoder.decode(value if isinstance(value, bytes) else None)
         except RegistryNeeded as exc:
             raise JobledgerError(f"{self._topic}@{message.offset()}: {exc}") from exc
         except SchemaError as exc:
             # A restart could not read this command either: log the error and continue.
             LOG.error("%s@%s is not a command that this worker can read: %s", self._topic, message.offset(), exc)
             return
+        changed = self.control.apply(name, event)
         if changed == "gates":
             self._regated()
         elif isinstance(changed, tuple):

@@ -24,10 +24,10 @@ from jobledger.process.logger import get_logger
 
 LOG = get_logger("jobledger.worker")
 
-#: Records taken from one partition before the next partition's turn.
+#: Maximum number of records taken from one partition before the next partition's turn.
 SLICE = 16
-#: In one call of `_pump`: records taken into the wait queues of each fair lane, and records and waiting jobs taken from
-#: all lanes. Jobs that wait for a slot are not counted.
+#: Maximum numbers in one call of `_pump`: of records taken into the wait queues of each fair lane, and of records and
+#: waiting jobs taken from all lanes. Jobs that wait for a slot are not counted.
 BUDGET = 64
 
 #: Seconds until the number of unacknowledged records is checked again.
@@ -73,7 +73,7 @@ class Dispatcher:
             pipe.placement,
             pipe.admission,
         )
-        self._running, self.running = pipe.running, pipe.running.jobs
+        self.running_jobs = pipe.running
         self.fetchers: list[Fetcher] = []
         self.needs_tick = False
         self._aged_at = self._first_at = 0.0
@@ -98,7 +98,7 @@ class Dispatcher:
         for fetcher in self.fetchers:
             fetcher.committer.check(now)
         self.starter.clock_ahead_ms = self._sender.clock.ms() - time.time() * 1000
-        for work in list(self.running):
+        for work in list(self.running_jobs.jobs):
             if work.unsent is not None:
                 work.flush_progress(now)
         if self.needs_tick:
@@ -120,11 +120,11 @@ class Dispatcher:
         # and does not see the partitions.
         self.wake()
 
-    def ended(self, partitions: list[Partition]) -> None:
+    def no_longer_owned(self, partitions: list[Partition]) -> None:
         """Stop serving partitions that are no longer owned; their running jobs continue. Any thread."""
-        self.call(self._lost, set(partitions))
+        self.call(self._forget, set(partitions))
 
-    def _lost(self, gone: set[Partition]) -> None:
+    def _forget(self, gone: set[Partition]) -> None:
         self.wait_queues.forget(gone)
         for topic in {partition.topic for partition in gone}:
             self._lanes.by_topic[topic].forget({p for p in gone if p.topic == topic})
@@ -139,7 +139,7 @@ class Dispatcher:
 
     def cancelled(self, job_id: str, run: int, outcome: Cancelled) -> None:
         """Ask a job to end if this worker runs it, because its cancellation was requested."""
-        for work in list(self.running):
+        for work in list(self.running_jobs.jobs):
             event = work.event
             if event is None or event.job_id != job_id or event.run != run:
                 continue
@@ -156,7 +156,7 @@ class Dispatcher:
 
     def _count_running(self) -> None:
         """Let the limits count the jobs that began while their queue or task had no limits and no pause."""
-        for work in self.running:
+        for work in self.running_jobs.jobs:
             assert work.runtime is not None
             for limiter in (self._lanes.by_topic[work.partition.topic].limiter, work.runtime.limiter):
                 if limiter.active and limiter not in work.gates:
@@ -176,37 +176,38 @@ class Dispatcher:
             self._decide()
         if not self._polling:
             self._poll_later()
-        if not self._running.accepting:
-            if not self.running:
+        running_jobs = self.running_jobs
+        if not running_jobs.accepting:
+            if not running_jobs.jobs:
                 self.idle.set()
             return
         if self.wait_queues.awaited:
             self.wait_queues.release_opened()
-        begun = self.pipe.slot_queues.start()
-        begun += self._take_turns(BUDGET)
+        handled = self.pipe.slot_queues.start()
+        handled += self._take_turns()
         # Records whose jobs are not run take no slot, so no end of a job would schedule `_pump` for the records after
         # them.
-        if begun and (self._lanes.fair or len(self.running) < self._running.concurrency):
+        if handled and (self._lanes.fair or len(running_jobs.jobs) < running_jobs.concurrency):
             self._reports.wake_soon()
-        if self.wait_queues.unacknowledged and not begun and not self.running:
+        if self.wait_queues.awaiting_acknowledgement and not handled and not running_jobs.jobs:
             self._ack_tracker.hurry()  # no other job can begin before an acknowledgement arrives
         for fetcher in self.fetchers:
             fetcher.taken()
 
     def _take_ended(self) -> None:
         """Free the slots of jobs that have ended, and end the turn of keys whose last fact is acknowledged."""
-        finished, acknowledged = self._reports.finished, self._reports.acknowledged
-        keys_waited = bool(self.wait_queues.unacknowledged)
+        finished, acknowledged, jobs = self._reports.finished, self._reports.acknowledged, self.running_jobs.jobs
+        keys_waited = bool(self.wait_queues.awaiting_acknowledgement)
         while finished:
             work = finished.popleft()
-            del self.running[work]
+            del jobs[work]
             if work.slots is not None:
                 work.slots.running -= 1
             if work.timer is not None:
                 work.timer.cancel()
             if work.wait_queue is not None or work.gates:
                 self.wait_queues.left(work)
-        if self.wait_queues.unacknowledged and not keys_waited:
+        if self.wait_queues.awaiting_acknowledgement and not keys_waited:
             # `_take_reports` left the reports to the ack tracker. The report that a key waits for may be among them.
             self._ack_tracker.drain()
         while acknowledged:
@@ -233,19 +234,22 @@ class Dispatcher:
     def _poll_later(self) -> None:
         self._polling = bool(self._sender.unacknowledged)
         if self._polling:
-            seconds = KEY_POLL_S if self.wait_queues.unacknowledged else POLL_S
+            seconds = KEY_POLL_S if self.wait_queues.awaiting_acknowledgement else POLL_S
             self._calls.later(seconds, self._poll)
 
     def _take_reports(self) -> None:
         """Run the delivery callbacks that have arrived. While a key's next job waits for an acknowledgement, also take
         the delivery reports at once; otherwise the ack tracker takes them every 0.1 s."""
         self._sender.poll()
-        if self.wait_queues.unacknowledged:
+        if self.wait_queues.awaiting_acknowledgement:
             self._ack_tracker.drain()
 
-    def _take_turns(self, budget: int) -> int:
+    def _take_turns(self) -> int:
+        """Take records and begin waiting jobs within `BUDGET`, the lanes in turn. Return how many records and waiting
+        jobs were handled."""
         # A worker that has just started begins jobs no faster than its records are acknowledged.
-        began, now = self._running.begun, _monotonic()
+        running_jobs = self.running_jobs
+        began, now = running_jobs.begun, _monotonic()
         if not began:
             self._first_at = now
         room = unacknowledged_limit(began, now - self._first_at) - self._sender.unacknowledged
@@ -256,13 +260,13 @@ class Dispatcher:
             return 0
         filled = 0
         for lane in self._lanes.fair:
-            filled += self._fill(lane, budget)
-        free = min(self._running.concurrency - len(self.running), budget, room)
+            filled += self._fill(lane)
+        free = min(running_jobs.concurrency - len(running_jobs.jobs), BUDGET, room)
         if free <= 0:
             return filled
         lanes = self._lanes.all
         if len(lanes) == 1:
-            return filled + self._serve(lanes[0], free, SLICE)
+            return filled + self._serve(lanes[0], free)
         if now - self._aged_at > AGED_S:
             self._aged_at = now
             self._lanes.age(self._sender.clock.ms())
@@ -270,7 +274,7 @@ class Dispatcher:
         lanes = [lane for lane in lanes if lane.parts]
         while taken < free and lanes:
             turn = self._lanes.turns.next_of(lanes)
-            got = self._serve(turn, min(SLICE, free - taken), SLICE)
+            got = self._serve(turn, min(SLICE, free - taken))
             if got:
                 self._lanes.turns.took(turn, got)
                 taken += got
@@ -282,7 +286,7 @@ class Dispatcher:
         self._resting = False
         self.wake()
 
-    def _serve(self, lane: Lane, most: int, of_each: int) -> int:
+    def _serve(self, lane: Lane, most: int) -> int:
         """Begin up to ``most`` jobs of a lane: first the jobs of its wait queues, then the jobs of records that are
         taken from its partitions in turn. Return how many waiting jobs and records were handled."""
         limiter = lane.limiter
@@ -290,7 +294,7 @@ class Dispatcher:
             now = _monotonic()
             most = min(most, limiter.free(now))
             if most <= 0:
-                self._reports.wake_in(limiter.wait(now))
+                self._reports.wake_in(limiter.seconds_until_open(now))
                 return 0
         served = self.wait_queues.serve(lane, most) if lane.ready else 0
         if lane.fair_by is not None:
@@ -303,7 +307,7 @@ class Dispatcher:
                 break
             partition = parts[0]
             parts.rotate(-1)
-            got = self._take_slice(partition, min(of_each, most - served)) if partition.has_records else 0
+            got = self._take_slice(partition, min(SLICE, most - served)) if partition.has_records else 0
             if got:
                 empty = 0
                 served += got
@@ -311,15 +315,15 @@ class Dispatcher:
                 empty += 1
         return served
 
-    def _fill(self, lane: Lane, most: int) -> int:
-        """Take up to ``most`` records of a lane into the wait queues of their tenants, so that the tenants can take
+    def _fill(self, lane: Lane) -> int:
+        """Take up to `BUDGET` records of a lane into the wait queues of their tenants, so that the tenants can take
         turns. Return how many records were taken."""
         filled = 0
         for _ in range(len(lane.parts)):
             partition = lane.parts[0]
             lane.parts.rotate(-1)
-            while filled < most and partition.has_records:
-                got = self._take_slice(partition, min(SLICE, most - filled))
+            while filled < BUDGET and partition.has_records:
+                got = self._take_slice(partition, min(SLICE, BUDGET - filled))
                 if not got:
                     break
                 filled += got
@@ -372,7 +376,7 @@ class Dispatcher:
     def take_no_more(self) -> None:
         """Begin no more jobs. Forget the jobs that wait in wait queues, for a slot or for a child process, because they
         belong to the next owner."""
-        self._running.accepting = False
+        self.running_jobs.accepting = False
         self.placement.sweep()
         self.pipe.slot_queues.drop()
         self.wait_queues.drop_waiting()

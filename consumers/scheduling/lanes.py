@@ -1,9 +1,10 @@
 """Decides which wait queue of a lane, and which lane of a worker, is next. No Kafka, one thread.
 
-Most jobs wait in no wait queue: their record is taken from its partition, and the job is started. A job joins a wait
-queue only if another job of its key runs, its tenant's turn has not come, or a gate is closed. Among lanes, the next
-start goes to the lane that has had the fewest starts for its weight (stride scheduling: C. Waldspurger and W. Weihl,
-1995). A lane's weight grows while its records wait, so no lane starves.
+Most jobs wait in no wait queue: their record is taken from its partition, and the job is started. A job with a key or a
+tenant always joins a wait queue before it starts. Any other job joins one only if a gate of its task is closed, or jobs
+of its task wait already. Among lanes, the next start goes to the lane that has had the fewest starts for its weight
+(stride scheduling: C. Waldspurger and W. Weihl, 1995). A lane's weight grows while its records wait, so no lane
+starves.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ class Lane:
         self.parts = deque(p for p in self.parts if p not in gone)
         for partition in gone:
             partition.backlog.wait_queues.clear()
-            partition.backlog.nothing_waits()
+            partition.backlog.reset_counts()
 
 
 class Turns:

@@ -68,18 +68,18 @@ def build(
     options: PipeOptions,
 ) -> Pipe:
     """Create the parts, each after the parts that it uses."""
-    running, control = RunningJobs(options.concurrency), Control()
+    running_jobs, control = RunningJobs(options.concurrency), Control()
     lanes = Lanes(registry, options.queues, tasks)
-    executor = Executor(recorder, running, reports)
-    placement = Placement(executor, recorder, running, tasks, options.children, reports)
+    executor = Executor(recorder, running_jobs, reports)
+    placement = Placement(executor, recorder, running_jobs, tasks, options.children, reports)
     leases = JobLeases(sender, recorder, reports)
-    starter = Starter(recorder, placement, leases, lanes, control, running, sender.clock)
+    starter = Starter(recorder, placement, leases, lanes, control, running_jobs, sender.clock)
     wait_queues = WaitQueues(starter, placement, recorder, lanes, tasks, options.lookahead, sender.clock, reports)
     slot_queues = SlotQueues(starter, placement, recorder, lanes, wait_queues)
     admission = Admission(decoder, starter, placement, wait_queues, lanes, tasks, recorder, reports)
     return Pipe(
         reports=reports,
-        running=running,
+        running=running_jobs,
         tasks=tasks,
         lanes=lanes,
         control=control,

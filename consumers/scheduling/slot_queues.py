@@ -1,8 +1,8 @@
 """Keeps jobs that wait for a slot where their code runs: a thread or a child process.
 
 Runs on the event loop. A job waits here if it may start and has no key and no tenant; jobs with a key or a tenant wait
-in their wait queues until a slot is free. While a job waits, it may be cancelled or expire, its queue or task may be paused, and other jobs
-may use their limits. So it is checked again when a slot is free.
+in their wait queues until a slot is free. While a job waits, it may be cancelled or expire, its queue or task may be
+paused, and other jobs may use their limits. So it is checked again when a slot is free.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class SlotQueues:
 
     def start(self) -> int:
         """Begin jobs that wait for a slot, while such slots are free. Return how many jobs were handled."""
-        begun, running = 0, self._starter.running
+        handled, running_jobs = 0, self._starter.running_jobs
         waits: dict[str, list[Lane]] = {}
         for lane in self._lanes.all:
             for name, waiting in lane.waiting.items():
@@ -38,19 +38,20 @@ class SlotQueues:
                     waits.setdefault(name, []).append(lane)
         for name, lanes in waits.items():
             slots = self._placement.slots_by_name[name]
-            while lanes and slots.running < slots.most and len(running.jobs) < running.concurrency:
+            while lanes and slots.running < slots.most and len(running_jobs.jobs) < running_jobs.concurrency:
                 lane = lanes[0] if len(lanes) == 1 else self._lanes.turns.next_of(lanes)
                 if not self._start_first(lane, name):
                     lanes.remove(lane)
                     continue
-                begun += 1
+                handled += 1
                 if not lane.waiting[name]:
                     lanes.remove(lane)
-        return begun
+        return handled
 
     def _start_first(self, lane: Lane, name: str) -> bool:
         """Begin, close or drop the first of a lane's jobs that wait for a slot, or let it wait at a gate of its task
-        (or be snoozed, see `WaitQueues.wait_for_gate`). Return False if none may begin now, because the ownership lease is over, or because of the queue's limits."""
+        (or be snoozed, see `WaitQueues.wait_for_gate`). Return False if none may begin now, because the ownership lease
+        is over, or because of the queue's limits."""
         waiting = lane.waiting[name]
         work, now = waiting[0], _monotonic()
         partition, runtime = work.partition, work.runtime

@@ -37,12 +37,11 @@ class Starter:
         leases: JobLeases,
         lanes: Lanes,
         control: Control,
-        running: RunningJobs,
+        running_jobs: RunningJobs,
         clock: BrokerClock,
     ) -> None:
         self._recorder, self._placement, self._leases, self._lanes = recorder, placement, leases, lanes
-        self._control, self._clock, self.running = control, clock, running
-        self._running = running.jobs
+        self._control, self._clock, self.running_jobs = control, clock, running_jobs
         self._by_topic = lanes.by_topic
         self.clock_ahead_ms = 0.0
 
@@ -100,9 +99,10 @@ class Starter:
         if partition.offsets is not None:
             with partition.lock:
                 partition.offsets.begin(work.offset)
-        self.running.begun += 1
+        running_jobs = self.running_jobs
+        running_jobs.begun += 1
+        running_jobs.jobs[work] = None
         runtime.started += 1
-        self._running[work] = None
         if runtime.task.policy.long:
             self._leases.take(work)
         else:

@@ -31,8 +31,8 @@ _monotonic = time.monotonic
 SNOOZED_AT_ONCE = 64
 #: Maximum number of wait queues of a gate in which `make_room` looks for such jobs.
 SEARCHED_MOST = 1_000
-#: A job of a wait queue joins the jobs of its lane that wait for slots of one kind only while fewer than this many wait;
-#: in a queue with priorities, only if none waits.
+#: A job of a wait queue joins the jobs of its lane that wait for slots of one kind only while fewer than this many
+#: wait; in a queue with priorities, only if none waits.
 SLOT_QUEUE = 64
 
 
@@ -76,7 +76,7 @@ class WaitQueues:
         #: Gates and slots for which wait queues wait.
         self.awaited: dict[Gate | Slots, None] = {}
         #: Wait queues of keys whose job has freed its slot, while the job's last fact is not acknowledged yet.
-        self.unacknowledged: dict[WaitQueue, None] = {}
+        self.awaiting_acknowledgement: dict[WaitQueue, None] = {}
         #: How many partitions share the lookahead.
         self.owned = 0
         #: Bytes of all parked records.
@@ -162,7 +162,7 @@ class WaitQueues:
         assert work.partition.offsets is not None
         work.event = msgspec.structs.replace(work.event, attempt=attempt)
         with work.partition.lock:
-            work.partition.offsets.note(work.offset, stands_at)
+            work.partition.offsets.continues_from(work.offset, stands_at)
         wait_s = (due_ms - self._clock.ms()) / 1000
         if wait_s > 0 and wait_queue.works[0] is work:
             wait_queue.works.popleft()
@@ -227,24 +227,24 @@ class WaitQueues:
     def serve(self, lane: Lane, most: int) -> int:
         """Begin the first jobs of a lane's ready wait queues, the wait queues in turn. Return how many jobs were
         handled."""
-        begun = 0
+        handled = 0
         for _ in range(lane.ready):
-            if begun >= most:
+            if handled >= most:
                 break
             wait_queue, now = lane.next_wait_queue(), _monotonic()
             partition = wait_queue.partition
             if not wait_queue.works or (wait_queue.serial and wait_queue.busy) or not partition.begin_taking():
-                self._passed(wait_queue)
+                self._gate_not_used(wait_queue)
                 continue
             try:
                 if now > partition.lease.until:
                     partition.lease.ask()
                     lane.add(wait_queue)
                     break
-                begun += self._serve_wait_queue(lane, wait_queue, now)
+                handled += self._serve_wait_queue(lane, wait_queue, now)
             finally:
                 partition.taking = False
-        return begun
+        return handled
 
     def _serve_wait_queue(self, lane: Lane, wait_queue: WaitQueue, now: float) -> int:
         """Begin the first job of a wait queue, or close the job if it must not begin. If a gate holds the job back,
@@ -280,7 +280,7 @@ class WaitQueues:
         elif runtime is None:
             work.held_since = work.held_since or now
             assert work.event is not None
-            self._recorder.close_with(work, self._tasks.unknown(work.event))
+            self._recorder.close_with(work, self._tasks.unknown_task_outcome(work.event))
             self.left(work)
         elif unread and not self._recorder.takes_arguments(work):
             self.left(work)
@@ -305,7 +305,7 @@ class WaitQueues:
         gate = closed_gate(runtime.gates, now)
         return slots if gate is None and slots is not None and slots.free(now) <= 0 else gate
 
-    def _passed(self, wait_queue: WaitQueue) -> None:
+    def _gate_not_used(self, wait_queue: WaitQueue) -> None:
         """Note that a wait queue begins no job although its gate released it. Call `wake`, so that another wait queue
         of that gate can begin one."""
         if wait_queue.gate is not None and wait_queue.gate.waiting_queues:
@@ -314,12 +314,12 @@ class WaitQueues:
 
     def _wait_at(self, wait_queue: WaitQueue, gate: Gate | Slots, now: float) -> int:
         if wait_queue.gate is not gate:
-            self._passed(wait_queue)
+            self._gate_not_used(wait_queue)
         wait_queue.gate = gate
         wait_queue.queued = True
         gate.waiting_queues.append(wait_queue)
         self.awaited[gate] = None
-        self._wake_in(gate.wait(now))
+        self._wake_in(gate.seconds_until_open(now))
         if wait_queue.partition.backlog.full:  # the gate that keeps the partition full is known only now
             self._wake()
         return 0
@@ -333,7 +333,7 @@ class WaitQueues:
                 wait_queue.queued = False
                 self._by_topic[wait_queue.partition.topic].add(wait_queue)
             if gate.waiting_queues:
-                self._wake_in(gate.wait(now))
+                self._wake_in(gate.seconds_until_open(now))
             else:
                 del self.awaited[gate]
 
@@ -353,13 +353,13 @@ class WaitQueues:
         if work.lease is not None:  # a long job's outcome goes to the coordinator, and no job here waits for it
             self._turn_over(work, wait_queue)
         elif not self._half_over(work, wait_queue) and wait_queue.partition.owned:
-            self.unacknowledged[wait_queue] = None
+            self.awaiting_acknowledgement[wait_queue] = None
 
     def acknowledged(self, work: JobRun) -> None:
         """Note that the last fact of a keyed job's attempt is acknowledged."""
         wait_queue = work.wait_queue
         if wait_queue is not None and work.lease is None:
-            self.unacknowledged.pop(wait_queue, None)
+            self.awaiting_acknowledgement.pop(wait_queue, None)
             self._half_over(work, wait_queue)
 
     def _half_over(self, work: JobRun, wait_queue: WaitQueue) -> bool:
@@ -394,7 +394,7 @@ class WaitQueues:
 
     def _again(self, work: JobRun, wait_queue: WaitQueue, due: float) -> None:
         partition = wait_queue.partition
-        if not partition.owned or not self._starter.running.accepting:
+        if not partition.owned or not self._starter.running_jobs.accepting:
             return  # the next owner makes the attempt, and finds the attempt's number in the log
         if (early := due - _monotonic()) > 0:  # the loop's timers count whole milliseconds
             self._reports.calls.later(early, self._again, work, wait_queue, due)
@@ -410,8 +410,8 @@ class WaitQueues:
     def forget(self, gone: set[Partition]) -> None:
         """Drop the wait queues of partitions that are no longer owned."""
         self.parked_bytes -= sum(partition.backlog.parked_bytes for partition in gone)
-        for wait_queue in [wait_queue for wait_queue in self.unacknowledged if wait_queue.partition in gone]:
-            del self.unacknowledged[wait_queue]
+        for wait_queue in [wait_queue for wait_queue in self.awaiting_acknowledgement if wait_queue.partition in gone]:
+            del self.awaiting_acknowledgement[wait_queue]
         for gate in list(self.awaited):
             kept = [wait_queue for wait_queue in gate.waiting_queues if wait_queue.partition not in gone]
             gate.waiting_queues.clear()
@@ -425,7 +425,7 @@ class WaitQueues:
                     for one in wait_queue.works:
                         partition.live.pop(one.offset, None)
                     wait_queue.works.clear()
-                partition.backlog.nothing_waits()
+                partition.backlog.reset_counts()
             lane.clear()
         self.parked_bytes = 0
 

@@ -45,5 +45,5 @@ class LoopCalls:
         except JobledgerError as exc:
             self.fail(exc)
         except Exception as exc:
-            LOG.exception("the dispatcher failed")
-            self.fail(JobledgerError(f"the dispatcher failed: {exc!r}"))
+            LOG.exception("a function on the worker's event loop failed")
+            self.fail(JobledgerError(f"a function on the worker's event loop failed: {exc!r}"))

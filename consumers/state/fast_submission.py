@@ -9,9 +9,7 @@ same result.
 from __future__ import annotations
 
 from jobledger.schemas.events import JobEvent, JobSpec, JobSubmitted
-from jobledger.schemas.fast_path import after_option, glance
-
-_TITLES = 95  # offset of the task's name in the shape that `glance` accepts; queue, key, home, source, trace follow
+from jobledger.schemas.fast_path import TASK_AT, after_option, glance
 
 
 def plain_submission(value: bytes) -> JobEvent | None:
@@ -25,7 +23,7 @@ def plain_submission(value: bytes) -> JobEvent | None:
     job_id, run, release, attempt, task, queue, fact = seen
     if type(fact) is not JobSubmitted:
         return None
-    queue_at = _TITLES + 1 + (value[_TITLES] >> 1)
+    queue_at = TASK_AT + 1 + (value[TASK_AT] >> 1)
     key_at = queue_at + 1 + (value[queue_at] >> 1)
     home_at = after_option(value, key_at) if value[key_at] else key_at + 1
     source_at = after_option(value, home_at) if value[home_at] else home_at + 1

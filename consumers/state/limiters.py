@@ -2,10 +2,10 @@
 Uses no clock, client or lock; runs on one thread.
 
 A gate returns how many more jobs may begin (`free`), counts each job that begins or ends, and returns when to ask again
-(`wait`). Limits hold for all workers together without a common counter: each partition number of a queue carries a
-share of the limit, and a worker has the shares of the partitions that it owns (`share_of`). So a limit is kept exactly
-while no partition changes its owner; during a change, both owners may use a share for a moment. If all jobs are in one
-partition, only the shares of that partition's owner are used.
+(`seconds_until_open`). Limits hold for all workers together without a common counter: each partition number of a queue
+carries a share of the limit, and a worker has the shares of the partitions that it owns (`share_of`). So a limit is
+kept exactly while no partition changes its owner; during a change, both owners may use a share for a moment. If all
+jobs are in one partition, only the shares of that partition's owner are used.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Gate(Protocol):
         None: not known. ``began``: the time with which `begin` counted the job."""
         ...
 
-    def wait(self, now: float) -> float | None:
+    def seconds_until_open(self, now: float) -> float | None:
         """Return the seconds until the gate may open by itself; None: only an event opens the gate."""
         ...
 
@@ -80,13 +80,13 @@ class Limiter:
         "_owned",
         "_tokens",
         "_total",
+        "concurrency_share",
         "declared",
         "name",
         "overridden",
         "paused",
         "rate",
         "running",
-        "slots",
         "waiting_queues",
     )
 
@@ -99,7 +99,7 @@ class Limiter:
         self._owned: list[int] = []
         self._total = 1
         self.rate: float | None = None  # starts a second that this worker may make; None: no limit
-        self.slots: int | None = None  # jobs that this worker may run at once; None: no limit
+        self.concurrency_share: int | None = None  # jobs that this worker may run at once; None: no limit
         self._tokens, self._filled_at = 0.0, -math.inf
         self._divide()
 
@@ -128,7 +128,9 @@ class Limiter:
         self._limited = bool(limits)
         held = len([n for n in self._owned if n < self._total])
         self.rate = None if limits.rate is None else limits.rate * held / self._total
-        self.slots = None if limits.concurrency is None else share_of(limits.concurrency, self._owned, self._total)
+        self.concurrency_share = (
+            None if limits.concurrency is None else share_of(limits.concurrency, self._owned, self._total)
+        )
 
     def _fill(self, now: float) -> None:
         rate = self.rate
@@ -141,7 +143,7 @@ class Limiter:
         """See `Gate.free`."""
         if self.paused is not None:
             return 0
-        free = ENDLESS if self.slots is None else self.slots - self.running
+        free = ENDLESS if self.concurrency_share is None else self.concurrency_share - self.running
         if self.rate is not None and free > 0:
             self._fill(now)
             free = min(free, int(self._tokens + 1e-9))
@@ -158,11 +160,11 @@ class Limiter:
         """See `Gate.end`."""
         self.running -= 1
 
-    def wait(self, now: float) -> float | None:
-        """See `Gate.wait`."""
+    def seconds_until_open(self, now: float) -> float | None:
+        """See `Gate.seconds_until_open`."""
         if self.paused is not None or not self.rate:
             return None
-        if self.slots is not None and self.running >= self.slots:
+        if self.concurrency_share is not None and self.running >= self.concurrency_share:
             return None
         self._fill(now)
         return max(0.0, (1.0 - self._tokens) / self.rate)
@@ -258,8 +260,8 @@ class AdaptiveGate:
             self._best = mean if self._best is None else min(mean, self._best * 1.01)
         self._reset(now)
 
-    def wait(self, now: float) -> float | None:
-        """See `Gate.wait`."""
+    def seconds_until_open(self, now: float) -> float | None:
+        """See `Gate.seconds_until_open`."""
         return None
 
     def describe(self) -> str:
@@ -317,8 +319,8 @@ class BreakerGate:
         elif self._open_until is not None:
             self._open_until = now  # the trial showed nothing about the service: another job may try
 
-    def wait(self, now: float) -> float | None:
-        """See `Gate.wait`."""
+    def seconds_until_open(self, now: float) -> float | None:
+        """See `Gate.seconds_until_open`."""
         return None if self._open_until is None or self._trying else max(0.0, self._open_until - now)
 
     def describe(self) -> str:
@@ -343,8 +345,8 @@ class Slots:
         """See `Gate.free`."""
         return max(0, self.most - self.running)
 
-    def wait(self, now: float) -> float | None:
-        """See `Gate.wait`."""
+    def seconds_until_open(self, now: float) -> float | None:
+        """See `Gate.seconds_until_open`."""
         return None
 
 

@@ -46,7 +46,8 @@ class Restored:
     """The decoded state of a commit.
 
     ``done``: half-open ranges of done records, at or beyond ``watermark``. ``floor``: the takeover floor; None if not
-    known. ``begun``: no record from this offset on had been begun at the time of the commit; 0 if not known.
+    known. ``begun``: no record from this offset on had been begun at the time of the commit; 0 or the watermark if the
+    commit does not say it.
     """
 
     watermark: int
@@ -78,8 +79,8 @@ class PartitionOffsets:
         "_begun",
         "_end",
         "_hold",
-        "_look_from",
         "_low",
+        "_must_find_from",
         "_next_outcome",
         "_pending",
         "_ranges",
@@ -101,7 +102,7 @@ class PartitionOffsets:
         self._next_outcome = start_floor
         self._hold: int | None = None
         self._suspects_below = self._suspects_from = 0
-        self._look_from: dict[int, int] = {}
+        self._must_find_from: dict[int, int] = {}
         # Begun records in the order of their starts, with the lowest lifecycle offset that each start can have.
         self._running: dict[int, int] = {}
         self._begun = restored.begun
@@ -148,8 +149,8 @@ class PartitionOffsets:
         self._pending.pop(offset, 0)
         self._running.pop(offset, 0)
         self._since += 1
-        if self._look_from:
-            self._look_from.pop(offset, None)
+        if self._must_find_from:
+            self._must_find_from.pop(offset, None)
         self.changed = True
 
     def acknowledged(self, lifecycle_offset: int) -> None:
@@ -157,27 +158,28 @@ class PartitionOffsets:
         if lifecycle_offset >= self._next_outcome:
             self._next_outcome = lifecycle_offset + 1
 
-    def look_from(self, offset: int, lifecycle_offset: int) -> None:
-        """Note that the next owner must look for the record's outcome from ``lifecycle_offset`` on, because the outcome
-        or a derived record is not known to be durable."""
-        self._look_from[offset] = lifecycle_offset
+    def must_find_from(self, offset: int, lifecycle_offset: int) -> None:
+        """Note that the next owner must find the record's outcome from ``lifecycle_offset`` on, because the outcome or
+        a derived record is not known to be durable."""
+        self._must_find_from[offset] = lifecycle_offset
 
-    def goes_on(self, offset: int) -> None:
+    def continues_after_next_fact(self, offset: int) -> None:
         """Note that the record's job continues after its next fact. Call this before that fact is sent: the broker then
         appends the fact after all facts that are acknowledged now."""
-        self.note(offset, self._next_outcome)
+        self.continues_from(offset, self._next_outcome)
 
-    def note(self, offset: int, lifecycle_offset: int) -> None:
+    def continues_from(self, offset: int, lifecycle_offset: int) -> None:
         """Note that the record's job continues. The next owner must find the job's facts from ``lifecycle_offset``
         on."""
         if offset in self._pending:
-            known = self._look_from.get(offset, lifecycle_offset)
-            self._look_from[offset] = min(known, lifecycle_offset)
+            known = self._must_find_from.get(offset, lifecycle_offset)
+            self._must_find_from[offset] = min(known, lifecycle_offset)
 
     @property
     def nothing_to_look_up(self) -> bool:
-        """Whether the next owner need not look for outcomes or notes in the log."""
-        return not self._look_from and not self._suspects
+        """Whether the next owner need not look for facts in the log: every known outcome is in the map, no job
+        continues after a fact, and no suspect is left. Jobs that run now are not considered."""
+        return not self._must_find_from and not self._suspects
 
     def hold(self, floor: int | None) -> None:
         """Keep the floor at ``floor`` while the map does not yet have all outcomes of a former owner that the takeover
@@ -235,9 +237,9 @@ class PartitionOffsets:
         while running:
             record, start = next(iter(running.items()))
             if start >= self._next_outcome - SCAN_MOST:
-                return min(start, *self._look_from.values()) if self._look_from else start
+                return min(start, *self._must_find_from.values()) if self._must_find_from else start
             del running[record]
-        return min(self._look_from.values(), default=self._next_outcome)
+        return min(self._must_find_from.values(), default=self._next_outcome)
 
     @property
     def braked(self) -> bool:

@@ -165,7 +165,7 @@ def bad_result(task: str, error: BaseException) -> Failed:
     return Failed("bad-result", ErrorInfo(info.type, why, info.traceback))
 
 
-def timed_out(task: str, limit: float | None, error: BaseException) -> BaseException:
+def timeout_error(task: str, limit: float | None, error: BaseException) -> BaseException:
     """Return the error of an attempt that its time limit of ``limit`` seconds ended: ``error`` if it has a text, else a
     `TimeoutError` that names the limit."""
     if limit is None or text_of(error):

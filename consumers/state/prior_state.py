@@ -32,7 +32,7 @@ class PriorState:
     was committed. ``clean_commit``: this commit, if the last owner left cleanly. It stays valid until a job of the
     partition begins here.
 
-    By `release_key`, and kept until all records below the work offset ``scanned_to`` are received: ``closed``, the
+    By `release_key`, and kept until all records below the work offset ``scanned_to`` are received: ``settled``, the
     facts that settle releases; ``starts``, the numbers of starts of releases without an outcome; ``next_attempts``, the
     attempts in place that a former owner announced (attempt number; when the attempt is due, in ms of the broker's
     clock; lifecycle offset of the fact that announced the attempt).
@@ -43,12 +43,12 @@ class PriorState:
 
     __slots__ = (
         "clean_commit",
-        "closed",
         "committed",
         "floor",
         "metadata",
         "next_attempts",
         "scanned_to",
+        "settled",
         "starts",
         "suspect_below",
     )
@@ -56,7 +56,7 @@ class PriorState:
     def __init__(self, committed: int, metadata: str | None) -> None:
         self.committed, self.metadata = committed, metadata
         self.clean_commit: Snapshot | None = None
-        self.closed: dict[int, PriorFact] = {}
+        self.settled: dict[int, PriorFact] = {}
         self.starts: dict[int, int] = {}
         self.next_attempts: dict[int, tuple[int, int, int]] = {}
         self.scanned_to = self.floor = self.suspect_below = 0
@@ -64,10 +64,10 @@ class PriorState:
     @property
     def used_up(self) -> bool:
         """Whether no release is left about which the takeover found something."""
-        return not self.closed and not self.next_attempts and not self.starts
+        return not self.settled and not self.next_attempts and not self.starts
 
     def forget_releases(self) -> None:
         """Drop what the takeover found about single releases."""
-        self.closed.clear()
+        self.settled.clear()
         self.starts.clear()
         self.next_attempts.clear()

@@ -29,8 +29,8 @@ class RunningJobs:
         """Return whether this worker should still run a job that is counted as running.
 
         A suspect belongs to the next owner as soon as its partition is given up or stopped, or the worker takes no more
-        jobs. A long job is this worker's while its lease is valid. Any other job stays this worker's until the partition
-        is gone, because the worker waits for it at a handover.
+        jobs. A long job is this worker's while its lease is valid. Any other job stays this worker's until the
+        partition is gone, because the worker waits for it at a handover.
         """
         partition = work.partition
         if work.suspect and not self.accepting:
@@ -48,7 +48,7 @@ class RunningJobs:
     def may_begin(self, work: JobRun) -> bool:
         """Return whether a job's code may begin on the loop or in the thread to which the job was passed. Any thread.
 
-        Callers check cheaply first, and call this only if the job was abandoned, its partition was lost, or the lease is
-        over. A long job is this worker's as long as the worker holds the job lease.
+        Callers check cheaply first, and call this only if the job was abandoned, its partition was lost, or the lease
+        is over. A long job is this worker's as long as the worker holds the job lease.
         """
         return not work.abandoned and self.partition_certain(work) and (work.lease is None or self.ours(work))

@@ -10,7 +10,9 @@ from jobledger.definitions.task import Task
 
 #: Upper bounds of the histograms: how long jobs waited, in milliseconds, and how long attempts ran, in seconds.
 WAIT_BOUNDS_MS = (5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0, 1e3, 2.5e3, 5e3, 10e3, 30e3, 60e3, 300e3, 1800e3, 7200e3)
-RUN_BOUNDS_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0, 7200.0)
+ATTEMPT_BOUNDS_S = (
+    0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0, 7200.0,
+)  # fmt: skip
 
 
 class TaskRuntime:
@@ -18,6 +20,7 @@ class TaskRuntime:
 
     __slots__ = (
         "adaptive",
+        "attempt_counts",
         "blocked",
         "breaker",
         "cancelled",
@@ -30,7 +33,6 @@ class TaskRuntime:
         "limiter",
         "name",
         "retried",
-        "runs",
         "seconds",
         "slots",
         "snoozed",
@@ -44,7 +46,7 @@ class TaskRuntime:
         self.name, self.fn, self.is_async = task.name, runner(task, hooks), task.is_async
         self.decode_args = task.decode_args
         self.started = self.succeeded = self.retried = self.snoozed = self.failed = self.cancelled = self.expired = 0
-        self.runs = [0] * (len(RUN_BOUNDS_S) + 1)  # number of ended attempts, by `RUN_BOUNDS_S`
+        self.attempt_counts = [0] * (len(ATTEMPT_BOUNDS_S) + 1)  # number of ended attempts, by `ATTEMPT_BOUNDS_S`
         self.seconds = 0.0
         self.blocked = 0  # how often its code blocked the event loop
         policy = task.policy

@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from enum import Enum, auto
 from typing import TYPE_CHECKING, Any, Protocol
 
 from confluent_kafka import KafkaError, Message
@@ -23,6 +24,7 @@ from jobledger.consumers.state.offset_tracker import PartitionOffsets
 from jobledger.consumers.state.outcome import Outcome
 from jobledger.consumers.state.ownership_lease import OwnershipLease
 from jobledger.consumers.state.prior_state import PriorState
+from jobledger.consumers.state.progress import PROGRESS_INTERVAL_S
 from jobledger.consumers.state.task_runtime import TaskRuntime
 from jobledger.definitions.context import JobContext
 from jobledger.errors import TaskInterrupted
@@ -36,12 +38,20 @@ if TYPE_CHECKING:
 
 LOG = get_logger("jobledger.worker")
 
-#: Delivery reports that the ack tracker has not taken yet: (job, kind of the record, error, message). The kind is True
-#: for a closing fact, False for a derived record, and None for a fact after which the job continues in this worker.
-Arrived = deque[tuple["JobRun", bool | None, KafkaError | None, Message]]
 
-#: Seconds between two progress facts of one job.
-PROGRESS_INTERVAL_S = 0.1
+class RecordKind(Enum):
+    """What the acknowledgement of a record means for the job's work record."""
+
+    SETTLING = auto()  # a fact after which the work record can be done: a closing fact or a `JobLeased`
+    DERIVED = auto()  # a derived record, or the dead letter of a rejected record
+    CONTINUING = auto()  # a fact after which the job goes on in this worker
+
+
+# These names are read for each job, and a global name costs less than an attribute of an enum.
+_SETTLING, _DERIVED, _CONTINUING = RecordKind.SETTLING, RecordKind.DERIVED, RecordKind.CONTINUING
+
+#: Delivery reports that the ack tracker has not taken yet: (job, kind of the record, error, message).
+Arrived = deque[tuple["JobRun", RecordKind, KafkaError | None, Message]]
 
 _NOWHERE: frozenset[str] = frozenset()  # shared by all jobs, because each call of `frozenset` creates an object
 
@@ -85,8 +95,8 @@ class WaitQueue:
     """Jobs of one partition that wait, in order.
 
     ``serial``: the jobs of this wait queue run one at a time. ``busy``: a job of this serial wait queue runs, waits for
-    its next attempt, or waits until the last fact of its attempt is acknowledged. ``over``: 0, 1 or 2. It counts two events
-    of that job: its slot became free, and the last fact of its attempt was acknowledged.
+    its next attempt, or waits until the last fact of its attempt is acknowledged. ``over``: 0, 1 or 2. It counts two
+    events of that job: its slot became free, and the last fact of its attempt was acknowledged.
 
     ``tenant``: this wait queue takes turns with the wait queues of other tenants; "" if the job queue has no tenants.
     ``queued``: this wait queue is in the turns of its lane, or waits at a gate.
@@ -118,7 +128,7 @@ class Backlog:
         self.count = self.parked = self.parked_bytes = 0
         self.full = False
 
-    def nothing_waits(self) -> None:
+    def reset_counts(self) -> None:
         """Set the counts of waiting jobs to zero, because these jobs belong to the next owner."""
         self.count = self.parked = self.parked_bytes = 0
 
@@ -142,7 +152,7 @@ class Partition:
         self.offsets: PartitionOffsets | None = None
         self.memory = ReleaseMemory()
         self.raw: deque[Message] = deque()
-        self.missing = 0  # number of offsets without a record that warnings have reported
+        self.missing_reported = 0  # number of offsets without a record that warnings have reported
         #: Records that were taken up and are not done, by offset. Parked records are not included.
         self.live: dict[int, JobRun] = {}
         #: Offset and metadata of the last commit of this worker that was accepted.
@@ -227,7 +237,7 @@ class LeaseKeeper(Protocol):
     def written(self, work: JobRun) -> None:
         """Report that both facts of the job's lease are acknowledged. Any thread."""
 
-    def close(self, work: JobRun, value: bytes, before: list[Outgoing]) -> None:
+    def send_outcome(self, work: JobRun, value: bytes, before: list[Outgoing]) -> None:
         """Send the job's outcome, encoded in ``value``, after the records ``before`` are acknowledged. Any thread."""
 
     def give_back(self, work: JobRun) -> None:
@@ -238,10 +248,10 @@ class JobLease:
     """The job lease of one long job. ``until``: the `time.monotonic` until which this worker certainly holds the
     lease."""
 
-    __slots__ = ("closing", "granted", "leases", "renew_at", "seconds", "tries", "until")
+    __slots__ = ("closing", "granted", "keeper", "renew_at", "seconds", "tries", "until")
 
-    def __init__(self, leases: LeaseKeeper, seconds: float, now: float) -> None:
-        self.leases, self.seconds = leases, seconds
+    def __init__(self, keeper: LeaseKeeper, seconds: float, now: float) -> None:
+        self.keeper, self.seconds = keeper, seconds
         self.until, self.renew_at = now + seconds, now + seconds / 3
         self.granted = False
         self.closing = False  # the job's outcome is being sent
@@ -249,7 +259,7 @@ class JobLease:
 
     def acknowledged(self, work: JobRun) -> None:
         """Note that both facts of the lease are acknowledged, and that the work record is done. Any thread."""
-        self.leases.written(work)
+        self.keeper.written(work)
 
 
 class JobRun:
@@ -259,7 +269,6 @@ class JobRun:
     __slots__ = (
         "abandoned",
         "again_s",
-        "alone",
         "appended",
         "arrived",
         "began",
@@ -274,8 +283,8 @@ class JobRun:
         "interrupted",
         "kwargs",
         "lease",
-        "noted",
         "offset",
+        "on_continuing_fact",
         "outcome",
         "partition",
         "progressed",
@@ -284,6 +293,7 @@ class JobRun:
         "runtime",
         "send_progress",
         "shortened",
+        "single_record_topics",
         "slots",
         "starts_before",
         "stop_outcome",
@@ -319,11 +329,12 @@ class JobRun:
         self.expires_at: int | None = None  # µs of the broker's clock
         self.held_since = 0.0  # when the job began to hold its key (`time.monotonic`); 0: not yet
         self.again_s: float | None = None  # seconds until the next attempt in place
-        # Called when a fact of the job that does not close its release is acknowledged.
-        self.noted: Callable[[JobRun], None] | None = None
+        # Called when the next continuing fact (`RecordKind.CONTINUING`) is acknowledged.
+        # None: `Reports.attempt_acknowledged` is called.
+        self.on_continuing_fact: Callable[[JobRun], None] | None = None
         self.stop_outcome: Outcome | None = None  # the outcome to record after the job's code was asked to end
         #: Topics to which its records are sent as batches of one, because the broker refused a batch for its size.
-        self.alone = _NOWHERE
+        self.single_record_topics = _NOWHERE
         self.shortened = False  # its outcome was replaced, because the record was too large even in its own batch
         self.handle: asyncio.Task[None] | None = None  # while the code runs on the event loop
         self.outcome: Outcome | None = None  # None also stands for a success
@@ -334,24 +345,25 @@ class JobRun:
         self.kwargs: dict[str, Any]
         self.send_progress: Callable[[JobRun, JobProgressed], None]
 
-    def closing_delivered(self, error: KafkaError | None, message: Message) -> None:
-        """Queue the delivery report of the closing fact. A delivery callback; runs in the thread that polls."""
-        self.arrived.append((self, True, error, message))
-
-    def delivered(self, closing: bool | None) -> Callable[[KafkaError | None, Message], None]:
-        """Return the delivery callback for one kind of record; ``closing`` as in `Arrived`."""
-        return (
-            self.noted_delivered if closing is None else self.closing_delivered if closing else self.derived_delivered
-        )
-
-    def noted_delivered(self, error: KafkaError | None, message: Message) -> None:
-        """Queue the delivery report of a fact that does not close the release, but that a later owner must find. A
-        delivery callback."""
-        self.arrived.append((self, None, error, message))
+    def settling_delivered(self, error: KafkaError | None, message: Message) -> None:
+        """Queue the delivery report of a closing fact or a `JobLeased`. A delivery callback; runs in the thread that
+        polls."""
+        self.arrived.append((self, _SETTLING, error, message))
 
     def derived_delivered(self, error: KafkaError | None, message: Message) -> None:
         """Queue the delivery report of a derived record. A delivery callback."""
-        self.arrived.append((self, False, error, message))
+        self.arrived.append((self, _DERIVED, error, message))
+
+    def continuing_delivered(self, error: KafkaError | None, message: Message) -> None:
+        """Queue the delivery report of a fact after which the job continues, and that a later owner must find. A
+        delivery callback."""
+        self.arrived.append((self, _CONTINUING, error, message))
+
+    def delivery_callback(self, kind: RecordKind) -> Callable[[KafkaError | None, Message], None]:
+        """Return the delivery callback for one kind of record."""
+        if kind is _SETTLING:
+            return self.settling_delivered
+        return self.derived_delivered if kind is _DERIVED else self.continuing_delivered
 
     def report(self, context: JobContext | None, progressed: JobProgressed) -> None:
         """Send the progress that `JobContext.progress` reports, or keep it until `PROGRESS_INTERVAL_S` is over or the

@@ -68,9 +68,9 @@ def health_of(worker: Parts) -> dict[str, Any]:
         "worker": worker.identity,
         "uptime": round(time.monotonic() - worker.started_at, 1),
         "queues": queues,
-        "running": len(dispatcher.running),
+        "running": len(dispatcher.running_jobs.jobs),
         "unacknowledged": worker.unacknowledged,
-        "started": dispatcher.pipe.running.begun,
+        "started": dispatcher.running_jobs.begun,
         "children": _children(worker.children),
         "leases": worker.leases,
         **{
@@ -78,7 +78,7 @@ def health_of(worker: Parts) -> dict[str, Any]:
             for name in ("succeeded", "retried", "snoozed", "failed")
         },
         "duplicates": counts.duplicates,
-        "found_closed": counts.found_closed,
+        "found_closed": counts.found_settled,
         "rejected": counts.rejected,
     }
 

@@ -26,7 +26,7 @@ LOG = get_logger("jobledger.worker")
 
 #: Seconds between two beats of the loop, and between two checks of the count of beats.
 BEAT_S, LOOK_S = 0.1, 0.25
-#: Seconds without a beat after which the blocking code is logged.
+#: Seconds without a beat after which the blocking code is logged. A job whose time limit is over is logged at once.
 WARN_S = 1.0
 #: Number of beats in a row, without a running or new job, after which a worker counts as idle.
 IDLE_BEATS = 10
@@ -39,15 +39,15 @@ class LoopWatch(threading.Thread):
     """Watches the loop on which `begin` is called.
 
     A timer on the loop counts beats, and this thread reads the count. If the count stays the same, code on the loop
-    does not return control. The thread logs the stack of that code, once in each blocked period. If the code belongs to
-    a job whose time limit is over, the thread sends a signal to the loop's thread. The signal handler raises
+    does not return control. The thread logs the stack of that code, once for each job in a blocked period. If the code
+    belongs to a job whose time limit is over, the thread sends a signal to the loop's thread. The signal handler raises
     `TaskTimedOut` if, and only if, it interrupts that job's code. Where this is not possible (the loop is not in the
     main thread, there is no such signal, C code does not return), the job times out when its code returns control.
     """
 
-    def __init__(self, executor: Executor, running: RunningJobs) -> None:
+    def __init__(self, executor: Executor, running_jobs: RunningJobs) -> None:
         super().__init__(name="jobledger-loop-watch", daemon=True)
-        self._executor, self._jobs = executor, running
+        self._executor, self._running_jobs = executor, running_jobs
         self._garbage = Garbage()
         self._beats = self._quiet = self._begun = 0
         self._closed = threading.Event()
@@ -85,9 +85,9 @@ class LoopWatch(threading.Thread):
 
     def _beat(self) -> None:
         self._beats += 1
-        self._executor.due = None  # the code returned control
-        begun = self._jobs.begun
-        self._quiet = self._quiet + 1 if begun == self._begun and not self._jobs.jobs else 0
+        self._executor.overdue_on_loop = None  # the code returned control
+        begun = self._running_jobs.begun
+        self._quiet = self._quiet + 1 if begun == self._begun and not self._running_jobs.jobs else 0
         self._begun = begun
         self._garbage.look(idle=self._quiet >= IDLE_BEATS)
         if not self._closed.is_set():
@@ -96,12 +96,12 @@ class LoopWatch(threading.Thread):
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         """Handle `SIGNAL`, between two bytecodes of the loop's thread. Raises `TaskTimedOut` in the code of the job
         whose time limit is over."""
-        work = self._executor.due
+        work = self._executor.overdue_on_loop
         if work is None or work.runtime is None or asyncio.current_task(self._loop) is not work.handle:
             return
         # The job's code may have returned just before the thread chose the job: then this may be its next attempt.
         if self._overdue(work) and runs_inside(frame, RUN, work.runtime.fn):
-            self._executor.due = None
+            self._executor.overdue_on_loop = None
             work.interrupted = TaskTimedOut
             raise TaskTimedOut
 
@@ -125,7 +125,7 @@ class LoopWatch(threading.Thread):
             # Several jobs may run in the time without a beat. Log the job that runs when `WARN_S` is over, and each
             # further job that blocks the loop for `WARN_S` by itself.
             if overdue or (own if logged else late) >= WARN_S:
-                self._tell_once(work, late, logged)
+                self._tell_once(work, late if work is None else own, logged)
             if overdue:
                 self._end(work)
 
@@ -134,7 +134,7 @@ class LoopWatch(threading.Thread):
         task = asyncio.current_task(self._loop)
         if task is None:
             return None
-        job_run = next((work for work in list(self._jobs.jobs) if work.handle is task), None)
+        job_run = next((work for work in list(self._running_jobs.jobs) if work.handle is task), None)
         return job_run or self._executor.interrupts.work_of(task)
 
     @staticmethod
@@ -146,22 +146,24 @@ class LoopWatch(threading.Thread):
         return limit is not None and work.interrupted is None and time.monotonic() - work.began >= limit
 
     def _end(self, work: JobRun | None) -> None:
-        self._executor.due = work
+        self._executor.overdue_on_loop = work
         if self._signals:
             assert SIGNAL is not None
             signal.pthread_kill(self._thread_id, SIGNAL)
 
-    def _tell_once(self, work: JobRun | None, late: float, logged: set[JobRun | None]) -> None:
+    def _tell_once(self, work: JobRun | None, seconds: float, logged: set[JobRun | None]) -> None:
         if work in logged:
             return
         try:
-            if self._tell(work, late):
+            if self._tell(work, seconds):
                 logged.add(work)
         except Exception:
             LOG.exception("the code that blocks the event loop could not be determined")
             logged.add(work)
 
-    def _tell(self, work: JobRun | None, late: float) -> bool:
+    def _tell(self, work: JobRun | None, seconds: float) -> bool:
+        """Log the code that blocks the loop, and return True; return False if there is no such code now. ``seconds``:
+        for how long the job ``work`` has blocked the loop; None: for how long there was no beat."""
         frame = sys._current_frames().get(self._thread_id)
         caller = None if work is None else AWAITED if work.handle is None else RUN
         stack = [] if frame is None else _above(frame, caller)
@@ -172,7 +174,7 @@ class LoopWatch(threading.Thread):
             self.blocked_by_others += 1
             LOG.warning(
                 "the event loop is blocked for %.1f s: no coroutine of this worker continues until this returns\n%s",
-                late,
+                seconds,
                 where,
             )
             return True
@@ -182,7 +184,7 @@ class LoopWatch(threading.Thread):
             "can run. Await what takes time, or make it a plain function (def), which runs in a thread\n%s",
             work.runtime.name,
             work.event.job_id,
-            late,
+            seconds,
             where,
             extra={"job_id": work.event.job_id, "task": work.runtime.name},
         )

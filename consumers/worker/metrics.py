@@ -1,8 +1,8 @@
 """Exports a worker's metrics for Prometheus. The worker keeps plain counts; each scrape converts them to metrics.
 
-For each job, metrics cost only the counts, and a `bisect` over `WAIT_BOUNDS_MS` and `RUN_BOUNDS_S` (in `starter` and
-`recorder`). `WorkerMetrics.collect` runs in the scrape's thread and reads values that other threads write: each value
-is correct by itself, but the values may be of different moments.
+For each job, metrics cost only the counts, and a `bisect` over `WAIT_BOUNDS_MS` and `ATTEMPT_BOUNDS_S` (in `starter`
+and `recorder`). `WorkerMetrics.collect` runs in the scrape's thread and reads values that other threads write: each
+value is correct by itself, but the values may be of different moments.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-d
 
 from jobledger.config import Settings
 from jobledger.consumers.state.limiters import Limiter
-from jobledger.consumers.state.task_runtime import RUN_BOUNDS_S, WAIT_BOUNDS_MS
+from jobledger.consumers.state.task_runtime import ATTEMPT_BOUNDS_S, WAIT_BOUNDS_MS
 from jobledger.consumers.state.work import Partition
 from jobledger.kafka.clients import admin, answer_of
 from jobledger.process.extras import missing
@@ -118,19 +118,19 @@ class WorkerMetrics(Collector):
         runs = HistogramMetricFamily(f"{PREFIX}run_seconds", "How long attempts ran", labels=labels)
         blocked = CounterMetricFamily(
             f"{PREFIX}loop_blocked",
-            "Times that code held the event loop up for a second or more, by task",
+            "Times that code blocked the event loop for a second, or beyond its job's timeout, by task",
             labels=labels,
         )
         if self._worker.watch is not None:
             blocked.add_metric(["", ""], self._worker.watch.blocked_by_others)
-        running = Counter(work.runtime.name for work in list(dispatcher.running) if work.runtime is not None)
+        running = Counter(work.runtime.name for work in list(dispatcher.running_jobs.jobs) if work.runtime is not None)
         for runtime in dispatcher.pipe.tasks.runtimes.values():
             if runtime.task.queue not in dispatcher.pipe.lanes.limiters and not runtime.started:
                 continue
             about = [runtime.name, runtime.task.queue]
             started.add_metric(about, runtime.started)
             flying.add_metric(about, running[runtime.name])
-            runs.add_metric(about, _histogram(runtime.runs, RUN_BOUNDS_S), runtime.seconds)
+            runs.add_metric(about, _histogram(runtime.attempt_counts, ATTEMPT_BOUNDS_S), runtime.seconds)
             blocked.add_metric(about, runtime.blocked)
             for outcome in OUTCOMES:
                 ended.add_metric([*about, outcome], getattr(runtime, outcome))
@@ -205,7 +205,7 @@ class WorkerMetrics(Collector):
 
     def _groups(self) -> Iterator[Metric]:
         labels = ["queue", "priority"]
-        moved = CounterMetricFamily(
+        rebalances = CounterMetricFamily(
             f"{PREFIX}rebalances", "Times that partitions were assigned, revoked or lost", labels=[*labels, "kind"]
         )
         commits = CounterMetricFamily(f"{PREFIX}commits", "Commits that were tried", labels=labels)
@@ -216,10 +216,10 @@ class WorkerMetrics(Collector):
             lane = dispatcher.pipe.lanes.by_topic[fetcher.topic]
             about = [lane.queue, lane.priority or "normal"]
             for kind in ("assigned", "revoked", "lost"):
-                moved.add_metric([*about, kind], fetcher.moved[kind])
+                rebalances.add_metric([*about, kind], fetcher.rebalances[kind])
             commits.add_metric(about, fetcher.committer.commits)
             failed.add_metric(about, fetcher.committer.errors)
-        yield from (moved, commits, failed)
+        yield from (rebalances, commits, failed)
 
     def _gates(self) -> Iterator[Metric]:
         dispatcher = self._worker.dispatcher

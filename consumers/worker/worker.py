@@ -135,16 +135,16 @@ class Worker:
         self.ack_tracker: AckTracker | None = None
         self.takeover: Takeover | None = None
         self.sender: WorkerProducer | None = None
-        self.control: ControlReader | None = None
+        self.control_reader: ControlReader | None = None
         self.children: ChildPool | None = None
         self.leases: JobLeases | None = None
         self.hooks: HookRunner | None = None  # None: there are no hooks to call
         self._lifecycle_partitions = 0
-        self.topics = TopicWatch(settings, registry.names, self._topics, LOG)
+        self.topic_watch = TopicWatch(settings, registry.names, self._topics, LOG)
         self.watch: LoopWatch | None = None
         self._target = self._find_target()
         self.ended = threading.Event()
-        self._threads = ThreadPoolExecutor(1, "jobledger-worker")
+        self._own_thread = ThreadPoolExecutor(1, "jobledger-worker")
 
     # -- from outside ---------------------------------------------------------------------------------------------
 
@@ -161,7 +161,7 @@ class Worker:
             self.error = error
             LOG.critical("the worker stops: %s", error)
         if self.ack_tracker is not None:
-            self.ack_tracker.broken = True
+            self.ack_tracker.commits_stopped = True
         self.stop(hurry=True)
 
     def _signal_loop(self) -> None:
@@ -202,7 +202,7 @@ class Worker:
                     self._has_ended(self._exit_code())
         finally:
             self.ended.set()
-            self._threads.shutdown(wait=False)
+            self._own_thread.shutdown(wait=False)
             if sender is not None:
                 sender.close()
         return self._exit_code()
@@ -221,8 +221,8 @@ class Worker:
         self._loop = None
         dispatcher = self.dispatcher
         if dispatcher is not None:
-            dispatcher.pipe.running.accepting = False
-            for work in list(dispatcher.running):
+            dispatcher.running_jobs.accepting = False
+            for work in list(dispatcher.running_jobs.jobs):
                 work.abandoned = True
         self.fail(error)
         self._close_readers()
@@ -235,8 +235,8 @@ class Worker:
             dispatcher.close()
 
     def _close_readers(self) -> None:
-        self.topics.close()
-        for each in (self.takeover, self.control):
+        self.topic_watch.close()
+        for each in (self.takeover, self.control_reader):
             if each is not None:
                 each.close()
 
@@ -299,8 +299,8 @@ class Worker:
         calls.loop, reports = loop, Reports(calls)
         hooks = HookRunner(registry, loop, context_of)
         self.hooks = hooks if hooks.needed else None
-        facts = WorkerEvents(registry, self.source, settings.max_record_bytes)
-        recorder = Recorder(facts, sender, reports, self.hooks)
+        event_builder = WorkerEvents(registry, self.source, settings.max_record_bytes)
+        recorder = Recorder(event_builder, sender, reports, self.hooks)
         tasks = TaskTable(registry, options.job_threads, options.job_children, options.unknown_task)
         lookahead = Lookahead(options.lookahead, options.lookahead_bytes)
         limits = PipeOptions(self.queues, options.concurrency, lookahead, self._child_settings())
@@ -317,7 +317,7 @@ class Worker:
             ready=dispatcher.ready,
             fail=self.fail,
         )
-        events = LaneEvents(takeover.take_over, dispatcher.ended, reports.wake, self.fail)
+        events = LaneEvents(takeover.take_over, dispatcher.no_longer_owned, reports.wake, self.fail)
         per_lane = LaneLimits(options.prefetched, options.lease)
         self.fetchers = dispatcher.fetchers = [
             Fetcher(settings, names, lane, ack_tracker, per_lane, events) for lane in self.lanes
@@ -345,7 +345,7 @@ class Worker:
         dispatcher.start()
         if self.children is not None and self._isolated():
             self.children.warm()
-        control = self.control = ControlReader(
+        control_reader = self.control_reader = ControlReader(
             self.settings,
             names,
             pipe.control,
@@ -353,9 +353,9 @@ class Worker:
             regated=partial(dispatcher.call, dispatcher.regate),
             fail=self.fail,
         )
-        control.start()
-        await self._beside(control.await_live)
-        self.topics.start()
+        control_reader.start()
+        await self._in_own_thread(control_reader.await_live)
+        self.topic_watch.start()
         self.takeover.start()
         ack_tracker.start()
         for fetcher in self.fetchers:
@@ -374,14 +374,14 @@ class Worker:
         self._must_end_in(self.options.grace + LEAVING_S)
         LOG.info(
             "worker %s stops; running jobs: %d, grace time: %g s",
-            *(self.identity, len(dispatcher.running), self.options.grace),
+            *(self.identity, len(dispatcher.running_jobs.jobs), self.options.grace),
         )
         dispatcher.take_no_more()
         for fetcher in self.fetchers:
-            fetcher.drain()
+            fetcher.stop_taking()
         self._close_readers()
         await self._wait_idle(dispatcher, began + (0.0 if self.error is not None else self.options.grace))
-        left = list(dispatcher.running)
+        left = list(dispatcher.running_jobs.jobs)
         if left:
             LOG.warning(
                 "jobs that still run and are abandoned: %d; the next owner runs those again that record no outcome",
@@ -394,24 +394,24 @@ class Worker:
         if self.children is not None:
             await self.children.close()
         if self.leases is not None and self.error is None:
-            self.leases.close_all()
+            self.leases.give_back_all()
         await self._close_hooks(began)
         self._must_end_in(CLOSING_S + MARGIN_S)
-        await self._beside(self._close_rest, ack_tracker, sender)
+        await self._in_own_thread(self._close_rest, ack_tracker, sender)
         dispatcher.pipe.executor.close()
         dispatcher.close()
         LOG.info("worker %s ended after %.1f s", self.identity, time.monotonic() - began)
 
-    async def _beside(self, function: Callable[..., None], *args: Any) -> None:
+    async def _in_own_thread(self, function: Callable[..., None], *args: Any) -> None:
         """Run a blocking function in the worker's own thread: jobs may occupy all of the loop's default threads."""
-        await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
+        await asyncio.get_running_loop().run_in_executor(self._own_thread, function, *args)
 
     async def _close_hooks(self, began: float) -> None:
         """Wait for pending hooks, and close the resources, within the rest of the grace time: at least 1 s for each of
         the two."""
         left = 1.0 if self.error is not None else max(1.0, began + self.options.grace - time.monotonic())
         if self.hooks is not None:
-            await self._beside(self.hooks.close, left)
+            await self._in_own_thread(self.hooks.close, left)
         try:
             async with asyncio.timeout(left):
                 await self.registry.resources.close()
@@ -452,7 +452,7 @@ class Worker:
         return list(dict.fromkeys(r for task in tasks for r in task.dependencies.values()))
 
     async def _wait_idle(self, dispatcher: Dispatcher, until: float, *, ignore_hurry: bool = False) -> None:
-        while dispatcher.running and (ignore_hurry or not self._hurry):
+        while dispatcher.running_jobs.jobs and (ignore_hurry or not self._hurry):
             left = until - time.monotonic()
             if left <= 0:
                 return
@@ -476,7 +476,8 @@ class Worker:
                 self.fail(
                     BrokerUnavailable(
                         f"{counted(left, 'record')} not acknowledged when the worker flushed its producer "
-                        f"({FLUSH_S:g} s): their jobs are not committed, and the next owner runs them"
+                        f"({FLUSH_S:g} s): their jobs are not committed, so the next owner runs each of them, or "
+                        "sends its records again if it has ended"
                     )
                 )
         for fetcher in self.fetchers:
@@ -500,7 +501,7 @@ class Worker:
                 self.identity,
                 self.started_at,
                 self.stopping,
-                [*([] if self.error is None else [str(self.error)]), *self.topics.problems],
+                [*([] if self.error is None else [str(self.error)]), *self.topic_watch.problems],
                 self.fetchers,
                 None if self.ack_tracker is None else self.dispatcher,
                 self.children,

@@ -188,7 +188,7 @@ def test_a_timeout_error_without_text_is_still_a_timeout(broker: str, namespace:
     with working(app) as worker:
         fact = until(lambda: closings(app).get(handle.job_id))[0].event.fact
         assert worker.dispatcher is not None
-        until(lambda: not worker.dispatcher.running)  # type: ignore[union-attr]  # set, as asserted above
+        until(lambda: not worker.dispatcher.running_jobs.jobs)  # type: ignore[union-attr]  # set, as asserted above
     assert isinstance(fact, JobFailedFact)
     assert fact.reason == "timeout"
     assert "str() of this exception raised" in fact.error.message

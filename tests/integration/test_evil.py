@@ -85,8 +85,8 @@ def test_the_worker_still_runs_jobs_in_all_places_afterwards(app: App, outcomes:
     found = closings(app)
     assert all(isinstance(found[h.job_id][-1].event.fact, JobSucceeded) for h in handles)
     assert worker.dispatcher is not None
-    until(lambda: not worker.dispatcher.running)  # type: ignore[union-attr]
-    assert worker.dispatcher.pipe.tasks.threads.running == worker.dispatcher.pipe.tasks.processes.running == 0
+    until(lambda: not worker.dispatcher.running_jobs.jobs)  # type: ignore[union-attr]
+    assert worker.dispatcher.pipe.tasks.threads.running == worker.dispatcher.pipe.tasks.children.running == 0
     children = worker.health()["children"]
     assert (children["died"], children["killed"]) == (0, 0)
 

@@ -126,10 +126,10 @@ def test_resources_are_open_before_jobs_and_closed_after_them(broker: str, names
     pool_ = pool
     ensure(app, app.settings)
     with working(app) as worker:
-        until(lambda: worker.control is not None)
+        until(lambda: worker.control_reader is not None)
         assert said == ["open client", "open pool"]
         ids = [work.submit(1).job_id, work_in_thread.submit(2).job_id]
-        until(lambda: worker.dispatcher is not None and worker.dispatcher.pipe.running.begun == 2)
+        until(lambda: worker.dispatcher is not None and worker.dispatcher.running_jobs.begun == 2)
     assert said == ["open client", "open pool", "job", "job", "close pool", "close client"]
     assert {fact_name(found[0].event.fact) for found in closings(app).values()} == {"JobSucceeded"}
     assert set(closings(app)) == set(ids)

@@ -233,7 +233,7 @@ def test_a_blocking_coroutine_that_cannot_be_interrupted_times_out_when_it_retur
             until(begun.is_set, what="its begin")
             assert worker.dispatcher is not None
             executor = worker.dispatcher.pipe.executor
-            until(lambda: executor.due, what="the notice that its time is over")
+            until(lambda: executor.overdue_on_loop, what="the notice that its time is over")
         finally:
             noticed.set()
         fact = end_of(app, handle)

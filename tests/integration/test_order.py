@@ -261,7 +261,9 @@ def test_each_attempt_in_place_has_its_own_time_limit(app: App, seen: Seen) -> N
     """A coroutine blocks the event loop beyond its time limit and is retried in place. The second attempt times out as
     the first one did."""
     with working(app) as worker:
-        seen.blocked = lambda: worker.dispatcher is not None and worker.dispatcher.pipe.executor.due is not None
+        seen.blocked = lambda: (
+            worker.dispatcher is not None and worker.dispatcher.pipe.executor.overdue_on_loop is not None
+        )
         handle = app.tasks["blocks"].submit("k")
         facts = wait_for_outcomes(app, 1)
     assert seen.names() == [("k", 1), ("k", 2)]

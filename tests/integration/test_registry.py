@@ -309,7 +309,7 @@ def test_a_takeover_reads_both_framings(broker: str, registry_url: str, namespac
     with working(plain) as worker:
         until(lambda: fresh[0].job_id in closings(plain))
         assert worker.takeover is not None
-        assert worker.takeover.found == 4
+        assert worker.takeover.found_settled == 4
         until(lambda: sum(len(p.live) for p in worker.partitions()) == 0, what="everything settled")
     # The same releases again, each with the other framing. The next owner reads them, because they are below its
     # committed offset.
@@ -344,7 +344,7 @@ def test_a_takeover_that_cannot_read_a_closing_fact_runs_nothing(
     with working(registered) as worker:
         until(lambda: fresh.job_id in closings(registered))
         assert worker.takeover is not None
-        assert worker.takeover.found == 1
+        assert worker.takeover.found_settled == 1
     assert app.ran == []  # type: ignore[attr-defined]
     assert registered.ran == [("add", 7)]  # type: ignore[attr-defined]
     app.close()

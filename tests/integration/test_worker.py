@@ -19,7 +19,8 @@ from jobledger import App, BrokerUnavailable, ConfigError, Settings, TopicMissin
 from jobledger.config import DEFAULT_MAX_RECORD_BYTES
 from jobledger.consumers.partitions.takeover import Takeover
 from jobledger.consumers.state import offset_tracker
-from jobledger.consumers.state.work import PROGRESS_INTERVAL_S, JobRun
+from jobledger.consumers.state.progress import PROGRESS_INTERVAL_S
+from jobledger.consumers.state.work import JobRun
 from jobledger.consumers.worker.worker import Worker, WorkerOptions
 from jobledger.definitions.retry import Retry
 from jobledger.kafka.clients import admin, producer, producer_config
@@ -484,7 +485,7 @@ def test_a_clean_partition_stays_clean_if_its_takeover_is_interrupted(
         until(lambda: all_done(app, worker))
     before = committed(app)
     app.submit_many(app.tasks["add"].job(n) for n in range(60, 90))
-    seed = Takeover._seed_starts
+    seed = Takeover._choose_memory_ranges
     marked = threading.Event()
     found: list[tuple[int, bool]] = []
 
@@ -497,7 +498,7 @@ def test_a_clean_partition_stays_clean_if_its_takeover_is_interrupted(
         seed(self, topic, scans)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Takeover, "_seed_starts", late)
+        patched.setattr(Takeover, "_choose_memory_ranges", late)
         with working(app):
             until(marked.is_set)
             for partition, (offset, metadata) in committed(app).items():
@@ -610,7 +611,7 @@ def test_a_stopping_worker_waits_for_running_jobs_and_leaves_the_rest(
     with working(app, grace=120.0, threads=1) as worker:
         until(lambda: len(app.ran) == 3)  # type: ignore[attr-defined]
         worker.stop()
-        until(lambda: worker.dispatcher is not None and not worker.dispatcher.pipe.running.accepting)
+        until(lambda: worker.dispatcher is not None and not worker.dispatcher.running_jobs.accepting)
         gates["ends"].set()
         gates["thread"].set()
         until(lambda: len(closings(app)) == 2)
@@ -637,7 +638,7 @@ def test_a_partition_that_becomes_ready_during_a_wake_up_is_served_at_once(broke
         owned = list(worker.partitions())
         dispatcher = worker.dispatcher
         assert dispatcher is not None
-        dispatcher.ended(owned)
+        dispatcher.no_longer_owned(owned)
         app.tasks["add"].submit(1)
         until(lambda: any(p.raw for p in owned))
         time.sleep(0.2)
@@ -673,7 +674,7 @@ def test_objects_of_an_ended_job_are_freed_without_the_garbage_collector(broker:
             # Each of the two threads still refers to its last job.
             until(lambda: works() <= before + 2, 5.0, "their freeing")
             assert worker.dispatcher is not None
-            assert worker.dispatcher.pipe.running.begun == 20 * (len(kinds) + 1)
+            assert worker.dispatcher.running_jobs.begun == 20 * (len(kinds) + 1)
         finally:
             gc.enable()
     app.close()

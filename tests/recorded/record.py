@@ -37,7 +37,7 @@ def main() -> None:
         ensure(app, app.settings)
         series: dict[str, list[float | None]] = {}
         with working(app, concurrency=2) as worker:
-            while worker.control is None:
+            while worker.control_reader is None:
                 time.sleep(0.1)
             registry = CollectorRegistry()
             registry.register(WorkerMetrics(worker))

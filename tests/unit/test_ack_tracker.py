@@ -57,17 +57,17 @@ def test_an_acknowledgement_without_an_offset_closes_a_record() -> None:
     for work in works:
         assert offsets.receive(work.offset)
         partition.live[work.offset] = work
-    works[0].closing_delivered(None, cast(Any, Report(60)))
+    works[0].settling_delivered(None, cast(Any, Report(60)))
     works[1].remaining = 2
-    works[1].closing_delivered(None, cast(Any, Report(None)))
-    works[2].noted_delivered(None, cast(Any, Report(None)))
+    works[1].settling_delivered(None, cast(Any, Report(None)))
+    works[2].continuing_delivered(None, cast(Any, Report(None)))
     ack_tracker.drain()
     assert list(partition.live) == [1, 2], "the first is done, the second waits for what derives from it"
     assert offsets.floor == 61, "neither of the others can stand below the last known outcome"
     works[1].derived_delivered(None, cast(Any, Report(None)))
     ack_tracker.drain()
     assert list(partition.live) == [2]
-    works[2].closing_delivered(None, cast(Any, Report(None)))
+    works[2].settling_delivered(None, cast(Any, Report(None)))
     ack_tracker.drain()
     assert not partition.live
     assert offsets.watermark == 3
@@ -94,14 +94,14 @@ def test_derived_records_wait_until_the_ownership_of_the_partition_is_confirmed(
     for work in works:
         assert offsets.receive(work.offset)
         work.derived, work.remaining = [Outgoing(f"shop.{work.offset}", b"1", None)], 2
-    works[0].closing_delivered(None, cast(Any, Report(60)))
+    works[0].settling_delivered(None, cast(Any, Report(60)))
     ack_tracker.tick()
     assert (sent, lease.wanted) == ([], True)
     lease.confirm(time.monotonic())
     ack_tracker.tick()
     assert sent == ["shop.0"]
     lease.until = 0.0
-    works[1].closing_delivered(None, cast(Any, Report(61)))
+    works[1].settling_delivered(None, cast(Any, Report(61)))
     ack_tracker.tick()
     partition.give_up()
     partition.gone = True

@@ -232,10 +232,10 @@ def test_a_release_that_the_log_settles_already_is_not_run(how: str) -> None:
         partition = bench.partition()
         value = job("plain")
         partition.prior.scanned_to = 1
-        partition.prior.closed[release_key(codec.decode(value).job_id, 1, 1)] = PriorFact(70, 1_000_000, fact)
+        partition.prior.settled[release_key(codec.decode(value).job_id, 1, 1)] = PriorFact(70, 1_000_000, fact)
         partition.offsets = PartitionOffsets(Restored(0), 90)
         bench.take(partition, value)
-        assert (bench.running, bench.pipe.admission.counts.found_closed, bench.facts(JobStarted)) == ([], 1, [])
+        assert (bench.running, bench.pipe.admission.counts.found_settled, bench.facts(JobStarted)) == ([], 1, [])
         assert partition.prior.used_up
         if again is None:
             assert (bench.kinds(), watermark(partition), partition.live) == ([], 1, {})
@@ -258,7 +258,7 @@ def test_a_snooze_for_an_unknown_task_that_is_sent_again_keeps_counting() -> Non
         partition = bench.partition()
         value = job("elsewhere", tags={UNKNOWN_TASK_TAG: "2", "shop": "north"})
         prior = PriorFact(7, 1_000, JobSnoozed(60_000, "unknown-task"))
-        partition.prior.closed[release_key(codec.decode(value).job_id, 1, 1)] = prior
+        partition.prior.settled[release_key(codec.decode(value).job_id, 1, 1)] = prior
         bench.take(partition, value)
         (asked,) = bench.facts(ReleaseRequested)
         assert asked.spec.tags == {UNKNOWN_TASK_TAG: "3", "shop": "north"}
@@ -450,7 +450,7 @@ def test_a_job_whose_arguments_do_not_fit_fails_without_a_start() -> None:
 
 def test_a_job_of_an_unknown_task_is_snoozed_until_the_backoff_is_exhausted() -> None:
     """Another worker may know the task. The tag counts the snoozes; then the job fails."""
-    with PartsBench(shop(), unknown=Retry(max_attempts=2, initial=3.0, jitter=False)) as bench:
+    with PartsBench(shop(), unknown_backoff=Retry(max_attempts=2, initial=3.0, jitter=False)) as bench:
         partition = bench.partition()
         for seen in range(3):
             bench.take(partition, job("elsewhere", tags={} if not seen else {UNKNOWN_TASK_TAG: str(seen)}))

@@ -101,12 +101,12 @@ def test_numbers_in_code_are_checked_as_in_the_environment(name: str, value: Any
 
 def test_only_this_user_can_read_the_folders_of_databases(tmp_path: Path) -> None:
     """The databases contain arguments and results of jobs."""
-    from jobledger.streams.coordinator.faust.instance_dir import take_place
+    from jobledger.streams.coordinator.faust.instance_dir import lock_instance_dir
     from jobledger.streams.projections.projection_store import ProjectionStore
     from jobledger.streams.status.store import open_store
 
     Settings(home=tmp_path).resolve_status_url("shop")
-    take_place(tmp_path / "coordinator", "shop").release()
+    lock_instance_dir(tmp_path / "coordinator", "shop").release()
     open_store(f"sqlite:///{tmp_path}/table/s.db", "shop").close()
     ProjectionStore(f"sqlite:///{tmp_path}/folds/s.db", "shop").close()
     made = [tmp_path / name for name in ("status", "coordinator", "coordinator/0", "table", "folds")]

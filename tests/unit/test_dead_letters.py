@@ -20,7 +20,7 @@ from jobledger.log.writer import Outgoing
 from jobledger.schemas import codec
 from jobledger.schemas.dead_letters import rejection
 from jobledger.schemas.events import JobEvent, RecordRejected
-from jobledger.streams.coordinator.decoding import RecordReader
+from jobledger.streams.coordinator.decoding import RecordDecoder
 from jobledger.streams.status.materializer import Materializer
 
 LIMIT = 1_000_000
@@ -59,9 +59,9 @@ def of_coordinator(key: bytes | None, value: bytes | None, why: str) -> Outgoing
         def decode(self, value: bytes | None) -> JobEvent:
             raise NotAnEvent(why)
 
-    reader = RecordReader(Names("shop"), Refusing(), "coordinator@h:1", lambda: 0, LIMIT - 100)
+    record_decoder = RecordDecoder(Names("shop"), Refusing(), "coordinator@h:1", lambda: 0, LIMIT - 100)
     record = SimpleNamespace(topic="shop.lifecycle", partition=2, offset=7, key=key, value=value)
-    _, (letter,) = asyncio.run(reader.decode([record]))
+    _, (letter,) = asyncio.run(record_decoder.decode([record]))
     return letter
 
 

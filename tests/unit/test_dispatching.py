@@ -66,7 +66,7 @@ def test_a_lost_partition_does_not_block_the_jobs_that_wait_for_a_limit() -> Non
         bench.dispatcher.wake()
         await until(lambda: len(ran) >= 2)
         first.give_up()
-        bench.dispatcher.ended([first])
+        bench.dispatcher.no_longer_owned([first])
         await until(lambda: sum(name[0] == "q" for name in ran) == 20)
         assert not bench.failed
         bench.close()
@@ -359,7 +359,7 @@ def test_a_cancel_before_the_first_step_of_a_coroutine_ends_the_job(monkeypatch:
         put(partition, [value])
         bench.dispatcher.wake()
         await until(lambda: any(isinstance(fact, JobCancelledFact) for fact in bench.kept.facts()))
-        await until(lambda: not bench.dispatcher.running)
+        await until(lambda: not bench.dispatcher.running_jobs.jobs)
         bench.close()
 
     run(test)
@@ -475,7 +475,7 @@ def test_an_attempt_in_place_is_passed_to_the_next_owner_before_its_retry_is_ack
         committer = Committer(
             Settings(), cast(Any, consumer), "g", partition.lease, bench.ack_tracker, bench.failed.append
         )
-        assert committer.commit([partition], final=True)
+        committer.commit([partition], final=True)
         restored = decode(committed[0].offset, committed[0].metadata, 10)
         assert not restored.clean
         assert restored.floor == 0
@@ -497,7 +497,7 @@ def test_a_commit_that_the_client_has_lost_ends_the_worker() -> None:
 
     settings = Settings(bootstrap="lost.example:9092")
     lease = OwnershipLease(60.0, lambda: None)
-    ack_tracker = cast(Any, SimpleNamespace(broken=False))
+    ack_tracker = cast(Any, SimpleNamespace(commits_stopped=False))
     committer = Committer(settings, cast(Any, SimpleNamespace(commit=commit)), "g", lease, ack_tracker, failed.append)
     taken = [(Partition("shop.jobs.mail", 0, lease, 0, None), Snapshot(0, ""))]
     thread = threading.Thread(target=committer.commit_snapshots, args=(taken,))
@@ -528,7 +528,7 @@ def test_a_refused_commit_is_logged_once(caplog: pytest.LogCaptureFixture) -> No
         return []
 
     lease = OwnershipLease(60.0, lambda: None)
-    ack_tracker = cast(Any, SimpleNamespace(broken=False))
+    ack_tracker = cast(Any, SimpleNamespace(commits_stopped=False))
     consumer = cast(Any, SimpleNamespace(commit=commit))
     committer = Committer(Settings(), consumer, "g", lease, ack_tracker, lambda error: None)
     taken = [(Partition("shop.jobs.mail", number, lease, 0, None), Snapshot(0, "")) for number in range(3)]
@@ -575,7 +575,7 @@ def test_an_unexpected_error_in_the_loop_ends_the_worker() -> None:
         bench = Bench(App("shop"))
         bench.dispatcher.call(lambda: cast(Any, None).nothing)
         await until(lambda: bench.failed)
-        assert "the dispatcher failed" in str(bench.failed[0])
+        assert "a function on the worker's event loop failed" in str(bench.failed[0])
         bench.close()
 
     run(test)
@@ -606,7 +606,7 @@ def lose(bench: Bench, partition: Partition) -> None:
     """Give the partition to another worker."""
     partition.gone = True
     partition.give_up()
-    bench.dispatcher.ended([partition])
+    bench.dispatcher.no_longer_owned([partition])
 
 
 @pytest.mark.parametrize("lost", [False, True])
@@ -623,7 +623,7 @@ def test_a_job_that_waits_for_a_child_is_not_run_before_the_lease_is_confirmed(l
             lose(bench, partition)
         partition.lease.confirm(time.monotonic())  # for the partitions that are assigned now
         if lost:
-            await until(lambda: not bench.dispatcher.running)
+            await until(lambda: not bench.dispatcher.running_jobs.jobs)
             assert partition.live, "not done: the next owner's"
         else:
             await until(lambda: children.given)
@@ -651,7 +651,7 @@ def test_a_job_whose_child_died_is_not_started_again_before_the_lease_is_confirm
             lose(bench, partition)
         partition.lease.confirm(time.monotonic())
         if lost:
-            await until(lambda: not bench.dispatcher.running)
+            await until(lambda: not bench.dispatcher.running_jobs.jobs)
         else:
             await until(lambda: starts(bench) == 2)
             bench.ack_tracker.serve()
@@ -790,7 +790,7 @@ def test_code_that_did_not_begin_before_a_pause_waits_for_the_ownership_lease(
         if lost:
             lose(bench, partition)
         partition.lease.confirm(time.monotonic())
-        await until(lambda: not bench.dispatcher.running)
+        await until(lambda: not bench.dispatcher.running_jobs.jobs)
         bench.ack_tracker.serve()
         assert ran == [] if lost else sorted(ran) == numbers
         assert len(bench.kept.ended()) == (0 if lost else len(numbers))
@@ -830,7 +830,7 @@ def test_code_that_did_not_begin_before_its_partition_was_lost_does_not_run(
         monkeypatch.setattr(bench.dispatcher.pipe.recorder, "started", then_lost)
         put(partition, [job(task, n=n) for n in numbers])
         bench.dispatcher.wake()
-        await until(lambda: starts(bench) == len(numbers) and not bench.dispatcher.running)
+        await until(lambda: starts(bench) == len(numbers) and not bench.dispatcher.running_jobs.jobs)
         assert time.monotonic() < partition.lease.until
         assert (ran, bench.kept.ended(), len(partition.live)) == ([], [], len(numbers))
         assert breaker.describe().endswith("open after 1 failure in a row")
@@ -864,7 +864,7 @@ def test_a_long_job_that_did_not_begin_before_a_pause_depends_on_its_job_lease(
 
         def then_paused(*about: Any) -> None:
             started(*about)
-            (work,) = bench.dispatcher.running
+            (work,) = bench.dispatcher.running_jobs.jobs
             assert work.lease is not None
             work.lease.renew_at = 0.0
             bench.kept.frozen = True
@@ -880,8 +880,8 @@ def test_a_long_job_that_did_not_begin_before_a_pause_depends_on_its_job_lease(
         monkeypatch.setattr(bench.dispatcher.pipe.recorder, "started", then_paused)
         put(partition, [job(task, n=0)])
         bench.dispatcher.wake()
-        await until(lambda: bench.dispatcher.running)
-        await until(lambda: bench.reported(not bench.dispatcher.running))
+        await until(lambda: bench.dispatcher.running_jobs.jobs)
+        await until(lambda: bench.reported(not bench.dispatcher.running_jobs.jobs))
         bench.kept.frozen = False
         await until(lambda: bench.reported(not bench.kept.unacknowledged))
         renewed = [fact.lease_ms for fact in bench.kept.facts() if isinstance(fact, LeaseRenewed)]
@@ -906,23 +906,23 @@ def test_the_duration_of_a_suspect_does_not_include_a_pause_before_its_code() ->
         bench = Bench(app)
         partition, places = bench.partition(), bench.dispatcher.placement
         partition.prior.scanned_to = partition.prior.suspect_below = 1
-        go = places.go
+        run_code = places.run_code
 
         def then_paused(work: JobRun) -> None:
-            go(work)
+            run_code(work)
             if not paused:
                 paused.append(work)
                 assert work.suspect
                 end_ownership_lease(partition)
                 work.began -= 3600.0
 
-        places.go = then_paused  # type: ignore[method-assign]
+        places.run_code = then_paused  # type: ignore[method-assign]
         put(partition, [job("coroutine", n=0)])
         bench.dispatcher.wake()
         await until(lambda: bench.reported(partition.lease.wanted))
         assert ran == []
         partition.lease.confirm(time.monotonic())
-        await until(lambda: not bench.dispatcher.running)
+        await until(lambda: not bench.dispatcher.running_jobs.jobs)
         (took,) = [fact.duration_us for fact in bench.kept.facts() if isinstance(fact, JobSucceeded)]
         assert (ran, took < 1800e6, bench.failed) == ([0], True, [])
         bench.close()
@@ -964,7 +964,7 @@ def test_jobs_behind_thousands_of_jobs_of_one_key_run() -> None:
         assert ran.count("hot") == 1
         assert partition.backlog.parked > 30_000
         partition.give_up()
-        bench.dispatcher.ended([partition])
+        bench.dispatcher.no_longer_owned([partition])
         await until(lambda: bench.dispatcher.wait_queues.parked_bytes == 0)
         bench.close()
 
@@ -1041,7 +1041,7 @@ def test_the_next_job_of_a_key_begins_when_the_outcome_of_the_previous_job_is_in
         put(partition, [job("book", key="c", k="other")])
         d.wake()
         await until(lambda: any(k == "other" for k, *_ in ran))
-        await until(lambda: len(d.running) == parked)
+        await until(lambda: len(d.running_jobs.jobs) == parked)
         assert (partition.backlog.parked > 0) == parked
         assert not any(k == "next" for k, *_ in ran)
         kept.frozen = False
@@ -1097,15 +1097,16 @@ def test_an_otherwise_idle_worker_sends_the_facts_of_a_keyed_job_at_once() -> No
         partition = bench.partition()
         put(partition, [job("book", key="a", k="a", n=n) for n in range(5)])
         d.wake()
-        await until(lambda: len(ran) == 5 and not d.wait_queues.unacknowledged)  # the last outcome is acknowledged, too
+        # The last outcome is acknowledged, too.
+        await until(lambda: len(ran) == 5 and not d.wait_queues.awaiting_acknowledgement)
         assert bench.hurried >= 4
         put(partition, [job("holds", key="h", k="h")])
         d.wake()
-        await until(lambda: d.running)
+        await until(lambda: d.running_jobs.jobs)
         hurried = bench.hurried
         put(partition, [job("book", key="a", k="a", n=5), job("book", key="b", k="b")])
         d.wake()
-        await until(lambda: len(ran) == 7 and len(d.running) == 1)
+        await until(lambda: len(ran) == 7 and len(d.running_jobs.jobs) == 1)
         assert bench.hurried == hurried
         bench.close()
 
@@ -1123,7 +1124,7 @@ def test_the_next_job_of_a_key_begins_in_the_pass_that_takes_the_acknowledgement
         put(bench.partition(), [job("holds", key="h", k="h"), *(job("book", key="a", k="a", n=n) for n in range(5))])
         bench.dispatcher.wake()
         await until(lambda: len(ran) == 5)
-        assert (bench.hurried, len(bench.dispatcher.running)) == (0, 1)
+        assert (bench.hurried, len(bench.dispatcher.running_jobs.jobs)) == (0, 1)
         bench.close()
 
     run(test)
@@ -1140,8 +1141,8 @@ def test_the_next_job_of_a_key_waits_for_the_acknowledgement_and_the_end_of_the_
         bench.kept.frozen = True
         put(bench.partition(), [job("holds", key="a", k="a"), job("book", key="a", k="next")])
         d.wake()
-        await until(lambda: d.running)
-        (work,) = d.running
+        await until(lambda: d.running_jobs.jobs)
+        (work,) = d.running_jobs.jobs
         assert work.wait_queue is not None
         d.pipe.reports.attempt_acknowledged(work)
         await until(lambda: work.wait_queue is not None and work.wait_queue.over == 1)

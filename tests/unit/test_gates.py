@@ -60,7 +60,7 @@ def test_a_rate_allows_the_next_start_after_its_wait(rate: float) -> None:
     now = 1000.0
     while scope.free(now):
         scope.begin(now)
-    wait = scope.wait(now)
+    wait = scope.seconds_until_open(now)
     assert wait is not None
     assert scope.free(now + wait * 0.98) == 0
     assert scope.free(now + wait + 0.001) >= 1
@@ -70,10 +70,10 @@ def test_half_the_partitions_have_half_the_limits() -> None:
     """The share holds for starts a second and for jobs at once. A worker without partitions starts no job."""
     scope = Limiter("queue q", Limits(10.0, 7))
     scope.own([0, 2], 4)
-    assert (scope.rate, scope.slots) == (5.0, 4)
+    assert (scope.rate, scope.concurrency_share) == (5.0, 4)
     scope.own([], 4)
     assert scope.free(0.0) == 0
-    assert scope.wait(0.0) is None
+    assert scope.seconds_until_open(0.0) is None
 
 
 def test_concurrency_counts_what_runs() -> None:
@@ -96,7 +96,7 @@ def test_a_control_command_replaces_the_limit_of_the_code() -> None:
     scope.override(None)
     assert scope.free(0) == 2
     scope.paused = "by ann: lunch"
-    assert (scope.free(0), scope.wait(0), scope.active) == (0, None, True)
+    assert (scope.free(0), scope.seconds_until_open(0), scope.active) == (0, None, True)
     assert "paused by ann: lunch" in scope.describe()
     free = Limiter("queue q", Limits())
     assert not free.active
@@ -154,7 +154,7 @@ def test_a_breaker_opens_after_failures_in_a_row_and_lets_one_try() -> None:
     gate.begin(1)
     gate.end(1, 0.1, False, 1)
     assert gate.is_open
-    assert (gate.free(5), gate.wait(5)) == (0, 6.0)
+    assert (gate.free(5), gate.seconds_until_open(5)) == (0, 6.0)
     assert gate.free(11) == 1
     gate.begin(11)
     assert gate.free(11) == 0, "one tries, the others wait"

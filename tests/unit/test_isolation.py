@@ -197,14 +197,14 @@ def places(children: object | None) -> Placement:
 def test_a_job_fails_after_3_crashes_or_after_10_if_child_processes_are_available() -> None:
     """Without child processes a job fails after three starts without an outcome. If child processes are available, a
     job fails after ten starts whose end no worker saw: the workers themselves died, perhaps of another cause."""
-    alone, witnessed = places(None), places(SimpleNamespace(broken=None))
+    alone, witnessed = places(None), places(SimpleNamespace(start_error=None))
     assert alone.crashed(CRASHES - 1) is None
     failed = alone.crashed(CRASHES)
     assert failed is not None
     assert (failed.reason, "started 3 times" in failed.error.message) == ("crashed", True)
     assert witnessed.crashed(UNSEEN_CRASHES - 1) is None
     assert witnessed.crashed(UNSEEN_CRASHES) is not None
-    assert places(SimpleNamespace(broken=ConfigError("x"))).crashed(CRASHES) is not None, "broken ones see nothing"
+    assert places(SimpleNamespace(start_error=ConfigError("x"))).crashed(CRASHES) is not None, "broken ones see nothing"
 
 
 def test_a_child_that_is_announced_twice_gets_one_job() -> None:
@@ -213,7 +213,7 @@ def test_a_child_that_is_announced_twice_gets_one_job() -> None:
     given: list[tuple[ChildHandle, JobRun]] = []
     pool = ChildPool(
         ChildSettings(2, 0, 10, "m:a", Settings()),
-        cast(Any, SimpleNamespace(take=lambda work: True)),
+        cast(Any, SimpleNamespace(may_run_now=lambda work: True)),
     )
     pool._give = lambda child, work: given.append((child, work))  # type: ignore[method-assign]
     fork_client = pool._fork_client

@@ -37,19 +37,19 @@ def let_go(leases: JobLeases, work: JobRun) -> None:
 
 def close_again(leases: JobLeases, work: JobRun) -> None:
     """Report that the outcome was not delivered, so that it is sent again."""
-    leases._closed(work, b"", KafkaError(KafkaError._MSG_TIMED_OUT), cast(Any, None))
+    leases._outcome_delivered(work, b"", KafkaError(KafkaError._MSG_TIMED_OUT), cast(Any, None))
 
 
 def close_after(leases: JobLeases, work: JobRun) -> None:
     """Send the outcome, as after the acknowledgement of the records before it."""
-    leases._calls.call(leases._send_close, work, b"")
+    leases._calls.call(leases._send_to_coordinator, work, b"")
 
 
 @pytest.mark.parametrize(
     ("how", "begin", "give_up", "send", "expected"),
     [
-        (grant, breaks, None, None, "the dispatcher failed: ZeroDivisionError('here')"),
-        (let_go, None, breaks, None, "the dispatcher failed: ZeroDivisionError('here')"),
+        (grant, breaks, None, None, "a function on the worker's event loop failed: ZeroDivisionError('here')"),
+        (let_go, None, breaks, None, "a function on the worker's event loop failed: ZeroDivisionError('here')"),
         (close_again, None, None, full, "the send queue stayed full"),
         (close_after, None, None, full, "the send queue stayed full"),
     ],
@@ -79,13 +79,13 @@ def test_an_error_that_would_lose_a_leased_job_ends_the_worker(
         put(partition, [job("slow")])
         bench.dispatcher.wake()
         await until(lambda: leases.count)
-        (work,) = bench.dispatcher.running
+        (work,) = bench.dispatcher.running_jobs.jobs
         if send is not None:
             monkeypatch.setattr(bench.kept, "send", send)
         how(leases, work)
         await until(lambda: bench.failed, TICK_S + 5)
         assert [str(error) for error in bench.failed] == [expected]
-        leases.close_all()
+        leases.give_back_all()
         bench.close()
 
     run(test)

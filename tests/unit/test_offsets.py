@@ -213,7 +213,7 @@ def test_the_takeover_floor_is_the_lowest_outcome_that_the_map_may_lack() -> Non
         tracker.receive(offset)
     assert tracker.floor == 50
     tracker.acknowledged(60)
-    tracker.look_from(0, 60)
+    tracker.must_find_from(0, 60)
     tracker.acknowledged(61)
     tracker.done(1)
     assert tracker.floor == 60, "record 0 has an outcome at 60 and is not in the map"
@@ -239,7 +239,7 @@ def test_the_takeover_floor_is_below_the_starts_of_running_jobs() -> None:
     assert tracker.floor == 60, "record 0 was begun when the last known outcome stood at 59"
     tracker.begin(0)  # a second start, after the process died
     assert tracker.floor == 60
-    tracker.look_from(2, 55)
+    tracker.must_find_from(2, 55)
     assert tracker.floor == 55
     tracker.done(2)
     tracker.done(0)
@@ -302,7 +302,7 @@ def test_a_hand_over_is_not_clean_while_suspects_are_left() -> None:
     assert (tracker.floor, tracker.nothing_to_look_up) == (50, False)
     for record in (0, 2, 4):
         tracker.done(record)
-    tracker.look_from(3, 40)
+    tracker.must_find_from(3, 40)
     assert tracker.floor == 40
     tracker.done(3)
     assert (tracker.floor, tracker.nothing_to_look_up) == (50, False), "record 1 is left"
@@ -332,23 +332,24 @@ def test_the_fact_of_an_attempt_in_place_is_expected_after_the_acknowledged_fact
     offsets = PartitionOffsets(Restored(0), 50)
     for record in (0, 1):
         offsets.receive(record)
-    offsets.note(0, 20)
+    offsets.continues_from(0, 20)
     offsets.acknowledged(60)
-    offsets.goes_on(1)
+    offsets.continues_after_next_fact(1)
     assert offsets.floor == 20
     offsets.done(0)
     assert offsets.floor == 61, "not as far back as what the other one had to keep"
 
 
-def test_the_lowest_note_of_a_record_counts_for_the_floor() -> None:
-    """The notes come in any order. Until the record is done, the takeover must be able to read all its facts."""
+def test_the_lowest_offset_from_which_a_job_continues_counts_for_the_floor() -> None:
+    """The offsets are noted in any order. Until the record is done, the takeover must be able to read all facts of its
+    job."""
     offsets = PartitionOffsets(Restored(0), 500)
     assert offsets.receive(0)
     for noted, floor in ((400, 400), (450, 400), (120, 120), (400, 120)):
-        offsets.note(0, noted)
+        offsets.continues_from(0, noted)
         assert offsets.floor == floor
     assert not offsets.nothing_to_look_up
     offsets.done(0)
     assert (offsets.floor, offsets.nothing_to_look_up) == (500, True)
-    offsets.note(0, 7)
+    offsets.continues_from(0, 7)
     assert offsets.nothing_to_look_up, "it is done"

@@ -131,16 +131,18 @@ def test_an_isolated_job_runs_when_a_child_is_free(monkeypatch: pytest.MonkeyPat
         work = begin(bench, partition, "isolated")
         bench.step()
         assert given.children is not None
-        assert (given.children.given, given.threads, bench.pipe.tasks.processes.running) == ([], [], 1)
+        assert (given.children.given, given.threads, bench.pipe.tasks.children.running) == ([], [], 1)
         assert given.free_child() == [work]
         bench.pipe.placement.outcome_reported(work, Succeeded(b"7"))
         bench.free()
         assert [fact.result for fact in bench.facts(JobSucceeded)] == [b"7"]
-        assert bench.pipe.tasks.processes.running == 0
+        assert bench.pipe.tasks.children.running == 0
 
 
 @pytest.mark.parametrize("task", ["coroutine", "function", "isolated"])
-@pytest.mark.parametrize(("starts", "slots"), [(0, "suspects"), (2, "suspects"), (3, "alone"), (9, "alone")])
+@pytest.mark.parametrize(
+    ("starts", "slots"), [(0, "suspects"), (2, "suspects"), (3, "one at a time"), (9, "one at a time")]
+)
 def test_a_suspect_runs_in_a_child_and_alone_after_three_starts(
     monkeypatch: pytest.MonkeyPatch, task: str, starts: int, slots: str
 ) -> None:
@@ -174,7 +176,7 @@ def test_a_limited_number_of_suspects_run_at_once_and_only_one_with_three_starts
         waiting = bench.lanes.all[0].waiting
         assert {name: [one.offset for one in works] for name, works in waiting.items()} == {
             "suspects": [SUSPECTS, SUSPECTS + 1],
-            "alone": [SUSPECTS + 3],
+            "one at a time": [SUSPECTS + 3],
         }
 
 
@@ -232,7 +234,7 @@ def test_a_job_fails_as_crashed_after_three_starts_or_after_ten_that_no_worker_s
         assert isinstance(failed, Failed)
         assert (failed.reason, "started 10 times" in failed.error.message) == ("crashed", True)
         assert given.children is not None
-        given.children.pool.broken = ConfigError("no fork server")
+        given.children.pool.start_error = ConfigError("no fork server")
         assert isinstance(crashed(CRASHES), Failed)
 
 
@@ -262,7 +264,7 @@ def test_a_job_whose_process_died_is_started_again_and_fails_after_the_third_dea
         assert (failed.reason, failed.error) == ("crashed", KILLED)
         assert len(bench.facts(JobStarted)) == 3
         assert bench.free() == [work]
-        assert bench.pipe.tasks.processes.running == 0
+        assert bench.pipe.tasks.children.running == 0
 
 
 def test_a_death_that_is_not_the_jobs_fault_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,7 +315,7 @@ def test_a_suspect_moves_to_its_usual_place_when_no_child_can_be_started(monkeyp
         work = begin(bench, partition, "function", suspect=True)
         suspects = bench.pipe.placement.slots_by_name["suspects"]
         assert (suspects.running, bench.pipe.tasks.threads.running) == (1, 0)
-        given.children.pool.broken = ConfigError("no fork server")
+        given.children.pool.start_error = ConfigError("no fork server")
         bench.acknowledge()
         assert (suspects.running, bench.pipe.tasks.threads.running) == (0, 1)
         bench.acknowledge()
@@ -330,7 +332,7 @@ def test_an_isolated_job_is_left_to_its_next_owner_when_no_child_can_be_started(
         given = Given(bench, monkeypatch)
         assert given.children is not None
         partition = bench.partition()
-        given.children.pool.broken = ConfigError("no fork server")
+        given.children.pool.start_error = ConfigError("no fork server")
         work = begin(bench, partition, "isolated")
         bench.step()
         assert (bench.free(), given.threads, bench.kinds()) == ([work], [], ["JobStarted"])
@@ -528,6 +530,6 @@ def test_the_jobs_of_a_lost_partition_do_not_wait_for_a_child_any_more(monkeypat
         first, second, third = (begin(bench, where, "isolated") for where in (lost, kept, lost))
         lose(lost)
         bench.pipe.placement.sweep()
-        assert (bench.free(), bench.pipe.tasks.processes.running) == ([first, third], 1)
+        assert (bench.free(), bench.pipe.tasks.children.running) == ([first, third], 1)
         assert given.free_child() == [second]
         assert bench.kinds() == ["JobStarted"] * 3

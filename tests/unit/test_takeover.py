@@ -82,13 +82,13 @@ def scanned(*facts: tuple[int, ev.Fact], framed: bool = False, attempts: Sequenc
             None,
             fact,
         )
-        takeover._scanned(scan, cast(Any, Message(offset, codec.encode(event))))
+        takeover._take_lifecycle_record(scan, cast(Any, Message(offset, codec.encode(event))))
     return scan
 
 
 def noted_end(scan: _Scan, release: int = 1) -> tuple[int, int, ev.Fact]:
     """Return the noted end of a release: the lifecycle offset, the append time and the fact."""
-    end = scan.partition.prior.closed[release_key(JOB, 1, release)]
+    end = scan.partition.prior.settled[release_key(JOB, 1, release)]
     return end.offset, end.appended_ms, end.fact
 
 

@@ -65,7 +65,7 @@ def nothing_waits(bench: PartsBench, partition: Partition) -> bool:
     backlog, queues = partition.backlog, bench.pipe.wait_queues
     counters = (backlog.count, backlog.parked, backlog.parked_bytes, queues.parked_bytes, len(backlog.wait_queues))
     ready = sum(lane.ready for lane in bench.lanes.all)
-    return (counters, ready, queues.unacknowledged, queues.awaited) == ((0, 0, 0, 0, 0), 0, {}, {})
+    return (counters, ready, queues.awaiting_acknowledgement, queues.awaited) == ((0, 0, 0, 0, 0), 0, {}, {})
 
 
 # -- keys -------------------------------------------------------------------------------------------------------------
@@ -222,7 +222,7 @@ def test_a_keyed_job_that_must_not_run_is_closed_in_its_turn(how: str, parked: b
         "cancelled": (keyed(-1), JobCancelledFact),
         "unknown task": (job("elsewhere", key="a"), JobFailedFact),
     }[how]
-    with PartsBench(keyed_app(code), lookahead=100, unknown=Retry(initial=90.0, jitter=False)) as bench:
+    with PartsBench(keyed_app(code), lookahead=100, unknown_backoff=Retry(initial=90.0, jitter=False)) as bench:
         partition = bench.partition()
         ahead = CROWDED if parked else 1
         bench.take(partition, *(keyed(n) for n in range(ahead)), value, keyed(ahead + 1))
@@ -674,7 +674,7 @@ def test_a_lost_partition_leaves_nothing_behind() -> None:
         bench.step()
         code.end(100)
         bench.free()
-        assert len(queues.unacknowledged) == 1
+        assert len(queues.awaiting_acknowledgement) == 1
         bench.pause("task", "keyed")
         bench.take(first, *(keyed(n) for n in range(CROWDED + 10)))
         bench.take(second, *(keyed(200 + n) for n in range(CROWDED + 5)))
@@ -685,7 +685,7 @@ def test_a_lost_partition_leaves_nothing_behind() -> None:
         first.give_up()
         queues.forget({first})
         bench.lanes.all[0].forget({first})
-        assert (queues.parked_bytes, queues.unacknowledged) == (parked_of_second, {})
+        assert (queues.parked_bytes, queues.awaiting_acknowledgement) == (parked_of_second, {})
         assert (first.backlog.count, first.backlog.parked, first.backlog.parked_bytes) == (0, 0, 0)
         bench.resume()
         bench.serve()
