@@ -7,6 +7,8 @@ this module creates every client and registers every pool. In a forked child the
 them does nothing, any other use raises `ConnectionUnusable`, and they are never freed. Pools start without connections,
 and locks are free.
 
+A thread of the parent's clients may hold a lock of the C library at the moment of the fork: see `resolver_lock`.
+
 A fork that Python does not notice (uWSGI, a C extension) is detected when an object is used next: `notice`.
 """
 
@@ -28,7 +30,7 @@ from confluent_kafka import Consumer, Producer
 from confluent_kafka.admin import AdminClient
 
 from jobledger.errors import ConnectionUnusable
-from jobledger.process import greenlets
+from jobledger.process import greenlets, resolver_lock
 from jobledger.process.logger import get_logger
 
 if TYPE_CHECKING:
@@ -254,6 +256,8 @@ def _in_parent() -> None:
 def _after_in_child() -> None:
     if _held.pop(threading.get_ident(), False):
         _creation_lock.release()
+    if _clients and not resolver_lock.free():
+        LOG.warning("names cannot be looked up in this fork (pid %d): it may not reach Kafka", os.getpid())
     _in_child()
 
 

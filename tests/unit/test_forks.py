@@ -4,6 +4,9 @@ do nothing in a fork."""
 from __future__ import annotations
 
 import os
+import signal
+import socket
+import sys
 import threading
 import time
 import warnings
@@ -33,6 +36,37 @@ def in_a_fork(act: Callable[[], None]) -> int:
             os._exit(1)
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="another C library")
+def test_a_fork_can_connect_although_a_thread_looked_up_an_address_at_that_moment() -> None:
+    """glibc has a lock in the look-up of addresses that it does not free in a fork. In a fork of a process with Kafka
+    clients the lock is free."""
+    client = forks.client(AdminClient, NOWHERE)
+    done = threading.Event()
+
+    def look_up() -> None:
+        # As bytes: for a text, Python imports a codec, and a fork must not happen meanwhile.
+        socket.getaddrinfo(b"127.0.0.1", 9092, type=socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG)
+
+    def look_up_all_the_time() -> None:
+        while not done.is_set():
+            look_up()
+
+    def look_up_in_time() -> None:
+        signal.alarm(60)  # ends the process
+        look_up()
+
+    threads = [threading.Thread(target=look_up_all_the_time) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        assert [in_a_fork(look_up_in_time) for _ in range(20)] == [0] * 20
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+    del client
 
 
 def test_a_thread_that_holds_a_lock_cannot_take_it_again() -> None:
