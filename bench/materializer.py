@@ -104,7 +104,7 @@ def _fill(settings: Settings, names: Names, jobs: int) -> None:
             records = []
             for number in range(begin, min(jobs, begin + 20_000)):
                 job_id, partition = str(uuid_utils.uuid7()), number % PARTITIONS
-                started = JobStarted("host:4711", work, number // PARTITIONS)
+                started = JobStarted("host:4711", None, {}, work, number // PARTITIONS)
                 records += [
                     Outgoing(work, _event(job_id, JobSubmitted(spec)), job_id, partition),
                     Outgoing(lifecycle, _event(job_id, started), job_id, partition),

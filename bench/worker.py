@@ -101,7 +101,7 @@ def bare(namespace: str, bootstrap: str, jobs: int, task: str, at_once: int) -> 
             nonlocal done
             partition, offset = message.partition(), message.offset()
             event = decode(message.value())
-            started = fact(event, JobStarted(writer, names.jobs("default"), offset))
+            started = fact(event, JobStarted(writer, None, {}, names.jobs("default"), offset))
             producer.produce(names.lifecycle, started, event.job_id, partition)
             assert isinstance(event.fact, JobSubmitted)
             await function(**json.loads(event.fact.spec.args))

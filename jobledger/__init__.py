@@ -8,7 +8,7 @@ import logging
 from jobledger.app import App
 from jobledger.config import Settings
 from jobledger.definitions.context import JobContext, current_job
-from jobledger.definitions.handles import EventHandle, JobHandle
+from jobledger.definitions.handles import EventHandle, JobHandle, Plan
 from jobledger.definitions.options import TaskOptions
 from jobledger.definitions.policy import Adaptive, Breaker, HandlerOptions
 from jobledger.definitions.projection import Where
@@ -33,6 +33,7 @@ from jobledger.errors import (
     NotAuthenticated,
     NotAuthorized,
     PayloadTooLarge,
+    PlanNotFound,
     RegistryUnavailable,
     ResourceFailed,
     ResultInsideJob,
@@ -52,6 +53,7 @@ from jobledger.errors import (
     UnknownTask,
 )
 from jobledger.job import JobStatus, State
+from jobledger.plan import PlanState, PlanStatus
 from jobledger.schemas.events import Position, Recorded
 
 __version__ = "0.1.0"
@@ -90,6 +92,10 @@ __all__ = [
     "NotAuthorized",
     "PayloadTooLarge",
     "PlainTask",
+    "Plan",
+    "PlanNotFound",
+    "PlanState",
+    "PlanStatus",
     "Position",
     "Queue",
     "Recorded",

@@ -24,7 +24,7 @@ from jobledger.client.commands import Commands, Kind
 from jobledger.config import Settings
 from jobledger.definitions.durations import Seconds
 from jobledger.definitions.event_types import EventType, Format, Start, as_event_class
-from jobledger.definitions.handles import EventHandle, JobHandle, warn_on_loop
+from jobledger.definitions.handles import EventHandle, JobHandle, Plan, warn_on_loop
 from jobledger.definitions.middleware import Around, Which
 from jobledger.definitions.options import TaskOptions, check_options, spelled_out
 from jobledger.definitions.policy import KEY_HOLD_MAX_S, LEASE_S, Adaptive, Breaker, HandlerOptions, Limits
@@ -36,6 +36,7 @@ from jobledger.definitions.task_registry import TaskRegistry
 from jobledger.errors import ConfigError
 from jobledger.job import JobStatus, State
 from jobledger.kafka.topic_names import Names, check_utf8
+from jobledger.plan import PlanStatus
 from jobledger.process import forks
 from jobledger.process.wording import counted
 from jobledger.schemas.events import Position
@@ -56,8 +57,12 @@ M = TypeVar("M")
 T = TypeVar("T")
 
 
+#: The states from which a job can be redriven.
+REDRIVEN = (State.FAILED, State.CANCELLED, State.EXPIRED)
+
+
 class JobFilter(TypedDict, total=False):
-    """The filters of `App.jobs`."""
+    """The filters of `App.jobs` and `App.redrive`."""
 
     state: State | str | Iterable[State | str] | None
     task: str | Iterable[str] | None
@@ -65,6 +70,39 @@ class JobFilter(TypedDict, total=False):
     tag: tuple[str, str] | Mapping[str, str] | None
     since: dt.datetime | None
     late: Seconds | None
+    key: str | Iterable[str] | None
+    version: str | Iterable[str] | None
+    error: str | Iterable[str] | None
+    fingerprint: str | Iterable[str] | None
+
+
+#: The filters of `JobFilter` that are texts, of which a job must have one.
+_TEXTS = ("state", "task", "queue", "key", "version", "error", "fingerprint")
+
+
+def filters_of(**wanted: Unpack[JobFilter]) -> dict[str, Any]:
+    """Return filters as the status table's read side takes them. Raises `ConfigError`."""
+    since, late, tag = wanted.get("since"), wanted.get("late"), wanted.get("tag")
+    if unknown := wanted.keys() - JobFilter.__annotations__.keys():
+        raise ConfigError(f"{min(unknown)!r} is not a filter; the filters are {', '.join(JobFilter.__annotations__)}")
+    if since is not None and since.tzinfo is None:
+        raise ConfigError(
+            f"since={since!r} has no time zone: give an aware datetime, for example datetime(…, tzinfo=UTC)"
+        )
+    filters: dict[str, Any] = {
+        "tag": tag,
+        "since_ms": None if since is None else round(since.timestamp() * 1000),
+        "late_ms": None if late is None else round((time.time() - check_delay(late, "late")) * 1000),
+    }
+    for what in _TEXTS:
+        given: Any = wanted.get(what)
+        filters[what] = given if isinstance(given, str | None) else list(given)
+        for text in [given] if isinstance(given, str) else filters[what] or ():
+            check_utf8(what, text)
+    for name, value in [tag] if isinstance(tag, tuple) else (tag or {}).items():
+        check_utf8("tag", name)
+        check_utf8(f"tag {name!r}", value)
+    return filters
 
 
 class TaskDecorator(Protocol):
@@ -470,6 +508,75 @@ class App:
         """Request that a job be cancelled as `cancel` does, without blocking the event loop."""
         await self.client.cancel_async(job_id, reason, run, by)
 
+    def redrive(
+        self,
+        *,
+        where: JobFilter | None = None,
+        ids: Iterable[str] | None = None,
+        queue: str | None = None,
+        rate: str | float | None = None,
+        dry_run: bool = False,
+        by: str | None = None,
+        reason: str | None = None,
+    ) -> Plan:
+        """Run jobs again that have failed, or were cancelled, or have expired: each as the next run of the same id, with
+        the same arguments, tags and key.
+
+        ``where``: the filters of `jobs`, for example ``{"task": "send_mail", "error": "TimeoutError"}``; without
+        ``state`` only failed jobs are chosen. ``ids``: the jobs themselves, instead of ``where``. ``queue``: the queue
+        in which they run; None: the queue of each job. ``rate``: how many are released in a time (``"50/s"``); None: as
+        fast as possible. ``dry_run``: only count the jobs. ``by``: who asks, by default this user and host.
+
+        The jobs are those that the status table has now. Their list is written to the log first, and the stream
+        processor carries it out (`Plan`), also if this process ends. A job that has changed meanwhile is skipped, so two
+        redrives of the same run make one. Jobs that succeeded are never run again. Raises `ConfigError` if neither
+        ``where`` nor ``ids`` names a job, `UnknownQueue`, `JobNotFound` for an id that the table does not know, and what
+        `cancel` raises.
+        """
+        chosen, conditions = self._chosen(where, ids)
+        if queue is not None:
+            self.registry.check_queue(queue)
+        if dry_run:
+            return self.client.plans.preview(chosen)
+        return self.client.plans.make("redrive", chosen, conditions, queue=queue, rate=rate, by=by, reason=reason)
+
+    def plan(self, plan_id: str) -> PlanStatus:
+        """Return the state of a plan from the status table. Raises `PlanNotFound`."""
+        return self.status_table().plan(plan_id)  # type: ignore[no-any-return]  # the table's class is imported late
+
+    def plans(self, limit: int = 100) -> list[PlanStatus]:
+        """Return the plans that the status table knows, the last one first."""
+        return self.status_table().plans(limit)  # type: ignore[no-any-return]  # as in `plan`
+
+    def _chosen(
+        self, where: JobFilter | None, ids: Iterable[str] | None
+    ) -> tuple[Iterable[tuple[str, int]], dict[str, Any]]:
+        """Return the id and run of each job that was asked for, and the conditions as they are recorded."""
+        if where is not None and ids is not None:
+            raise ConfigError("give where= or ids=, not both")
+        table = self.status_table()
+        if ids is not None:
+            wanted = list(dict.fromkeys(ids))
+            known = table.statuses(wanted)
+            for job_id in wanted:
+                if job_id not in known:
+                    raise table.unknown(job_id)
+            return [(job_id, known[job_id].run) for job_id in wanted], {}
+        conditions = {name: value for name, value in (where or {}).items() if value is not None}
+        if not conditions:
+            raise ConfigError(
+                "which jobs? Give where= with at least one filter, or ids=. To redrive every failed job of a queue, name "
+                "the queue"
+            )
+        filters = filters_of(**{"state": State.FAILED, **conditions})  # type: ignore[arg-type]  # checked by `filters_of`
+        states = filters["state"] if isinstance(filters["state"], list) else [filters["state"]]
+        for state in states:
+            if state not in REDRIVEN:
+                raise ConfigError(
+                    f"state={str(state)!r}: only jobs that failed, were cancelled or expired can be redriven"
+                )
+        return table.chosen(**filters), {"state": [str(state) for state in states], **conditions}
+
     def pause(
         self, *, queue: str | None = None, task: str | None = None, reason: str | None = None, by: str | None = None
     ) -> None:
@@ -577,7 +684,9 @@ class App:
         ``state``, ``task``, ``queue``: one value, or several of which any may match. ``tag``: one tag, or several that
         must all match. ``since``: submitted at this time or later; the time needs a time zone. ``late``: jobs that have
         not been started although they could have been started this many seconds ago by this machine's clock, counted
-        from the end of their delay or backoff, or from the submission if there was none.
+        from the end of their delay or backoff, or from the submission if there was none. ``key``: the ordering key.
+        ``version``: the version of the code that started the job last. ``error``: the type of the error.
+        ``fingerprint``: that of the error. These four take one value, or several of which any may match.
         """
         return chain.from_iterable(self._pages(limit, page, **wanted))
 
@@ -590,37 +699,8 @@ class App:
             for status in statuses:
                 yield status
 
-    def _pages(
-        self,
-        limit: int | None,
-        page: int,
-        *,
-        state: State | str | Iterable[State | str] | None = None,
-        task: str | Iterable[str] | None = None,
-        queue: str | Iterable[str] | None = None,
-        tag: tuple[str, str] | Mapping[str, str] | None = None,
-        since: dt.datetime | None = None,
-        late: Seconds | None = None,
-    ) -> Iterator[list[JobStatus]]:
-        if since is not None and since.tzinfo is None:
-            raise ConfigError(
-                f"since={since!r} has no time zone: give an aware datetime, for example datetime(…, tzinfo=UTC)"
-            )
-        filters: dict[str, Any] = {
-            "state": state if isinstance(state, str | None) else list(state),
-            "task": task if isinstance(task, str | None) else list(task),
-            "queue": queue if isinstance(queue, str | None) else list(queue),
-            "tag": tag,
-            "since_ms": None if since is None else round(since.timestamp() * 1000),
-            "late_ms": None if late is None else round((time.time() - check_delay(late, "late")) * 1000),
-        }
-        for what in ("state", "task", "queue"):
-            wanted = filters[what]
-            for text in [wanted] if isinstance(wanted, str) else wanted or ():
-                check_utf8(what, text)
-        for name, value in [tag] if isinstance(tag, tuple) else (tag or {}).items():
-            check_utf8("tag", name)
-            check_utf8(f"tag {name!r}", value)
+    def _pages(self, limit: int | None, page: int, **wanted: Unpack[JobFilter]) -> Iterator[list[JobStatus]]:
+        filters = filters_of(**wanted)
         table = self.status_table()
         after: str | None = None
         left = limit

@@ -33,6 +33,7 @@ KNOWN = (
     "SUBMIT_TIMEOUT",
     "MAX_RECORD_BYTES",
     "RETENTION_DAYS",
+    "VERSION",
     "HOME",
     "LOG_LEVEL",
     "LOG_FORMAT",
@@ -119,6 +120,8 @@ LEAST_MAX_RECORD_BYTES = 1_000
 DEFAULT_MAX_RECORD_BYTES = 1_000_000  # the broker's message.max.bytes default is 1,048,588 with the batch overhead
 DEFAULT_SUBMIT_TIMEOUT_S = 30.0
 DEFAULT_RETENTION_DAYS = 90.0
+#: Maximum length of `Settings.version` in UTF-8: the fast decoders read no longer text.
+VERSION_BYTES = 63
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +136,8 @@ class Settings:
     the records of jobs that have ended; the stream processor deletes older ones. ``kafka``: extra client settings with
     librdkafka's names, e.g. ``{"security.protocol": "SSL"}``. ``home``: the folder of the embedded broker, of the
     default status tables and of the coordinator's data. ``schema_registry``: URL of a Confluent-compatible Schema
-    Registry, ``http[s]://[user:password@]host[:port][/path]``; None: no registry is used. ``role``: the part of
+    Registry, ``http[s]://[user:password@]host[:port][/path]``; None: no registry is used. ``version``: the version of the
+    app's code, as text of at most 63 bytes; workers write it into each start of a job. ``role``: the part of
     Jobledger that this process is, for errors and for the broker's logs (the client id). The repr leaves out
     ``status_url``, ``kafka`` and ``schema_registry``, which may contain passwords and keys.
 
@@ -148,6 +152,7 @@ class Settings:
     kafka: Mapping[str, str] = field(default_factory=dict, repr=False)
     home: Path = field(default_factory=lambda: default_home())
     schema_registry: str | None = field(default=None, repr=False)
+    version: str | None = None
     role: str = "client"
 
     def __post_init__(self) -> None:
@@ -158,6 +163,8 @@ class Settings:
         most: object = self.max_record_bytes
         if not isinstance(most, int) or most < LEAST_MAX_RECORD_BYTES:
             raise ConfigError(_no_size(f"max_record_bytes={most!r} ({PREFIX}MAX_RECORD_BYTES)"))
+        if self.version is not None and not _fits(self.version):
+            raise ConfigError(f"version={self.version!r} ({PREFIX}VERSION) is not a text of 1 to {VERSION_BYTES} bytes")
         for name in sorted(self.kafka.keys() & OWNED.keys()):
             raise ConfigError(f"{KAFKA_PREFIX}{name.upper().replace('.', '_')} cannot be set: {OWNED[name]}")
         if self.bootstrap is not None:
@@ -189,6 +196,7 @@ class Settings:
             kafka=kafka,
             home=default_home(env),
             schema_registry=env.get(PREFIX + "SCHEMA_REGISTRY") or None,
+            version=env.get(PREFIX + "VERSION") or None,
         )
 
     def with_bootstrap(self, bootstrap: str | None) -> Settings:
@@ -255,6 +263,13 @@ class Settings:
         }
         conf["bootstrap.servers"] = self.resolve_bootstrap()
         return conf
+
+
+def _fits(version: str) -> bool:
+    try:
+        return 0 < len(version.encode()) <= VERSION_BYTES
+    except UnicodeEncodeError:  # an environment variable with bytes that are not UTF-8
+        return False
 
 
 def _check_protocol(kafka: Mapping[str, str]) -> None:

@@ -275,6 +275,10 @@ class JobNotFound(JobledgerError):
     """The status table does not know this job. An unknown job is never reported as pending."""
 
 
+class PlanNotFound(JobledgerError):
+    """The status table does not know the plan."""
+
+
 class JobFailed(JobledgerError):
     """The job ended in failure.
 

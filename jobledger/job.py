@@ -34,6 +34,7 @@ from typing import Any, NamedTuple, overload
 
 import msgspec
 
+from jobledger.fingerprint import fingerprint
 from jobledger.schemas import events as ev
 from jobledger.schemas.events import ErrorInfo, Position, Recorded
 
@@ -120,7 +121,8 @@ class Head(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Identifies the job. ``rank``: 0 if the job is known from its submission, 1 from a release, 2 from another fact
     (then without tags and parent).
 
-    ``release``, ``attempt``: as submitted. ``due_ms``: set if the submission had a delay or due time.
+    ``release``, ``attempt``: as submitted. ``due_ms``: set if the submission had a delay or due time. ``key``: the
+    ordering key. ``redrive``: who asked for this run, if it is not the first.
     """
 
     rank: int
@@ -132,6 +134,8 @@ class Head(msgspec.Struct, frozen=True, array_like=True, gc=False):
     due_ms: int | None = None
     tags: dict[str, str] = {}
     parent: str | None = None
+    key: str | None = None
+    redrive: tuple[str, str | None, str | None] | None = None
 
 
 class Due(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -144,11 +148,14 @@ class Due(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class Start(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """A worker started an attempt."""
+    """A worker started an attempt. ``worker``: its name; empty in a slot that an earlier version wrote. ``version``:
+    that of the app's code there, if it is known."""
 
     release: int
     attempt: int
     at: At
+    worker: str = ""
+    version: str | None = None
 
 
 class Close(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -177,7 +184,7 @@ class Report(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class End(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """The run ended; ``rank`` is the index of its state in `ENDS`."""
+    """The run ended; ``rank`` is the index of its state in `ENDS`. ``by``: who cancelled the job."""
 
     rank: int
     at: At
@@ -187,6 +194,7 @@ class End(msgspec.Struct, frozen=True, array_like=True, gc=False):
     error: ErrorInfo | None = None
     reason: str | None = None
     result: bytes | None = None
+    by: str | None = None
 
 
 class Life(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -207,7 +215,9 @@ class Life(msgspec.Struct, frozen=True, array_like=True, gc=False):
 # -- the fold -------------------------------------------------------------------------------------------------------
 
 
-def of(run: int, release: int, attempt: int, task: str, queue: str, fact: ev.Fact, at: At) -> Life | None:
+def of(
+    run: int, release: int, attempt: int, task: str, queue: str, key: str | None, fact: ev.Fact, at: At
+) -> Life | None:
     """Return the life of a job of which only this fact is known; None if the fold ignores this kind of fact.
 
     A fact that closes a release counts only on the lifecycle topic. From other topics only its position and the job's
@@ -217,68 +227,91 @@ def of(run: int, release: int, attempt: int, task: str, queue: str, fact: ev.Fac
     make = _MAKERS.get(fact.__class__)
     if make is None:
         return None
-    life = make(run, release, attempt, task, queue, fact, at)
+    life = make(run, release, attempt, task, queue, key, fact, at)
     if (life.end is not None or life.close is not None) and at[1].partition(".")[2] != LIFECYCLE:
         return Life(run, life.head, positions=life.positions)
     return life
 
 
-def _submitted(run: int, release: int, attempt: int, task: str, queue: str, fact: ev.JobSubmitted, at: At) -> Life:
+def _submitted(
+    run: int, release: int, attempt: int, task: str, queue: str, key: str | None, fact: ev.JobSubmitted, at: At
+) -> Life:
     spec = fact.spec
     due_ms: int | None = None
     if fact.due_at is not None:
         due_ms = fact.due_at // 1000
     elif fact.delay_ms is not None:
         due_ms = _later(at, fact.delay_ms)
-    head = Head(0, at, task, queue, release, attempt, due_ms, spec.tags, spec.parent)
+    asked = fact.redrive
+    redrive = None if asked is None else (asked.by, asked.reason, asked.plan)
+    head = Head(0, at, task, queue, release, attempt, due_ms, spec.tags, spec.parent, key, redrive)
     return Life(run, head, None, None, None, None, None, (at,))
 
 
-def _due(run: int, release: int, attempt: int, task: str, queue: str, fact: ev.JobDue, at: At) -> Life:
-    head = Head(1, at, task, queue, 0, 0, None, fact.spec.tags, fact.spec.parent)
+def _due(run: int, release: int, attempt: int, task: str, queue: str, key: str | None, fact: ev.JobDue, at: At) -> Life:
+    head = Head(1, at, task, queue, 0, 0, None, fact.spec.tags, fact.spec.parent, key)
     return Life(run, head, Due(release, attempt, at, fact.due_at // 1000), None, None, None, None, (at,))
 
 
-def _started(run: int, release: int, attempt: int, task: str, queue: str, fact: ev.JobStarted, at: At) -> Life:
-    return Life(run, Head(2, at, task, queue), None, Start(release, attempt, at), None, None, None, (at,))
+def _started(
+    run: int, release: int, attempt: int, task: str, queue: str, key: str | None, fact: ev.JobStarted, at: At
+) -> Life:
+    start = Start(release, attempt, at, fact.worker, fact.version)
+    return Life(run, Head(2, at, task, queue), None, start, None, None, None, (at,))
 
 
-def _leased(run: int, release: int, attempt: int, task: str, queue: str, fact: ev.JobLeased, at: At) -> Life:
+def _leased(
+    run: int, release: int, attempt: int, task: str, queue: str, key: str | None, fact: ev.JobLeased, at: At
+) -> Life:
     leased = Start(release, attempt, at)
     return Life(run, Head(2, at, task, queue), None, None, None, None, None, (at,), leased)
 
 
-def _progressed(run: int, release: int, attempt: int, task: str, queue: str, fact: ev.JobProgressed, at: At) -> Life:
+def _progressed(
+    run: int, release: int, attempt: int, task: str, queue: str, key: str | None, fact: ev.JobProgressed, at: At
+) -> Life:
     report = Report(release, attempt, fact.sequence, at, fact.done, fact.total, fact.message)
     return Life(run, Head(2, at, task, queue), None, None, None, report, None, ())
 
 
-def _retried(run: int, release: int, attempt: int, task: str, queue: str, fact: ev.JobRetried, at: At) -> Life:
+def _retried(
+    run: int, release: int, attempt: int, task: str, queue: str, key: str | None, fact: ev.JobRetried, at: At
+) -> Life:
     close = Close(release, attempt, at, _later(at, fact.delay_ms), fact.duration_us, fact.error, None, fact.in_place)
     return Life(run, Head(2, at, task, queue), None, None, close, None, None, (at,))
 
 
-def _snoozed(run: int, release: int, attempt: int, task: str, queue: str, fact: ev.JobSnoozed, at: At) -> Life:
+def _snoozed(
+    run: int, release: int, attempt: int, task: str, queue: str, key: str | None, fact: ev.JobSnoozed, at: At
+) -> Life:
     close = Close(release, attempt, at, _later(at, fact.delay_ms), fact.duration_us, None, fact.reason, fact.in_place)
     return Life(run, Head(2, at, task, queue), None, None, close, None, None, (at,))
 
 
-def _succeeded(run: int, release: int, attempt: int, task: str, queue: str, fact: ev.JobSucceeded, at: At) -> Life:
+def _succeeded(
+    run: int, release: int, attempt: int, task: str, queue: str, key: str | None, fact: ev.JobSucceeded, at: At
+) -> Life:
     end = End(0, at, release, attempt, fact.duration_us, None, None, fact.result)
     return Life(run, Head(2, at, task, queue), None, None, None, None, end, (at,))
 
 
-def _failed(run: int, release: int, attempt: int, task: str, queue: str, fact: ev.JobFailedFact, at: At) -> Life:
+def _failed(
+    run: int, release: int, attempt: int, task: str, queue: str, key: str | None, fact: ev.JobFailedFact, at: At
+) -> Life:
     end = End(1, at, release, attempt, fact.duration_us, fact.error, fact.reason)
     return Life(run, Head(2, at, task, queue), None, None, None, None, end, (at,))
 
 
-def _cancelled(run: int, release: int, attempt: int, task: str, queue: str, fact: ev.JobCancelledFact, at: At) -> Life:
-    end = End(2, at, release, attempt, 0, None, fact.reason or f"by {fact.by}")
+def _cancelled(
+    run: int, release: int, attempt: int, task: str, queue: str, key: str | None, fact: ev.JobCancelledFact, at: At
+) -> Life:
+    end = End(2, at, release, attempt, 0, None, fact.reason or f"by {fact.by}", None, fact.by)
     return Life(run, Head(2, at, task, queue), None, None, None, None, end, (at,))
 
 
-def _expired(run: int, release: int, attempt: int, task: str, queue: str, fact: ev.JobExpiredFact, at: At) -> Life:
+def _expired(
+    run: int, release: int, attempt: int, task: str, queue: str, key: str | None, fact: ev.JobExpiredFact, at: At
+) -> Life:
     return Life(run, Head(2, at, task, queue), None, None, None, None, End(3, at, release, attempt), (at,))
 
 
@@ -288,7 +321,7 @@ def _later(at: At, delay_ms: int) -> int:
     return min(at[0] + delay_ms, _FAR_MS)
 
 
-_MAKERS: dict[type[Any], Callable[[int, int, int, str, str, Any, At], Life]] = {
+_MAKERS: dict[type[Any], Callable[[int, int, int, str, str, str | None, Any, At], Life]] = {
     ev.JobSubmitted: _submitted,
     ev.JobDue: _due,
     ev.JobStarted: _started,
@@ -307,7 +340,7 @@ def apply(life: Life | None, recorded: Recorded) -> Life | None:
     """Return the life with one more fact of the same job. ``life`` None: no fact was known before."""
     event, position = recorded.event, recorded.position
     at = (recorded.appended_ms, position.topic, position.partition, position.offset)
-    return join(life, of(event.run, event.release, event.attempt, event.task, event.queue, event.fact, at))
+    return join(life, of(event.run, event.release, event.attempt, event.task, event.queue, event.key, event.fact, at))
 
 
 @overload
@@ -521,7 +554,11 @@ class JobStatus(msgspec.Struct, frozen=True):
     queued or an attempt runs, and if no attempt was started. ``positions``: positions of the job's facts in the log, in
     the order of their append times: at most the 64 earliest and the 192 latest. ``partial``: the job's submission is
     not in the table (not read yet, or trimmed from the log before the table was built). Then ``submitted_at`` is not
-    known, and tags and parent may be missing.
+    known, and tags, parent and key may be missing.
+
+    ``key``: the ordering key. ``worker``: the worker of the last start, and ``version`` that of the app's code there, if
+    it is known. ``by``: who cancelled the job, or asked for this run. ``fingerprint``: the same for errors of the same
+    kind; see `jobledger.fingerprint`.
     """
 
     job_id: str
@@ -544,6 +581,11 @@ class JobStatus(msgspec.Struct, frozen=True):
     duration: float | None = None
     positions: tuple[Position, ...] = ()
     partial: bool = False
+    key: str | None = None
+    worker: str | None = None
+    version: str | None = None
+    by: str | None = None
+    fingerprint: str | None = None
 
 
 def status(job_id: str, life: Life) -> JobStatus:
@@ -571,7 +613,20 @@ def status(job_id: str, life: Life) -> JobStatus:
         duration=_ran(life, seen),
         positions=tuple(Position(topic, partition, offset) for _, topic, partition, offset in positions),
         partial=head.rank != 0,
+        key=head.key,
+        worker=None if life.start is None else life.start.worker or None,
+        version=None if life.start is None else life.start.version,
+        by=actor(life),
+        fingerprint=None if seen.error is None else fingerprint(seen.error),
     )
+
+
+def actor(life: Life) -> str | None:
+    """Return who cancelled the job or, if nobody did, who asked for its present run; None for the first run."""
+    end, redrive = life.end, life.head.redrive
+    if end is not None and end.by is not None:
+        return end.by
+    return None if redrive is None else redrive[0]
 
 
 def _ran(life: Life, seen: Visible) -> float | None:

@@ -37,10 +37,13 @@ SCHEMA_TEXT: str = files("jobledger.schemas").joinpath("job_event.avsc").read_te
 _FACTS: dict[str, type[Any]] = {"jobledger." + ev.fact_name(cls): cls for cls in ev.Fact.__args__}
 _HAS_SPEC = frozenset(c for c in _FACTS.values() if "spec" in c.__struct_fields__)
 _HAS_ERROR_INFO = frozenset({ev.JobRetried, ev.JobFailedFact, ev.DeadLettered})
+#: Facts with lists of records. They are rare, so msgspec converts them.
+_HAS_LISTS = frozenset({ev.PlanListed})
 
 _asdict = msgspec.structs.asdict
-#: The end of a plain `JobSubmitted`'s body: no tags, parent, expiry (two fields), priority, delay, due time.
-PLAIN_END = b"\0" * 7
+#: The end of a plain `JobSubmitted`'s body: no tags, parent, expiry (two fields), priority, links, delay, due time,
+#: redrive.
+PLAIN_END = b"\0" * 9
 _JobEvent, _JobSpec, _ErrorInfo = ev.JobEvent, ev.JobSpec, ev.ErrorInfo
 
 
@@ -127,8 +130,8 @@ _LEAD = _PREFIX + _UUID_LENGTH
 #: emptied when full.
 _heads: dict[tuple[Any, ...], tuple[bytes, bytes, bytes, bytes, bytes]] = {}
 _HEADS_MOST = 4096
-#: Encoded worker and work topic, with which the body of a start fact begins. Bounded as well.
-_begins: dict[tuple[str, str], bytes] = {}
+#: Encoded worker, version, no waits, and work topic, with which the body of most start facts begins. Bounded as well.
+_begins: dict[tuple[str, str | None, str], bytes] = {}
 #: The last high part of an encoded time: it changes once a second.
 _time_high: tuple[int, bytes] = (-1, b"")
 
@@ -191,9 +194,11 @@ def _long(value: int) -> bytes:
 
 def _submitted(fact: ev.JobSubmitted) -> bytes | None:
     spec = fact.spec
-    if fact.delay_ms is not None or fact.due_at is not None:
+    if fact.delay_ms is not None or fact.due_at is not None or fact.redrive is not None:
         return None
     if spec.expires_in_ms is not None or spec.expires_at is not None or spec.priority is not None:
+        return None
+    if spec.links is not None:
         return None
     args, tags = spec.args, spec.tags
     if not tags and spec.parent is None:
@@ -204,13 +209,17 @@ def _submitted(fact: ev.JobSubmitted) -> bytes | None:
     return b"".join((_long(len(args)), args, block, _option(spec.parent), PLAIN_END[2:]))
 
 
-def _started(fact: ev.JobStarted) -> bytes:
-    mark = (fact.worker, fact.work_topic)
+def _started(fact: ev.JobStarted) -> bytes | None:
+    if fact.waits:
+        return None
+    mark = (fact.worker, fact.version, fact.work_topic)
     begins = _begins.get(mark)
     if begins is None:
         if len(_begins) >= _HEADS_MOST:
             _begins.clear()
-        begins = _begins[mark] = _text(fact.worker) + _text(fact.work_topic)
+        no_waits = b"\0"
+        begins = _text(fact.worker) + _option(fact.version) + no_waits + _text(fact.work_topic)
+        _begins[mark] = begins
     return begins + _long(fact.work_offset) + (_long(fact.takeover) if fact.takeover else b"\0")
 
 
@@ -234,12 +243,7 @@ def _body(fact: Any, kind: type[Any]) -> bytes:
     by_hand = _BY_HAND.get(kind)
     if by_hand is not None and (written := by_hand(fact)) is not None:
         return written
-    body = _asdict(fact)
-    if kind in _HAS_SPEC:
-        body["spec"] = _asdict(body["spec"])
-    if kind in _HAS_ERROR_INFO:
-        body["error"] = _asdict(body["error"])
-    return _avro(_BODIES[kind], body)
+    return _avro(_BODIES[kind], msgspec.to_builtins(fact, builtin_types=(bytes,)))
 
 
 def encode(event: ev.JobEvent) -> bytes:
@@ -277,7 +281,16 @@ def build(datum: dict[str, Any]) -> ev.JobEvent:
     if kind is None:
         raise UnknownFact(name.rpartition(".")[2])
     if kind in _HAS_SPEC:
-        body["spec"] = _JobSpec(**body["spec"])
+        # fastavro returns a record of a union as a pair of its name and its fields.
+        spec = body["spec"]
+        if spec["links"] is not None:
+            spec["links"] = ev.JobLinks(**spec["links"][1])
+        body["spec"] = _JobSpec(**spec)
+        if kind is ev.JobSubmitted and body["redrive"] is not None:
+            body["redrive"] = ev.Redrive(**body["redrive"][1])
+    elif kind in _HAS_LISTS:
+        datum["fact"] = _lenient(body, kind)
+        return _JobEvent(**datum)
     if kind in _HAS_ERROR_INFO:
         body["error"] = _ErrorInfo(**body["error"])
     datum["fact"] = kind(**body)
@@ -309,7 +322,16 @@ def _build_foreign(datum: dict[str, Any], schema: Any) -> ev.JobEvent:
     kind = _FACTS.get("jobledger." + short)
     if kind is None:
         raise UnknownFact(short)
-    return _JobEvent(**_asdict(_lenient(datum, _Header)), fact=_lenient(body, kind))
+    return _JobEvent(**_asdict(_lenient(datum, _Header)), fact=_lenient(_without_names(body), kind))
+
+
+def _without_names(value: Any) -> Any:
+    """Return Avro's decoded data with the fields of each record of a union, without its name."""
+    if isinstance(value, dict):
+        return {name: _without_names(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_without_names(each) for each in value]
+    return _without_names(value[1]) if isinstance(value, tuple) else value
 
 
 class Decoder:

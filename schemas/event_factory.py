@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from jobledger.schemas.events import Fact, JobEvent, JobSpec, JobSubmitted
+from jobledger.schemas.events import Fact, JobEvent, JobSpec, JobSubmitted, Redrive
 from jobledger.schemas.ids import derived_id
 
 
@@ -107,6 +107,16 @@ def submission(
         trace,
         JobSubmitted(spec, delay_ms),
     )
+
+
+def further_run(
+    job: Release, run: int, queue: str, spec: JobSpec, redrive: Redrive, at_us: int, source: str
+) -> JobEvent:
+    """Build the event that submits run number ``run`` of a job that has ended. ``job``: an event of an earlier run. The
+    event belongs on the coordination topic: the coordinator releases the run at once."""
+    event_id = derived_id(job.job_id, f"{run}/0/redrive")
+    fact = JobSubmitted(spec, 0, None, redrive)
+    return JobEvent(event_id, job.job_id, run, 1, 0, at_us, job.task, queue, job.key, job.job_id, source, None, fact)
 
 
 def standalone(

@@ -12,12 +12,19 @@ from typing import Literal
 import msgspec
 
 
+class JobLinks(msgspec.Struct, frozen=True, gc=False):
+    """What a job is linked with beside its parent. ``copy_of``: the id of the job of which this one is a copy with
+    other arguments."""
+
+    copy_of: str | None = None
+
+
 class JobSpec(msgspec.Struct, frozen=True, gc=False):
     """The whole job. ``args``: JSON object by parameter name; ``tags``: texts by which users find the job; ``parent``:
     a job id.
 
     ``expires_in_ms`` counts from the append time of the submission; in records derived from a submission,
-    ``expires_at`` is set instead. ``priority``: ``high`` or ``low``; None: normal.
+    ``expires_at`` is set instead. ``priority``: ``high`` or ``low``; None: normal. ``links``: None for most jobs.
     """
 
     args: bytes
@@ -26,6 +33,7 @@ class JobSpec(msgspec.Struct, frozen=True, gc=False):
     expires_in_ms: int | None = None
     expires_at: int | None = None
     priority: str | None = None
+    links: JobLinks | None = None
 
 
 class ErrorInfo(msgspec.Struct, frozen=True, gc=False):
@@ -36,12 +44,23 @@ class ErrorInfo(msgspec.Struct, frozen=True, gc=False):
     traceback: str | None = None
 
 
+class Redrive(msgspec.Struct, frozen=True, gc=False):
+    """Who asked for a further run of a job that had ended, and why. ``plan``: the id of the plan that carried it
+    out."""
+
+    by: str
+    reason: str | None = None
+    plan: str | None = None
+
+
 class JobSubmitted(msgspec.Struct, frozen=True, gc=False):
-    """A job was submitted. With ``delay_ms`` or ``due_at`` the coordinator must release the job first."""
+    """A job was submitted, or a job that had ended was redriven (``redrive``, from the second run on). With
+    ``delay_ms`` or ``due_at`` the coordinator must release the job first."""
 
     spec: JobSpec
     delay_ms: int | None = None
     due_at: int | None = None
+    redrive: Redrive | None = None
 
     @property
     def conditioned(self) -> bool:
@@ -58,9 +77,15 @@ class JobDue(msgspec.Struct, frozen=True, gc=False):
 
 class JobStarted(msgspec.Struct, frozen=True, gc=False):
     """A worker is about to run this release. ``takeover``: the number of earlier starts of the release without an
-    outcome that are in the log."""
+    outcome that are in the log.
+
+    ``version``: the version of the app's code in the worker, if it is known. ``waits``: the milliseconds that the
+    release waited in the worker, by cause.
+    """
 
     worker: str
+    version: str | None
+    waits: dict[str, int]
     work_topic: str
     work_offset: int
     takeover: int = 0
@@ -243,6 +268,62 @@ class QueueLimited(msgspec.Struct, frozen=True, gc=False):
     reason: str | None = None
 
 
+class PlanOpened(msgspec.Struct, frozen=True, gc=False):
+    """A plan was made: something is to be done with many jobs. The plan's id is the event's ``job_id``.
+
+    ``action``: ``redrive`` or ``cancel``. ``where``: the conditions by which the jobs were chosen, as a JSON object.
+    ``queue``: where redriven jobs go; None: to their own queues. ``rate``: jobs per second; None: no limit.
+    """
+
+    action: str
+    where: str
+    queue: str | None
+    rate: float | None
+    by: str
+    reason: str | None = None
+
+
+class PlannedJob(msgspec.Struct, frozen=True, gc=False):
+    """A job of a plan, with the run that it had when the plan was made."""
+
+    job_id: str
+    run: int
+
+
+class PlanListed(msgspec.Struct, frozen=True, gc=False):
+    """A part of a plan's jobs. ``part``: the part's number, from 0 up."""
+
+    part: int
+    jobs: list[PlannedJob]
+
+
+class PlanSealed(msgspec.Struct, frozen=True, gc=False):
+    """The list of a plan's jobs is complete, so the plan is carried out from now on."""
+
+    parts: int
+    jobs: int
+
+
+class PlanAdvanced(msgspec.Struct, frozen=True, gc=False):
+    """A part of a plan was carried out. ``skipped``: the number of jobs that had changed, so that nothing was to be
+    done. ``failed``: the number of jobs for which the action was not possible; ``error``: the first of them, and
+    why."""
+
+    part: int
+    done: int
+    skipped: int
+    failed: int
+    error: str | None = None
+
+
+class PlanSteered(msgspec.Struct, frozen=True, gc=False):
+    """Somebody paused, resumed or aborted a plan. ``to``: ``paused``, ``running`` or ``aborted``."""
+
+    to: str
+    by: str
+    reason: str | None = None
+
+
 Fact = (
     JobSubmitted
     | JobDue
@@ -266,6 +347,11 @@ Fact = (
     | QueuePaused
     | QueueResumed
     | QueueLimited
+    | PlanOpened
+    | PlanListed
+    | PlanSealed
+    | PlanAdvanced
+    | PlanSteered
 )
 
 

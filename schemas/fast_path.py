@@ -1,7 +1,7 @@
 """Decodes only the fields that the status fold needs, fast, for events in the plain forms that nearly all events have.
 
 `glance` decodes an event that this version wrote, with ids of 36 ASCII characters, small numbers, short names, and one
-of the facts of a plain job's life. It skips key, home and trace, which the fold does not need. For any other event
+of the facts of a plain job's life. It skips home and trace, which the fold does not need. For any other event
 `glance` returns None, and the caller uses the full decoder (`codec.Decoder.decode`). `glance` reads the same values
 from the same bytes as fastavro, and returns None for bytes that fastavro refuses. A test with Hypothesis, which also
 damages the bytes, checks this. `glance` is hand-written because the full decoder takes 10 µs per event and `glance`
@@ -16,8 +16,8 @@ from typing import Any
 from jobledger.schemas import events as ev
 from jobledger.schemas.codec import FINGERPRINT, MAGIC, PLAIN_END
 
-#: (job_id, run, release, attempt, task, queue, fact). Fields of the fact that the fold does not need are empty.
-Glance = tuple[str, int, int, int, str, str, ev.Fact]
+#: (job_id, run, release, attempt, task, queue, key, fact). Fields of the fact that the fold does not need are empty.
+Glance = tuple[str, int, int, int, str, str, str | None, ev.Fact]
 
 _LEAD = MAGIC + FINGERPRINT + b"H"  # 36, the length of an id, as an Avro long
 _EIGHT_GROUPS, _EIGHT_ENDS = 0x8080808080808080, 0x0080808080808080
@@ -27,7 +27,9 @@ _TIME_AT = 87
 TASK_AT = 95
 
 _SUBMITTED = ev.JobSubmitted(ev.JobSpec(b""))
-_STARTED = ev.JobStarted("", "", 0)
+#: Facts by the encoded worker and version. Bounded; emptied when full.
+_starts: dict[bytes, ev.JobStarted] = {}
+_STARTS_MOST = 4096
 
 #: Task and queue by their encoded bytes. Bounded; emptied when full.
 _titles: dict[bytes, tuple[str, str]] = {}
@@ -51,8 +53,12 @@ def glance(value: bytes) -> Glance | None:
         key_at = queue_at + 1 + (queue >> 1)
         source = value[key_at + 2]
         trace_at = key_at + 3 + (source >> 1)
+        key = None
         if value[key_at] or value[key_at + 1]:
-            trace_at = _source_and_options(value, key_at)
+            home_at = after_option(value, key_at)
+            if value[key_at]:
+                key = value[key_at + 2 : home_at].decode()
+            trace_at = _after_home_and_source(value, home_at)
             titles = value[TASK_AT:key_at]
             source = 0
         else:
@@ -74,7 +80,7 @@ def glance(value: bytes) -> Glance | None:
             named = (value[TASK_AT + 1 : queue_at].decode(), value[queue_at + 1 : key_at].decode())
             _titles[titles] = named
         ids = value[11:84].decode("ascii")
-        return ids[37:], run >> 1, release >> 1, attempt >> 1, named[0], named[1], fact
+        return ids[37:], run >> 1, release >> 1, attempt >> 1, named[0], named[1], key, fact
     except (IndexError, UnicodeDecodeError):
         return None
 
@@ -93,9 +99,9 @@ def after_option(value: bytes, at: int) -> int:
     return end
 
 
-def _source_and_options(value: bytes, at: int) -> int:
-    """Return the offset of the trace, after key, home and source. Raises as `after_option` does."""
-    at = after_option(value, after_option(value, at))
+def _after_home_and_source(value: bytes, at: int) -> int:
+    """Return the offset of the trace, which follows home and source. Raises as `after_option` does."""
+    at = after_option(value, at)
     length = value[at]
     if length & 0x81:
         raise IndexError
@@ -150,13 +156,26 @@ def _tags(value: bytes, at: int) -> tuple[dict[str, str], int]:
 
 def _started(value: bytes, at: int) -> ev.Fact | None:
     worker = value[at]
-    topic_at = at + 1 + (worker >> 1)
+    version_at = at + 1 + (worker >> 1)
+    waits_at = after_option(value, version_at) if value[version_at] else version_at + 1
+    topic_at = waits_at + 1
     topic = value[topic_at]
     end = topic_at + 1 + (topic >> 1)
-    if (worker | topic) & 0x81 or not value[at:end].isascii():
+    if value[waits_at] or (worker | topic) & 0x81:
+        return None
+    if not (value[at:version_at].isascii() and value[topic_at:end].isascii()):
         return None
     end = _after_long(value, end)
-    return _STARTED if value[end] < 0x80 and end + 1 == len(value) else None
+    if value[end] > 0x7F or end + 1 != len(value):
+        return None
+    who = value[at:waits_at]
+    fact = _starts.get(who)
+    if fact is None:
+        if len(_starts) >= _STARTS_MOST:
+            _starts.clear()
+        version = value[version_at + 2 : waits_at].decode() if value[version_at] else None
+        fact = _starts[who] = ev.JobStarted(value[at + 1 : version_at].decode(), version, {}, "", 0)
+    return fact
 
 
 def _succeeded(value: bytes, at: int) -> ev.Fact | None:

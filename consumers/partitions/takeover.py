@@ -305,7 +305,7 @@ class Takeover(threading.Thread):
         raw = (self._decoder.own_form(value) or value) if isinstance(value, bytes) else None
         seen = None if raw is None else glance(raw)
         if seen is not None and raw is not None:
-            job_id, run, release, fact = seen[0], seen[1], seen[2], seen[6]
+            job_id, run, release, fact = seen[0], seen[1], seen[2], seen[7]
             key = release_key(job_id, run, release)
             if type(fact) is JobSucceeded:
                 self._note_settling_fact(

@@ -47,6 +47,9 @@ from jobledger.schemas.events import JobEvent, JobProgressed, JobStarted, JobSuc
 
 LOG = get_logger("jobledger.worker")
 
+#: The waits of a job that did not wait in the worker. Shared by all starts, never changed.
+_NO_WAITS: dict[str, int] = {}
+
 _monotonic = time.monotonic
 _uuid7 = uuid_utils.uuid7
 
@@ -78,6 +81,7 @@ class Recorder:
         self.event_builder, self._sender, self._reports, self._hooks = event_builder, sender, reports, hooks
         self._lifecycle, self._source = event_builder.names.lifecycle, event_builder.source
         self._limit = event_builder.limit
+        self._version = event_builder.version
         self._produce = sender.produce
 
     # -- before the code ------------------------------------------------------------------------------------------
@@ -114,7 +118,7 @@ class Recorder:
                 event.home,
                 self._source,
                 event.trace,
-                JobStarted(self._source, partition.topic, work.offset, work.starts_before),
+                JobStarted(self._source, self._version, _NO_WAITS, partition.topic, work.offset, work.starts_before),
             )
         )
         if delivered is not None:

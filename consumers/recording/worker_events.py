@@ -53,13 +53,14 @@ _SHORT_MESSAGE = 200
 
 class WorkerEvents:
     """Builds a worker's records. ``source``: the worker's name in its events. ``limit``: maximum size of a record, in
-    bytes."""
+    bytes. ``version``: the version of the app's code, if it is known."""
 
-    def __init__(self, registry: TaskRegistry, source: str, limit: int) -> None:
+    def __init__(self, registry: TaskRegistry, source: str, limit: int, version: str | None = None) -> None:
         self._registry = registry
         self.names: Names = registry.names
         self.source = source
         self.limit = limit
+        self.version = version
 
     def event(self, job: JobEvent, fact: Fact) -> JobEvent:
         """Return this worker's event with ``fact`` about the job of a work record."""

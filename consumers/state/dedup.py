@@ -153,7 +153,7 @@ def settling_fact_of(message: Message, decoder: codec.Decoder) -> tuple[tuple[st
     raw = (decoder.own_form(value) or value) if isinstance(value, bytes) else None
     seen = None if raw is None else glance(raw)
     if seen is not None:
-        job_id, run, release, fact = seen[0], seen[1], seen[2], seen[6]
+        job_id, run, release, fact = seen[0], seen[1], seen[2], seen[7]
     else:
         try:
             event = decoder.decode(raw)

@@ -20,7 +20,7 @@ def plain_submission(value: bytes) -> JobEvent | None:
     seen = glance(value)
     if seen is None:
         return None
-    job_id, run, release, attempt, task, queue, fact = seen
+    job_id, run, release, attempt, task, queue, key, fact = seen
     if type(fact) is not JobSubmitted:
         return None
     queue_at = TASK_AT + 1 + (value[TASK_AT] >> 1)
@@ -29,7 +29,6 @@ def plain_submission(value: bytes) -> JobEvent | None:
     source_at = after_option(value, home_at) if value[home_at] else home_at + 1
     trace_at = source_at + 1 + (value[source_at] >> 1)
     at = after_option(value, trace_at) if value[trace_at] else trace_at + 1
-    key = value[key_at + 2 : home_at].decode() if value[key_at] else None
     home = value[home_at + 2 : source_at].decode() if value[home_at] else None
     trace = value[trace_at + 2 : at].decode() if value[trace_at] else None
     length = value[at + 1]  # after the union's branch number

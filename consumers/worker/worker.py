@@ -299,7 +299,7 @@ class Worker:
         calls.loop, reports = loop, Reports(calls)
         hooks = HookRunner(registry, loop, context_of)
         self.hooks = hooks if hooks.needed else None
-        event_builder = WorkerEvents(registry, self.source, settings.max_record_bytes)
+        event_builder = WorkerEvents(registry, self.source, settings.max_record_bytes, settings.version)
         recorder = Recorder(event_builder, sender, reports, self.hooks)
         tasks = TaskTable(registry, options.job_threads, options.job_children, options.unknown_task)
         lookahead = Lookahead(options.lookahead, options.lookahead_bytes)

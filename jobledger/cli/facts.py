@@ -48,6 +48,8 @@ def describe(fact: object, *, most: int = 100) -> str:
 
 def _describe(fact: object) -> str:
     match fact:
+        case e.JobSubmitted(redrive=e.Redrive(by=by, reason=reason), spec=spec):
+            return f"redriven by {by}" + (f": {reason} " if reason else " ") + _spec(spec)
         case (
             e.JobSubmitted(spec=spec, delay_ms=delay_ms, due_at=due_at)
             | e.ReleaseRequested(spec=spec, delay_ms=delay_ms, due_at=due_at)
@@ -55,8 +57,12 @@ def _describe(fact: object) -> str:
             return _condition(delay_ms, due_at) + _spec(spec)
         case e.JobDue(due_at=due_at) | e.ReleaseDecided(due_at=due_at) | e.ReleaseOverdue(due_at=due_at):
             return f"due {clock(due_at)}"
-        case e.JobStarted(worker=worker, takeover=takeover):
-            return f"by {worker}" + (f", takeover {takeover}" if takeover else "")
+        case e.JobStarted(worker=worker, takeover=takeover, version=version):
+            return (
+                f"by {worker}"
+                + (f", version {version}" if version else "")
+                + (f", takeover {takeover}" if takeover else "")
+            )
         case e.JobProgressed(done=done, total=total, message=message):
             return progress(done, total, message)
         case e.JobRetried(error=error, delay_ms=delay_ms, duration_us=took):
@@ -91,6 +97,20 @@ def _describe(fact: object) -> str:
             return f"{why}: {error.type}: {error.message}"
         case e.RecordRejected(topic=topic, partition=partition, offset=offset, error=text):
             return f"{topic}[{partition}]@{offset}: {text}"
+        case e.PlanOpened(action=action, queue=queue, rate=rate, by=by, reason=reason):
+            options = ("" if queue is None else f" to {queue}") + (
+                "" if rate is None else f", {counted(rate, 'job')}/s"
+            )
+            return f"{action}{options}, by {by}" + (f": {reason}" if reason else "")
+        case e.PlanListed(part=part, jobs=jobs):
+            return f"part {part}: {counted(len(jobs), 'job')}"
+        case e.PlanSealed(parts=parts, jobs=number):
+            return f"{counted(number, 'job')} in {counted(parts, 'part')}"
+        case e.PlanAdvanced(part=part, done=done, skipped=skipped, failed=failed, error=text):
+            numbers = f"part {part}: done {done}, skipped {skipped}, failed {failed}"
+            return numbers + (f" ({text})" if text else "")
+        case e.PlanSteered(to=to, by=by, reason=reason):
+            return f"{to} by {by}" + (f": {reason}" if reason else "")
     return ""
 
 

@@ -1,10 +1,10 @@
-"""``jobledger jobs list|show|wait|cancel``: jobs on the command line."""
+"""``jobledger jobs list|show|wait|cancel|redrive``: jobs on the command line."""
 
 from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,15 +26,19 @@ from jobledger.cli.options import (
     repeatable,
     timespan,
 )
+from jobledger.cli.plans import show_made
 from jobledger.cli.waiting import showing_progress
 from jobledger.process.wording import counted
 
 if TYPE_CHECKING:
     from jobledger.app import App, JobFilter
     from jobledger.client.commands import Job
+    from jobledger.definitions.handles import Plan
     from jobledger.job import JobStatus
 
-app = CommandGroup(name="jobs", help="List and show jobs, wait for them and cancel them.", no_args_is_help=True)
+app = CommandGroup(
+    name="jobs", help="List and show jobs, wait for them, cancel them and run them again.", no_args_is_help=True
+)
 
 #: Minimum characters of a shortened id. The first eight characters of Jobledger's own ids stand for a time span of
 #: about a minute.
@@ -267,6 +271,116 @@ def cancel(
         output.print_json({"cancelled": cancelled, "jobs": [job.job_id for job in targets], "notes": notes})
     else:
         _show_cancelled(targets, notes, dry_run)
+
+
+@app.command("redrive")
+def redrive(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODULE:APP] [ID]...",
+            help="The jobs' ids, or the ids' first characters; put the app before them, unless an option names the app.",
+            autocompletion=completion.jobs,
+            show_default=False,
+        ),
+    ] = None,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="Failed jobs with this task, queue, key, version, error, fingerprint, tag (tag.NAME=VALUE), or submitted "
+            "since a time (since=2h). state=cancelled and state=expired choose other jobs than failed ones. Repeat the option "
+            "for several: a job must have one of the values for each name, and all of the tags.",
+        ),
+    ] = None,
+    queue: Annotated[
+        str | None,
+        typer.Option(
+            help="The queue in which the jobs run.", autocompletion=completion.queues, show_default="that of each job"
+        ),
+    ] = None,
+    rate: Annotated[
+        str | None, typer.Option(metavar="N/s", help="How many jobs are released in a time.", show_default="no limit")
+    ] = None,
+    reason: Reason = None,
+    by: Annotated[str | None, typer.Option("--by", help="Who redrives the jobs.", show_default="user@host")] = None,
+    yes: Yes = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count the jobs, and show some of them.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait until the last job is released.")] = False,
+    app: AppOption = None,
+    namespace: Namespace = None,
+    bootstrap: Bootstrap = None,
+    status_url: StatusUrl = None,
+    as_json: Json = False,
+) -> None:
+    """Run jobs again that failed, were cancelled or expired: as the next run of the same id, with the same arguments.
+
+    The list of the jobs is written to the log, and the stream processor carries it out as a plan, also if this command
+    is ended: see `jobledger plans`. A job that has changed meanwhile is skipped.
+
+    Example: jobledger jobs redrive shop:app --where task=send_mail --where error=TimeoutError --rate 50/s
+    """
+    parsed = words_of(words, _names_app(app, namespace), "ID", None)
+    if not parsed.others and not where:
+        raise Wrong("which jobs? Give their ids, or --where NAME=VALUE")
+    if parsed.others and where:
+        raise Wrong("give ids or --where, not both")
+    chosen = _redriven(where or [])
+    queried = _queried_app(parsed, app, namespace, bootstrap, status_url)
+    try:
+        ids = [whole_id(queried, text) for text in parsed.others] or None
+        options: dict[str, Any] = {"ids": ids, "where": None if ids else chosen, "queue": queue}
+        preview = queried.redrive(**options, dry_run=True)
+        if dry_run or not preview.matched:
+            _show_preview(preview, as_json)
+            return
+        if not (yes or as_json or ids):
+            typer.confirm(f"Redrive {counted(preview.matched, 'job')}?", abort=True, err=True)
+        plan = queried.redrive(**options, rate=rate, by=by, reason=reason)
+        show_made(queried, plan, wait, as_json)
+    finally:
+        queried.close()
+
+
+def _redriven(texts: Sequence[str]) -> JobFilter:
+    """Return the filter of ``--where``. Raises `Wrong`."""
+    import datetime as dt
+
+    from jobledger.app import REDRIVEN
+
+    several: dict[str, list[str]] = {}
+    tags: list[str] = []
+    since: dt.datetime | None = None
+    for each in texts:
+        name, value = pair_of(each, "--where")
+        if name.startswith("tag.") and len(name) > len("tag."):
+            tags.append(f"{name[len('tag.') :]}={value}")
+        elif name in ("state", "task", "queue", "key", "version", "error", "fingerprint"):
+            several.setdefault(name, []).append(value)
+        elif name == "since":
+            since = dt.datetime.fromtimestamp(moment_ms(value, "--where since") / 1000, dt.UTC)
+        else:
+            raise Wrong(
+                f"--where {each!r}: write task=…, queue=…, state=…, key=…, version=…, error=…, fingerprint=…, since=… or "
+                "tag.NAME=…"
+            )
+    for state in states_of(several.get("state", []), "--where state"):
+        if state not in REDRIVEN:
+            raise Wrong(f"--where state={state}: only jobs that failed, were cancelled or expired can be redriven")
+    chosen: dict[str, Any] = {**several, "tag": pairs_of(tags, "--where tag") or None, "since": since}
+    return {name: value for name, value in chosen.items() if value is not None}  # type: ignore[return-value]
+
+
+def _show_preview(preview: Plan, as_json: bool) -> None:
+    if as_json:
+        output.print_json({"plan": None, "matched": preview.matched, "examples": list(preview.examples)})
+        return
+    for job_id in preview.examples:
+        output.console().print(job_id, markup=False, highlight=False)
+    more = preview.matched - len(preview.examples)
+    ending = f", {more} more" if more else ""
+    text = f"{counted(preview.matched, 'job')}{ending}; nothing was changed" if preview.matched else "no such jobs"
+    output.console(stderr=True).print(text, style="dim")
 
 
 def _show_cancelled(targets: Sequence[Job], notes: Sequence[str], dry_run: bool) -> None:

@@ -24,6 +24,7 @@ from jobledger.cli import (
     dev,
     events,
     jobs,
+    plans,
     projections,
     running,
     stdio,
@@ -73,6 +74,7 @@ for _panel, _name, _run_it, _short in _COMMANDS:
     cli.command(_name, rich_help_panel=_panel, short_help=_short)(_run_it)
 cli.add_typer(jobs.app, name="jobs", rich_help_panel=ASK)
 cli.add_typer(events.app, name="events", rich_help_panel=ASK)
+cli.add_typer(plans.app, name="plans", rich_help_panel=OPERATE)
 cli.add_typer(control.queues, name="queues", rich_help_panel=OPERATE)
 cli.add_typer(control.tasks, name="tasks", rich_help_panel=OPERATE)
 cli.add_typer(projections.app, name="projections", rich_help_panel=OPERATE)

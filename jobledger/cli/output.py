@@ -64,6 +64,7 @@ MEANINGS: Mapping[Exit, str] = {
 #: Errors with their own exit code, by name: importing the classes here would slow down every start.
 _CODES: Mapping[str, Exit] = {
     "JobNotFound": Exit.NOT_FOUND,
+    "PlanNotFound": Exit.NOT_FOUND,
     "StoreNotFound": Exit.NOT_FOUND,
     "StatusTimeout": Exit.TIMEOUT,
     "JobFailed": Exit.JOB_FAILED,

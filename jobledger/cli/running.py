@@ -294,6 +294,7 @@ def materializer(
 def _maintain(app: App, url: str, made: Materializer, stop: threading.Event) -> None:
     """Run watchdog, commit check and trimming, as soon as the materializer holds the lease of the status table."""
     from jobledger.streams.maintenance.maintenance import Maintenance
+    from jobledger.streams.maintenance.plans import PlanRunner
     from jobledger.streams.status.store import open_reader
 
     while not made.active:
@@ -301,7 +302,11 @@ def _maintain(app: App, url: str, made: Materializer, stop: threading.Event) -> 
             return
     try:
         with closing(open_reader(url, app.names.namespace)) as reader:
+            runner = PlanRunner(app.names, app.settings, app.lanes, reader, active=lambda: made.active)
+            plans = threading.Thread(target=runner.run, args=(stop,), name="jobledger-plans", daemon=True)
+            plans.start()
             Maintenance(app.names, app.settings, list(app.lanes), reader, active=lambda: made.active).run(stop)
+            plans.join(MAINTENANCE_END_S)
     except JobledgerError as exc:
         LOG.error("watchdog, commit check and trimming do not run: %s", exc)
 

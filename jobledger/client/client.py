@@ -21,13 +21,14 @@ from confluent_kafka import KafkaError, Message
 
 from jobledger.client.acknowledgements import Ack, BulkAck
 from jobledger.client.commands import Commands, Job
+from jobledger.client.plans import Plans
 from jobledger.client.waiting import Follower, Question, StatusSource
 from jobledger.config import Settings
 from jobledger.definitions import tracing
 from jobledger.definitions.context import JobContext, maybe_current_job
 from jobledger.definitions.durations import Seconds
 from jobledger.definitions.event_types import EVENT_HEADER, EventType, earlier_of
-from jobledger.definitions.handles import EventHandle, JobHandle, refuse_inside_job, result_of
+from jobledger.definitions.handles import EventHandle, JobHandle, Plan, refuse_inside_job, result_of
 from jobledger.definitions.task import JobRequest, Task
 from jobledger.errors import (
     BadEvent,
@@ -70,7 +71,7 @@ class Client:
 
     def __init__(self, settings: Settings, names: Names, status: Callable[[], StatusSource]) -> None:
         self.settings, self.names = settings, names
-        self._follower = Follower(status)
+        self._status, self._follower = status, Follower(status)
         self._opening = forks.Lock()
         self._pid = os.getpid()
         self._single: LogWriter | None = None
@@ -78,6 +79,8 @@ class Client:
         self._source = source("client")
         #: Control commands for jobs, queues and tasks.
         self.commands = Commands(settings, names, self.writer)
+        #: Actions on many jobs.
+        self.plans = Plans(names, self.writer, status)
         #: The fingerprints of event schemas that are published and compatible with those on the log, each with the head
         #: of its Schema Registry frame, or b"" for single-object encoding.
         self._event_schemas: dict[bytes, bytes] = {}
@@ -134,6 +137,14 @@ class Client:
     def cancel(self, job_id: str, reason: str | None = None, run: int = 1, by: str | None = None) -> None:
         """Request that a job be cancelled; see `App.cancel`."""
         self.commands.cancel([Job(job_id, run)], reason, by)
+
+    def redrive(self, job_id: str, reason: str | None = None, by: str | None = None) -> Plan:
+        """Make a plan that runs a job again which has ended; see `App.redrive`. Raises `JobNotFound`."""
+        table = self._status()
+        known = table.statuses([job_id])
+        if job_id not in known:
+            raise table.unknown(job_id)
+        return self.plans.make("redrive", [(job_id, known[job_id].run)], {}, by=by, reason=reason)
 
     async def cancel_async(self, job_id: str, reason: str | None = None, run: int = 1, by: str | None = None) -> None:
         """Request that a job be cancelled as `cancel` does, without blocking the event loop."""

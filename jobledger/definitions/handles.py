@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import warnings
+from collections.abc import Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 from jobledger.definitions.context import maybe_current_job
 from jobledger.definitions.durations import Seconds
-from jobledger.errors import JobCancelled, JobExpired, JobFailed, ResultInsideJob, StatusTimeout
+from jobledger.errors import ConfigError, JobCancelled, JobExpired, JobFailed, ResultInsideJob, StatusTimeout
 from jobledger.job import JobStatus, State
+from jobledger.plan import PlanState, PlanStatus
 from jobledger.schemas.events import Position
 
 R_co = TypeVar("R_co", covariant=True)
@@ -33,6 +35,8 @@ class Waiter(Protocol):
     def cancel(self, job_id: str, reason: str | None = None) -> None: ...
 
     async def cancel_async(self, job_id: str, reason: str | None = None) -> None: ...
+
+    def redrive(self, job_id: str, reason: str | None = None) -> Plan: ...
 
 
 class Decodes(Protocol[R_co]):
@@ -87,6 +91,12 @@ class JobHandle(Generic[R_co]):
         """Request a cancel as `cancel` does, without blocking the event loop."""
         await self._client.cancel_async(self.job_id, reason)
 
+    def redrive(self, reason: str | None = None) -> Plan:
+        """Run the job again, if it failed, was cancelled or expired: as the next run of the same id. Return the plan
+        that does so; see `App.redrive`. A job in another state is skipped. Raises `JobNotFound` if the status table does
+        not know the job."""
+        return self._client.redrive(self.job_id, reason)
+
     def result(self, timeout: Seconds | None = None) -> R_co:
         """Wait until the job has ended, and return its result. The result is converted to the task's return annotation;
         without an annotation it is plain JSON.
@@ -106,6 +116,62 @@ class JobHandle(Generic[R_co]):
 
     def _result(self, status: JobStatus) -> R_co:
         return self._task.decode_result(result_of(status), self.job_id)
+
+
+class Steers(Protocol):
+    """The methods of a client's plans that a `Plan` calls; see `jobledger.client.plans.Plans`."""
+
+    def status(self, plan_id: str, at_least: Position | None, timeout: Seconds) -> PlanStatus: ...
+
+    def wait(self, plan_id: str, at_least: Position | None, timeout: Seconds | None) -> PlanStatus: ...
+
+    def steer(self, plan_id: str, to: PlanState, reason: str | None = None, by: str | None = None) -> None: ...
+
+
+class Plan:
+    """A plan that the log has acknowledged, or the result of a dry run.
+
+    ``plan``: the plan's id; None for a dry run. ``matched``: number of jobs. ``examples``: the ids of the first jobs.
+    ``position``: the position in the log from which on the plan is carried out; None for a dry run.
+    """
+
+    __slots__ = ("_plans", "examples", "matched", "plan", "position")
+
+    def __init__(
+        self, plans: Steers, plan: str | None, matched: int, examples: Sequence[str], position: Position | None
+    ) -> None:
+        self._plans, self.plan, self.matched, self.position = plans, plan, matched, position
+        self.examples = tuple(examples)
+
+    def __repr__(self) -> str:
+        return f"<plan {self.plan or '(dry run)'}: {self.matched} jobs>"
+
+    def status(self, timeout: Seconds = 10.0) -> PlanStatus:
+        """Return the plan's state from the status table. Raises `StatusTimeout` if the table has not read the plan
+        within ``timeout`` seconds, and `ConfigError` for a dry run."""
+        return self._plans.status(self._id(), self.position, timeout)
+
+    def wait(self, timeout: Seconds | None = None) -> PlanStatus:
+        """Wait until the plan is done or aborted, and return its final state. The status table then shows what the plan
+        has done. Raises `StatusTimeout` after ``timeout`` seconds (None: wait forever)."""
+        return self._plans.wait(self._id(), self.position, timeout)
+
+    def pause(self, reason: str | None = None, by: str | None = None) -> None:
+        """Take no further action until `resume`."""
+        self._plans.steer(self._id(), PlanState.PAUSED, reason, by)
+
+    def resume(self, reason: str | None = None, by: str | None = None) -> None:
+        """End a pause."""
+        self._plans.steer(self._id(), PlanState.RUNNING, reason, by)
+
+    def abort(self, reason: str | None = None, by: str | None = None) -> None:
+        """Take no further action. What was done is not undone."""
+        self._plans.steer(self._id(), PlanState.ABORTED, reason, by)
+
+    def _id(self) -> str:
+        if self.plan is None:
+            raise ConfigError("this is the result of a dry run: there is no plan")
+        return self.plan
 
 
 class EventHandle:

@@ -96,6 +96,7 @@ TABLE: Mapping[str, Sequence[Right]] = {
         *_topic("<ns>.schemas", "Read", lost="`emit`", when="events"),
         *_topic("<ns>.events.", "Write", lost="`emit`", when="events"),
         *_topic("<ns>.control", "Write", lost="`cancel`, `pause`, `limit`", when="control commands"),
+        *_topic("<ns>.plans", "Write", lost="`redrive`", when="plans"),
         *_topic("<ns>.", "DescribeConfigs", lost=_LIMITS),
     ],
     "worker": [
@@ -124,6 +125,7 @@ TABLE: Mapping[str, Sequence[Right]] = {
         *_topic("<ns>.schemas", "Write"),
         *_topic("<ns>.coordination", "Write", lost="watchdog"),
         *_topic("<ns>.control", "Read", "Write", lost="removal of cancels whose jobs have ended"),
+        *_topic("<ns>.plans", "Read", "Write", lost="redrives and other plans"),
         *_group("<ns>.worker.", "Describe", lost="commit check, no trimming"),
         *_group("<ns>.coordinator", "Describe", lost=_TRIMMING),
         *_group("<ns>.lifecycle.", "Describe", lost=_TRIMMING),

@@ -154,6 +154,11 @@ class Names:
         return f"{self.namespace}.control"
 
     @property
+    def plans(self) -> str:
+        """The topic of plans: actions on many jobs, with the lists of their jobs."""
+        return f"{self.namespace}.plans"
+
+    @property
     def schemas(self) -> str:
         """The compacted topic of every writer's schema, by the schema's fingerprint, or its id in a Schema Registry."""
         return f"{self.namespace}.schemas"
@@ -161,7 +166,7 @@ class Names:
     @property
     def standing(self) -> tuple[str, ...]:
         """The topics that every namespace has, whatever the app declares, without the coordinator's changelog."""
-        return (self.lifecycle, self.coordination, self.dead_letter, self.control, self.schemas)
+        return (self.lifecycle, self.coordination, self.dead_letter, self.control, self.plans, self.schemas)
 
     def events(self, name: str) -> str:
         """Return the topic of one class of domain events."""

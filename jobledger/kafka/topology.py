@@ -219,7 +219,7 @@ def _of_events(
 def _of_facts(
     names: Names, partitions: int, lifecycle: int, replication: int, kept: Mapping[str, str]
 ) -> Iterator[TopicSpec]:
-    """Yield lifecycle, coordination and dead-letter. ``lifecycle``: the minimum for lifecycle."""
+    """Yield lifecycle, coordination, dead-letter and plans. ``lifecycle``: the minimum for lifecycle."""
     yield TopicSpec(
         names.lifecycle,
         lifecycle,
@@ -239,6 +239,7 @@ def _of_facts(
         "be in another partition than its row",
     )
     yield TopicSpec(names.dead_letter, partitions, replication, kept)
+    yield TopicSpec(names.plans, 1, replication, kept, Growth.FIXED, "this topic is read as one sequence")
 
 
 def _of_state(names: Names, partitions: int, replication: int, compacted: Mapping[str, str]) -> Iterator[TopicSpec]:
@@ -282,7 +283,7 @@ def broken_promises(names: Names, current: Mapping[str, Mapping[str, str | None]
     known is skipped.
     """
     compacted = (names.control, names.schemas, changelog(names))
-    kept = (names.lifecycle, names.coordination, names.dead_letter)
+    kept = (names.lifecycle, names.coordination, names.dead_letter, names.plans)
     messages: list[str] = []
     for topic, settings in sorted(current.items()):
         if topic in compacted:

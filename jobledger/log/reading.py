@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
@@ -35,6 +35,8 @@ from jobledger.schemas.events import JobEvent, Position, Recorded
 RANGES: dict[str, Any] = {"enable.partition.eof": True}
 #: Maximum number of messages that one call of the client returns, and seconds that the call waits for so many.
 BATCH, BATCH_S = 1_000, 0.02
+#: Maximum number of unwanted messages between two wanted ones that `LogReader.at_all` reads rather than starting anew.
+GAP = 1_000
 
 
 def messages(
@@ -178,11 +180,39 @@ class LogReader:
         finally:
             self._reading -= 1
 
+    def at_all(self, positions: Iterable[Position], *, stall: float = 30.0) -> Iterator[Message]:
+        """Yield the messages at these positions, in any order; those that the log no longer has are left out.
+
+        Positions that are close to one another are read together. Raises as `read` does.
+        """
+        by_partition: dict[tuple[str, int], list[int]] = {}
+        for position in positions:
+            by_partition.setdefault((position.topic, position.partition), []).append(position.offset)
+        for (topic, partition), offsets in by_partition.items():
+            wanted = set(offsets)
+            for start, end in _ranges(sorted(wanted)):
+                for message in self.read(topic, partition, start, end, stall=stall):
+                    if message.offset() in wanted:
+                        yield message
+
     def at(self, position: Position) -> Message | None:
         """Return the message at one position, or None if the log no longer has it."""
         for message in self.read(position.topic, position.partition, position.offset, position.offset + 1):
             return message
         return None
+
+
+def _ranges(offsets: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Yield half-open ranges that hold these offsets, which are in ascending order. Gaps of up to `GAP` are included."""
+    start = end = -1
+    for offset in offsets:
+        if start >= 0 and offset - end > GAP:
+            yield start, end
+            start = -1
+        start = offset if start < 0 else start
+        end = offset + 1
+    if start >= 0:
+        yield start, end
 
 
 def recorded(message: Message, decode: Callable[[bytes | None], JobEvent]) -> Recorded:

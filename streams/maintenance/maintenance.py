@@ -53,6 +53,7 @@ from jobledger.schemas.events import (
 )
 from jobledger.streams.coordinator.decoding import check_head
 from jobledger.streams.maintenance import cancels
+from jobledger.streams.maintenance.current import table_is_current
 from jobledger.streams.maintenance.trim import Partition, Readers, plan
 from jobledger.streams.projections.projection_store import folded
 from jobledger.streams.status.store.protocol import Overdue, StatusReader
@@ -183,7 +184,7 @@ class Maintenance:
         candidates = {(o.job_id, o.run, o.release): o for o in page}
         if not candidates:
             return 0
-        if not self._table_is_current(self._topics()):
+        if not self._current(self._topics()):
             LOG.info(
                 "releases look overdue, but the status table is behind the log: the watchdog waits (%s)",
                 counted(len(candidates), "release"),
@@ -244,7 +245,7 @@ class Maintenance:
             position: c.offset
             for position, c in group_offsets.worker_commits(self.settings, self.names, self.lanes).items()
         }
-        if not self._table_is_current([self.names.lifecycle]):
+        if not self._current([self.names.lifecycle]):
             return None
         unclosed = 0
         for job_id, life in self._reader.open_lives(COMMIT_CHECK_MOST):
@@ -292,7 +293,7 @@ class Maintenance:
         # would run again if its submission were sent again.
         done = self._done(aged, starts, commits)
         readers = Readers.least(aged, self._reader.offsets(), done, *self._followers(aged))
-        if not self._table_is_current(self._topics()):
+        if not self._current(self._topics()):
             LOG.info("the status table is behind the log: nothing is trimmed")
             return {}
         unfinished = list(self._reader.open_lives(UNFINISHED_MOST, waiting=True, before_ms=cutoff_ms))
@@ -390,7 +391,8 @@ class Maintenance:
                 if due_at is None:
                     due_at = later(record.appended_ms, fact.delay_ms or 0)
                 event = msgspec.structs.replace(
-                    record.event, fact=JobSubmitted(lasting(fact.spec, record.appended_ms), None, due_at)
+                    record.event,
+                    fact=JobSubmitted(lasting(fact.spec, record.appended_ms), None, due_at, fact.redrive),
                 )
                 records.append(Outgoing(position.topic, codec.encode(event), event.home or event.job_id))
         self._send(records)
@@ -412,22 +414,8 @@ class Maintenance:
     def _topics(self) -> list[str]:
         return [*(self.names.jobs(lane) for lane in self.lanes), self.names.lifecycle, self.names.coordination]
 
-    def _table_is_current(self, topics: Collection[str]) -> bool:
-        """Return whether the table reaches the topics' present ends within ``patience`` seconds."""
-        with LogReader(self.settings) as log:
-            ends = {
-                (topic, partition): log.bounds(topic, partition)[1]
-                for topic in topics
-                for partition in range(partitions_of(self.settings, topic))
-            }
-        deadline = time.monotonic() + self.cadence.patience
-        while True:
-            read = self._reader.offsets()
-            if all(read.get(place, 0) >= end for place, end in ends.items()):
-                return True
-            if time.monotonic() >= deadline:
-                return False
-            time.sleep(0.1)
+    def _current(self, topics: Collection[str]) -> bool:
+        return table_is_current(self.settings, self._reader, topics, self.cadence.patience)
 
     def _send(self, records: list[Outgoing]) -> None:
         if self._writer is None:

@@ -48,7 +48,7 @@ _ELECTING = (*ELECTING, KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError.REQUEST_TIM
 
 
 class LogFeed:
-    """Reads all work topics, and the lifecycle, coordination and dead-letter topics of a namespace. Use a feed from one
+    """Reads all work topics, and the lifecycle, coordination, dead-letter and plans topics of a namespace. Use a feed from one
     thread, and close it."""
 
     def __init__(self, settings: Settings, names: Names) -> None:
@@ -107,7 +107,8 @@ class LogFeed:
 
     def _wanted(self, topic: str) -> bool:
         names = self._names
-        return topic in (names.lifecycle, names.coordination, names.dead_letter) or names.queue_of(topic) is not None
+        facts = (names.lifecycle, names.coordination, names.dead_letter, names.plans)
+        return topic in facts or names.queue_of(topic) is not None
 
     def identities(self, topics: Iterable[str], timeout: float = REQUEST_TIMEOUT_S) -> dict[str, str]:
         """Return the ids of topics: see the function `identities` of this module. All calls share one client."""

@@ -225,7 +225,7 @@ class Materializer:
 
     def _wanted(self) -> set[str]:
         names = self._names
-        return {names.lifecycle, names.coordination, names.dead_letter, *map(names.jobs, self._queues)}
+        return {names.lifecycle, names.coordination, names.dead_letter, names.plans, *map(names.jobs, self._queues)}
 
     def _discover(self, feed: LogFeed, first: bool) -> bool:
         """Add the partitions that exist now to the feed; return whether to search again soon: a topic is missing,

@@ -13,12 +13,15 @@ from typing import Protocol
 
 from confluent_kafka import Message
 
+from jobledger import plan as plans
 from jobledger.errors import SchemaError
 from jobledger.job import Life, Visible, join, of, project
+from jobledger.plan import PlanStatus
 from jobledger.schemas.codec import Decoder
+from jobledger.schemas.events import Position, Recorded
 from jobledger.schemas.fast_path import glance
 from jobledger.streams.status.store.protocol import Changes, TagRow
-from jobledger.streams.status.store.rows import key_text, row
+from jobledger.streams.status.store.rows import key_text, row, slots_of
 
 #: Number of jobs whose states are cached between batches. A state takes about a kilobyte.
 CACHE_JOBS = 50_000
@@ -32,6 +35,8 @@ class Loads(Protocol):
     """Loads states that are not cached."""
 
     def load(self, job_ids: Sequence[str]) -> dict[str, Life]: ...
+
+    def load_plans(self, plan_ids: Sequence[str]) -> dict[str, PlanStatus]: ...
 
 
 @dataclass(slots=True)
@@ -70,6 +75,7 @@ class RowFolder:
         """
         folded = Folded()
         news: dict[str, Life] = {}
+        plan_facts: list[Recorded] = []
         offsets, events = folded.changes.offsets, folded.events
         for message in messages:
             topic, partition, offset = message.topic(), message.partition(), message.offset()
@@ -89,16 +95,39 @@ class RowFolder:
                 except SchemaError as error:
                     folded.rejected.append(Rejected(message, error))
                     continue
-                seen = (event.job_id, event.run, event.release, event.attempt, event.task, event.queue, event.fact)
-            job_id, run, release, attempt, task, queue, fact = seen
-            life = of(run, release, attempt, task, queue, fact, (message.timestamp()[1], topic, partition, offset))
+                if isinstance(event.fact, plans.FACTS):
+                    plan_facts.append(Recorded(event, Position(topic, partition, offset), message.timestamp()[1]))
+                    continue
+                seen = (
+                    event.job_id,
+                    event.run,
+                    event.release,
+                    event.attempt,
+                    event.task,
+                    event.queue,
+                    event.key,
+                    event.fact,
+                )
+            job_id, run, release, attempt, task, queue, key, fact = seen
+            life = of(run, release, attempt, task, queue, key, fact, (message.timestamp()[1], topic, partition, offset))
             if life is not None:
                 if len(job_id) != ID_LENGTH or "\0" in job_id:
                     job_id = key_text(job_id)  # Jobledger did not make this id, so the id can be any text
                 known = news.get(job_id)
                 news[job_id] = life if known is None else join(known, life)
         self._project(news, folded)
+        if plan_facts:
+            folded.changes.plans = self._plans(plan_facts)
         return folded
+
+    def _plans(self, facts: Sequence[Recorded]) -> list[PlanStatus]:
+        """Return the plans with these facts, which are in the order of the log."""
+        known = self._store.load_plans(list(dict.fromkeys(record.event.job_id for record in facts)))
+        for record in facts:
+            plan = plans.apply(known.get(record.event.job_id), record)
+            if plan is not None:
+                known[record.event.job_id] = plan
+        return list(known.values())
 
     def merge(self, lives: Iterable[tuple[str, Life]]) -> Folded:
         """Return the changes made by joining these states with those of the store. Raises `StoreError`."""
@@ -151,7 +180,7 @@ class RowFolder:
             counts[key] = counts.get(key, 0) + 1
             changes.jobs.append(written)
             # The state of a job that has ended is not cached, because further facts of that job are rare.
-            kept = seen.ended_ms is None and len(written[-1]) <= CACHE_STATE_BYTES
+            kept = seen.ended_ms is None and len(slots_of(written)) <= CACHE_STATE_BYTES
             states[job_id] = (life, seen) if kept else None
 
 

@@ -11,13 +11,16 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+import msgspec
 import psycopg
 import pytest
 import sqlalchemy
 
 from jobledger import job
-from jobledger.errors import ConfigError, JobNotFound, LeaseLost, StoreError, StoreNotFound
+from jobledger.errors import ConfigError, JobNotFound, LeaseLost, PlanNotFound, StoreError, StoreNotFound
+from jobledger.fingerprint import fingerprint
 from jobledger.job import Life, State
+from jobledger.plan import PlanState, PlanStatus
 from jobledger.schemas import events as ev
 from jobledger.schemas.codec import Decoder
 from jobledger.schemas.events import Position
@@ -125,7 +128,9 @@ def life(
     """Return the life of a job with these facts, one after the other in the same release."""
     found: Life | None = None
     for number, fact in enumerate(facts):
-        found = job.join(found, job.of(1, release, 1, task, queue, fact, (ms + number, topic, 0, offset + number)))
+        found = job.join(
+            found, job.of(1, release, 1, task, queue, None, fact, (ms + number, topic, 0, offset + number))
+        )
     assert found is not None
     return found
 
@@ -145,9 +150,12 @@ def test_a_written_job_is_read_back_completely(store: Store, reader: StatusReade
     tagged = ev.JobSubmitted(ev.JobSpec(b"{}", {"tenant": "acme"}, "parent"))
     lives = {
         "a": life(
-            tagged, ev.JobStarted("h:1", "t", 0), ev.JobProgressed(1, 1, 2, "half"), ev.JobSucceeded(b'{"n": 1}', 5)
+            tagged,
+            ev.JobStarted("h:1", None, {}, "t", 0),
+            ev.JobProgressed(1, 1, 2, "half"),
+            ev.JobSucceeded(b'{"n": 1}', 5),
         ),
-        "b": life(tagged, ev.JobStarted("h:1", "t", 0), ev.JobFailedFact("exhausted", BAD, 2_000_000)),
+        "b": life(tagged, ev.JobStarted("h:1", None, {}, "t", 0), ev.JobFailedFact("exhausted", BAD, 2_000_000)),
     }
     write(store, lives)
     for job_id, each in lives.items():
@@ -178,7 +186,7 @@ def test_many_jobs_can_be_queried_at_once(store: Store, reader: StatusReader) ->
 def test_writing_again_replaces_the_row(store: Store, reader: StatusReader) -> None:
     """A job has one row, however often it is written, and the row has the latest state."""
     write(store, {"a": life(ev.JobSubmitted(SPEC))})
-    write(store, {"a": life(ev.JobStarted("h:1", "t", 0), ms=2_000, offset=9)})
+    write(store, {"a": life(ev.JobStarted("h:1", None, {}, "t", 0), ms=2_000, offset=9)})
     assert [each.state for each in reader.jobs()] == [State.RUNNING]
     assert reader.job("a").submitted_at is not None
     assert [p.offset for p in reader.job("a").positions] == [0, 9]
@@ -267,10 +275,10 @@ def test_late_jobs_are_those_that_could_have_started(store: Store, reader: Statu
         {
             "scheduled": life(delayed, release=0, ms=1_000),
             "queued": life(submitted, ms=2_000, offset=10),
-            "retrying": life(submitted, ev.JobStarted("h:1", "t", 0), retried, ms=3_000, offset=20),
+            "retrying": life(submitted, ev.JobStarted("h:1", None, {}, "t", 0), retried, ms=3_000, offset=20),
             "due": life(delayed, ev.JobDue(SPEC, 6_500_000), release=1, ms=1_500, offset=30),
             "in place": life(submitted, ev.JobRetried(BAD, 1, in_place=True), ms=1_000, offset=40),
-            "running": life(submitted, ev.JobStarted("h:1", "t", 0), ms=1_000, offset=50),
+            "running": life(submitted, ev.JobStarted("h:1", None, {}, "t", 0), ms=1_000, offset=50),
             "failed": life(submitted, ev.JobFailedFact("exhausted", BAD), ms=1_000, offset=60),
         },
     )
@@ -299,7 +307,7 @@ def test_ids_are_found_by_their_beginning(store: Store, reader: StatusReader) ->
 
 def test_tags_are_those_of_the_submission(store: Store, reader: StatusReader) -> None:
     """A job is found by the tags of its submission as soon as the submission is known, and by no others."""
-    write(store, {"a": life(ev.JobStarted("h:1", "t", 0), ms=5_000)})
+    write(store, {"a": life(ev.JobStarted("h:1", None, {}, "t", 0), ms=5_000)})
     assert reader.jobs(tag=("tenant", "acme")) == []
     write(store, {"a": life(ev.JobDue(ev.JobSpec(b"", {"tenant": "old"}), 1), ms=4_000, offset=50)})
     assert len(reader.jobs(tag=("tenant", "old"))) == 1
@@ -699,3 +707,70 @@ def test_a_value_that_sqlite_cannot_store_is_an_error_that_names_the_projection(
     error = store.explain(caught.value, "projection totals")
     assert type(error) is StoreError
     assert str(error).startswith("projection totals: ")
+
+
+PLAN = PlanStatus("p", "redrive", '{"task": ["send"]}', None, 5.0, "ann", None, 1_000, PlanState.RUNNING, 3, 1, 1)
+
+
+def test_plans_are_written_and_read(store: Store, reader: StatusReader) -> None:
+    """A plan is replaced as a whole. The last one comes first."""
+    assert (reader.plans(), store.load_plans(["p"])) == ([], {})
+    store.write(Changes(plans=[PLAN, msgspec.structs.replace(PLAN, plan="q", opened_ms=2_000)]))
+    done = msgspec.structs.replace(PLAN, state=PlanState.DONE, done=3, next_part=1, ended_ms=3_000, error="a\0: gone")
+    store.write(Changes(plans=[done]))
+    assert [plan.plan for plan in reader.plans()] == ["q", "p"]
+    assert [plan.plan for plan in reader.plans(limit=1)] == ["q"]
+    assert reader.plan("p") == done == store.load_plans(["p"])["p"]
+    with pytest.raises(PlanNotFound, match="no plan r"):
+        reader.plan("r")
+
+
+def test_jobs_are_found_by_key_version_and_error(store: Store, reader: StatusReader) -> None:
+    """The ids and runs of the jobs that match are read from one snapshot."""
+    started = ev.JobStarted("h:1", "1.0", {}, "t", 0)
+    lives = {
+        "a": life(ev.JobSubmitted(ev.JobSpec(b"{}")), started, ev.JobFailedFact("exhausted", BAD)),
+        "b": life(ev.JobSubmitted(ev.JobSpec(b"{}")), ev.JobStarted("h:1", "2.0", {}, "t", 0)),
+    }
+    keyed = job.of(1, 1, 1, "send", "mail", "k", ev.JobSubmitted(ev.JobSpec(b"{}")), (9_000, "shop.jobs.mail", 0, 7))
+    assert keyed is not None
+    write(store, {**lives, "c": keyed})
+    found = reader.job("a")
+    assert (found.worker, found.version, found.fingerprint) == ("h:1", "1.0", fingerprint(BAD))
+    assert list(reader.chosen(version="1.0")) == list(reader.chosen(error=BAD.type)) == [("a", 1)]
+    assert list(reader.chosen(fingerprint=[fingerprint(BAD), "x"], state="failed")) == [("a", 1)]
+    assert list(reader.chosen(key="k")) == [("c", 1)]
+    assert [each.job_id for each in reader.jobs(version=["1.0", "2.0"])] == ["b", "a"]
+    assert list(reader.chosen(limit=1)) == [("c", 1)]
+    assert set(reader.lives_of(["a", "none"])) == {"a"}
+
+
+def test_a_table_of_the_first_revision_gets_what_it_lacks(backend: Backend) -> None:
+    """Before that it can be read, except by the new columns. Afterwards its rows are as they were."""
+    with backend.store() as store:
+        assert store.acquire()
+        write(store, {"a": life(ev.JobSubmitted(ev.JobSpec(b"{}")), ev.JobFailedFact("exhausted", BAD))})
+    for statement in (
+        "DROP INDEX jobs_by_error",
+        "DROP INDEX jobs_by_key",
+        *(f"ALTER TABLE jobs DROP COLUMN {name}" for name in ("fingerprint", "key", "version", "actor")),
+        "DROP TABLE plans",
+        "DELETE FROM meta WHERE key = 'revision'",
+    ):
+        backend.execute(statement)
+    with closing(open_reader(backend.url, NAMESPACE)) as old:
+        assert [each.job_id for each in old.jobs(state="failed")] == ["a"]
+        assert [job_id for job_id, _ in old.lives()] == ["a"]
+        assert old.plans() == []
+        with pytest.raises(StoreError, match="has no column 'key'"):
+            old.jobs(key="k")
+    with backend.store() as store, closing(open_reader(backend.url, NAMESPACE)) as new:
+        assert store.acquire()
+        assert [each.job_id for each in new.jobs(state="failed")] == ["a"]
+        assert new.jobs(fingerprint=fingerprint(BAD)) == []
+        write(store, {"a": life(ev.JobProgressed(1, 1), offset=50)})
+        assert [each.job_id for each in new.jobs(fingerprint=fingerprint(BAD))] == ["a"]
+        store.write(Changes(plans=[PLAN]))
+        assert new.plan("p") == PLAN
+    with backend.store() as store:
+        assert store.acquire()

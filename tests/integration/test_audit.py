@@ -183,7 +183,7 @@ class Planter:
 SPEC = ev.JobSpec(b'{"a": 1}')
 ERROR = ev.ErrorInfo("E", "m")
 SUCCEEDED = ev.JobSucceeded(b"2", 1)
-STARTED = ev.JobStarted("host-1:77", "t", 0)
+STARTED = ev.JobStarted("host-1:77", None, {}, "t", 0)
 WORK, LIFE, COORD, DEAD = "jobs.default", "lifecycle", "coordination", "dead-letter"
 
 

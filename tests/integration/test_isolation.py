@@ -345,7 +345,7 @@ def test_without_child_processes_a_suspect_runs_in_the_worker(app: App, monkeypa
     records: list[Outgoing] = []
     for count, handle in jobs.items():
         for takeover in range(count):
-            fact = JobStarted("other:1", handle.position.topic, handle.position.offset, takeover)
+            fact = JobStarted("other:1", None, {}, handle.position.topic, handle.position.offset, takeover)
             event = JobEvent(
                 f"{handle.job_id[:-1]}{takeover}",
                 handle.job_id,

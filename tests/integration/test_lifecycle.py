@@ -155,7 +155,9 @@ def test_members_of_a_group_share_partitions_and_async_readers_do_not_block(
     try:
         until(lambda: all(s._owned for s in streams) and sum(len(s._owned) for s in streams) == len(places))
         writer = LogWriter(app.settings, app.names)
-        start = JobEvent("e", "late", 1, 1, 1, 0, "work", "default", None, None, "s", None, JobStarted("w", "t", 0))
+        start = JobEvent(
+            "e", "late", 1, 1, 1, 0, "work", "default", None, None, "s", None, JobStarted("w", None, {}, "t", 0)
+        )
         for n, (topic, partition) in enumerate(sorted(places) * 3):
             value = codec.encode(msgspec.structs.replace(start, job_id=f"late-{n}"))
             writer.send([Outgoing(topic, value, "k", partition)])
@@ -222,7 +224,7 @@ def test_garbage_is_skipped_and_an_unknown_fact_is_not(app: App) -> None:
     with app.lifecycle("audit", facts=(JobSucceeded,), timeout=60.0) as stream:
         assert len(read_at_least(stream, 31)) == 31
         assert stream.skipped == 1
-    event = JobEvent("e", "j", 1, 1, 1, 0, "t", "q", None, None, "s", None, JobStarted("w", "t", 0))
+    event = JobEvent("e", "j", 1, 1, 1, 0, "t", "q", None, None, "s", None, JobStarted("w", None, {}, "t", 0))
     schema = codec.SCHEMA_TEXT.replace("JobExpired", "JobTeleported")
     writer.send([Outgoing(app.names.schemas, schema.encode(), codec.fingerprint(schema).hex())])
     writer.send([Outgoing(app.names.lifecycle, future_fact(schema, event), "k", 0)])

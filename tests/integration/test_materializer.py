@@ -108,7 +108,7 @@ class World:
         for n, job_id in enumerate(ids):
             facts: list[ev.Fact] = [ev.JobSubmitted(SPEC)]
             if n % 7:
-                facts += [ev.JobStarted("h:1", self.names.jobs("mail"), n)]
+                facts += [ev.JobStarted("h:1", None, {}, self.names.jobs("mail"), n)]
                 facts += [ev.JobFailedFact("exhausted", BAD) if n % 5 == 0 else ev.JobSucceeded(b"1", 5)]
             for fact in facts:
                 topic = self.names.jobs("mail") if isinstance(fact, ev.JobSubmitted) else self.names.lifecycle
@@ -212,7 +212,9 @@ def sample(made: Materializer, name: str, **labels: str) -> float:
 def test_a_row_shows_a_jobs_whole_life(world: World) -> None:
     """Facts from all topics become one row, with times of the broker, result, tags and the positions of all facts."""
     job_id = new_id()
-    places = world.write_facts(job_id, ev.JobSubmitted(SPEC, 5), ev.JobDue(SPEC, 1_000), ev.JobStarted("h:1", "t", 0))
+    places = world.write_facts(
+        job_id, ev.JobSubmitted(SPEC, 5), ev.JobDue(SPEC, 1_000), ev.JobStarted("h:1", None, {}, "t", 0)
+    )
     with Running(world.materializer()) as running:
         running.catch_up()
         reader = world.reader()
@@ -751,8 +753,8 @@ def test_the_digest_of_verify_is_what_the_program_in_the_reference_prints(world:
 def test_a_rebuild_keeps_jobs_that_the_log_no_longer_has(world: World) -> None:
     """Jobs that began before the log's start keep their rows, joined with the facts that are still in the log."""
     old, running_job = new_id(), new_id()
-    world.write_facts(old, ev.JobSubmitted(SPEC), ev.JobStarted("h:1", "t", 0), ev.JobSucceeded(b"1"))
-    world.write_facts(running_job, ev.JobSubmitted(SPEC), ev.JobStarted("h:1", "t", 0))
+    world.write_facts(old, ev.JobSubmitted(SPEC), ev.JobStarted("h:1", None, {}, "t", 0), ev.JobSucceeded(b"1"))
+    world.write_facts(running_job, ev.JobSubmitted(SPEC), ev.JobStarted("h:1", None, {}, "t", 0))
     with Running(world.materializer()) as running:
         running.catch_up()
     world.trim(world.names.jobs("mail"), 0, 2)

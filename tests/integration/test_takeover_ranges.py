@@ -81,7 +81,7 @@ def test_without_committed_offsets_jobs_with_an_outcome_are_not_run_again(broker
     places = set()
     for job in (*ended, *lost, running):
         put(names.lifecycle, job, ev.JobLeased("w", 5_000))
-        put(names.lifecycle, job, ev.JobStarted("w", names.jobs("slow"), 0))
+        put(names.lifecycle, job, ev.JobStarted("w", None, {}, names.jobs("slow"), 0))
     for job in ended:
         place = put(names.lifecycle, job, ev.JobSucceeded(), partition=None)
         assert place == partition_of(job.encode(), PARTITIONS)

@@ -114,7 +114,7 @@ def test_start_and_success_are_in_the_lifecycle_partition_of_the_work_record(ran
     mine = [r for r in log_of(app, app.names.lifecycle) if r.event.job_id == jobs["add"]]
     work = next(r for r in log_of(app, app.names.jobs("default")) if r.event.job_id == jobs["add"])
     started, succeeded = mine
-    assert started.event.fact == JobStarted(worker.source, work.position.topic, work.position.offset, 0)
+    assert started.event.fact == JobStarted(worker.source, None, {}, work.position.topic, work.position.offset, 0)
     assert isinstance(succeeded.event.fact, JobSucceeded)
     assert succeeded.event.fact.result == b"3"
     for r in mine:
@@ -529,7 +529,7 @@ def test_a_takeover_finds_releases_that_have_a_closing_fact(broker: str, namespa
         snoozed: JobSnoozed(30_000, "unknown-task"),
         failed: JobFailedFact("never", **error),
     }
-    start = JobStarted("other:1", topic, 0, 0)
+    start = JobStarted("other:1", None, {}, topic, 0, 0)
     send(app, *(Outgoing(topic, codec.encode(event_of(j, "add", b'{"a":1}')), j, 0) for j in ends))
     send(app, Outgoing(topic, codec.encode(event_of(started, "add", b'{"a":8}')), started, 0))
     send(app, Outgoing(topic, codec.encode(event_of(fresh, "add", b'{"a":9}')), fresh, 0))

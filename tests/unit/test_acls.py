@@ -53,6 +53,7 @@ def test_the_table_names_topics_and_groups_of_the_namespace() -> None:
         names.dead_letter,
         names.schemas,
         names.control,
+        names.plans,
         names.events("e"),
         changelog(names),
         names.router_group,

@@ -111,7 +111,7 @@ def test_a_job_begins_at_once_and_is_done_when_its_outcome_is_acknowledged(fact:
             event(JobSubmitted(JobSpec(b"{}"), due_at=5), "plain"),
             "a JobSubmitted with a delay or a due time does not belong",
         ),
-        (event(JobStarted("w", "t", 0), "plain"), "a JobStarted does not belong"),
+        (event(JobStarted("w", None, {}, "t", 0), "plain"), "a JobStarted does not belong"),
         (event(JobSubmitted(JobSpec(b"{}")), "plain", job_id=""), "it names no job"),
     ],
     ids=["garbage", "tombstone", "delayed", "due later", "a worker's fact", "no job id"],

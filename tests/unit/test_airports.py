@@ -188,10 +188,10 @@ ERROR = ErrorInfo("Busy", "503")
 SPEC = JobSpec(b"{}")
 RETRIED_ONCE = [
     event("a", 1, 1_000, JobSubmitted(SPEC)),
-    event("a", 1, 1_010, JobStarted("w", "t", 0)),
+    event("a", 1, 1_010, JobStarted("w", None, {}, "t", 0)),
     event("a", 1, 1_040, JobRetried(ERROR, 200, 25_000)),
     event("a", 2, 1_300, JobDue(SPEC, 0)),
-    event("a", 2, 1_305, JobStarted("w", "t", 1)),
+    event("a", 2, 1_305, JobStarted("w", None, {}, "t", 1)),
     event("a", 2, 1_330, JobSucceeded(b"1", 20_000)),
 ]
 
@@ -224,7 +224,11 @@ def test_a_job_with_two_outcomes_counts_as_neither_succeeded_nor_failed() -> Non
 
 def lived(fact: JobSucceeded | JobFailedFact) -> Life:
     return fold(
-        [event("a", 1, 0, JobSubmitted(SPEC)), event("a", 1, 1, JobStarted("w", "t", 0)), event("a", 1, 2, fact)]
+        [
+            event("a", 1, 0, JobSubmitted(SPEC)),
+            event("a", 1, 1, JobStarted("w", None, {}, "t", 0)),
+            event("a", 1, 2, fact),
+        ]
     )["a"]
 
 

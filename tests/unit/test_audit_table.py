@@ -15,6 +15,7 @@ from jobledger.schemas import codec
 from jobledger.schemas import events as ev
 from jobledger.schemas.events import JobEvent
 from jobledger.streams.status.row_folder import RowFolder
+from jobledger.streams.status.store.rows import COLUMNS
 from tests.unit.test_projector import Message, Table
 
 WORK, LIFE, COORD = "shop.jobs.mail", "shop.lifecycle", "shop.coordination"
@@ -63,8 +64,11 @@ class Log:
             table.write(folded.changes)
             projector.committed(folded)
         (row,) = table.rows.values()
-        _, state, task, queue, run, attempt, release, *_, error_type, _, result, _ = row
-        return Final(state, task, queue, run, attempt, release, result_text(result), error_type)
+        found = dict(zip(COLUMNS, row, strict=True))
+        return Final(
+            *(found["state"], found["task"], found["queue"], found["run"], found["attempt"], found["release"]),
+            *(result_text(found["result"]), found["error_type"]),
+        )
 
 
 @st.composite
@@ -77,7 +81,7 @@ def leased(draw: st.DrawFn) -> Log:
         if release > 1:
             log.add(WORK, ev.JobDue(SPEC, 5_000), release, attempt)
         log.add(LIFE, ev.JobLeased("host:1", 5_000), release, attempt)
-        log.add(LIFE, ev.JobStarted("host:1", WORK, 0), release, attempt)
+        log.add(LIFE, ev.JobStarted("host:1", None, {}, WORK, 0), release, attempt)
         outcome, stands = draw(st.sampled_from(OUTCOMES)), draw(st.booleans())
         if outcome is None:
             continue
@@ -106,10 +110,10 @@ def test_a_success_that_is_reported_after_the_lease_changes_nothing() -> None:
     log = Log()
     log.add(WORK, ev.JobSubmitted(SPEC))
     log.add(LIFE, ev.JobLeased("host:1", 5_000))
-    log.add(LIFE, ev.JobStarted("host:1", WORK, 0))
+    log.add(LIFE, ev.JobStarted("host:1", None, {}, WORK, 0))
     log.add(WORK, ev.JobDue(SPEC, 5_000), release=2)
     log.add(LIFE, ev.JobLeased("host:2", 5_000), release=2)
-    log.add(LIFE, ev.JobStarted("host:2", WORK, 1), release=2)
+    log.add(LIFE, ev.JobStarted("host:2", None, {}, WORK, 1), release=2)
     log.add(COORD, ev.JobSucceeded(b"7", 1), release=1)
     running = Final("running", "render", "mail", 1, 1, 2)
     assert log.folded() == log.audited() == running
@@ -126,7 +130,7 @@ def keyed(draw: st.DrawFn) -> Log:
     log.add(WORK, ev.JobSubmitted(SPEC))
     for _ in range(draw(st.integers(1, 8))):
         for _ in range(draw(st.integers(0, 2))):
-            log.add(LIFE, ev.JobStarted("host:1", WORK, 0), release, attempt)
+            log.add(LIFE, ev.JobStarted("host:1", None, {}, WORK, 0), release, attempt)
         in_place = draw(st.booleans())
         match draw(st.sampled_from(["", "retried", "snoozed", "snoozed twice"])):
             case "retried":

@@ -382,6 +382,7 @@ def test_every_error_of_ours_has_an_exit_code() -> None:
     codes = {name: exit_code(kind.__new__(kind)) for name, kind in vars(errors).items() if _is_error(kind)}
     assert {name: code for name, code in codes.items() if code != Exit.ERROR} == {
         "JobNotFound": Exit.NOT_FOUND,
+        "PlanNotFound": Exit.NOT_FOUND,
         "StoreNotFound": Exit.NOT_FOUND,
         "StatusTimeout": Exit.TIMEOUT,
         "JobFailed": Exit.JOB_FAILED,
@@ -655,7 +656,7 @@ ERROR = ev.ErrorInfo("ValueError", "no\nsuch thing", "Traceback …")
 FACTS: list[tuple[ev.Fact, str]] = [
     (ev.JobSubmitted(SPEC, 1500), 'in 1.5 s {"to":"a@example.org"} [tenant=acme]'),
     (ev.JobDue(SPEC, 0), "due 19"),
-    (ev.JobStarted("h:1", "t", 0, 2), "by h:1, takeover 2"),
+    (ev.JobStarted("h:1", None, {}, "t", 0, 2), "by h:1, takeover 2"),
     (ev.JobProgressed(1, 3, 10, "unpacking"), "3/10 (30 %) unpacking"),
     (ev.JobRetried(ERROR, 2000, 5000), "ValueError: no such thing after 5 ms, again in 2.0 s"),
     (ev.JobSnoozed(2000, "closed"), "again in 2.0 s: closed"),
@@ -676,6 +677,12 @@ FACTS: list[tuple[ev.Fact, str]] = [
     (ev.QueueResumed("ann"), "by ann"),
     (ev.QueueLimited(5.0, 3, "ann"), "5 starts/s and 3 jobs at once, by ann"),
     (ev.QueueLimited(1.0, 1, "ann"), "1 start/s and 1 job at once, by ann"),
+    (ev.JobSubmitted(SPEC, 0, None, ev.Redrive("ann", "mended", "p")), "redriven by ann: mended"),
+    (ev.PlanOpened("redrive", "{}", "slow", 5.0, "ann", "mended"), "redrive to slow, 5 jobs/s, by ann: mended"),
+    (ev.PlanListed(2, [ev.PlannedJob("a", 1)]), "part 2: 1 job"),
+    (ev.PlanSealed(3, 1_200), "1200 jobs in 3 parts"),
+    (ev.PlanAdvanced(2, 10, 1, 1, "a: gone"), "part 2: done 10, skipped 1, failed 1 (a: gone)"),
+    (ev.PlanSteered("paused", "ann"), "paused by ann"),
 ]
 
 

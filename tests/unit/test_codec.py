@@ -20,12 +20,22 @@ from jobledger.schemas import events as ev
 LONG = st.integers(min_value=-(2**63), max_value=2**63 - 1)
 INT = st.integers(min_value=-(2**31), max_value=2**31 - 1)
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
-SPECS = st.builds(ev.JobSpec, st.binary(max_size=80), st.dictionaries(TEXT, TEXT, max_size=3), st.none() | TEXT)
+TAGS = st.dictionaries(TEXT, TEXT, max_size=3)
+LINKS = st.builds(ev.JobLinks, st.none() | TEXT)
+SPECS = st.builds(
+    ev.JobSpec,
+    *(st.binary(max_size=80), TAGS, st.none() | TEXT),
+    *(st.none() | LONG, st.none() | LONG, st.none() | TEXT, st.none() | LINKS),
+)
 ERRORS = st.builds(ev.ErrorInfo, TEXT, TEXT, st.none() | TEXT)
 FACTS: st.SearchStrategy[Any] = st.one_of(
-    st.builds(ev.JobSubmitted, SPECS, st.none() | LONG, st.none() | LONG),
+    st.builds(
+        ev.JobSubmitted,
+        *(SPECS, st.none() | LONG, st.none() | LONG),
+        st.none() | st.builds(ev.Redrive, TEXT, st.none() | TEXT, st.none() | TEXT),
+    ),
     st.builds(ev.JobDue, SPECS, LONG),
-    st.builds(ev.JobStarted, TEXT, TEXT, LONG, INT),
+    st.builds(ev.JobStarted, TEXT, st.none() | TEXT, st.dictionaries(TEXT, LONG, max_size=2), TEXT, LONG, INT),
     st.builds(ev.JobProgressed, LONG, LONG, st.none() | LONG, st.none() | TEXT),
     st.builds(ev.JobRetried, ERRORS, LONG, LONG),
     st.builds(ev.JobSnoozed, LONG, st.none() | TEXT, LONG),
@@ -38,6 +48,13 @@ FACTS: st.SearchStrategy[Any] = st.one_of(
     st.builds(ev.ReleaseOverdue, SPECS, LONG),
     st.builds(ev.DeadLettered, SPECS, TEXT, ERRORS),
     st.builds(ev.RecordRejected, TEXT, INT, LONG, st.none() | st.binary(), st.none() | st.binary(), TEXT),
+    st.builds(
+        ev.PlanOpened, TEXT, TEXT, st.none() | TEXT, st.none() | st.floats(allow_nan=False), TEXT, st.none() | TEXT
+    ),
+    st.builds(ev.PlanListed, INT, st.lists(st.builds(ev.PlannedJob, TEXT, INT), max_size=3)),
+    st.builds(ev.PlanSealed, INT, LONG),
+    st.builds(ev.PlanAdvanced, INT, INT, INT, INT, st.none() | TEXT),
+    st.builds(ev.PlanSteered, TEXT, TEXT, st.none() | TEXT),
 )
 OPTIONAL = st.none() | TEXT
 EVENTS = st.builds(ev.JobEvent, TEXT, TEXT, INT, INT, INT, LONG, TEXT, TEXT, OPTIONAL, OPTIONAL, TEXT, OPTIONAL, FACTS)

@@ -185,7 +185,7 @@ def test_an_event_at_or_below_the_floor_is_skipped(offset: int) -> None:
 
 def test_a_fact_that_does_not_concern_the_coordinator_changes_nothing() -> None:
     """The fact is only counted."""
-    made = decide(scheduled(), NO_FLOOR, event(JobStarted("w", "t", 1)), Place(0, 9, T0))
+    made = decide(scheduled(), NO_FLOOR, event(JobStarted("w", None, {}, "t", 1)), Place(0, 9, T0))
     assert (made.verdict, made.row, made.release, made.wake_at) == ("unexpected", None, None, None)
 
 

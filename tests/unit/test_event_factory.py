@@ -20,7 +20,7 @@ ROW = Scheduled(0, 1, 2, 4, 3, 6, JOB, "send", "mail", "k", "home", "trace", b"[
 @pytest.mark.parametrize("release", [WORK, ROW], ids=["an event", "a row"])
 def test_an_event_about_a_release_has_the_header_of_the_release(release: ev.JobEvent | Scheduled) -> None:
     """Only the id, the time, the source and the fact are new."""
-    fact = ev.JobStarted("w", "t", 7)
+    fact = ev.JobStarted("w", None, {}, "t", 7)
     event = about(release, fact, "id", 99, "worker@h:1")
     assert event == msgspec.structs.replace(WORK, event_id="id", occurred_at=99, source="worker@h:1", fact=fact)
 

@@ -23,8 +23,13 @@ FACTS: st.SearchStrategy[ev.Fact] = st.one_of(
         ),
         st.none() | LONG,
         st.none() | LONG,
+        st.none() | st.builds(ev.Redrive, TEXT),
     ),
-    st.builds(ev.JobStarted, TEXT, TEXT, LONG | st.integers(0, 10**6), st.integers(0, 70)),
+    st.builds(
+        ev.JobStarted,
+        *(TEXT, st.none() | TEXT, st.just({}) | st.dictionaries(TEXT, LONG, max_size=1)),
+        *(TEXT, LONG | st.integers(0, 10**6), st.integers(0, 70)),
+    ),
     st.builds(ev.JobSucceeded, st.none() | st.binary(max_size=80), LONG | st.integers(0, 10**6)),
     st.builds(ev.JobExpiredFact, LONG),
 )
@@ -57,8 +62,8 @@ def expected_glance(event: ev.JobEvent) -> tuple[object, ...]:
         case ev.JobSubmitted(spec=spec):
             fact = ev.JobSubmitted(ev.JobSpec(b"", spec.tags, spec.parent), fact.delay_ms, fact.due_at)
         case ev.JobStarted():
-            fact = ev.JobStarted("", "", 0)
-    return event.job_id, event.run, event.release, event.attempt, event.task, event.queue, fact
+            fact = ev.JobStarted(fact.worker, fact.version, {}, "", 0)
+    return event.job_id, event.run, event.release, event.attempt, event.task, event.queue, event.key, fact
 
 
 @given(EVENTS | PLAIN)
@@ -107,7 +112,8 @@ def test_the_fast_path_reads_the_facts_of_a_plain_job() -> None:
     for fact in (
         ev.JobSubmitted(ev.JobSpec(b"x" * 5_000)),
         ev.JobSubmitted(ev.JobSpec(b"x" * 5_000, {"tenant": "a", "plan": "b"}, str(uuid.uuid4()))),
-        ev.JobStarted("host:1", "shop.jobs.mail", 2**40),
+        ev.JobStarted("host:1", None, {}, "shop.jobs.mail", 2**40),
+        ev.JobStarted("host:1", "2026.11-\N{LATIN SMALL LETTER E WITH ACUTE}", {}, "shop.jobs.mail", 7),
         ev.JobSucceeded(b'{"a":1}', 2**33),
     ):
         one, two = str(uuid.uuid4()), str(uuid.uuid4())

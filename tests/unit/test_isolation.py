@@ -177,7 +177,7 @@ def test_an_interrupt_does_not_cut_a_message_to_the_worker() -> None:
 def test_a_takeover_reads_offset_and_topic_from_the_end_of_a_start() -> None:
     """The offset and the topic of a plain `JobStarted` are read from its last bytes, for every size of the number."""
     for offset in (0, 1, 63, 64, 8191, 8192, 1 << 20, (1 << 40) + 7):
-        fact = JobStarted("host:1", "ns.jobs.mail.high", offset, 3)
+        fact = JobStarted("host:1", None, {}, "ns.jobs.mail.high", offset, 3)
         job = "0192f3a4-0000-7000-8000-000000000001"
         raw = encode(JobEvent(job, job, 1, 1, 1, 1_790_000_000_000_000, "t", "mail", None, None, "w", None, fact))
         assert glance(raw) is not None

@@ -27,7 +27,11 @@ DELAY = st.none() | st.integers(0, 10_000)
 FACT_OF: dict[type[Any], st.SearchStrategy[Any]] = {
     ev.JobSubmitted: st.builds(ev.JobSubmitted, SPEC, DELAY, st.none() | st.integers(0, 10**15)),
     ev.JobDue: st.builds(ev.JobDue, SPEC, st.integers(0, 10**15)),
-    ev.JobStarted: st.builds(ev.JobStarted, st.just("host:1"), st.just("shop.jobs.mail"), st.integers(0, 9), SMALL),
+    ev.JobStarted: st.builds(
+        ev.JobStarted,
+        *(st.sampled_from(["host:1", "host:2"]), st.sampled_from([None, "1.0"]), st.just({})),
+        *(st.just("shop.jobs.mail"), st.integers(0, 9), SMALL),
+    ),
     ev.JobLeased: st.builds(ev.JobLeased, st.just("host:1"), SMALL),
     ev.JobProgressed: st.builds(ev.JobProgressed, SMALL, SMALL, st.none() | SMALL, st.none() | st.text(max_size=2)),
     ev.JobRetried: st.builds(ev.JobRetried, ERROR, st.integers(0, 10_000), SMALL, st.booleans()),
@@ -151,7 +155,7 @@ def test_a_bounded_number_of_positions_is_kept_independent_of_the_order(
     times: list[int], chance: random.Random
 ) -> None:
     """Of very many facts the first and the last positions are kept. They are the same in any order of reading."""
-    started = ev.JobStarted("host:1", "shop.jobs.mail", 0)
+    started = ev.JobStarted("host:1", None, {}, "shop.jobs.mail", 0)
     facts = [recorded(started, 1, n, n, Position("shop.lifecycle", 0, n), ms) for n, ms in enumerate(times)]
     shuffled = facts.copy()
     chance.shuffle(shuffled)
@@ -203,7 +207,7 @@ def fact_list(*facts: Any) -> Life:
 SUBMITTED = recorded(
     ev.JobSubmitted(ev.JobSpec(b"{}", {"tenant": "acme"}, "p")), 1, 1, 1, at(0, "shop.jobs.mail"), 1_000
 )
-STARTED = recorded(ev.JobStarted("host:1", "shop.jobs.mail", 0), 1, 1, 1, at(1), 2_000)
+STARTED = recorded(ev.JobStarted("host:1", None, {}, "shop.jobs.mail", 0), 1, 1, 1, at(1), 2_000)
 BAD = ev.ErrorInfo("ValueError", "no", "trace")
 
 
@@ -255,7 +259,9 @@ def test_a_job_that_was_snoozed_in_place_runs_again_with_its_next_start() -> Non
     for n in range(2):
         facts.append(recorded(ev.JobSnoozed(500, f"wait {n}", 0, True), 1, 1, 1, at(2 + 2 * n), 3_000 + n))
         shown.append(job.status("j", fact_list(*reversed(facts))))
-        facts.append(recorded(ev.JobStarted("host:1", "shop.jobs.mail", 0), 1, 1, 1, at(3 + 2 * n), 3_500 + n))
+        facts.append(
+            recorded(ev.JobStarted("host:1", None, {}, "shop.jobs.mail", 0), 1, 1, 1, at(3 + 2 * n), 3_500 + n)
+        )
         shown.append(job.status("j", fact_list(*reversed(facts))))
     assert [s.state.value for s in shown] == ["scheduled", "running", "scheduled", "running"]
     assert [s.reason for s in shown] == ["wait 0", None, "wait 1", None]

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobledger.job import Life
+from jobledger.plan import PlanStatus
 from jobledger.schemas import codec
 from jobledger.schemas import events as ev
 from jobledger.schemas.events import JobEvent
@@ -45,6 +46,7 @@ class Table:
 
     def __init__(self) -> None:
         self.rows: dict[str, Row] = {}
+        self.plans: dict[str, PlanStatus] = {}
         self.tags: set[tuple[str, str, int, str]] = set()
         self.counts: Counter[tuple[str, str, str]] = Counter()
         self.loads = 0
@@ -53,7 +55,11 @@ class Table:
         self.loads += len(job_ids)
         return {job_id: life_of_row(self.rows[job_id]) for job_id in job_ids if job_id in self.rows}
 
+    def load_plans(self, plan_ids: Sequence[str]) -> dict[str, PlanStatus]:
+        return {plan_id: self.plans[plan_id] for plan_id in plan_ids if plan_id in self.plans}
+
     def write(self, changes: Changes) -> None:
+        self.plans |= {plan.plan: plan for plan in changes.plans}
         self.rows |= {row[0]: row for row in changes.jobs}
         self.tags -= set(changes.tags_gone)
         self.tags |= set(changes.tags_new)
@@ -75,7 +81,7 @@ def stream(chance: random.Random, jobs: int) -> list[Message]:
         ]
         facts: list[ev.Fact] = [
             ev.JobSubmitted(ev.JobSpec(b"{}", {"n": str(n % 3)} if n % 2 else {})),
-            ev.JobStarted("h:1", "t", 0),
+            ev.JobStarted("h:1", None, {}, "t", 0),
             chance.choice(ends),
         ]
         if chance.random() < 0.3:

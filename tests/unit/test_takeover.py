@@ -24,7 +24,7 @@ from jobledger.schemas import events as ev
 JOB = str(uuid.UUID(int=1))
 ERROR = ev.ErrorInfo("E", "m")
 LEASED, SUCCEEDED = ev.JobLeased("w", 5_000), ev.JobSucceeded(b"1", 7)
-STARTED = ev.JobStarted("w", "shop.jobs.slow", 0)
+STARTED = ev.JobStarted("w", None, {}, "shop.jobs.slow", 0)
 ENDS: list[ev.Fact] = [
     SUCCEEDED,
     ev.JobFailedFact("exhausted", ERROR),

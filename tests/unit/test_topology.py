@@ -40,7 +40,7 @@ def specs(partitions: int = 4, replication: int = 1, **queues: int) -> dict[str,
 
 
 def test_every_topic_of_a_namespace_is_declared() -> None:
-    """An app has the topics of its queues, five shared topics and the coordinator's changelog, and no other."""
+    """An app has the topics of its queues, six shared topics and the coordinator's changelog, and no other."""
     assert set(specs(default=4, mail=2)) == {
         "shop.jobs.default",
         "shop.jobs.mail",
@@ -48,6 +48,7 @@ def test_every_topic_of_a_namespace_is_declared() -> None:
         "shop.coordination",
         "shop.dead-letter",
         "shop.control",
+        "shop.plans",
         "shop.schemas",
         "shop.coordinator-schedules-changelog",
     }
@@ -170,7 +171,7 @@ def test_a_plan_can_be_written_as_json() -> None:
     changes = [c for spec in specs().values() for c in compare(spec, None, {})]
     made = TopicPlan(tuple(changes))
     read = json.loads(json.dumps(made.as_dict()))
-    assert (read["pending"], read["refused"], len(read["changes"])) == (7, 0, 7)
+    assert (read["pending"], read["refused"], len(read["changes"])) == (8, 0, 8)
     assert read["changes"][0]["step"] == "create"
 
 

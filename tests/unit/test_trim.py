@@ -34,7 +34,9 @@ def life(*facts: tuple[ev.Fact, tuple[str, int], int, int, int]) -> Life:
     return folded
 
 
-RUNNING = life((ev.JobSubmitted(SPEC), WORK, 5, 1, 1), (ev.JobStarted("w", "shop.jobs.mail", 5), LIFE, 9, 1, 1))
+RUNNING = life(
+    (ev.JobSubmitted(SPEC), WORK, 5, 1, 1), (ev.JobStarted("w", None, {}, "shop.jobs.mail", 5), LIFE, 9, 1, 1)
+)
 SCHEDULED = life((ev.JobSubmitted(SPEC, 10**9), COORD, 7, 0, 1))
 RESENT = life((ev.JobSubmitted(SPEC, 10**9), COORD, 7, 0, 1), (ev.JobSubmitted(SPEC, None, 10**15), COORD, 90, 0, 1))
 RETRYING = life(

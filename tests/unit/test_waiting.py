@@ -58,7 +58,7 @@ class Table:
         for job_id, each in facts.items():
             life: job.Life | None = None
             for number, fact in enumerate(each):
-                life = job.join(life, job.of(1, 1, 1, "double", "default", fact, (1, LIFECYCLE, 0, number)))
+                life = job.join(life, job.of(1, 1, 1, "double", "default", None, fact, (1, LIFECYCLE, 0, number)))
             assert life is not None
             lives[job_id] = life
         projector = RowFolder(self.store, Decoder())
@@ -123,7 +123,7 @@ def handle(app: App, job_id: str) -> JobHandle[int]:
     return JobHandle(app.client, app.tasks["double"], job_id, SUBMITTED)
 
 
-RUNNING: list[ev.Fact] = [ev.JobSubmitted(ev.JobSpec(b"{}")), ev.JobStarted("h:1", WORK, 0)]
+RUNNING: list[ev.Fact] = [ev.JobSubmitted(ev.JobSpec(b"{}")), ev.JobStarted("h:1", None, {}, WORK, 0)]
 ENDED: list[ev.Fact] = [*RUNNING, ev.JobSucceeded(b"4", 5)]
 
 

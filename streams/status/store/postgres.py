@@ -28,7 +28,7 @@ from jobledger.streams.status.store.connecting import Address, lock_number, sche
 from jobledger.streams.status.store.protocol import Changes, Partition
 from jobledger.streams.status.store.reader import judge
 from jobledger.streams.status.store.rows import COLUMNS, Row
-from jobledger.streams.status.store.tables import counters, jobs, lease, meta, metadata, offsets, tags
+from jobledger.streams.status.store.tables import REVISION, counters, jobs, lease, meta, metadata, offsets, plans, tags
 from jobledger.streams.status.store.writer import LEASE_S, SqlStore
 
 LOG = get_logger("jobledger.materializer")
@@ -42,10 +42,10 @@ SWAP_LOCK_TIMEOUT, SWAP_PATIENCE_S = "2s", 60.0
 
 #: The tables in the order in which a swap locks them. Readers use the tables in the same order, which prevents
 #: deadlocks.
-_TABLES = (jobs, tags, counters, offsets, lease, meta)
+_TABLES = (jobs, tags, counters, offsets, plans, lease, meta)
 _COLUMNS = ", ".join(f'"{name}"' for name in COLUMNS)
 #: The types of `COLUMNS`, as COPY's binary format needs them.
-_TYPES = ["text"] * 4 + ["int8"] * 7 + ["text"] * 2 + ["bytea"] * 2
+_TYPES = ["text"] * 4 + ["int8"] * 6 + ["text", "bytea", "int8"] + ["text"] * 5 + ["bytea"]
 _set = ", ".join(f'"{name}" = excluded."{name}"' for name in COLUMNS[1:])
 _INCOMING = (
     "CREATE TEMPORARY TABLE incoming ("
@@ -190,11 +190,19 @@ class PostgresStore(SqlStore):
                 self._run("SELECT pg_advisory_xact_lock(?)", lock_number(self.schema))
                 if not self._tables_exist():
                     self._create()
-            # Name the schema in the query: PostgreSQL silently ignores a schema in the search path that this user may
-            # not use.
-            asking = sql.SQL("SELECT key, value FROM {}").format(sql.Identifier(self.schema, meta.name))
-            rows: dict[str, str] = dict(self._connected().execute(asking).fetchall())
-            judge(rows, self.url, self.namespace)
+            if self._revision() < REVISION:
+                self._durable()
+                self._run("SELECT pg_advisory_xact_lock(?)", lock_number(self.schema))
+                if (revision := self._revision()) < REVISION:
+                    self._add_missing(revision, postgresql.dialect())  # type: ignore[no-untyped-call]  # not typed
+
+    def _revision(self) -> int:
+        """Return the revision of the tables. Raises `StoreError` if they belong to something else."""
+        # Name the schema in the query: PostgreSQL silently ignores a schema in the search path that this user may not
+        # use.
+        asking = sql.SQL("SELECT key, value FROM {}").format(sql.Identifier(self.schema, meta.name))
+        rows: dict[str, str] = dict(self._connected().execute(asking).fetchall())
+        return judge(rows, self.url, self.namespace)
 
     def _tables_exist(self) -> bool:
         query = "SELECT c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = ?"

@@ -9,12 +9,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, TypedDict, Unpack
 
 import msgspec
 
 from jobledger.errors import JobNotFound
 from jobledger.job import JobStatus, Life, State
+from jobledger.plan import PlanStatus
 from jobledger.schemas.events import Position
 
 #: A partition: (topic, number).
@@ -23,6 +24,28 @@ Partition = tuple[str, int]
 Wanted = str | Iterable[str] | None
 #: A tag's row: (name, value, submitted_ms, job_id).
 TagRow = tuple[str, str, int, str]
+
+
+class Filters(TypedDict, total=False):
+    """The filters of `StatusReader.jobs`; a job must match all of them.
+
+    ``state``, ``task``, ``queue``, ``key``, ``version``, ``error``, ``fingerprint``: one value, or any of several.
+    ``error``: the type of an error. ``tag``: one tag, or all of several. ``since_ms``: only jobs submitted at this time
+    or later. ``late_ms``: only jobs that could have started at this time and have not started. These are scheduled,
+    retrying and queued jobs with a due time of ``late_ms`` or earlier, and queued jobs without a due time that were
+    submitted at ``late_ms`` or earlier. Times are milliseconds of the broker's clock.
+    """
+
+    state: Wanted
+    task: Wanted
+    queue: Wanted
+    tag: tuple[str, str] | Mapping[str, str] | None
+    since_ms: int | None
+    late_ms: int | None
+    key: Wanted
+    version: Wanted
+    error: Wanted
+    fingerprint: Wanted
 
 
 class Count(msgspec.Struct, frozen=True):
@@ -56,7 +79,7 @@ class Changes:
     differences of the counters, by task, queue and state.
 
     ``resets``: the log's start for each partition whose next offset the log no longer had, or whose topic was
-    recreated. ``topics``: new ids of the topics to which the offsets belong.
+    recreated. ``topics``: new ids of the topics to which the offsets belong. ``plans``: plans with their new state.
     """
 
     jobs: list[tuple[Any, ...]] = field(default_factory=list)
@@ -66,6 +89,7 @@ class Changes:
     offsets: dict[Partition, int] = field(default_factory=dict)
     resets: dict[Partition, int] = field(default_factory=dict)
     topics: dict[str, str] = field(default_factory=dict)
+    plans: list[PlanStatus] = field(default_factory=list)
 
 
 class StatusReader(Protocol):
@@ -84,26 +108,11 @@ class StatusReader(Protocol):
     def unknown(self, job_id: str) -> JobNotFound:
         """Return the error for a job that the table does not know."""
 
-    def jobs(
-        self,
-        *,
-        state: Wanted = None,
-        task: Wanted = None,
-        queue: Wanted = None,
-        tag: tuple[str, str] | Mapping[str, str] | None = None,
-        since_ms: int | None = None,
-        late_ms: int | None = None,
-        after: str | None = None,
-        limit: int = 100,
-    ) -> list[JobStatus]:
+    def jobs(self, *, after: str | None = None, limit: int = 100, **filters: Unpack[Filters]) -> list[JobStatus]:
         """Return a page of the jobs that match every given filter, newest submission first.
 
-        ``state``, ``task``, ``queue``: one value, or any of several. ``tag``: one tag, or all of several. ``since_ms``:
-        only jobs submitted at this time or later. ``late_ms``: only jobs that could have started at this time and have
-        not started. These are scheduled, retrying and queued jobs with a due time of ``late_ms`` or earlier, and queued
-        jobs without a due time that were submitted at ``late_ms`` or earlier. ``after``: the last job id of the
-        previous page. Times are milliseconds of the broker's clock. Raises `JobNotFound` if ``after`` does not exist,
-        `ConfigError` for an unknown state.
+        ``after``: the last job id of the previous page. Raises `JobNotFound` if ``after`` does not exist, `ConfigError`
+        for an unknown state, `StoreError` for a filter whose column the table does not have yet.
         """
 
     def ids(self, prefix: str, limit: int = 10) -> list[str]:
@@ -136,6 +145,19 @@ class StatusReader(Protocol):
 
         ``waiting``: include scheduled and retrying jobs. ``before_ms``: only jobs submitted earlier.
         """
+
+    def lives_of(self, job_ids: Sequence[str]) -> dict[str, Life]:
+        """Return the fold states of those jobs that the table knows, by the ids that were asked for."""
+
+    def chosen(self, limit: int | None = None, **filters: Unpack[Filters]) -> Iterator[tuple[str, int]]:
+        """Yield the id and the run of each job that matches every filter of `jobs`, newest submission first, from one
+        snapshot."""
+
+    def plans(self, limit: int = 100) -> list[PlanStatus]:
+        """Return the plans, the last one first."""
+
+    def plan(self, plan_id: str) -> PlanStatus:
+        """Return one plan. Raises `PlanNotFound`."""
 
     def lives(self) -> Iterator[tuple[str, Life]]:
         """Yield every job with its fold state, in order of ids, from one snapshot."""
@@ -178,6 +200,9 @@ class Store(Protocol):
 
     def load(self, job_ids: Sequence[str]) -> dict[str, Life]:
         """Return the fold states of those jobs that the table knows."""
+
+    def load_plans(self, plan_ids: Sequence[str]) -> dict[str, PlanStatus]:
+        """Return those plans that the table knows."""
 
     def write(self, changes: Changes) -> None:
         """Write all changes (rows, tags, counters, offsets, topic ids) in one transaction."""

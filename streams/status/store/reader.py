@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
-from sqlalchemy import Column, Connection, Engine, Row, and_, func, inspect, or_, select, tuple_
+from sqlalchemy import Column, Connection, Engine, Row, and_, func, inspect, null, or_, select, tuple_
 from sqlalchemy.exc import SQLAlchemyError
 
 from jobledger import job as fold
-from jobledger.errors import ConfigError, JobNotFound, StoreError, StoreNotFound
+from jobledger.errors import ConfigError, JobNotFound, PlanNotFound, StoreError, StoreNotFound
 from jobledger.job import JobStatus, Life, State
+from jobledger.plan import PlanStatus
 from jobledger.process import forks
 from jobledger.schemas.events import Position
 from jobledger.streams.status.store.address import shown
-from jobledger.streams.status.store.protocol import Count, Overdue, Partition, Wanted
-from jobledger.streams.status.store.rows import COLUMNS, key_text, life_of, life_of_row, plain
+from jobledger.streams.status.store.protocol import Count, Filters, Overdue, Partition, Wanted
+from jobledger.streams.status.store.rows import COLUMNS, key_text, life_of, life_of_row, plain, plan_of
 from jobledger.streams.status.store.rows import Row as JobRow
 from jobledger.streams.status.store.tables import (
+    ADDED,
+    REVISION,
     SCHEMA_VERSION,
     TOPIC,
     counters,
     jobs,
     meta,
     offsets,
+    plans,
     tags,
     unfinished,
     waiting,
@@ -59,6 +63,7 @@ class SqlReader:
         self._engine, self._url, self._namespace, self._schema = engine, shown(url), namespace, schema
         self._explain, self._bounds = explain, bounds
         self._pool_section = forks.Alone()
+        self._revision = REVISION
 
     def checked(self) -> Self:
         """Return this reader. If it does not read this namespace's table, close it and raise `StoreNotFound` or
@@ -76,7 +81,7 @@ class SqlReader:
             if meta.name not in names:
                 raise foreign(self._url) if names else not_found(self._url)
             rows: dict[str, str] = {row.key: row.value for row in db.execute(select(meta.c.key, meta.c.value))}
-        judge(rows, self._url, self._namespace)
+        self._revision = judge(rows, self._url, self._namespace)
 
     def job(self, job_id: str) -> JobStatus:
         """Return one job's status. Raises `JobNotFound`."""
@@ -107,47 +112,58 @@ class SqlReader:
                 rows += db.execute(query).all()
         return rows
 
-    def jobs(
-        self,
-        *,
-        state: Wanted = None,
-        task: Wanted = None,
-        queue: Wanted = None,
-        tag: tuple[str, str] | Mapping[str, str] | None = None,
-        since_ms: int | None = None,
-        late_ms: int | None = None,
-        after: str | None = None,
-        limit: int = 100,
-    ) -> list[JobStatus]:
+    def jobs(self, *, after: str | None = None, limit: int = 100, **filters: Unpack[Filters]) -> list[JobStatus]:
         """Return a page of the jobs that match every given filter, newest submission first; see `StatusReader.jobs`."""
-        states = _any_of(state)
-        if unknown := [each for each in states or () if each not in list(State)]:
-            raise ConfigError(f"state={unknown[0]!r} is not a state; the states are {', '.join(State)}")
-        query = select(*_LIFE).limit(limit)
-        if states is not None:
-            query = query.where(jobs.c.state.in_([str(each) for each in states]))
-            if State.SUCCEEDED not in states:
-                query = query.where(unfinished)  # implied by the states, but needed for the use of the partial index
-        for column, names in ((jobs.c.task, _any_of(task)), (jobs.c.queue, _any_of(queue))):
-            if names is not None:
-                query = query.where(column.in_([key_text(each) for each in names]))
-        if late_ms is not None:
-            # The states are named so that the partial index is used, however many jobs have ended.
-            open_ = [each.value for each in (State.SCHEDULED, State.RETRYING, State.QUEUED)]
-            begin = func.coalesce(jobs.c.due_ms, jobs.c.submitted_ms)
-            queued = and_(jobs.c.state == State.QUEUED.value, begin <= late_ms)
-            query = query.where(unfinished, jobs.c.state.in_(open_), or_(jobs.c.due_ms <= late_ms, queued))
-        query, order = _tagged(query, tag)
-        if since_ms is not None:
-            query = query.where(order[0] >= since_ms)
+        query, order = self._filtered(_LIFE, **filters)
         with self._reading() as db:
             if after is not None:
                 last = db.execute(select(jobs.c.submitted_ms).where(jobs.c.job_id == key_text(after))).scalar()
                 if last is None:
                     raise JobNotFound(f"after={after!r}: the status table {self._url} knows no such job")
                 query = query.where(tuple_(*order) < (last, key_text(after)))
-            rows = db.execute(query.order_by(*(column.desc() for column in order))).all()
+            rows = db.execute(query.order_by(*(column.desc() for column in order)).limit(limit)).all()
         return [_status(row) for row in rows]
+
+    def _filtered(self, columns: Sequence[Column[Any]], **filters: Unpack[Filters]) -> tuple[Any, tuple[Any, Any]]:
+        if self._revision < 2:
+            for name in ("key", "version", "fingerprint"):
+                if filters.get(name) is not None:
+                    raise StoreError(
+                        f"the status table {self._url} was written by an earlier version, and has no column {name!r}: "
+                        "start `jobledger streams` of this version once, which adds it"
+                    )
+        return _filtered(columns, **filters)
+
+    def chosen(self, limit: int | None = None, **filters: Unpack[Filters]) -> Iterator[tuple[str, int]]:
+        """Yield the id and the run of each job that matches every filter; see `StatusReader.chosen`."""
+        query, order = self._filtered((jobs.c.job_id, jobs.c.run), **filters)
+        query = query.order_by(*(column.desc() for column in order)).limit(limit)
+        with self._reading(walk=True) as db:
+            for row in db.execute(query.execution_options(yield_per=1000)):
+                yield row[0], row[1]
+
+    def lives_of(self, job_ids: Sequence[str]) -> dict[str, Life]:
+        """Return the fold states of those jobs that the table knows, by the ids that were asked for."""
+        known = {row.job_id: life_of(row.slots, row.result) for row in self._by_id(job_ids, *_LIFE)}
+        return {job_id: life for job_id in job_ids if (life := known.get(key_text(job_id))) is not None}
+
+    def plans(self, limit: int = 100) -> list[PlanStatus]:
+        """Return the plans, the last one first. A table of revision 1 has none."""
+        if self._revision < 2:
+            return []
+        query = select(plans.c.slots).order_by(plans.c.opened_ms.desc(), plans.c.plan.desc()).limit(limit)
+        with self._reading() as db:
+            return [plan_of(row.slots) for row in db.execute(query)]
+
+    def plan(self, plan_id: str) -> PlanStatus:
+        """Return one plan. Raises `PlanNotFound`."""
+        row = None
+        if self._revision > 1:
+            with self._reading() as db:
+                row = db.execute(select(plans.c.slots).where(plans.c.plan == key_text(plan_id))).first()
+        if row is None:
+            raise PlanNotFound(f"the status table {self._url} knows no plan {plan_id}")
+        return plan_of(row.slots)
 
     def ids(self, prefix: str, limit: int = 10) -> list[str]:
         """Return the first ``limit`` ids, in ascending order, that begin with ``prefix``."""
@@ -223,7 +239,9 @@ class SqlReader:
 
     def rows(self) -> Iterator[JobRow]:
         """Yield every job's row with the columns of `COLUMNS`, in order of ids, from one snapshot."""
-        query = select(*(jobs.c[name] for name in COLUMNS)).order_by(jobs.c.job_id)
+        # A table of an earlier revision does not have all columns.
+        lacking = {name for number, added in ADDED.items() if number > self._revision for name in added.columns}
+        query = select(*(null() if name in lacking else jobs.c[name] for name in COLUMNS)).order_by(jobs.c.job_id)
         with self._reading(walk=True) as db:
             for row in db.execute(query.execution_options(yield_per=1000)):
                 yield tuple(row)
@@ -246,6 +264,53 @@ class SqlReader:
         if self._explain is not None:
             return self._explain(cause, "read")
         return StoreError(f"the status table {self._url} cannot be read: {getattr(cause, 'orig', None) or cause}")
+
+
+def _filtered(
+    columns: Sequence[Column[Any]],
+    *,
+    state: Wanted = None,
+    task: Wanted = None,
+    queue: Wanted = None,
+    tag: tuple[str, str] | Mapping[str, str] | None = None,
+    since_ms: int | None = None,
+    late_ms: int | None = None,
+    key: Wanted = None,
+    version: Wanted = None,
+    error: Wanted = None,
+    fingerprint: Wanted = None,
+) -> tuple[Any, tuple[Any, Any]]:
+    """Return a query for these columns of the jobs that match every filter, and the columns by which to order its rows.
+    Raises `ConfigError` for an unknown state."""
+    states = _any_of(state)
+    if unknown := [each for each in states or () if each not in list(State)]:
+        raise ConfigError(f"state={unknown[0]!r} is not a state; the states are {', '.join(State)}")
+    query = select(*columns)
+    if states is not None:
+        query = query.where(jobs.c.state.in_([str(each) for each in states]))
+        if State.SUCCEEDED not in states:
+            query = query.where(unfinished)  # implied by the states, but needed for the use of the partial index
+    for column, wanted in (
+        (jobs.c.task, task),
+        (jobs.c.queue, queue),
+        (jobs.c.key, key),
+        (jobs.c.version, version),
+        (jobs.c.error_type, error),
+        (jobs.c.fingerprint, fingerprint),
+    ):
+        values = _any_of(wanted)
+        if values is not None:
+            query = query.where(column.in_([key_text(each) for each in values]))
+    if late_ms is not None:
+        # The states are named so that the partial index is used, however many jobs have ended.
+        open_ = [each.value for each in (State.SCHEDULED, State.RETRYING, State.QUEUED)]
+        begin = func.coalesce(jobs.c.due_ms, jobs.c.submitted_ms)
+        queued = and_(jobs.c.state == State.QUEUED.value, begin <= late_ms)
+        query = query.where(unfinished, jobs.c.state.in_(open_), or_(jobs.c.due_ms <= late_ms, queued))
+    query, order = _tagged(query, tag)
+    if since_ms is not None:
+        query = query.where(order[0] >= since_ms)
+    return query, order
 
 
 def _any_of(wanted: Wanted) -> list[str] | None:
@@ -321,8 +386,9 @@ def foreign(url: str) -> StoreError:
     )
 
 
-def judge(rows: dict[str, str], url: str, namespace: str) -> None:
-    """Raise `StoreError` unless the rows of `meta` have this schema version and this namespace."""
+def judge(rows: dict[str, str], url: str, namespace: str) -> int:
+    """Return the revision of the tables, from the rows of `meta`. Raises `StoreError` unless these have this schema
+    version and this namespace."""
     version = rows.get("schema_version")
     if version != str(SCHEMA_VERSION):
         raise StoreError(
@@ -335,6 +401,8 @@ def judge(rows: dict[str, str], url: str, namespace: str) -> None:
             f"{url} is the status table of namespace {rows.get('namespace')!r}, not of {namespace!r}: "
             "set JOBLEDGER_STATUS_URL to a separate database"
         )
+    revision = rows.get("revision", "1")
+    return int(revision) if revision.isdecimal() else 1
 
 
 def _status(row: Row[*tuple[Any, ...]]) -> JobStatus:

@@ -7,9 +7,12 @@ from typing import Any
 
 import msgspec
 
+from jobledger.fingerprint import fingerprint
 from jobledger.job import Life, Visible
+from jobledger.plan import PlanStatus
 
-#: The columns of a row, in the order of `row`. ``carried`` is written separately.
+#: The columns of a row, in the order of `row`. ``carried`` is written separately. The columns from number `RARE` on are
+#: null for most jobs.
 COLUMNS = (
     "job_id",
     "state",
@@ -19,14 +22,20 @@ COLUMNS = (
     "attempt",
     "release",
     "submitted_ms",
-    "due_ms",
     "started_ms",
     "ended_ms",
+    "version",
+    "slots",
+    "due_ms",
     "error_type",
     "error_message",
+    "fingerprint",
+    "key",
+    "actor",
     "result",
-    "slots",
 )
+RARE = COLUMNS.index("due_ms")
+_SLOTS, _RESULT = COLUMNS.index("slots"), COLUMNS.index("result")
 
 #: Largest number of characters of an error message in its column, which is for SQL and lists. The column ``slots`` has
 #: the whole message.
@@ -65,12 +74,16 @@ def is_changed(text: str) -> bool:
 
 def row(job_id: str, life: Life, seen: Visible) -> Row:
     """Return the row of a job. ``seen``: the projection of ``life``."""
-    end, error = life.end, seen.error
-    result = None
-    if end is not None and end.result is not None:
-        # A result can be large, so it is stored only once, in its own column.
-        result = end.result
-        life = _replace(life, end=_replace(end, result=None))
+    head, start, end, error = life.head, life.start, life.end, seen.error
+    result = who = None
+    if end is not None:
+        who = end.by
+        if end.result is not None:
+            # A result can be large, so it is stored only once, in its own column.
+            result = end.result
+            life = _replace(life, end=_replace(end, result=None))
+    if who is None and head.redrive is not None:
+        who = head.redrive[0]
     return (
         job_id,
         seen.state._value_,  # a plain str: the driver is slow with subclasses
@@ -80,14 +93,60 @@ def row(job_id: str, life: Life, seen: Visible) -> Row:
         seen.attempt,
         seen.release,
         seen.since_ms,
-        seen.due_ms,
         seen.started_ms,
         seen.ended_ms,
+        None if start is None or start.version is None else key_text(start.version),
+        _encode(life),
+        seen.due_ms,
         None if error is None else plain(error.type),
         None if error is None else plain(error.message[:MESSAGE_MOST]),
+        None if error is None else fingerprint(error),
+        None if head.key is None else key_text(head.key),
+        None if who is None else plain(who),
         result,
-        _encode(life),
     )
+
+
+#: The columns of a plan's row, in the order of `plan_row`.
+PLAN_COLUMNS = (
+    "plan",
+    "action",
+    "state",
+    "actor",
+    "reason",
+    "opened_ms",
+    "ended_ms",
+    "matched",
+    "done",
+    "skipped",
+    "failed",
+    "slots",
+)
+
+_decode_plan = msgspec.msgpack.Decoder(PlanStatus).decode
+
+
+def plan_row(plan: PlanStatus) -> Row:
+    """Return the row of a plan."""
+    return (
+        key_text(plan.plan),
+        plain(plan.action),
+        plan.state.value,
+        plain(plan.by),
+        None if plan.reason is None else plain(plan.reason),
+        plan.opened_ms,
+        plan.ended_ms,
+        plan.matched,
+        plan.done,
+        plan.skipped,
+        plan.failed,
+        _encode(plan),
+    )
+
+
+def plan_of(slots: bytes) -> PlanStatus:
+    """Return the plan of a row's column ``slots``."""
+    return _decode_plan(slots)
 
 
 def life_of(slots: bytes, result: bytes | None) -> Life:
@@ -98,6 +157,12 @@ def life_of(slots: bytes, result: bytes | None) -> Life:
     return life
 
 
+def slots_of(row: Row) -> bytes:
+    """Return the column ``slots`` of a row with all columns."""
+    slots: bytes = row[_SLOTS]
+    return slots
+
+
 def life_of_row(row: Row) -> Life:
     """Return the fold state of a row with all columns."""
-    return life_of(row[-1], row[-2])
+    return life_of(row[_SLOTS], row[_RESULT])

@@ -30,8 +30,8 @@ from jobledger.process import forks
 from jobledger.process.retrying import retry_until
 from jobledger.streams.status.store.protocol import Changes
 from jobledger.streams.status.store.reader import SqlReader, foreign, judge, not_found
-from jobledger.streams.status.store.rows import COLUMNS, Row
-from jobledger.streams.status.store.tables import metadata
+from jobledger.streams.status.store.rows import COLUMNS, RARE, Row
+from jobledger.streams.status.store.tables import REVISION, metadata
 from jobledger.streams.status.store.writer import LEASE_S, SqlStore
 
 #: Seconds that a statement waits for another writer, such as a standby that requests the lease, or a rebuild's swap.
@@ -45,11 +45,23 @@ _CACHE_KB = 64 * 1024
 #: Number of ids in one query.
 _IDS_A_QUERY = 500
 
-_set = ", ".join(f"{name}=excluded.{name}" for name in COLUMNS[1:])
-_UPSERT_JOB = (
-    f"INSERT INTO jobs ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))}) "
-    f"ON CONFLICT (job_id) DO UPDATE SET {_set}"
-)
+
+def _upsert(columns: Sequence[str]) -> str:
+    """Return the statement that writes rows with these columns; all other columns are null afterwards."""
+    values = [
+        *(f"{name}=excluded.{name}" for name in columns[1:]),
+        *(f"{name}=NULL" for name in COLUMNS[len(columns) :]),
+    ]
+    return (
+        f"INSERT INTO jobs ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))}) "
+        f"ON CONFLICT (job_id) DO UPDATE SET {', '.join(values)}"
+    )
+
+
+_UPSERT_JOB = _upsert(COLUMNS)
+#: For jobs whose rare columns are all null: a quarter less time, because each value costs.
+_UPSERT_PLAIN_JOB = _upsert(COLUMNS[:RARE])
+_NONE = (None,) * (len(COLUMNS) - RARE)
 _COUNT = (
     "INSERT INTO counters (task, queue, state, jobs) VALUES (?, ?, ?, ?) "
     "ON CONFLICT (task, queue, state) DO UPDATE SET jobs = jobs + excluded.jobs"
@@ -183,7 +195,9 @@ class SqliteStore(SqlStore):
                 self._first_rows()
             elif "meta" not in names:
                 raise foreign(self.url)
-            judge(dict(self._db.execute("SELECT key, value FROM meta")), self.url, self.namespace)
+            revision = judge(dict(self._db.execute("SELECT key, value FROM meta")), self.url, self.namespace)
+            if revision < REVISION:
+                self._add_missing(revision, sqlite.dialect())
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -234,7 +248,8 @@ class SqliteStore(SqlStore):
 
     def _put(self, rows: Sequence[Row], changes: Changes) -> None:
         many = self._db.executemany
-        many(_UPSERT_JOB, rows)
+        many(_UPSERT_PLAIN_JOB, [row[:RARE] for row in rows if row[RARE:] == _NONE])
+        many(_UPSERT_JOB, [row for row in rows if row[RARE:] != _NONE])
         if changes.tags_gone:
             many(
                 "DELETE FROM tags WHERE name = ? AND value = ? AND submitted_ms = ? AND job_id = ?",

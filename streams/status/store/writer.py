@@ -14,18 +14,31 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, ClassVar, Protocol, Self
 
+from sqlalchemy.engine import Dialect
+from sqlalchemy.schema import CreateColumn, CreateIndex, CreateTable
+
 from jobledger.errors import LeaseLost
 from jobledger.job import Life
+from jobledger.plan import PlanStatus
+from jobledger.process.logger import get_logger
 from jobledger.streams.status.store.address import shown
 from jobledger.streams.status.store.protocol import Changes, Partition
-from jobledger.streams.status.store.rows import Row, life_of
-from jobledger.streams.status.store.tables import SCHEMA_VERSION, TOPIC
+from jobledger.streams.status.store.rows import PLAN_COLUMNS, Row, key_text, life_of, plan_of, plan_row
+from jobledger.streams.status.store.tables import ADDED, REVISION, SCHEMA_VERSION, TOPIC, jobs
+
+_plan_set = ", ".join(f"{name} = excluded.{name}" for name in PLAN_COLUMNS[1:])
+_PLAN = (
+    f"INSERT INTO plans ({', '.join(PLAN_COLUMNS)}) VALUES ({', '.join('?' * len(PLAN_COLUMNS))}) "
+    f"ON CONFLICT (plan) DO UPDATE SET {_plan_set}"
+)
+
+LOG = get_logger("jobledger.materializer")
 
 #: Duration of the lease in seconds. A writer that has not renewed its lease for this time may be replaced.
 LEASE_S = 10.0
 
 
-_TOPIC = "INSERT INTO meta (key, value) VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value"
+_SETTING = "INSERT INTO meta (key, value) VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value"
 
 
 class Cursor(Protocol):
@@ -119,8 +132,22 @@ class SqlStore(ABC):
     def _first_rows(self) -> None:
         """Insert the first rows of new tables."""
         self._run("INSERT INTO lease (id, epoch, holder, until_ms) VALUES (1, 0, '', 0)")
-        rows = {"schema_version": str(SCHEMA_VERSION), "namespace": self.namespace}
+        rows = {"schema_version": str(SCHEMA_VERSION), "revision": str(REVISION), "namespace": self.namespace}
         self._run_many("INSERT INTO meta (key, value) VALUES (?, ?)", list(rows.items()))
+
+    def _add_missing(self, revision: int, dialect: Dialect) -> None:
+        """Add to existing tables what revisions above ``revision`` added, in the present transaction."""
+        for number in range(revision + 1, REVISION + 1):
+            added = ADDED[number]
+            for table in added.tables:
+                self._run(str(CreateTable(table).compile(dialect=dialect)))
+            for name in added.columns:
+                self._run(f"ALTER TABLE jobs ADD COLUMN {CreateColumn(jobs.c[name]).compile(dialect=dialect)}")
+            for index in jobs.indexes:
+                if index.name in added.indexes:
+                    self._run(str(CreateIndex(index).compile(dialect=dialect)))
+        self._run(_SETTING, "revision", str(REVISION))
+        LOG.info("the status table %s was brought from revision %d to %d", self.url, revision, REVISION)
 
     # -- the lease ----------------------------------------------------------------------------------------------------
 
@@ -204,15 +231,27 @@ class SqlStore(ABC):
         with self._reading():
             return {job_id: life_of(slots, result) for job_id, slots, result in self._states(wanted)}
 
+    def load_plans(self, plan_ids: Sequence[str]) -> dict[str, PlanStatus]:
+        """Return those plans that the table knows."""
+        known: dict[str, PlanStatus] = {}
+        with self._reading():
+            for plan_id in plan_ids:  # few in one batch
+                row = self._run("SELECT slots FROM plans WHERE plan = ?", key_text(plan_id)).fetchone()
+                if row is not None:
+                    known[plan_id] = plan_of(row[0])
+        return known
+
     def write(self, changes: Changes) -> None:
-        """Write all changes (rows, tags, counters, offsets, topic ids) in one transaction."""
+        """Write all changes (rows, plans, tags, counters, offsets, topic ids) in one transaction."""
         # Rows are sorted by id, so that they are appended to the primary key's tree, or are next to one another in it.
         rows = sorted(changes.jobs)
         with self._transaction():
             self._own()
             self._put(rows, changes)
+            if changes.plans:
+                self._run_many(_PLAN, [plan_row(plan) for plan in changes.plans])
             if changes.topics:
-                self._run_many(_TOPIC, [(f"{TOPIC}{topic}", topic_id) for topic, topic_id in changes.topics.items()])
+                self._run_many(_SETTING, [(f"{TOPIC}{topic}", topic_id) for topic, topic_id in changes.topics.items()])
         if rows:
             self._greatest = max(self._greatest, rows[-1][0])
 

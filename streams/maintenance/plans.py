@@ -1,0 +1,385 @@
+"""Carries out plans: redrives or cancels the jobs that a plan lists, part by part.
+
+A plan is in the log before anything is done (`jobledger.plan`), so it is carried out even if its caller has ended. After
+each part `PlanAdvanced` is written. If this process dies before that, the next one carries the part out again: the
+status table shows for which jobs the plan has acted already. Before a plan's first part in this process, the table must
+have read everything that an earlier process wrote.
+
+A job is redriven by a submission of its next run on the coordination topic. The coordinator releases this run at once.
+It also drops a second submission of the same run.
+
+Only the process whose materializer holds the lease of the status table does this work.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+import msgspec
+
+from jobledger import plan as plans
+from jobledger.client.commands import Commands, Job
+from jobledger.config import Settings
+from jobledger.errors import BrokerUnavailable, JobledgerError, SchemaError, TopicMissing
+from jobledger.job import ENDS, Life, State
+from jobledger.kafka.clients import partitions_of
+from jobledger.kafka.outage import log_missed
+from jobledger.kafka.partitioner import partition_of
+from jobledger.kafka.topic_names import Names, lane
+from jobledger.log.reading import LogReader, recorded
+from jobledger.log.schema_lookup import decoder
+from jobledger.log.writer import LogWriter, Outgoing
+from jobledger.plan import PlanState, PlanStatus
+from jobledger.process.identity import now_us, source
+from jobledger.process.logger import get_logger
+from jobledger.process.wording import counted
+from jobledger.schemas import codec
+from jobledger.schemas.event_factory import further_run, standalone
+from jobledger.schemas.events import (
+    CRASHES_TAG,
+    DeadLettered,
+    JobDue,
+    JobEvent,
+    JobSpec,
+    JobSubmitted,
+    PlanAdvanced,
+    PlanListed,
+    PlannedJob,
+    Position,
+    Redrive,
+)
+from jobledger.schemas.ids import derived_id
+from jobledger.streams.maintenance.current import table_is_current
+from jobledger.streams.status.store.protocol import StatusReader
+
+LOG = get_logger("jobledger.plans")
+
+#: Seconds between two looks at the plans topic.
+TICK_S = 0.25
+#: Maximum number of records that are sent before their acknowledgements are awaited.
+AT_ONCE = 500
+#: Seconds that a plan waits for the status table in one round.
+PATIENCE_S = 5.0
+#: Records of a partition of the dead letters that are searched for a job.
+LETTERS_MOST = 20_000
+
+
+class Verdict(Enum):
+    """What is to be done with a job of a plan."""
+
+    ACT = auto()
+    DONE = auto()  # the plan has acted already
+    SKIP = auto()  # the job has changed since the plan was made
+    UNKNOWN = auto()  # the status table does not know the job
+
+
+def judge(plan: PlanStatus, job: PlannedJob, life: Life | None) -> Verdict:
+    """Return what is to be done with a job, by its state in the status table."""
+    if life is None:
+        return Verdict.UNKNOWN
+    if plan.action == "redrive":
+        redrive = life.head.redrive
+        if life.run == job.run + 1 and redrive is not None and redrive[2] == plan.plan:
+            return Verdict.DONE
+        end = life.end
+        return Verdict.ACT if life.run == job.run and end is not None and end.rank != _SUCCEEDED else Verdict.SKIP
+    end = life.end
+    if life.run != job.run:
+        return Verdict.SKIP
+    if end is None:
+        return Verdict.ACT
+    return Verdict.DONE if end.rank == _CANCELLED and end.by == plan.by else Verdict.SKIP
+
+
+_SUCCEEDED, _CANCELLED = ENDS.index(State.SUCCEEDED), ENDS.index(State.CANCELLED)
+
+
+@dataclass(slots=True)
+class _Part:
+    """The part of a plan that is carried out now. ``records``: those still to be sent, one list for each job. ``sent``:
+    the last position in each partition of the coordination topic."""
+
+    number: int
+    records: list[list[Outgoing]] = field(default_factory=list)
+    done: int = 0
+    skipped: int = 0
+    failed: int = 0
+    error: str | None = None
+    sent: dict[int, Position] = field(default_factory=dict)
+
+    def fail(self, job_id: str, why: str) -> None:
+        """Count a job for which the action is not possible."""
+        self.failed += 1
+        self.error = self.error or f"{job_id}: {why}"
+
+
+class PlanRunner:
+    """Carries out the plans of one namespace. ``lanes``: all lanes of the app. ``active``: returns whether this
+    process's materializer is the writer of the status table."""
+
+    def __init__(
+        self,
+        names: Names,
+        settings: Settings,
+        lanes: Collection[str],
+        reader: StatusReader,
+        *,
+        active: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self._names, self._settings, self._lanes = names, settings.acting_as("materializer"), frozenset(lanes)
+        self._reader, self._active = reader, active
+        self._source = source("plans")
+        self._decode = decoder(settings, names).decode
+        self._writer: LogWriter | None = None
+        self._commands = Commands(self._settings, names, self._open_writer)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Forget everything that was read. The next round reads the plans topic from its start."""
+        self._next = 0
+        self._plans: dict[str, PlanStatus] = {}
+        self._offsets: dict[str, list[int]] = {}  # of the parts of each plan that has not ended
+        self._parts: dict[str, _Part] = {}
+        self._current = False
+        self._budgets: dict[str, tuple[float, float]] = {}  # of plans with a rate: jobs, and when they were counted
+
+    def run(self, stop: threading.Event) -> None:
+        """Carry out plans until ``stop`` is set. If the broker or the database is unavailable, only the round fails."""
+        try:
+            while not stop.wait(TICK_S):
+                try:
+                    if self._active():
+                        self.round(stop)
+                    elif self._next:
+                        self._forget()
+                except TopicMissing as exc:  # of an earlier version: `topics apply` creates it
+                    LOG.debug("%s", exc)
+                    stop.wait(10.0)
+                except BrokerUnavailable as exc:
+                    log_missed(LOG, self._settings, "plans wait: %s", exc)
+                    self._close_writer()
+                except JobledgerError as exc:
+                    LOG.warning("plans wait: %s", exc)
+                    stop.wait(1.0)
+        finally:
+            self._close_writer()
+
+    def round(self, stop: threading.Event) -> None:
+        """Read the new facts of plans, and carry out a part of each running plan. Raises `JobledgerError`."""
+        with LogReader(self._settings) as log:
+            self._follow(log)
+            running = [plan for plan in self._plans.values() if plan.state is PlanState.RUNNING]
+            if not running:
+                return
+            topics = [self._names.coordination, self._names.lifecycle, self._names.plans]
+            if not self._current and not table_is_current(self._settings, self._reader, topics, PATIENCE_S):
+                return
+            self._current = True
+            for plan in running:
+                if stop.is_set() or not self._active():
+                    return
+                self._advance(log, plan.plan, stop)
+
+    def _follow(self, log: LogReader) -> None:
+        for message in log.read(self._names.plans, 0, self._next):
+            self._next = (message.offset() or 0) + 1
+            try:
+                record = recorded(message, self._decode)
+            except SchemaError as exc:
+                LOG.warning("%s[0]@%d is no fact of a plan: %s", self._names.plans, message.offset(), exc)
+                continue
+            plan_id, before = record.event.job_id, self._plans.get(record.event.job_id)
+            plan = plans.apply(before, record)
+            if plan is None:
+                continue
+            if plan.state.ended:
+                for known in (self._plans, self._offsets, self._parts, self._budgets):
+                    known.pop(plan_id, None)
+                if before is not None:
+                    self._tell(plan)
+                continue
+            self._plans[plan_id] = plan
+            if before is not None and plan.listed > before.listed:
+                self._offsets.setdefault(plan_id, []).append(record.position.offset)
+
+    def _tell(self, plan: PlanStatus) -> None:
+        LOG.info(
+            "plan %s (%s) %s: done %d, skipped %d, failed %d of %s",
+            *(plan.plan, plan.action, plan.state.value, plan.done, plan.skipped, plan.failed),
+            counted(plan.matched, "job"),
+        )
+
+    # -- one part -----------------------------------------------------------------------------------------------------
+
+    def _advance(self, log: LogReader, plan_id: str, stop: threading.Event) -> None:
+        """Carry out the plan's next part; stop early if the plan was paused or aborted."""
+        plan = self._plans[plan_id]
+        part = self._parts.get(plan_id)
+        if part is None or part.number != plan.next_part:
+            part = self._parts[plan_id] = self._prepared(log, plan)
+        while part.records:
+            size = AT_ONCE if plan.rate is None else min(AT_ONCE, self._allowed(plan_id, plan.rate))
+            if size == 0:
+                return  # the rate allows no more for now: other plans are next
+            some, part.records = part.records[:size], part.records[size:]
+            try:
+                sent = self._open_writer().send([record for records in some for record in records])
+            except JobledgerError:
+                part.records = some + part.records  # they are sent again; a second copy is dropped
+                raise
+            part.done += len(some)
+            if plan.rate is not None:
+                self._budgets[plan_id] = (self._budgets[plan_id][0] - len(some), self._budgets[plan_id][1])
+            for position in sent:
+                if position.topic == self._names.coordination:
+                    part.sent[position.partition] = position
+            self._follow(log)
+            if self._plans.get(plan_id) is None or self._plans[plan_id].state is not PlanState.RUNNING:
+                return
+            if stop.is_set() or not self._active():
+                return
+        # When a plan is done, the status table must show what it did.
+        if not self._table_reached(part.sent.values(), stop):
+            return
+        fact = PlanAdvanced(part.number, part.done, part.skipped, part.failed, part.error)
+        event = standalone(fact, derived_id(plan_id, "advanced", part.number), now_us(), self._source, job_id=plan_id)
+        self._open_writer().send([Outgoing(self._names.plans, codec.encode(event), plan_id, 0)])
+
+    def _allowed(self, plan_id: str, rate: float) -> int:
+        """Return how many jobs of a plan with a rate may be acted on now: what has come together since the last time,
+        at most what the rate allows in a second."""
+        now = time.monotonic()
+        budget, at = self._budgets.get(plan_id, (1.0, now))
+        budget = min(budget + (now - at) * rate, max(1.0, rate))
+        self._budgets[plan_id] = (budget, now)
+        return int(budget)
+
+    def _table_reached(self, positions: Collection[Position], stop: threading.Event) -> bool:
+        deadline = time.monotonic() + PATIENCE_S
+        while not all(map(self._reader.reached, positions)):
+            if stop.wait(0.02) or time.monotonic() > deadline:
+                return False  # the next round waits again
+        return True
+
+    def _prepared(self, log: LogReader, plan: PlanStatus) -> _Part:
+        """Return the plan's next part with the records to send."""
+        part = _Part(plan.next_part)
+        listed = self._listed(log, plan)
+        lives = self._reader.lives_of([job.job_id for job in listed])
+        wanted: list[tuple[PlannedJob, Life]] = []
+        for job in listed:
+            life = lives.get(job.job_id)
+            match judge(plan, job, life):
+                case Verdict.UNKNOWN:
+                    part.fail(job.job_id, "the status table does not know it")
+                case Verdict.DONE:
+                    part.done += 1
+                case Verdict.SKIP:
+                    part.skipped += 1
+                case Verdict.ACT:
+                    assert life is not None
+                    wanted.append((job, life))
+        if plan.action == "cancel":
+            part.records = self._cancels(plan, wanted)
+        else:
+            self._redrives(log, plan, wanted, part)
+        return part
+
+    def _listed(self, log: LogReader, plan: PlanStatus) -> Sequence[PlannedJob]:
+        offset = self._offsets[plan.plan][plan.next_part]
+        message = log.at(Position(self._names.plans, 0, offset))
+        fact = None if message is None else recorded(message, self._decode).event.fact
+        if not isinstance(fact, PlanListed):
+            raise JobledgerError(f"part {plan.next_part} of plan {plan.plan} is no longer at offset {offset}")
+        return fact.jobs
+
+    def _cancels(self, plan: PlanStatus, wanted: Iterable[tuple[PlannedJob, Life]]) -> list[list[Outgoing]]:
+        jobs = [Job(job.job_id, job.run, life.head.task, life.head.queue) for job, life in wanted]
+        records = [record for batch in self._commands.cancels(jobs, plan.reason, plan.by) for record in batch]
+        return [records[n : n + 2] for n in range(0, len(records), 2)]
+
+    # -- redrives -----------------------------------------------------------------------------------------------------
+
+    def _redrives(
+        self, log: LogReader, plan: PlanStatus, wanted: Sequence[tuple[PlannedJob, Life]], part: _Part
+    ) -> None:
+        found = self._origins(log, [life for _, life in wanted])
+        for job, life in wanted:
+            origin = found.get(_at(life))
+            if origin is None or origin[0].job_id != job.job_id:
+                origin = self._letter(log, job, life)
+            if origin is None:
+                part.fail(job.job_id, "the log no longer has its arguments, and there is no dead letter with them")
+                continue
+            record = self._redriven(plan, job, *origin)
+            size = len(record.value or b"")
+            if size > self._settings.max_record_bytes:
+                part.fail(job.job_id, f"its submission has {size} bytes, above JOBLEDGER_MAX_RECORD_BYTES")
+            else:
+                part.records.append([record])
+
+    def _origins(self, log: LogReader, lives: Iterable[Life]) -> Mapping[Position | None, tuple[JobEvent, JobSpec]]:
+        """Return the events that hold whole jobs, by their positions."""
+        found: dict[Position | None, tuple[JobEvent, JobSpec]] = {}
+        for message in log.at_all([position for life in lives if (position := _at(life)) is not None]):
+            try:
+                record = recorded(message, self._decode)
+            except SchemaError:
+                continue
+            fact = record.event.fact
+            if isinstance(fact, JobSubmitted | JobDue):
+                found[record.position] = (record.event, fact.spec)
+        return found
+
+    def _letter(self, log: LogReader, job: PlannedJob, life: Life) -> tuple[JobEvent, JobSpec] | None:
+        """Return the job of its dead letter, which is written directly after its failure."""
+        end = life.end
+        if end is None or end.rank != ENDS.index(State.FAILED):
+            return None
+        topic = self._names.dead_letter
+        key = job.job_id.encode()
+        partition = partition_of(key, partitions_of(self._settings, topic))
+        start = log.offset_at(topic, partition, end.at[0])
+        for message in log.read(topic, partition, start, start + LETTERS_MOST):
+            if message.key() != key:
+                continue
+            try:
+                event = recorded(message, self._decode).event
+            except SchemaError:
+                continue
+            if isinstance(event.fact, DeadLettered) and (event.job_id, event.run) == (job.job_id, job.run):
+                return event, event.fact.spec
+        return None
+
+    def _redriven(self, plan: PlanStatus, job: PlannedJob, origin: JobEvent, spec: JobSpec) -> Outgoing:
+        """Return the submission of the job's next run."""
+        queue, run = plan.queue or origin.queue, job.run + 1
+        priority = spec.priority if lane(queue, spec.priority) in self._lanes else None
+        tags = {name: value for name, value in spec.tags.items() if name != CRASHES_TAG}
+        # An expiry in milliseconds counts from the new submission. One as a time belonged to the run before.
+        spec = msgspec.structs.replace(spec, tags=tags, priority=priority, expires_at=None)
+        asked = Redrive(plan.by, plan.reason, plan.plan)
+        event = further_run(origin, run, queue, spec, asked, now_us(), self._source)
+        return Outgoing(self._names.coordination, codec.encode(event), job.job_id)
+
+    # -- the writer ---------------------------------------------------------------------------------------------------
+
+    def _open_writer(self) -> LogWriter:
+        if self._writer is None:
+            self._writer = LogWriter(self._settings, self._names, linger_ms=5.0)
+        return self._writer
+
+    def _close_writer(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+def _at(life: Life) -> Position | None:
+    """Return the position of a record with the whole job; None if the table knows none."""
+    head = life.head
+    return None if head.rank > 1 else Position(*head.at[1:])
