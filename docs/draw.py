@@ -53,7 +53,9 @@ def page() -> str:
     return (
         f"{HEAD}\n{table}\n\nA run ([reference.md](reference.md#events)) ends in one of the states {ends}.\n"
         "If the log holds several outcomes of one run, the status table shows the one whose state comes first in this list.\n"
-        "This is a precedence: the order of the outcomes in the log makes no difference.\n"
+        "This is a precedence: the order of the outcomes in the log makes no difference.\n\n"
+        "A redrive starts the next run of a job that has failed, was cancelled or has expired.\n"
+        "The next run goes through the same states, from the start.\n"
     )
 
 

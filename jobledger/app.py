@@ -493,17 +493,18 @@ class App:
 
     # -- control commands -----------------------------------------------------------------------------------------
 
-    def cancel(self, job_id: str, reason: str | None = None, *, run: int = 1, by: str | None = None) -> None:
+    def cancel(self, job_id: str, reason: str | None = None, *, run: int | None = None, by: str | None = None) -> None:
         """Request that a job be cancelled, and return once the log has acknowledged the request.
 
         A job that waits (for a slot, a due time or a retry) is not started. A running job is asked to stop. A job that
-        has ended is not changed. ``by``: the author of the request, by default this user and host. Raises
-        `ConfigError`, `TopicMissing`, `AccessDenied` or `BrokerUnavailable`.
+        has ended is not changed. ``run``: the run to cancel; None: the present run in the status table, or the first
+        one if the table does not know the job or cannot be read. ``by``: the author of the request, by default this
+        user and host. Raises `ConfigError`, `TopicMissing`, `AccessDenied` or `BrokerUnavailable`.
         """
         self.client.cancel(job_id, reason, run, by)
 
     async def cancel_async(
-        self, job_id: str, reason: str | None = None, *, run: int = 1, by: str | None = None
+        self, job_id: str, reason: str | None = None, *, run: int | None = None, by: str | None = None
     ) -> None:
         """Request that a job be cancelled as `cancel` does, without blocking the event loop."""
         await self.client.cancel_async(job_id, reason, run, by)

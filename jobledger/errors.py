@@ -29,6 +29,7 @@
 │   └── ``LeaseLost``            another materializer has taken over this store
 ├── ``StatusTimeout``            the status table did not reach a position, or a job did not end, in time
 ├── ``JobNotFound``              the status table does not know the job (never reported as "pending")
+├── ``PlanNotFound``             the status table does not know the plan
 ├── ``JobFailed``                the job ended in failure; carries type, message and traceback
 ├── ``JobCancelled``             the job was cancelled
 ├── ``JobExpired``               the job passed its expiry before it could start

@@ -86,7 +86,7 @@ _S = State
 #: state is late or a duplicate, and does not change the state. `docs/draw.py` draws this table.
 TRANSITIONS: tuple[Transition, ...] = (
     Transition(None, ev.JobSubmitted, _S.QUEUED, "run now"),
-    Transition(None, ev.JobSubmitted, _S.SCHEDULED, "with a delay"),
+    Transition(None, ev.JobSubmitted, _S.SCHEDULED, "with a delay, or a redrive"),
     Transition(_S.SCHEDULED, ev.JobDue, _S.QUEUED),
     Transition(_S.RETRYING, ev.JobDue, _S.QUEUED),
     Transition(_S.QUEUED, ev.JobLeased, _S.QUEUED, "a long job"),

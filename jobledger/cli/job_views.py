@@ -112,6 +112,12 @@ def fields(status: JobStatus, args: bytes | str | None = None) -> list[tuple[str
         ("state", output.state_cell(status.state.value)),
         ("attempt", f"{status.attempt}" + (f" of run {status.run}" if status.run > 1 else "")),
     ]
+    if status.key is not None:
+        shown.append(("key", status.key))
+    if status.worker is not None:
+        shown.append(("worker", status.worker + ("" if status.version is None else f", version {status.version}")))
+    if status.by is not None:
+        shown.append(("asked by", status.by))
     if status.tags:
         shown.append(("tags", _tags(status)))
     if args is not None:
@@ -136,6 +142,7 @@ def fields(status: JobStatus, args: bytes | str | None = None) -> list[tuple[str
         shown.append(("result", json.dumps(output.jsonable(status.result), ensure_ascii=False)))
     if status.error is not None:
         shown.append(("error", (f"{status.error.type}: {status.error.message}", "red")))
+        shown.append(("fingerprint", status.fingerprint or ""))
         if status.error.traceback:
             shown.append(("", (status.error.traceback.rstrip(), "dim")))
     return shown

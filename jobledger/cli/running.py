@@ -257,7 +257,8 @@ def materializer(
         bool,
         typer.Option(
             "--maintenance/--no-maintenance",
-            help="Also run watchdog, commit check, trimming and the removal of old cancels, based on this status table.",
+            help="Also run watchdog, commit check, trimming, the removal of old cancels and plans (redrives), based on this "
+            "status table.",
         ),
     ] = True,
     metrics: Metrics = None,

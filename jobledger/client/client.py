@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import chain
@@ -36,6 +37,7 @@ from jobledger.errors import (
     ConfigError,
     ConnectionUnusable,
     JobledgerError,
+    StoreError,
 )
 from jobledger.job import JobStatus
 from jobledger.kafka.auth import write
@@ -46,10 +48,13 @@ from jobledger.log.schema_registry import SchemaRegistry, id_key
 from jobledger.log.writer import LogWriter, Outgoing
 from jobledger.process import forks
 from jobledger.process.identity import now_us, source
+from jobledger.process.logger import get_logger
 from jobledger.schemas import codec, confluent_frame
 from jobledger.schemas.derive import check_evolution
 from jobledger.schemas.event_factory import submission
 from jobledger.schemas.events import JobSpec, Position
+
+LOG = get_logger("jobledger.client")
 
 R = TypeVar("R")
 T = TypeVar("T")
@@ -58,6 +63,9 @@ P = ParamSpec("P")
 #: Number of records in the send queue from which `submit_async` waits in a thread for free space (librdkafka's queue
 #: holds 100,000).
 NEAR_FULL = 90_000
+
+#: Seconds for which the status table is not asked again for a job's run, after it could not be read.
+NO_TABLE_S = 60.0
 
 _SINGLE_OBJECT = 10  # bytes before the datum in the single-object encoding
 
@@ -72,6 +80,7 @@ class Client:
     def __init__(self, settings: Settings, names: Names, status: Callable[[], StatusSource]) -> None:
         self.settings, self.names = settings, names
         self._status, self._follower = status, Follower(status)
+        self._no_table_until = 0.0
         self._opening = forks.Lock()
         self._pid = os.getpid()
         self._single: LogWriter | None = None
@@ -134,9 +143,21 @@ class Client:
         """Return the writer that sends at once, connected and with the schema published."""
         return self._writer(bulk=False)
 
-    def cancel(self, job_id: str, reason: str | None = None, run: int = 1, by: str | None = None) -> None:
+    def cancel(self, job_id: str, reason: str | None = None, run: int | None = None, by: str | None = None) -> None:
         """Request that a job be cancelled; see `App.cancel`."""
-        self.commands.cancel([Job(job_id, run)], reason, by)
+        self.commands.cancel([Job(job_id, self._run_of(job_id) if run is None else run)], reason, by)
+
+    def _run_of(self, job_id: str) -> int:
+        """Return the number of a job's present run: 1 if the status table does not know the job, or cannot be read."""
+        if time.monotonic() < self._no_table_until:
+            return 1
+        try:
+            status = self._status().statuses([job_id]).get(job_id)
+        except (ConfigError, StoreError) as exc:
+            LOG.debug("the run of job %s is not known: %s", job_id, exc)
+            self._no_table_until = time.monotonic() + NO_TABLE_S
+            return 1
+        return 1 if status is None else status.run
 
     def redrive(self, job_id: str, reason: str | None = None, by: str | None = None) -> Plan:
         """Make a plan that runs a job again which has ended; see `App.redrive`. Raises `JobNotFound`."""
@@ -146,8 +167,12 @@ class Client:
             raise table.unknown(job_id)
         return self.plans.make("redrive", [(job_id, known[job_id].run)], {}, by=by, reason=reason)
 
-    async def cancel_async(self, job_id: str, reason: str | None = None, run: int = 1, by: str | None = None) -> None:
+    async def cancel_async(
+        self, job_id: str, reason: str | None = None, run: int | None = None, by: str | None = None
+    ) -> None:
         """Request that a job be cancelled as `cancel` does, without blocking the event loop."""
+        if run is None:
+            run = await _in_thread(self._run_of, job_id)
         for records in self.commands.cancels([Job(job_id, run)], reason, by):
             writer = await _in_thread(self.writer)
             what = f"cancelling job {job_id}"

@@ -203,6 +203,20 @@ def test_arguments_that_were_trimmed_come_from_the_dead_letter(world: World) -> 
     assert "no longer has its arguments" in done.error
 
 
+def test_a_redriven_job_can_be_cancelled(world: World) -> None:
+    """A cancel without a run is for the job's present run."""
+    job_ids = world.fail(1)
+    world.app.pause(queue="slow")
+    plan = world.app.redrive(ids=job_ids, queue="slow")
+    assert plan.plan is not None
+    assert world.carried_out(plan.plan).done == 1
+    assert world.states(job_ids)[0][1] == 2, "a plan is done when the table shows its redrives"
+    world.app.cancel(job_ids[0], by="bob")
+    world.app.resume(queue="slow")
+    wait_until(lambda: world.states(job_ids) == [(State.CANCELLED, 2)], DONE_S, "the end of the job")
+    assert world.app.job(job_ids[0]).by == "bob"
+
+
 def test_a_redrive_needs_a_filter_and_refuses_what_it_cannot_do(world: World) -> None:
     """Nothing is written before the error."""
     app = world.app

@@ -110,6 +110,11 @@ def hooks(shop: Shop, names: Names) -> None:
     assert names["tenant_schema"].entered == ["acme"]
 
 
+def redriven(shop: Shop, names: Names) -> None:
+    """The plan is done: no job has failed with this error."""
+    assert names["app"].plan(names["plan"].plan).state == "done"
+
+
 def label(shop: Shop, names: Names) -> None:
     """A second run of the job gets the label of the first."""
     labels = [asyncio.run(in_job(names["print_label"], job_id, "o-1")) for job_id in (A_JOB, A_JOB, ANOTHER)]
@@ -194,6 +199,7 @@ PYTHON: Mapping[str, Sequence[Snippet]] = {
         Snippet("@app.event(key="),
         Snippet("app.lifecycle(", names={"JobSucceeded": JobSucceeded, "bill": bill}, raises=Enough),
         Snippet("@app.projection(", check=fold),
+        Snippet("app.redrive(", check=redriven),
         Snippet("job_context("),
     ],
     "docs/hooks.md": [

@@ -680,7 +680,7 @@ FACTS: list[tuple[ev.Fact, str]] = [
     (ev.JobSubmitted(SPEC, 0, None, ev.Redrive("ann", "mended", "p")), "redriven by ann: mended"),
     (ev.PlanOpened("redrive", "{}", "slow", 5.0, "ann", "mended"), "redrive to slow, 5 jobs/s, by ann: mended"),
     (ev.PlanListed(2, [ev.PlannedJob("a", 1)]), "part 2: 1 job"),
-    (ev.PlanSealed(3, 1_200), "1200 jobs in 3 parts"),
+    (ev.PlanSealed(3, 1_200), "1,200 jobs in 3 parts"),
     (ev.PlanAdvanced(2, 10, 1, 1, "a: gone"), "part 2: done 10, skipped 1, failed 1 (a: gone)"),
     (ev.PlanSteered("paused", "ann"), "paused by ann"),
 ]
