@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 import msgspec
+from confluent_kafka import KafkaException
 
 from jobledger import plan as plans
 from jobledger.client.commands import Commands, Job
@@ -135,6 +136,7 @@ class PlanRunner:
         self._source = source("plans")
         self._decode = decoder(settings, names).decode
         self._writer: LogWriter | None = None
+        self._log: LogReader | None = None
         self._commands = Commands(self._settings, names, self._open_writer)
         self._forget()
 
@@ -156,33 +158,45 @@ class PlanRunner:
                         self.round(stop)
                     elif self._next:
                         self._forget()
+                        self.close()
                 except TopicMissing as exc:  # of an earlier version: `topics apply` creates it
                     LOG.debug("%s", exc)
                     stop.wait(10.0)
                 except BrokerUnavailable as exc:
                     log_missed(LOG, self._settings, "plans wait: %s", exc)
-                    self._close_writer()
-                except JobledgerError as exc:
+                    self.close()
+                except (JobledgerError, KafkaException) as exc:
                     LOG.warning("plans wait: %s", exc)
                     stop.wait(1.0)
         finally:
-            self._close_writer()
+            self.close()
+
+    def close(self) -> None:
+        """Close the connections. The next round opens new ones."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+        if self._log is not None:
+            self._log.close()
+            self._log = None
 
     def round(self, stop: threading.Event) -> None:
         """Read the new facts of plans, and carry out a part of each running plan. Raises `JobledgerError`."""
-        with LogReader(self._settings) as log:
-            self._follow(log)
-            running = [plan for plan in self._plans.values() if plan.state is PlanState.RUNNING]
-            if not running:
+        if self._log is None:
+            self._log = LogReader(self._settings)
+        log = self._log
+        self._follow(log)
+        running = [plan for plan in self._plans.values() if plan.state is PlanState.RUNNING]
+        if not running:
+            return
+        topics = [self._names.coordination, self._names.lifecycle, self._names.plans]
+        if not self._current and not table_is_current(self._settings, self._reader, topics, PATIENCE_S):
+            return
+        self._current = True
+        for plan in running:
+            if stop.is_set() or not self._active():
                 return
-            topics = [self._names.coordination, self._names.lifecycle, self._names.plans]
-            if not self._current and not table_is_current(self._settings, self._reader, topics, PATIENCE_S):
-                return
-            self._current = True
-            for plan in running:
-                if stop.is_set() or not self._active():
-                    return
-                self._advance(log, plan.plan, stop)
+            self._advance(log, plan.plan, stop)
 
     def _follow(self, log: LogReader) -> None:
         for message in log.read(self._names.plans, 0, self._next):
@@ -366,17 +380,10 @@ class PlanRunner:
         event = further_run(origin, run, queue, spec, asked, now_us(), self._source)
         return Outgoing(self._names.coordination, codec.encode(event), job.job_id)
 
-    # -- the writer ---------------------------------------------------------------------------------------------------
-
     def _open_writer(self) -> LogWriter:
         if self._writer is None:
             self._writer = LogWriter(self._settings, self._names, linger_ms=5.0)
         return self._writer
-
-    def _close_writer(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
 
 
 def _at(life: Life) -> Position | None:

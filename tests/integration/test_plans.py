@@ -34,7 +34,7 @@ class World:
     test itself runs the materializer and the plans."""
 
     def __init__(self, broker: str, namespace: str, folder: Path, stack: ExitStack) -> None:
-        self.folder, self.mended = folder, folder / "mended"
+        self.folder, self.mended, self.closing = folder, folder / "mended", stack
         self.environ = {
             **os.environ,
             "JOBLEDGER_BOOTSTRAP": broker,
@@ -70,8 +70,10 @@ class World:
             stack.callback(process.send_signal, signal.SIGTERM)
 
     def runner(self) -> PlanRunner:
-        """Return what carries out plans. It does nothing until it is run."""
-        return PlanRunner(self.app.names, self.settings, self.app.lanes, self.reader)
+        """Return what carries out plans. It does nothing until `round` is called."""
+        made = PlanRunner(self.app.names, self.settings, self.app.lanes, self.reader)
+        self.closing.callback(made.close)
+        return made
 
     def round(self, runner: PlanRunner) -> None:
         """Carry out one part of each plan."""
