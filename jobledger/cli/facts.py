@@ -97,6 +97,11 @@ def _describe(fact: object) -> str:
             return f"{why}: {error.type}: {error.message}"
         case e.RecordRejected(topic=topic, partition=partition, offset=offset, error=text):
             return f"{topic}[{partition}]@{offset}: {text}"
+    return _describe_plan(fact)
+
+
+def _describe_plan(fact: object) -> str:
+    match fact:
         case e.PlanOpened(action=action, queue=queue, rate=rate, by=by, reason=reason):
             options = ("" if queue is None else f" to {queue}") + (
                 "" if rate is None else f", {counted(rate, 'job')}/s"

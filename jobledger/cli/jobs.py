@@ -329,15 +329,14 @@ def redrive(
     queried = _queried_app(parsed, app, namespace, bootstrap, status_url)
     try:
         ids = [whole_id(queried, text) for text in parsed.others] or None
-        options: dict[str, Any] = {"ids": ids, "where": None if ids else chosen, "queue": queue}
-        preview = queried.redrive(**options, dry_run=True)
+        which: dict[str, Any] = {"ids": ids, "where": None if ids else chosen, "queue": queue}
+        preview = queried.redrive(**which, dry_run=True)
         if dry_run or not preview.matched:
             _show_preview(preview, as_json)
             return
         if not (yes or as_json or ids):
             typer.confirm(f"Redrive {counted(preview.matched, 'job')}?", abort=True, err=True)
-        plan = queried.redrive(**options, rate=rate, by=by, reason=reason)
-        show_made(queried, plan, wait, as_json)
+        show_made(queried.redrive(**which, rate=rate, by=by, reason=reason), wait, as_json)
     finally:
         queried.close()
 

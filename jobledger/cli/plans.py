@@ -169,13 +169,12 @@ def print_plan(plan: PlanStatus, as_json: bool) -> None:
     output.print_fields(shown)
 
 
-def show_made(queried: App, plan: Plan, wait: bool, as_json: bool) -> None:
+def show_made(plan: Plan, wait: bool, as_json: bool) -> None:
     """Print a plan that was just made; with ``wait`` when it has ended."""
     if wait:
         print_plan(_awaited(plan, quiet=as_json), as_json)
     elif as_json:
-        print_plan_made = {"plan": plan.plan, "matched": plan.matched, "position": str(plan.position)}
-        output.print_json(print_plan_made)
+        output.print_json({"plan": plan.plan, "matched": plan.matched, "position": str(plan.position)})
     else:
         text = (
             f"plan {plan.plan}: {counted(plan.matched, 'job')}; `jobledger plans show {plan.plan}` shows how far it is"
