@@ -159,8 +159,14 @@ class Audit(Findings):
             return "said to start after its end, and not run"
         if self._pauses.started(start):
             return "said to start by a paused process, when it woke"
-        earlier = [c for c in self._closes.get(release, ()) if (c.at, c.place) < (start.at, start.place)]
-        if end.release == release and earlier and all(map(self._pauses.ended, earlier)):
+        # The paused process's run succeeded, and the second run of the same release may have been retried.
+        retried = end.release != release
+        earlier = [
+            closed
+            for closed in self._closes.get(end.release, ())
+            if (closed.at, closed.place) < (start.at, start.place) and (not retried or closed.fact in rules.TERMINAL)
+        ]
+        if earlier and all(map(self._pauses.ended, earlier)):
             return "started again, after an end that a paused process wrote"
         return None
 

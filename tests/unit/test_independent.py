@@ -84,6 +84,24 @@ def test_a_start_after_an_outcome_is_excused_only_if_a_paused_worker_wrote_that_
     assert not judge(good, frozen=[pause]).good, "somebody else had ended it, too"
 
 
+def test_a_retry_of_the_second_run_is_excused_only_if_a_paused_worker_wrote_the_success(good: Writer) -> None:
+    """The job was running when its worker was paused, so it ran twice. The second run was retried after the success of
+    the first one."""
+    records = good.records
+    began = next(r for r in records if r.fact == "JobStarted")
+    closed = next(r for r in records if r.fact == "JobSucceeded")
+    records[records.index(began)] = began._replace(head={**began.head, "occurred_at": (closed.at - 9_000) * 1000})
+    error = {"type": "OSError", "message": "away", "traceback": None}
+    body = {"error": error, "delay_ms": 0, "duration_us": 1, "in_place": False}
+    good.add(LIFE, "JobRetried", body, source="worker@there:8", after=40_000)
+    good.start("a", release=2, attempt=2, source="worker@there:8", after=1_000)
+    pause = Window("worker", closed.at - 8_000, closed.at - 1, 7)
+    findings = judge(good, frozen=[pause])
+    assert findings.product["started-after-end"] == 1
+    assert "started-after-end" not in findings.counts
+    assert "started-after-end" in judge(good, frozen=[pause._replace(pid=8)]).counts
+
+
 def test_a_late_start_of_a_paused_worker_is_excused_only_if_it_was_made_before_the_pause(good: Writer) -> None:
     """The worker's Kafka client may send an old start after the pause. A start that the worker makes after the pause is
     a fault."""
