@@ -128,7 +128,7 @@ class Degraded(Exception):
 
 
 def client(world: World, refused: list[JobledgerError]) -> None:
-    """Submit jobs, also delayed ones; emit an event; send a control command."""
+    """Submit jobs, also delayed ones; emit an event; send a control command; make a plan."""
     app = world.app("client")
     try:
         app.add.submit(1)  # type: ignore[attr-defined]
@@ -136,6 +136,7 @@ def client(world: World, refused: list[JobledgerError]) -> None:
             lambda: app.add.using(delay=3600).submit(1),  # type: ignore[attr-defined]
             lambda: app.emit(Registered("u")),
             lambda: app.resume(queue="default"),
+            lambda: app.client.plans.make("redrive", [], {}),
         ):
             try:
                 optional()
