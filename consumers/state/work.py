@@ -44,7 +44,7 @@ class RecordKind(Enum):
 
     SETTLING = auto()  # a fact after which the work record can be done: a closing fact or a `JobLeased`
     DERIVED = auto()  # a derived record, or the dead letter of a rejected record
-    CONTINUING = auto()  # a fact after which the job goes on in this worker
+    CONTINUING = auto()  # a fact after which the job continues in this worker
 
 
 # These names are read for each job, and a global name costs less than an attribute of an enum.

@@ -11,7 +11,7 @@ import typer
 from jobledger.cli import completion, output
 from jobledger.cli.commands import CommandGroup, among, judged, words_of
 from jobledger.cli.loading import find_app
-from jobledger.cli.options import AppOption, AppWord, Bootstrap, Json, Namespace, Reason, StatusUrl
+from jobledger.cli.options import AppOption, AppWord, Bootstrap, By, Json, Namespace, Reason, StatusUrl
 from jobledger.cli.output import Cell
 from jobledger.definitions.policy import Limits
 from jobledger.definitions.queues import Queue
@@ -30,7 +30,6 @@ Named = Annotated[
         show_default=False,
     ),
 ]
-By = Annotated[str | None, typer.Option("--by", help="Who gives the command.", show_default="user@host")]
 
 
 class Known(NamedTuple):

@@ -59,6 +59,15 @@ OneJob = Annotated[
         show_default=False,
     ),
 ]
+ManyJobs = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[MODULE:APP] [ID]...",
+        help="The jobs' ids, or the ids' first characters; put the app before them, unless an option names the app.",
+        autocompletion=completion.jobs,
+        show_default=False,
+    ),
+]
 
 
 @app.command("list")
@@ -216,15 +225,7 @@ def wait(
 
 @app.command("cancel")
 def cancel(
-    words: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[MODULE:APP] [ID]...",
-            help="The jobs' ids, or the ids' first characters; put the app before them, unless an option names the app.",
-            autocompletion=completion.jobs,
-            show_default=False,
-        ),
-    ] = None,
+    words: ManyJobs = None,
     where: Annotated[
         list[str] | None,
         typer.Option(
@@ -275,15 +276,7 @@ def cancel(
 
 @app.command("redrive")
 def redrive(
-    words: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[MODULE:APP] [ID]...",
-            help="The jobs' ids, or the ids' first characters; put the app before them, unless an option names the app.",
-            autocompletion=completion.jobs,
-            show_default=False,
-        ),
-    ] = None,
+    words: ManyJobs = None,
     where: Annotated[
         list[str] | None,
         typer.Option(

@@ -54,6 +54,7 @@ StatusUrl = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")]
 Reason = Annotated[str | None, typer.Option("--reason", "-r", help="The reason, kept in the log.", show_default=False)]
+By = Annotated[str | None, typer.Option("--by", help="Who gives the command.", show_default="user@host")]
 AppWord = Annotated[
     list[str] | None,
     typer.Argument(metavar="[MODULE:APP]", help="The app, unless an option names it.", show_default=False),

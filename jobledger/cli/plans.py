@@ -13,7 +13,7 @@ import typer
 from jobledger.cli import output
 from jobledger.cli.commands import CommandGroup, words_of
 from jobledger.cli.loading import find_app
-from jobledger.cli.options import AppOption, AppWord, Bootstrap, Json, Namespace, Reason, StatusUrl
+from jobledger.cli.options import AppOption, AppWord, Bootstrap, By, Json, Namespace, Reason, StatusUrl
 from jobledger.cli.output import Cell
 from jobledger.process.wording import counted
 
@@ -37,7 +37,6 @@ OnePlan = Annotated[
         show_default=False,
     ),
 ]
-By = Annotated[str | None, typer.Option("--by", help="Who gives the command.", show_default="user@host")]
 
 
 @contextmanager
