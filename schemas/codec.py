@@ -209,9 +209,13 @@ def _submitted(fact: ev.JobSubmitted) -> bytes | None:
     return b"".join((_long(len(args)), args, block, _option(spec.parent), PLAIN_END[2:]))
 
 
-def _started(fact: ev.JobStarted) -> bytes | None:
+def _started(fact: ev.JobStarted) -> bytes:
+    ends = _long(fact.work_offset) + (_long(fact.takeover) if fact.takeover else b"\0")
     if fact.waits:
-        return None
+        waits = b"".join(
+            (_long(len(fact.waits)), *[_text(cause) + _long(ms) for cause, ms in fact.waits.items()], b"\0")
+        )
+        return b"".join((_text(fact.worker), _option(fact.version), waits, _text(fact.work_topic), ends))
     mark = (fact.worker, fact.version, fact.work_topic)
     begins = _begins.get(mark)
     if begins is None:
@@ -220,7 +224,7 @@ def _started(fact: ev.JobStarted) -> bytes | None:
         no_waits = b"\0"
         begins = _text(fact.worker) + _option(fact.version) + no_waits + _text(fact.work_topic)
         _begins[mark] = begins
-    return begins + _long(fact.work_offset) + (_long(fact.takeover) if fact.takeover else b"\0")
+    return begins + ends
 
 
 def _succeeded(fact: ev.JobSucceeded) -> bytes:

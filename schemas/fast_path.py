@@ -158,10 +158,10 @@ def _started(value: bytes, at: int) -> ev.Fact | None:
     worker = value[at]
     version_at = at + 1 + (worker >> 1)
     waits_at = after_option(value, version_at) if value[version_at] else version_at + 1
-    topic_at = waits_at + 1
+    topic_at = _after_waits(value, waits_at) if value[waits_at] else waits_at + 1
     topic = value[topic_at]
     end = topic_at + 1 + (topic >> 1)
-    if value[waits_at] or (worker | topic) & 0x81:
+    if (worker | topic) & 0x81:
         return None
     if not (value[at:version_at].isascii() and value[topic_at:end].isascii()):
         return None
@@ -176,6 +176,24 @@ def _started(value: bytes, at: int) -> ev.Fact | None:
         version = value[version_at + 2 : waits_at].decode() if value[version_at] else None
         fact = _starts[who] = ev.JobStarted(value[at + 1 : version_at].decode(), version, {}, "", 0)
     return fact
+
+
+def _after_waits(value: bytes, at: int) -> int:
+    """Return the offset after a start's waits. Raises `IndexError` unless they are one block, as `encode` writes
+    them."""
+    count = value[at]
+    at += 1
+    if count & 0x81:
+        raise IndexError
+    for _ in range(count >> 1):
+        length = value[at]
+        end = at + 1 + (length >> 1)
+        if length & 0x81 or not value[at:end].isascii():
+            raise IndexError
+        at = _after_long(value, end)
+    if value[at]:  # another block
+        raise IndexError
+    return at + 1
 
 
 def _succeeded(value: bytes, at: int) -> ev.Fact | None:

@@ -47,9 +47,6 @@ from jobledger.schemas.events import JobEvent, JobProgressed, JobStarted, JobSuc
 
 LOG = get_logger("jobledger.worker")
 
-#: The waits of a job that did not wait in the worker. Shared by all starts, never changed.
-_NO_WAITS: dict[str, int] = {}
-
 _monotonic = time.monotonic
 _uuid7 = uuid_utils.uuid7
 
@@ -118,7 +115,7 @@ class Recorder:
                 event.home,
                 self._source,
                 event.trace,
-                JobStarted(self._source, self._version, _NO_WAITS, partition.topic, work.offset, work.starts_before),
+                JobStarted(self._source, self._version, work.waits, partition.topic, work.offset, work.starts_before),
             )
         )
         if delivered is not None:

@@ -278,7 +278,7 @@ class Placement:
         the starts in the log. ``text``: the message to log."""
         if self._clear_to_start(work, partial(self._start_again, text)):
             LOG.warning("%s", text)
-            work.began = _monotonic()
+            work.began, work.waits = _monotonic(), {}
             work.context = context_of(work)
             self._running_jobs.begun += 1
             try:

@@ -252,7 +252,7 @@ class Admission:
         # Keep the record's bytes, unless they have another schema or framing, or the expiry was made a point in time.
         if not isinstance(value, bytes) or not value.startswith(_OWN) or spec.expires_at is not None:
             value = codec.encode(event)
-        one = ParkedRecord(offset, message.timestamp()[1], value, runtime, offset < prior.suspect_below)
+        one = ParkedRecord(offset, message.timestamp()[1], value, runtime, offset < prior.suspect_below, now)
         self._wait_queues.add_parked(partition, identity, one, serial=event.key is not None, tenant=tenant)
         return True
 

@@ -183,3 +183,6 @@ class Lanes:
             runtime.limiter.paused = control.paused.get(("task", runtime.name))
             runtime.limiter.override(control.limits.get(("task", runtime.name)))
             runtime.regate()
+            if runtime.limiter.paused is not None:
+                for wait_queue in runtime.limiter.waiting_queues:
+                    wait_queue.held_by = runtime.limiter.cause

@@ -67,6 +67,7 @@ class SlotQueues:
                 return False
             waiting.popleft()
             work.waiting = False
+            work.waited("slots", now - work.queued_at)
             ended = self._starter.refused(work)
             if ended is not None:
                 self._recorder.close_with(work, ended)

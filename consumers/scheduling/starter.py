@@ -68,7 +68,7 @@ class Starter:
             work.slots = slots
             self._begin(work, now)
         else:
-            work.waiting = True
+            work.waiting, work.queued_at = True, now
             lane = self._by_topic[work.partition.topic]
             lane.waiting.setdefault(slots.name, deque()).append(work)
 

@@ -31,6 +31,8 @@ _monotonic = time.monotonic
 SNOOZED_AT_ONCE = 64
 #: Maximum number of wait queues of a gate in which `make_room` looks for such jobs.
 SEARCHED_MOST = 1_000
+#: The cause of the time in a wait queue during which no gate held its first job back, by the kind of the wait queue.
+_CAUSES = {"key": "key", "tag": "tenant", "task": "limit"}
 #: A job of a wait queue joins the jobs of its lane that wait for slots of one kind only while fewer than this many
 #: wait; in a queue with priorities, only if none waits.
 SLOT_QUEUE = 64
@@ -120,7 +122,7 @@ class WaitQueues:
 
     def enqueue(self, work: JobRun, identity: tuple[str, ...], *, serial: bool, tenant: str = "") -> WaitQueue:
         work.wait_queue = wait_queue = self._join(work.partition, identity, work, serial, tenant)
-        work.waiting = True
+        work.waiting, work.queued_at = True, _monotonic()
         return wait_queue
 
     def _join(
@@ -271,6 +273,7 @@ class WaitQueues:
                 return self._wait_at(wait_queue, gate, now)
         wait_queue.works.popleft()
         wait_queue.partition.backlog.count -= 1
+        _note_waits(work, wait_queue, now)
         wait_queue.gate = None
         work.waiting = False
         wait_queue.busy, wait_queue.over = wait_queue.serial, 0
@@ -314,8 +317,10 @@ class WaitQueues:
 
     def _wait_at(self, wait_queue: WaitQueue, gate: Gate | Slots, now: float) -> int:
         if wait_queue.gate is not gate:
+            if wait_queue.gate is None:
+                wait_queue.gated_at = now
             self._gate_not_used(wait_queue)
-        wait_queue.gate = gate
+        wait_queue.gate, wait_queue.held_by = gate, gate.cause
         wait_queue.queued = True
         gate.waiting_queues.append(wait_queue)
         self.awaited[gate] = None
@@ -401,6 +406,7 @@ class WaitQueues:
             return
         work.outcome, work.starts_before, work.suspect, work.slots, work.timer = None, 0, False, None, None
         work.interrupted = None  # each attempt has its own time limit
+        work.queued_at, work.waits = _monotonic(), {}
         wait_queue.works.appendleft(work)
         partition.backlog.count += 1
         wait_queue.busy = False
@@ -438,3 +444,15 @@ def _joins_slot_queue(lane: Lane, wait_queue: WaitQueue, gate: Gate | Slots) -> 
     if not isinstance(gate, Slots) or wait_queue.identity[0] != "task":
         return False
     return len(lane.waiting.get(gate.name, ())) < (1 if lane.has_priorities else SLOT_QUEUE)
+
+
+def _note_waits(work: JobRun, wait_queue: WaitQueue, now: float) -> None:
+    """Note on a job that leaves its wait queue how long it waited. The time since the first job was held back by a gate
+    counts for the gate that held it back last. The time before counts for the key or the tenant, or, in a task's wait
+    queue, for the limit that made the jobs wait."""
+    seconds = now - work.queued_at
+    if wait_queue.gate is not None:
+        held = now - max(wait_queue.gated_at, work.queued_at)
+        work.waited(wait_queue.held_by, held)
+        seconds -= held
+    work.waited(_CAUSES[wait_queue.identity[0]], seconds)

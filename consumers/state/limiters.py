@@ -48,6 +48,11 @@ class Gate(Protocol):
         """Return the seconds until the gate may open by itself; None: only an event opens the gate."""
         ...
 
+    @property
+    def cause(self) -> str:
+        """The word for what holds jobs back, in the facts of jobs that waited."""
+        ...
+
     def describe(self) -> str:
         """Describe for people what holds jobs back."""
         ...
@@ -169,6 +174,11 @@ class Limiter:
         self._fill(now)
         return max(0.0, (1.0 - self._tokens) / self.rate)
 
+    @property
+    def cause(self) -> str:
+        """See `Gate.cause`."""
+        return "limit" if self.paused is None else "pause"
+
     def describe(self) -> str:
         """See `Gate.describe`."""
         limits = self.limits
@@ -264,6 +274,11 @@ class AdaptiveGate:
         """See `Gate.seconds_until_open`."""
         return None
 
+    @property
+    def cause(self) -> str:
+        """See `Gate.cause`."""
+        return "limit"
+
     def describe(self) -> str:
         """See `Gate.describe`."""
         return f"{self.name}: {int(self.limit)} at once in a worker, adapted to latency and errors"
@@ -323,6 +338,11 @@ class BreakerGate:
         """See `Gate.seconds_until_open`."""
         return None if self._open_until is None or self._trying else max(0.0, self._open_until - now)
 
+    @property
+    def cause(self) -> str:
+        """See `Gate.cause`."""
+        return "circuit"
+
     def describe(self) -> str:
         """See `Gate.describe`."""
         return f"{self.name}: its circuit is open after {counted(self._failures, 'failure')} in a row"
@@ -340,6 +360,11 @@ class Slots:
     def __init__(self, name: str, most: int) -> None:
         self.name, self.most, self.running = name, most, 0
         self.waiting_queues: deque[Any] = deque()
+
+    @property
+    def cause(self) -> str:
+        """See `Gate.cause`."""
+        return "slots"
 
     def free(self, now: float) -> int:
         """See `Gate.free`."""

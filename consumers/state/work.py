@@ -54,22 +54,26 @@ _SETTLING, _DERIVED, _CONTINUING = RecordKind.SETTLING, RecordKind.DERIVED, Reco
 Arrived = deque[tuple["JobRun", RecordKind, KafkaError | None, Message]]
 
 _NOWHERE: frozenset[str] = frozenset()  # shared by all jobs, because each call of `frozenset` creates an object
+_NO_WAITS: dict[str, int] = {}  # shared in the same way, and never changed
 
 
 class ParkedRecord:
     """A job far back in a wait queue, of which only the record is kept: a tenth of the memory of a `JobRun`.
 
     ``value``: the event, encoded with this version's schema. ``appended``: when the record was appended, in ms of the
-    broker's clock. ``runtime``: None if this worker does not know the task. ``suspect``: see `JobRun`.
+    broker's clock. ``runtime``: None if this worker does not know the task. ``suspect``, ``queued_at``: see `JobRun`.
     """
 
-    __slots__ = ("appended", "offset", "runtime", "suspect", "value")
+    __slots__ = ("appended", "offset", "queued_at", "runtime", "suspect", "value")
 
     #: Bytes of memory that a parked record takes in addition to its value, including its entry in `PartitionOffsets`.
-    OVERHEAD = 300
+    OVERHEAD = 330
 
-    def __init__(self, offset: int, appended: int, value: bytes, runtime: TaskRuntime | None, suspect: bool) -> None:
+    def __init__(
+        self, offset: int, appended: int, value: bytes, runtime: TaskRuntime | None, suspect: bool, queued_at: float
+    ) -> None:
         self.offset, self.appended, self.value, self.runtime, self.suspect = offset, appended, value, runtime, suspect
+        self.queued_at = queued_at
 
     def revive(self, partition: Partition, arrived: Arrived) -> JobRun:
         """Create the `JobRun` of the record. The job's arguments are not decoded yet."""
@@ -82,6 +86,7 @@ class ParkedRecord:
             self.runtime,
             self.suspect,
         )
+        work.queued_at = self.queued_at
         partition.live[self.offset] = work
         return work
 
@@ -99,16 +104,30 @@ class WaitQueue:
     events of that job: its slot became free, and the last fact of its attempt was acknowledged.
 
     ``tenant``: this wait queue takes turns with the wait queues of other tenants; "" if the job queue has no tenants.
-    ``queued``: this wait queue is in the turns of its lane, or waits at a gate.
+    ``queued``: this wait queue is in the turns of its lane, or waits at a gate. ``gated_at``: when a gate began to hold
+    its first job back (`time.monotonic`). ``held_by``: the cause that the last of these gates gives (`Gate.cause`).
     """
 
-    __slots__ = ("busy", "gate", "identity", "over", "partition", "queued", "serial", "tenant", "works")
+    __slots__ = (
+        "busy",
+        "gate",
+        "gated_at",
+        "held_by",
+        "identity",
+        "over",
+        "partition",
+        "queued",
+        "serial",
+        "tenant",
+        "works",
+    )
 
     def __init__(self, partition: Partition, identity: tuple[str, ...], serial: bool, tenant: str) -> None:
         self.partition, self.identity, self.serial, self.tenant = partition, identity, serial, tenant
         self.busy = self.queued = False
         self.over = 0
         self.gate: Gate | Slots | None = None  # held this queue back last; None after a job left the queue
+        self.gated_at, self.held_by = 0.0, ""
         self.works: deque[JobRun | ParkedRecord] = deque()
 
 
@@ -288,6 +307,7 @@ class JobRun:
         "outcome",
         "partition",
         "progressed",
+        "queued_at",
         "remaining",
         "reported_at",
         "runtime",
@@ -303,6 +323,7 @@ class JobRun:
         "unsent",
         "wait_queue",
         "waiting",
+        "waits",
     )
 
     def __init__(self, partition: Partition, offset: int, event: JobEvent | None, arrived: Arrived) -> None:
@@ -324,6 +345,8 @@ class JobRun:
         # of its start, or for its next attempt.
         self.waiting = False
         self.wait_queue: WaitQueue | None = None  # the wait queue in which the job waits, or which the job keeps busy
+        self.queued_at = 0.0  # when it joined the wait queue or the slot queue in which it waits (`time.monotonic`)
+        self.waits = _NO_WAITS  # ms that it waited in this worker before its next start, by cause; see `waited`
         self.gates: tuple[Gate, ...] = ()  # the gates that count the job while it runs
         self.counted_at = 0.0  # when these gates counted the job as begun (`time.monotonic`)
         self.expires_at: int | None = None  # µs of the broker's clock
@@ -344,6 +367,13 @@ class JobRun:
         self.context: JobContext | None = None  # until its code begins
         self.kwargs: dict[str, Any]
         self.send_progress: Callable[[JobRun, JobProgressed], None]
+
+    def waited(self, cause: str, seconds: float) -> None:
+        """Add to the time that the job waited before its next start. ``cause``: ``key``, ``tenant``, ``limit``,
+        ``pause``, ``circuit`` or ``slots``; see docs/wire.md. Less than a millisecond is not noted."""
+        ms = int(seconds * 1000)
+        if ms > 0:
+            self.waits = {**self.waits, cause: self.waits.get(cause, 0) + ms}
 
     def settling_delivered(self, error: KafkaError | None, message: Message) -> None:
         """Queue the delivery report of a closing fact or a `JobLeased`. A delivery callback; runs in the thread that

@@ -57,11 +57,13 @@ def _describe(fact: object) -> str:
             return _condition(delay_ms, due_at) + _spec(spec)
         case e.JobDue(due_at=due_at) | e.ReleaseDecided(due_at=due_at) | e.ReleaseOverdue(due_at=due_at):
             return f"due {clock(due_at)}"
-        case e.JobStarted(worker=worker, takeover=takeover, version=version):
+        case e.JobStarted(worker=worker, takeover=takeover, version=version, waits=waits):
+            waited = ", ".join(f"{duration(ms / 1000)} ({cause})" for cause, ms in waits.items())
             return (
                 f"by {worker}"
                 + (f", version {version}" if version else "")
                 + (f", takeover {takeover}" if takeover else "")
+                + (f", waited {waited}" if waited else "")
             )
         case e.JobProgressed(done=done, total=total, message=message):
             return progress(done, total, message)

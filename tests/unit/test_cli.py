@@ -657,6 +657,10 @@ FACTS: list[tuple[ev.Fact, str]] = [
     (ev.JobSubmitted(SPEC, 1500), 'in 1.5 s {"to":"a@example.org"} [tenant=acme]'),
     (ev.JobDue(SPEC, 0), "due 19"),
     (ev.JobStarted("h:1", None, {}, "t", 0, 2), "by h:1, takeover 2"),
+    (
+        ev.JobStarted("h:1", "7", {"key": 2_500, "slots": 40}, "t", 0),
+        "by h:1, version 7, waited 2.5 s (key), 40 ms (slots)",
+    ),
     (ev.JobProgressed(1, 3, 10, "unpacking"), "3/10 (30 %) unpacking"),
     (ev.JobRetried(ERROR, 2000, 5000), "ValueError: no such thing after 5 ms, again in 2.0 s"),
     (ev.JobSnoozed(2000, "closed"), "again in 2.0 s: closed"),

@@ -27,7 +27,7 @@ FACTS: st.SearchStrategy[ev.Fact] = st.one_of(
     ),
     st.builds(
         ev.JobStarted,
-        *(TEXT, st.none() | TEXT, st.just({}) | st.dictionaries(TEXT, LONG, max_size=1)),
+        *(TEXT, st.none() | TEXT, st.just({}) | st.dictionaries(TEXT, LONG, max_size=3)),
         *(TEXT, LONG | st.integers(0, 10**6), st.integers(0, 70)),
     ),
     st.builds(ev.JobSucceeded, st.none() | st.binary(max_size=80), LONG | st.integers(0, 10**6)),
@@ -114,6 +114,7 @@ def test_the_fast_path_reads_the_facts_of_a_plain_job() -> None:
         ev.JobSubmitted(ev.JobSpec(b"x" * 5_000, {"tenant": "a", "plan": "b"}, str(uuid.uuid4()))),
         ev.JobStarted("host:1", None, {}, "shop.jobs.mail", 2**40),
         ev.JobStarted("host:1", "2026.11-\N{LATIN SMALL LETTER E WITH ACUTE}", {}, "shop.jobs.mail", 7),
+        ev.JobStarted("host:1", None, {"key": 1_200, "slots": 2**40}, "shop.jobs.mail", 7),
         ev.JobSucceeded(b'{"a":1}', 2**33),
     ):
         one, two = str(uuid.uuid4()), str(uuid.uuid4())
