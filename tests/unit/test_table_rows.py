@@ -30,7 +30,7 @@ FACTS: Sequence[tuple[str, ev.Fact]] = (
     ("shop.lifecycle", ev.JobSucceeded()),
     ("shop.lifecycle", ev.JobFailedFact("exhausted", BAD)),
     ("shop.lifecycle", ev.JobCancelledFact("ann", None)),
-    ("shop.lifecycle", ev.JobExpiredFact()),
+    ("shop.lifecycle", ev.JobExpiredFact(5)),
 )
 #: A job's records in the order of the log: (number of the fact, run).
 RECORDS = st.lists(st.tuples(st.integers(0, len(FACTS) - 1), st.integers(1, 2)), min_size=1, max_size=8)
@@ -78,7 +78,9 @@ def test_a_row_goes_exactly_if_its_job_ended_before_the_limit_of_its_state(
         assert all(walk.ends for walk in taken)
     for walk in taken:
         assert walk.state is project(life).state
-        assert row(life).submitted_ms < walk.before_ms
+        read = row(life)
+        if read.ended_ms is None or read.submitted_ms <= read.ended_ms:  # as in every log of one clock
+            assert read.submitted_ms < walk.before_ms
 
 
 @given(RECORDS, st.integers(1, 8), LIMITS)
@@ -93,10 +95,9 @@ def test_a_row_that_was_begun_again_is_no_difference(
     removed = Removed(limits)
     before, after = folded(each[:split]), folded(each[split:])
     log = folded(each)
-    if before.positions and last_ms(before) < removed.before_ms and after.positions:
-        assert removed.begun_again(after, log)
-    if last_ms(before) >= removed.before_ms:
-        assert not removed.begun_again(after, log)
+    # The positions of progress reports are not kept, so reports alone do not tell when a row was begun.
+    if before.positions and after.positions:
+        assert removed.begun_again(after, log) == (before.positions[-1][0] < removed.before_ms)
     assert not removed.begun_again(log, log)
     assert not removed.begun_again(before, log) or before.positions == log.positions[-len(before.positions) :]
 
