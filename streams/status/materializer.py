@@ -318,7 +318,11 @@ class Materializer:
 
     def _remove(self, store: Store, projector: RowFolder) -> None:
         """Remove the next piece of old rows, if it is due."""
-        removed, limits = self.remover.step(store, time.monotonic)
+        try:
+            removed, limits = self.remover.step(store, time.monotonic)
+        except StoreError:  # the transaction may have been committed
+            projector.forget(None)
+            raise
         projector.forget(removed)
         self._reread.before_ms = max(self._reread.before_ms, *limits.values(), 0)
 

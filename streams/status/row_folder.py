@@ -151,8 +151,12 @@ class RowFolder:
         if len(young) > self._generation:
             self._old, self._young = young, {}
 
-    def forget(self, job_ids: Iterable[str]) -> None:
-        """Drop the cached states of jobs whose rows were removed."""
+    def forget(self, job_ids: Iterable[str] | None) -> None:
+        """Drop the cached states of jobs whose rows were removed; None: all states, because it is not known which rows
+        were removed."""
+        if job_ids is None:
+            self._young, self._old = {}, {}
+            return
         for job_id in job_ids:
             self._young.pop(job_id, None)
             self._old.pop(job_id, None)
