@@ -21,8 +21,9 @@ LOG = get_logger("jobledger.materializer")
 
 #: Seconds that one piece should take: a fact is visible later by at most about this time.
 PIECE_S = 0.005
-#: Number of rows read in the first piece, and the largest number.
-FIRST_ROWS, MOST_ROWS = 100, 1_000
+#: Smallest and largest number of rows read in a piece. With fewer rows, a slow transaction would remove rows more slowly
+#: than new ones come.
+LEAST_ROWS, MOST_ROWS = 100, 1_000
 #: After a piece, the pause is this many times as long as the piece took.
 REST = 4
 #: A plan that is still being listed this many ms after it was opened keeps no rows: its caller has died.
@@ -50,7 +51,7 @@ class Remover:
         self._lock = threading.Lock()
         self._order: Order | None = None
         self._walks: list[Walk] | None = None  # those left; None: the order was not begun
-        self._rows = FIRST_ROWS
+        self._rows = LEAST_ROWS
         self._next = 0.0
         self._removed = 0
 
@@ -113,8 +114,8 @@ class Remover:
             self._on_removed(walk.state.value, len(piece.removed))
         took = ended - began
         self._next = ended + REST * took
-        if took > self._piece_s:
-            self._rows = max(1, self._rows // 2)
+        if took > self._piece_s and self._rows > LEAST_ROWS:
+            self._rows = max(LEAST_ROWS, self._rows // 2)
         elif took < self._piece_s / 3 and piece.read == self._rows:
             self._rows = min(MOST_ROWS, self._rows * 2)
 
