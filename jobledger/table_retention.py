@@ -65,7 +65,7 @@ def checked(spans: Mapping[str, float | dt.timedelta]) -> dict[str, float]:
 
 def _shown(span: object) -> str:
     number = isinstance(span, int | float) and not isinstance(span, bool)
-    return f"{span:g} s" if number and math.isfinite(span) else repr(span)  # type: ignore[arg-type,str-format]
+    return f"{span:g} s" if number and math.isfinite(span) else repr(span)  # type: ignore[arg-type]
 
 
 def limits(spans: Mapping[str, float], now_ms: int) -> dict[str, int]:

@@ -67,8 +67,10 @@ def test_rows_go_and_verify_and_rebuild_know(world: World) -> None:
     """Rows of succeeded jobs go. `verify` finds the table equal, and a rebuild makes the same table again. A row that is
     missing although its retention is not over is a difference, and is restored."""
     ids = world.fill(70)
-    with Running(world.materializer()) as running, closing(world.reader()) as reader:
+    with ExitStack() as stack:
+        running = stack.enter_context(Running(world.materializer()))
         running.catch_up()
+        reader = stack.enter_context(closing(world.reader()))
         bench = Bench(world, running.made, reader)
         states = reader.states(ids)
         gone = {job_id for job_id in ids if states[job_id] is State.SUCCEEDED}
@@ -138,8 +140,10 @@ def test_no_row_goes_while_a_plan_has_not_ended(world: World) -> None:
     """A paused plan keeps the rows of the jobs that it names. After it was aborted, they go."""
     ids = world.fill(20)
     plan_id = new_id()
-    with Running(world.materializer()) as running, closing(world.reader()) as reader:
+    with ExitStack() as stack:
+        running = stack.enter_context(Running(world.materializer()))
         running.catch_up()
+        reader = stack.enter_context(closing(world.reader()))
         bench = Bench(world, running.made, reader)
         bench.plan(
             plan_id,
