@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from jobledger import addresses
+from jobledger import addresses, table_retention
 from jobledger.errors import BrokerUnavailable, ConfigError
 from jobledger.kafka.embedded.defaults import default_home
 from jobledger.process.extras import installed
@@ -33,6 +33,7 @@ KNOWN = (
     "SUBMIT_TIMEOUT",
     "MAX_RECORD_BYTES",
     "RETENTION_DAYS",
+    "TABLE_RETENTION",
     "VERSION",
     "HOME",
     "LOG_LEVEL",
@@ -133,8 +134,9 @@ class Settings:
     SQLite file per namespace under ``home``. ``submit_timeout``: seconds that a submission may wait for its
     acknowledgement before it raises `BrokerUnavailable`. ``max_record_bytes``: the largest encoded record that is sent,
     1,000 bytes or more; a larger record raises `PayloadTooLarge`. ``retention_days``: the days for which the log keeps
-    the records of jobs that have ended; the stream processor deletes older ones. ``kafka``: extra client settings with
-    librdkafka's names, e.g. ``{"security.protocol": "SSL"}``. ``home``: the folder of the embedded broker, of the
+    the records of jobs that have ended; the stream processor deletes older ones. ``table_retention``: the seconds for
+    which the status table keeps the row of a job after its end, by state; rows of a state that is not named are kept for
+    ever. ``kafka``: extra client settings with librdkafka's names, e.g. ``{"security.protocol": "SSL"}``. ``home``: the folder of the embedded broker, of the
     default status tables and of the coordinator's data. ``schema_registry``: URL of a Confluent-compatible Schema
     Registry, ``http[s]://[user:password@]host[:port][/path]``; None: no registry is used. ``version``: the version of the
     app's code, as text of at most 63 bytes; workers write it into each start of a job. ``role``: the part of
@@ -149,6 +151,7 @@ class Settings:
     submit_timeout: float = DEFAULT_SUBMIT_TIMEOUT_S
     max_record_bytes: int = DEFAULT_MAX_RECORD_BYTES
     retention_days: float = DEFAULT_RETENTION_DAYS
+    table_retention: Mapping[str, float] = field(default_factory=dict)
     kafka: Mapping[str, str] = field(default_factory=dict, repr=False)
     home: Path = field(default_factory=lambda: default_home())
     schema_registry: str | None = field(default=None, repr=False)
@@ -160,6 +163,7 @@ class Settings:
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 < value < math.inf:  # this also excludes nan
                 raise ConfigError(f"{name}={value!r} ({PREFIX}{name.upper()}) is not a number above 0")
+        object.__setattr__(self, "table_retention", table_retention.checked(self.table_retention))
         most: object = self.max_record_bytes
         if not isinstance(most, int) or most < LEAST_MAX_RECORD_BYTES:
             raise ConfigError(_no_size(f"max_record_bytes={most!r} ({PREFIX}MAX_RECORD_BYTES)"))
@@ -193,6 +197,7 @@ class Settings:
             submit_timeout=_number(env, "SUBMIT_TIMEOUT", DEFAULT_SUBMIT_TIMEOUT_S),
             max_record_bytes=_size(env, "MAX_RECORD_BYTES", DEFAULT_MAX_RECORD_BYTES),
             retention_days=_number(env, "RETENTION_DAYS", DEFAULT_RETENTION_DAYS),
+            table_retention=table_retention.parse(env.get(PREFIX + "TABLE_RETENTION") or ""),
             kafka=kafka,
             home=default_home(env),
             schema_registry=env.get(PREFIX + "SCHEMA_REGISTRY") or None,

@@ -53,6 +53,7 @@ NOTES: Mapping[str, str] = {
     "submission-trimmed": "jobs whose first records were trimmed or not read; only a part of their records was checked",
     "no-job-id": "records without a job_id",
     "rows-behind": "jobs of which the status table has not read all records; their rows were not compared",
+    "rows-removed": "jobs whose rows were removed from the status table after their end; they were not compared",
 }
 
 

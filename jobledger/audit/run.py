@@ -19,7 +19,7 @@ from jobledger.audit.records import Record
 from jobledger.audit.rules import Life, Scope
 from jobledger.audit.source import Source
 from jobledger.audit.spill import PLACE, Spill
-from jobledger.audit.table import Row, StatusFile, differences, feeds, final
+from jobledger.audit.table import Row, StatusFile, differences, feeds, final, past
 from jobledger.config import Settings
 from jobledger.kafka.topic_names import Names
 
@@ -183,6 +183,7 @@ class Judge:
         self.scope, self.found, self.jobs, self.rows = scope, found, 0, 0
         self._table, self._queues, self._keep = table, frozenset(queues), keep
         self._next_offsets = {} if table is None else table.offsets()
+        self._limits = {} if table is None else table.removed()
 
     def all(self, groups: Iterator[tuple[str, list[Record]]]) -> None:
         """Check every group, and close the table.
@@ -225,13 +226,16 @@ class Judge:
         if any(r.offset >= self._next_offsets.get((r.topic, r.partition), 0) for r in state_facts):
             self.found.note("rows-behind")
             return
+        wrong = [] if row is None else differences(life.job_id, final(state_facts), row.final)
+        if (row is None or wrong) and past(state_facts, self._limits):
+            self.found.note("rows-removed")
+            return
         self.rows += 1
         if row is None:
             self.found.fault(
                 "row-missing", life.job_id, "the status table has read all records of this job", *state_facts[-1:]
             )
             return
-        wrong = differences(life.job_id, final(state_facts), row.final)
         if wrong:
             text = "; ".join(f"{d.field}: log {d.log!r}, table {d.table!r}" for d in wrong)
             self.found.fault("row-differs", life.job_id, text, *state_facts[-1:])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,6 +50,10 @@ class Final(NamedTuple):
     error: str | None = None
 
 
+#: Prefix of the keys in `meta` with the times up to which rows of ended jobs were removed, by state.
+_REMOVED = "removed:"
+
+
 def feeds(record: Record) -> bool:
     """Return whether a record affects its job's state."""
     if record.fact in _ON_LIFECYCLE:
@@ -78,6 +82,20 @@ def final(records: Iterable[Record]) -> Final | None:
     error = body["error"]["type"].replace("\0", "\ufffd") if last.fact in ("JobFailed", "JobRetried") else None
     task, queue = stored(head["task"]), stored(head["queue"])
     return Final(state, task, queue, head["run"], head["attempt"], head["release"], result, error)
+
+
+def past(records: Iterable[Record], limits: Mapping[str, int]) -> bool:
+    """Return whether the status table may have removed a job's row: the outcome that it shows was appended before the
+    time up to which rows of its state were removed. ``limits``: these times in ms, by state."""
+    life = list(filter(feeds, records))
+    run = max((r.head["run"] for r in life), default=0)
+    ends = sorted(
+        (TERMINAL_RANK[r.fact], *r.place, r.at) for r in life if r.head["run"] == run and r.fact in TERMINAL_RANK
+    )
+    if not ends:
+        return False
+    rank, *_, at = ends[0]
+    return any(rank == TERMINAL_RANK[fact] and at < limits.get(state, 0) for fact, state in TERMINAL_STATE.items())
 
 
 def _last(life: list[Record]) -> Record:
@@ -137,6 +155,13 @@ class StatusFile:
         """Return for each partition the next offset that the table will read."""
         rows: list[Any] = self._connection.execute("SELECT topic, partition, next_offset FROM offsets").fetchall()
         return {(topic, partition): offset for topic, partition, offset in rows}
+
+    def removed(self) -> dict[str, int]:
+        """Return for each state the time in ms up to which rows of ended jobs were removed."""
+        rows: list[Any] = self._connection.execute(
+            "SELECT key, value FROM meta WHERE key LIKE ?", (f"{_REMOVED}%",)
+        ).fetchall()
+        return {key.removeprefix(_REMOVED): int(value) for key, value in rows}
 
     def rows(self) -> Iterator[Row]:
         """Yield every row. The rows are sorted by the bytes of their job ids."""

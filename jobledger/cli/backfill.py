@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from jobledger.cli import completion, output
-from jobledger.cli.commands import judged, moment_ms
+from jobledger.cli.commands import Wrong, judged, moment_ms
 from jobledger.cli.loading import load_app
 from jobledger.cli.options import Bootstrap, Json, StatusUrl, Target, moment
 from jobledger.cli.output import Cell, Exit
@@ -46,6 +47,14 @@ def backfill(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Count the jobs that would be submitted; submit none.")
     ] = False,
+    again: Annotated[
+        bool,
+        typer.Option(
+            "--again",
+            help="Also submit jobs of events from the time for which rows were removed from the status table. Those that "
+            "the handler has run already run again.",
+        ),
+    ] = False,
     restart: Annotated[
         bool,
         typer.Option("--restart", help="Discard the progress of an interrupted backfill and start from the beginning."),
@@ -68,6 +77,8 @@ def backfill(
     with judged():
         app.registry.handler(handler)
     try:
+        if not again:
+            _refuse_removed(plan.since, app.status_table().removed())
         backfiller = Backfill(app.registry, app.settings, plan, known_to(app.status_table().job, JobNotFound))
         with _bar(handler, quiet=as_json, dry_run=dry_run) as tell, stopping() as stop:
             progress = backfiller.run(stop, tell)
@@ -91,6 +102,19 @@ def _plan(
     with judged("--rate"):
         pace = None if rate is None else events_per_second(rate)
     return BackfillPlan(handler, begin, end, pace, dry_run, restart)
+
+
+def _refuse_removed(begin_ms: int | None, limits: Mapping[str, int]) -> None:
+    """Raise `Wrong` if the backfill begins at a time for which rows were removed from the status table: the table cannot
+    tell then which jobs have run. ``limits``: `StatusReader.removed`."""
+    removed_ms = max(limits.values(), default=0)
+    if removed_ms and (begin_ms is None or begin_ms < removed_ms):
+        first = dt.datetime.fromtimestamp(-(-removed_ms // 1000), dt.UTC).strftime("%Y-%m-%dT%H:%M:%S")
+        raise Wrong(
+            f"the status table no longer has the rows of all jobs before {first} (JOBLEDGER_TABLE_RETENTION), so it is not "
+            f"known which jobs of earlier events have run: give --from {first} or later, or --again to run the handler for "
+            "earlier events in any case"
+        )
 
 
 def _print_json(plan: BackfillPlan, topic: str, progress: BackfillProgress) -> None:

@@ -27,7 +27,8 @@ def verify(
 ) -> None:
     """Fold the whole log again and compare the result with the status table. Exit code 0 if they are equal, 4 if not.
 
-    The materializer may run meanwhile. Jobs whose records the log no longer has completely are left out, and counted.
+    The materializer may run meanwhile. Jobs whose records the log no longer has completely are left out, and counted;
+    so are jobs whose rows were removed some time after their end.
     """
     from jobledger.streams.status import rebuild as tables
 
@@ -47,6 +48,8 @@ def verify(
             ("digest of the log", result.log_digest),
             ("read", f"{counted(result.records, 'record')} in {output.duration(result.seconds)}"),
         ]
+        if result.removed:
+            fields.append(("removed", f"{counted(result.removed, 'job')}, not compared: the table's retention is over"))
         if result.differing:
             fields.append(("differing", (f"{counted(result.differing, 'job')}, including", "red")))
             fields += [("", job_id) for job_id in result.first_differing]
@@ -88,6 +91,8 @@ def rebuild(
         ),
         ("read", f"{counted(result.records, 'record')} in {output.duration(result.seconds)}"),
     ]
+    if result.removed:
+        fields.append(("removed", f"{counted(result.removed, 'job')}, left out: the table's retention is over"))
     if result.rejected:
         fields.append(("not events", (f"{counted(result.rejected, 'record')}, skipped", "yellow")))
     output.print_fields(fields)

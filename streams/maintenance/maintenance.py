@@ -9,6 +9,8 @@ removal of old cancels.
 * **Trimming** deletes records past the retention age that every reader has read (`jobledger.streams.maintenance.trim`).
   Readers are workers, the coordinator, the status table, projections of facts in the same database, and the groups of
   `App.lifecycle`.
+* **Rows** of jobs that ended some time ago are removed from the status table
+  (`jobledger.streams.maintenance.table_rows`).
 * **Cancels** of runs that have ended are removed from the control topic (`jobledger.streams.maintenance.cancels`).
 
 Only the process whose materializer holds the lease of the status table does this work.
@@ -19,7 +21,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 from confluent_kafka import KafkaException, TopicPartition
@@ -52,10 +54,11 @@ from jobledger.schemas.events import (
     later,
 )
 from jobledger.streams.coordinator.decoding import check_head
-from jobledger.streams.maintenance import cancels
+from jobledger.streams.maintenance import cancels, table_rows
 from jobledger.streams.maintenance.current import table_is_current
 from jobledger.streams.maintenance.trim import Partition, Readers, plan
 from jobledger.streams.projections.projection_store import folded
+from jobledger.streams.status.remover import Remover
 from jobledger.streams.status.store.protocol import Overdue, StatusReader
 from jobledger.streams.status.store.rows import key_text
 
@@ -98,19 +101,21 @@ UNFINISHED_MOST = 10_000
 class Cadence:
     """Times in seconds. ``…_every``: between two rounds. ``overdue_after``: how late a release may be before the
     watchdog asks the coordinator. ``patience``: how long to wait until the table is current. ``retention``: age of
-    records to delete."""
+    records to delete. ``table_retention``: by state, how long after its end the row of a job is kept."""
 
     watch_every: float = 10.0
     commit_check_every: float = 15.0
     trim_every: float = 3600.0
+    rows_every: float = 300.0
     overdue_after: float = 30.0
     patience: float = 30.0
     retention: float = 90 * 24 * 3600.0
+    table_retention: Mapping[str, float] = field(default_factory=dict)
 
 
 class Maintenance:
     """Runs the maintenance of one namespace. ``active``: returns whether this process's materializer is the store's
-    writer; if it is not, rounds are skipped."""
+    writer; if it is not, rounds are skipped. ``remover``: that of this materializer; None: no rows are removed."""
 
     def __init__(
         self,
@@ -121,11 +126,14 @@ class Maintenance:
         *,
         cadence: Cadence | None = None,
         active: Callable[[], bool] = lambda: True,
+        remover: Remover | None = None,
     ) -> None:
         settings = settings.acting_as("materializer")
         self.names, self.settings, self.lanes = names, settings, list(lanes)
-        self.cadence = cadence or Cadence(retention=settings.retention_days * 24 * 3600.0)
-        self._reader, self._active = reader, active
+        self.cadence = cadence or Cadence(
+            retention=settings.retention_days * 24 * 3600.0, table_retention=settings.table_retention
+        )
+        self._reader, self._active, self._remover = reader, active, remover
         self._asked_at: dict[tuple[str, int, int], float] = {}
         self._last_checked: Overdue | None = None  # the last overdue release that the watchdog checked
         self._writer: LogWriter | None = None
@@ -139,6 +147,7 @@ class Maintenance:
             ("commit check", self.cadence.commit_check_every, self.check_commits),
             ("trimming", self.cadence.trim_every, self.trim),
             ("cancels", self.cadence.trim_every, self.forget_cancels),
+            ("removal of rows", self.cadence.rows_every, self.remove_rows),
         ]
         due = {name: time.monotonic() + min(every, FIRST_S) for name, every, _ in rounds}
         try:
@@ -268,12 +277,29 @@ class Maintenance:
 
     def forget_cancels(self) -> int:
         """Remove cancels of runs that have ended from the control topic; return the number of these cancels."""
+        removed = self._reader.removed()
         with LogReader(self.settings) as log:
             standing = cancels.standing(log, self.names, self._decode)
-        done = list(cancels.tombstones(standing, self.names, self._reader))
+        done = list(cancels.tombstones(standing, self.names, self._reader, max(removed.values(), default=0)))
         if done:
             self._send(done)
         return len(done)
+
+    # -- rows of ended jobs ---------------------------------------------------------------------------------------
+
+    def remove_rows(self) -> bool:
+        """Ask the materializer to remove the rows past their retention; return whether it was asked."""
+        if self._remover is None or self._remover.busy or not self.cadence.table_retention:
+            return False
+        order = table_rows.order(
+            self.settings,
+            self.names,
+            self._reader,
+            self.cadence.table_retention,
+            time.time_ns() // 1_000_000,
+            self.cadence.patience,
+        )
+        return order is not None and self._remover.ask(order)
 
     # -- trimming -------------------------------------------------------------------------------------------------
 

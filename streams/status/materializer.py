@@ -49,8 +49,10 @@ from jobledger.schemas.ids import derived_id
 from jobledger.streams.status.batch_size import BatchSize, in_batches
 from jobledger.streams.status.log_feed import LogFeed, bounds
 from jobledger.streams.status.metrics import TableMetrics
+from jobledger.streams.status.remover import Remover
 from jobledger.streams.status.row_folder import CACHE_JOBS, Folded, RowFolder
 from jobledger.streams.status.store import Partition, Store, open_store, shown
+from jobledger.streams.status.store.removal import Reread
 
 try:
     from prometheus_client import CollectorRegistry
@@ -113,6 +115,9 @@ class Materializer:
         self._size, self._linger, self._cache_jobs = BatchSize(batch), linger, cache_jobs
         self._store_patience, self._open_store = store_patience, open_store
         self.metrics = TableMetrics(registry)
+        #: Removes rows of ended jobs, when the maintenance asks for it.
+        self.remover = Remover(partial(self.metrics.removed, names.namespace))
+        self._reread = Reread()
         #: The next offset of every partition, as committed to the table.
         self._offsets: Mapping[Partition, int] = {}
         self._writer: LogWriter | None = None
@@ -196,10 +201,17 @@ class Materializer:
     def _write(self, store: Store, stop: threading.Event) -> None:
         offsets = self._persist(store.offsets, stop)
         known = self._persist(store.topics, stop)
-        if offsets is None or known is None:
+        removed = self._persist(store.removed, stop)
+        reread = self._persist(store.reread, stop)
+        if offsets is None or known is None or removed is None or reread is None:
             return
         self._offsets, self._known, self._new_ids = offsets, known, {}
-        projector = RowFolder(store, decoder(self._settings, self._names), cache_jobs=self._cache_jobs)
+        # The table may be an earlier state of itself now, so what was asked for may no longer be right.
+        self.remover.stop()
+        self._reread = Reread(max(removed.values(), default=0), reread)
+        projector = RowFolder(
+            store, decoder(self._settings, self._names), cache_jobs=self._cache_jobs, reread=self._reread
+        )
         self._active.set()
         self.metrics.active.set(1)
         missing = True
@@ -210,7 +222,8 @@ class Materializer:
                 if now - discovered > (1.0 if missing else DISCOVER_S):
                     missing = self._discover(feed, first=discovered < 0)
                     discovered = now
-                messages = feed.read(self._size.most, PATIENCE_S, committed + self._linger)
+                patience = min(PATIENCE_S, self.remover.wait(now))
+                messages = feed.read(self._size.most, patience, committed + self._linger)
                 if messages or feed.resets or self._new_ids:
                     self._write_batch(store, projector, feed, messages, stop)
                     if stop.is_set():
@@ -219,6 +232,8 @@ class Materializer:
                 elif now - renewed > RENEW_S:
                     self._persist(store.renew, stop)
                     renewed = now
+                if self.remover.busy:
+                    self._persist(partial(self._remove, store, projector), stop)
                 if now - measured > 1.0:
                     self.metrics.lag(feed.lag(self._offsets))
                     measured = now
@@ -301,13 +316,26 @@ class Materializer:
         else:
             write(messages)  # no records: only offset resets and topic ids
 
+    def _remove(self, store: Store, projector: RowFolder) -> None:
+        """Remove the next piece of old rows, if it is due."""
+        try:
+            removed, limits = self.remover.step(store, time.monotonic)
+        except StoreError:  # the transaction may have been committed
+            projector.forget(None)
+            raise
+        projector.forget(removed)
+        self._reread.before_ms = max(self._reread.before_ms, *limits.values(), 0)
+
     def _apply(self, store: Store, projector: RowFolder, feed: LogFeed, messages: Sequence[Message]) -> Folded:
         """Write one batch in one transaction. The call can be repeated if it fails."""
+        self._reread.partitions |= feed.resets.keys()
         folded = projector.fold(messages)
         folded.changes.resets, folded.changes.topics = dict(feed.resets), dict(self._new_ids)
         self._dead_letter(folded)
         store.write(folded.changes)
         projector.committed(folded)
+        if any(not plan.state.ended for plan in folded.changes.plans):
+            self.remover.stop("a plan has not ended")  # it may name jobs whose rows would go
         # A new dict is made, because other threads may read the old one.
         self._offsets = {**self._offsets, **feed.resets, **folded.changes.offsets}
         metrics = self.metrics

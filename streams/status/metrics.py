@@ -32,6 +32,12 @@ class TableMetrics:
         self.batches = counter("batches", "Transactions written")
         self.jobs = counter("rows", "Job rows written")
         self.retries = counter("store_retries", "Operations retried because the database or the broker was unavailable")
+        self._removed = Counter(
+            "jobledger_table_removed_rows",
+            "Rows of the status table that were removed, by the job's state",
+            ("namespace", "state"),
+            registry=self.registry,
+        )
         self._lag = Gauge(prefix + "lag", "Records not in the table yet", ("topic",), registry=self.registry)
         self.active = Gauge(
             prefix + "active", "1 while this materializer writes, 0 while it stands by", registry=self.registry
@@ -49,6 +55,10 @@ class TableMetrics:
     def reset(self, topic: str) -> None:
         """Count a partition that is read from its start again."""
         self._resets.labels(topic).inc()
+
+    def removed(self, namespace: str, state: str, rows: int) -> None:
+        """Count removed rows of jobs in a state."""
+        self._removed.labels(namespace, state).inc(rows)
 
     def lag(self, lags: Mapping[str, int]) -> None:
         """Set the number of records that are not in the table yet, by topic."""

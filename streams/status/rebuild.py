@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -33,6 +33,7 @@ from jobledger.streams.status.log_feed import LogFeed, bounds, read_until
 from jobledger.streams.status.row_folder import RowFolder
 from jobledger.streams.status.store import Changes, Partition, Store, copy, open_reader, open_store, scratch, shown
 from jobledger.streams.status.store.reader import SqlReader
+from jobledger.streams.status.store.removal import Removed
 from jobledger.streams.status.store.rows import Row, life_of_row
 from jobledger.streams.status.store.sqlite import SCRATCH, SqliteStore
 from jobledger.streams.status.store.sqlite import open_reader as open_sqlite
@@ -47,6 +48,10 @@ NAMED = 20
 #: Seconds to wait for the running materializer to stop before a rebuild is refused.
 LEASE_PATIENCE_S = 15.0
 RENEW_S = 2.0
+#: Number of rows at a time that are read to find those that were removed from the previous table.
+PAGE = 1_000
+#: After every append time.
+NEVER_MS = (1 << 63) - 1
 
 #: Called after each batch with (number of records read, total number of records).
 Tell = Callable[[int, int], None]
@@ -55,7 +60,8 @@ T = TypeVar("T")
 
 class RebuildReport(msgspec.Struct, frozen=True):
     """The result of a rebuild. ``carried``: number of jobs of the previous table of which the log no longer has every
-    fact."""
+    fact. ``removed``: number of jobs of the log that are left out, because their rows had been removed from the previous
+    table after their end."""
 
     url: str
     jobs: int
@@ -63,13 +69,15 @@ class RebuildReport(msgspec.Struct, frozen=True):
     records: int
     rejected: int
     seconds: float
+    removed: int = 0
 
 
 class VerifyReport(msgspec.Struct, frozen=True):
     """The result of a verification. ``equal``: whether the table matches the log, and its counters match its rows.
 
     ``jobs``: number of compared jobs. ``left_out``: number of jobs of which the log no longer has every fact.
-    ``differing``: number of jobs that differ. ``first_differing``: the first ids of these jobs. ``counters_equal``:
+    ``removed``: number of jobs of the log that are not compared, because their rows were removed from the table after
+    their end. ``differing``: number of jobs that differ. ``first_differing``: the first ids of these jobs. ``counters_equal``:
     whether the table's counters match its own rows. ``table_digest``, ``log_digest``: digests of all compared jobs.
     """
 
@@ -84,6 +92,7 @@ class VerifyReport(msgspec.Struct, frozen=True):
     log_digest: str
     records: int
     seconds: float
+    removed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +114,12 @@ class Span:
     @property
     def records(self) -> int:
         return sum(high - self.low[partition] for partition, high in self.high.items())
+
+    def outcomes_from(self, names: Names) -> int:
+        """Return the append time in ms before which outcomes may be missing in the log, because it was trimmed; 0: none
+        is missing."""
+        trimmed = [place for place, low in self.low.items() if place[0] == names.lifecycle and low > 0]
+        return max((self.begins.get(place, NEVER_MS) for place in trimmed), default=0)
 
     def holds(self, life: Life) -> bool:
         """Return whether every fact of a life is in the span."""
@@ -137,10 +152,11 @@ def rebuild(
         with live.beside() as new:
             span, records, rejected = _fold_log(names, settings, new, None, {}, progress, live.renew)
             carried = _carry(names, settings, store_url, span, new, live.renew)
+            removed = _leave_out(Removed(live.removed(), span.outcomes_from(names)), names, store_url, new, live.renew)
             jobs = new.size()
             live.renew()
             live.replace_with(new)
-    return RebuildReport(shown(store_url), jobs, carried, records, rejected, time.monotonic() - began)
+    return RebuildReport(shown(store_url), jobs, carried, records, rejected, time.monotonic() - began, removed)
 
 
 def _allowed(names: Names, settings: Settings, queues: Sequence[str]) -> Settings:
@@ -175,7 +191,7 @@ def verify(
                 store.acquire()
                 span, records, _ = _fold_log(names, settings, store, offsets, kept.topics(), progress, lambda: None)
             with closing(open_sqlite(url, names.namespace)) as folded:
-                comparison = _compare(kept, folded, span)
+                comparison = _compare(kept, folded, span, Removed(kept.removed(), span.outcomes_from(names)))
                 counters = kept.counters_hold()
     return VerifyReport(
         equal=comparison.differing == 0 and counters,
@@ -189,6 +205,7 @@ def verify(
         log_digest=comparison.log.hexdigest(),
         records=records,
         seconds=time.monotonic() - began,
+        removed=comparison.removed,
     )
 
 
@@ -317,6 +334,23 @@ def _carry(names: Names, settings: Settings, live_url: str, span: Span, new: Sto
     return carried
 
 
+def _leave_out(removed: Removed, names: Names, live_url: str, new: Store, alive: Callable[[], object]) -> int:
+    """Remove from ``new`` the jobs whose rows the live table has removed, and store its limits there; return the number
+    of these jobs. A row that the live table still has stays."""
+    if not removed.limits:
+        return 0
+    count = 0
+    with closing(open_reader(live_url, names.namespace)) as reader:
+        for walk in removed.walks():
+            at: tuple[int, str] | None = walk.after
+            while at is not None:
+                piece = new.remove(replace(walk, after=at), PAGE, reader.states)
+                count, at = count + len(piece.removed), piece.after
+                alive()
+    new.write(Changes(removed=dict(removed.limits)))
+    return count
+
+
 def _chunks(items: Iterator[T], size: int) -> Iterator[list[T]]:
     while chunk := list(islice(items, size)):
         yield chunk
@@ -326,7 +360,7 @@ class _Comparison:
     """The result so far of comparing two tables in order of ids."""
 
     def __init__(self) -> None:
-        self.jobs = self.left_out = self.differing = 0
+        self.jobs = self.left_out = self.removed = self.differing = 0
         self.named: list[str] = []
         self.table, self.log = hashlib.sha256(), hashlib.sha256()
 
@@ -343,7 +377,7 @@ class _Comparison:
                 self.named.append(job_id)
 
 
-def _compare(kept: SqlReader, folded: SqlReader, span: Span) -> _Comparison:
+def _compare(kept: SqlReader, folded: SqlReader, span: Span, removed: Removed) -> _Comparison:
     comparison = _Comparison()
     ours, theirs = kept.rows(), folded.rows()
     a, b = next(ours, None), next(theirs, None)
@@ -356,12 +390,17 @@ def _compare(kept: SqlReader, folded: SqlReader, span: Span) -> _Comparison:
                 comparison.left_out += 1
             a = next(ours, None)
         elif a is None or b[0] < a[0]:
-            comparison.take(b[0], None, b)
+            if removed.lacks(life_of_row(b)):
+                comparison.removed += 1
+            else:
+                comparison.take(b[0], None, b)
             b = next(theirs, None)
         else:
-            if span.holds(life_of_row(a)):
-                comparison.take(a[0], a, b)
-            else:
+            if not span.holds(life_of_row(a)):
                 comparison.left_out += 1
+            elif a != b and removed.explains(life_of_row(a), life_of_row(b)):
+                comparison.removed += 1
+            else:
+                comparison.take(a[0], a, b)
             a, b = next(ours, None), next(theirs, None)
     return comparison

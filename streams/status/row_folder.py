@@ -21,6 +21,7 @@ from jobledger.schemas.codec import Decoder
 from jobledger.schemas.events import Position, Recorded
 from jobledger.schemas.fast_path import glance
 from jobledger.streams.status.store.protocol import Changes, TagRow
+from jobledger.streams.status.store.removal import Reread
 from jobledger.streams.status.store.rows import key_text, row, slots_of
 
 #: Number of jobs whose states are cached between batches. A state takes about a kilobyte.
@@ -59,10 +60,13 @@ class Folded:
 
 
 class RowFolder:
-    """Folds batches onto the states of a store. ``cache_jobs``: number of states to cache. Not thread-safe."""
+    """Folds batches onto the states of a store. ``cache_jobs``: number of states to cache. ``reread``: which facts belong
+    to jobs whose rows were removed; such facts are dropped. Not thread-safe."""
 
-    def __init__(self, store: Loads, decoder: Decoder, *, cache_jobs: int = CACHE_JOBS) -> None:
-        self._store, self._decoder = store, decoder
+    def __init__(
+        self, store: Loads, decoder: Decoder, *, cache_jobs: int = CACHE_JOBS, reread: Reread | None = None
+    ) -> None:
+        self._store, self._decoder, self._reread = store, decoder, reread or Reread()
         # Two generations approximate a least-recently-used cache: when the young one is full, the old one is discarded.
         self._young: dict[str, tuple[Life, Visible]] = {}
         self._old: dict[str, tuple[Life, Visible]] = {}
@@ -147,6 +151,16 @@ class RowFolder:
         if len(young) > self._generation:
             self._old, self._young = young, {}
 
+    def forget(self, job_ids: Iterable[str] | None) -> None:
+        """Drop the cached states of jobs whose rows were removed; None: all states, because it is not known which rows
+        were removed."""
+        if job_ids is None:
+            self._young, self._old = {}, {}
+            return
+        for job_id in job_ids:
+            self._young.pop(job_id, None)
+            self._old.pop(job_id, None)
+
     def _project(self, news: dict[str, Life], folded: Folded) -> None:
         young, old = self._young, self._old
         before = {}
@@ -161,9 +175,12 @@ class RowFolder:
             before[job_id] = (life, project(life))
         changes, states = folded.changes, folded.states
         counts = changes.counts
+        reread = self._reread if self._reread.partitions and self._reread.before_ms else None
         for job_id, life in news.items():
             known = before.get(job_id)
             if known is None:
+                if reread is not None and reread.covers(life):
+                    continue
                 seen = project(life)
                 if life.head.tags:
                     changes.tags_new += _tag_rows(job_id, life, seen)

@@ -568,8 +568,14 @@ def test_a_record_is_grouped_by_its_job_its_position_or_both() -> None:
 # -- the status table ---------------------------------------------------------------------------------------------------
 
 
-def write_table(path: Path, rows: dict[str, Final], offsets: dict[tuple[str, int], int], at: int = LATER) -> Path:
-    """Write a status table with these rows."""
+def write_table(
+    path: Path,
+    rows: dict[str, Final],
+    offsets: dict[tuple[str, int], int],
+    at: int = LATER,
+    removed: dict[str, int] | None = None,
+) -> Path:
+    """Write a status table with these rows. ``removed``: limits up to which rows were removed, by state."""
     path.unlink(missing_ok=True)
     with sqlite3.connect(path) as made:
         made.execute(
@@ -577,6 +583,9 @@ def write_table(path: Path, rows: dict[str, Final], offsets: dict[tuple[str, int
             "error_type, carried)"
         )
         made.execute("CREATE TABLE offsets (topic, partition, next_offset)")
+        made.execute("CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT)")
+        limits = [(f"removed:{state}", str(ms)) for state, ms in (removed or {}).items()]
+        made.executemany("INSERT INTO meta VALUES (?,?)", [("namespace", NS), *limits])
         for job, row in rows.items():
             result = None if row.result is None else row.result.encode()
             values = (job, row.state, row.task, row.queue, row.run, row.attempt, row.release, at, result, row.error, 0)
@@ -618,6 +627,25 @@ def test_a_missing_wrong_or_extra_row_is_a_fault(
     judge = log.judge(write_table(tmp_path / "t.db", rows, ALL_READ))
     (fault,) = faults_of(judge.found)
     assert (fault.kind, fault.count) == (kind, 1)
+
+
+def test_a_row_that_was_removed_after_its_end_is_no_fault(log: Audited, tmp_path: Path) -> None:
+    """A missing row of a job that ended before the limit of its state is counted as a note, and so is a row that a late
+    fact began again. A row that ended later, or in another state, must be there."""
+    end = log.records[log.last("JobFailed", "c")].at
+    others = {job: row for job, row in ROWS.items() if job != "c"}
+    partial = {**ROWS, "c": ROWS["c"]._replace(state="running", error=None)}
+    for rows in (others, partial):
+        judge = log.judge(write_table(tmp_path / "t.db", rows, ALL_READ, removed={"failed": end + 1}))
+        assert faults_of(judge.found) == []
+        assert (judge.rows, judge.found.notes["rows-removed"]) == (2, 1)
+        for limits in ({"failed": end}, {"succeeded": end + 10**9}, {}):
+            judge = log.judge(write_table(tmp_path / "t.db", rows, ALL_READ, removed=limits))
+            assert [fault.kind for fault in faults_of(judge.found)] == [
+                "row-missing" if rows is others else "row-differs"
+            ]
+    judge = log.judge(write_table(tmp_path / "t.db", ROWS, ALL_READ, removed={"failed": end + 1}))
+    assert judge.rows == 3, "a row that is still there is compared"
 
 
 def test_a_row_that_lacks_the_last_facts_of_its_job_is_not_compared(log: Audited, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from jobledger.errors import StoreError
 from jobledger.process import forks
 from jobledger.streams.status.store.connecting import Address, bounded
 from jobledger.streams.status.store.reader import SqlReader
+from jobledger.streams.status.store.removal import REMOVED
 from jobledger.streams.status.store.sqlite import SqliteStore
 from jobledger.streams.status.store.tables import TOPIC, counters, jobs, meta, offsets, tags
 
@@ -58,8 +59,9 @@ def copy(url: str, namespace: str, path: Path) -> None:
                 marks = ", ".join("?" * len(table.columns))
                 while some := [tuple(row) for row in islice(rows, _CHUNK)]:
                     target.executemany(f"INSERT INTO {table.name} VALUES ({marks})", some)
-            ids = source.execute(select(meta).where(meta.c.key.startswith(TOPIC, autoescape=True)))
-            target.executemany("INSERT INTO meta VALUES (?, ?)", [tuple(row) for row in ids])
+            for prefix in (TOPIC, REMOVED):
+                kept = source.execute(select(meta).where(meta.c.key.startswith(prefix, autoescape=True)))
+                target.executemany("INSERT INTO meta VALUES (?, ?)", [tuple(row) for row in kept])
     except SQLAlchemyError as exc:
         raise address.explain(exc, "copied") from exc
     except sqlite3.Error as exc:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -17,6 +17,7 @@ from jobledger.errors import JobNotFound
 from jobledger.job import JobStatus, Life, State
 from jobledger.plan import PlanStatus
 from jobledger.schemas.events import Position
+from jobledger.streams.status.store.removal import Piece, Walk
 
 #: A partition: (topic, number).
 Partition = tuple[str, int]
@@ -80,6 +81,7 @@ class Changes:
 
     ``resets``: the log's start for each partition whose next offset the log no longer had, or whose topic was
     recreated. ``topics``: new ids of the topics to which the offsets belong. ``plans``: plans with their new state.
+    ``removed``: limits in ms up to which rows of ended jobs are not in the table, by state.
     """
 
     jobs: list[tuple[Any, ...]] = field(default_factory=list)
@@ -90,6 +92,7 @@ class Changes:
     resets: dict[Partition, int] = field(default_factory=dict)
     topics: dict[str, str] = field(default_factory=dict)
     plans: list[PlanStatus] = field(default_factory=list)
+    removed: dict[str, int] = field(default_factory=dict)
 
 
 class StatusReader(Protocol):
@@ -159,6 +162,13 @@ class StatusReader(Protocol):
     def plan(self, plan_id: str) -> PlanStatus:
         """Return one plan. Raises `PlanNotFound`."""
 
+    def open_plans(self) -> list[PlanStatus]:
+        """Return the plans that have not ended, the last one first."""
+
+    def removed(self) -> dict[str, int]:
+        """Return the limits in ms up to which rows of ended jobs were removed, by state. Every record that was appended
+        before the greatest of them was included in the table."""
+
     def lives(self) -> Iterator[tuple[str, Life]]:
         """Yield every job with its fold state, in order of ids, from one snapshot."""
 
@@ -209,6 +219,23 @@ class Store(Protocol):
 
     def carry(self, job_ids: Sequence[str]) -> None:
         """Mark existing rows as carried over from the previous table."""
+
+    def removed(self) -> dict[str, int]:
+        """Return the limits in ms up to which rows of ended jobs were removed, by state."""
+
+    def reread(self) -> set[Partition]:
+        """Return the partitions that were read again from their start at some time."""
+
+    def plan_is_open(self, listed_since_ms: int) -> bool:
+        """Return whether there is a plan that has not ended. A plan that is still being listed counts only if it was
+        opened at ``listed_since_ms`` or later: the caller of an older one has died."""
+
+    def remove(self, walk: Walk, most: int, spare: Callable[[Sequence[str]], Container[str]] | None = None) -> Piece:
+        """Read the next ``most`` rows of a walk and remove those that go, with their tags, in one transaction that
+        keeps the counters right and stores the walk's limit.
+
+        ``spare``: gets the ids of the rows that would go, and returns those that stay.
+        """
 
     def beside(self) -> AbstractContextManager[Self]:
         """Create an empty table of the same namespace for `replace_with`, and acquire its lease. The table is deleted

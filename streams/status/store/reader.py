@@ -11,11 +11,12 @@ from sqlalchemy.exc import SQLAlchemyError
 from jobledger import job as fold
 from jobledger.errors import ConfigError, JobNotFound, PlanNotFound, StoreError, StoreNotFound
 from jobledger.job import JobStatus, Life, State
-from jobledger.plan import PlanStatus
+from jobledger.plan import PlanState, PlanStatus
 from jobledger.process import forks
 from jobledger.schemas.events import Position
 from jobledger.streams.status.store.address import shown
 from jobledger.streams.status.store.protocol import Count, Filters, Overdue, Partition, Wanted
+from jobledger.streams.status.store.removal import REMOVED
 from jobledger.streams.status.store.rows import COLUMNS, key_text, life_of, life_of_row, plain, plan_of
 from jobledger.streams.status.store.rows import Row as JobRow
 from jobledger.streams.status.store.tables import (
@@ -93,7 +94,10 @@ class SqlReader:
 
     def unknown(self, job_id: str) -> JobNotFound:
         """Return the error for a job that the table does not know."""
-        return JobNotFound(f"the status table {self._url} knows no job {job_id}")
+        why = ""
+        if self.removed():
+            why = ". Rows of jobs that ended some time ago are removed from it (JOBLEDGER_TABLE_RETENTION)"
+        return JobNotFound(f"the status table {self._url} knows no job {job_id}{why}")
 
     def states(self, job_ids: Sequence[str]) -> dict[str, State]:
         """Return the states of those jobs that the table knows."""
@@ -155,6 +159,15 @@ class SqlReader:
         with self._reading() as db:
             return [plan_of(row.slots) for row in db.execute(query)]
 
+    def open_plans(self) -> list[PlanStatus]:
+        """Return the plans that have not ended, the last one first. A table of revision 1 has none."""
+        if self._revision < 2:
+            return []
+        open_ = [state.value for state in PlanState if not state.ended]
+        query = select(plans.c.slots).where(plans.c.state.in_(open_)).order_by(plans.c.opened_ms.desc(), plans.c.plan)
+        with self._reading() as db:
+            return [plan_of(row.slots) for row in db.execute(query)]
+
     def plan(self, plan_id: str) -> PlanStatus:
         """Return one plan. Raises `PlanNotFound`."""
         row = None
@@ -195,9 +208,17 @@ class SqlReader:
 
     def topics(self) -> dict[str, str]:
         """Return the known ids of the topics to which the offsets belong."""
-        query = select(meta.c.key, meta.c.value).where(meta.c.key.startswith(TOPIC, autoescape=True))
+        return self._settings(TOPIC)
+
+    def removed(self) -> dict[str, int]:
+        """Return the limits in ms up to which rows of ended jobs were removed, by state."""
+        return {state: int(ms) for state, ms in self._settings(REMOVED).items()}
+
+    def _settings(self, prefix: str) -> dict[str, str]:
+        """Return the entries of `meta` whose keys begin with ``prefix``, without the prefix."""
+        query = select(meta.c.key, meta.c.value).where(meta.c.key.startswith(prefix, autoescape=True))
         with self._reading() as db:
-            return {key.removeprefix(TOPIC): value for key, value in db.execute(query)}
+            return {key.removeprefix(prefix): value for key, value in db.execute(query)}
 
     def reached(self, position: Position) -> bool:
         """Return whether the table includes the record at this position."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import socket
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, ClassVar, Protocol, Self
@@ -18,11 +18,12 @@ from sqlalchemy.engine import Dialect
 from sqlalchemy.schema import CreateColumn, CreateIndex, CreateTable
 
 from jobledger.errors import LeaseLost
-from jobledger.job import Life
-from jobledger.plan import PlanStatus
+from jobledger.job import Life, State
+from jobledger.plan import PlanState, PlanStatus
 from jobledger.process.logger import get_logger
 from jobledger.streams.status.store.address import shown
 from jobledger.streams.status.store.protocol import Changes, Partition
+from jobledger.streams.status.store.removal import REMOVED, Piece, Walk, Walked, tag_rows, to_remove
 from jobledger.streams.status.store.rows import PLAN_COLUMNS, Row, key_text, life_of, plan_of, plan_row
 from jobledger.streams.status.store.tables import ADDED, REVISION, SCHEMA_VERSION, TOPIC, jobs
 
@@ -37,6 +38,15 @@ LOG = get_logger("jobledger.materializer")
 #: Duration of the lease in seconds. A writer that has not renewed its lease for this time may be replaced.
 LEASE_S = 10.0
 
+
+_WALKED = "SELECT job_id, state, task, queue, submitted_ms, ended_ms FROM jobs"
+_FROM = "submitted_ms < ? AND (submitted_ms, job_id) > (?, ?) ORDER BY submitted_ms, job_id LIMIT ?"
+#: All rows by time: the state of each is checked afterwards, because there may be few of a state among very many others.
+_WALK_ALL = f"{_WALKED} WHERE {_FROM}"
+#: The condition of the partial index `jobs_by_state` is repeated, so that it is used.
+_WALK_STATE = f"{_WALKED} WHERE state = ? AND state != 'succeeded' AND {_FROM}"
+#: Number of ids in one query for the states of rows.
+_IDS_A_QUERY = 500
 
 _SETTING = "INSERT INTO meta (key, value) VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value"
 
@@ -252,6 +262,8 @@ class SqlStore(ABC):
                 self._run_many(_PLAN, [plan_row(plan) for plan in changes.plans])
             if changes.topics:
                 self._run_many(_SETTING, [(f"{TOPIC}{topic}", topic_id) for topic, topic_id in changes.topics.items()])
+            if changes.removed:
+                self._run_many(_SETTING, [(f"{REMOVED}{state}", str(ms)) for state, ms in changes.removed.items()])
         if rows:
             self._greatest = max(self._greatest, rows[-1][0])
 
@@ -260,6 +272,74 @@ class SqlStore(ABC):
         with self._transaction():
             self._own()
             self._run_many("UPDATE jobs SET carried = 1 WHERE job_id = ?", [(i,) for i in job_ids])
+
+    # -- removing rows ------------------------------------------------------------------------------------------------
+
+    def removed(self) -> dict[str, int]:
+        """Return the limits in ms up to which rows of ended jobs were removed, by state."""
+        with self._reading():
+            rows = self._run("SELECT key, value FROM meta WHERE key LIKE ?", f"{REMOVED}%").fetchall()
+        return {key.removeprefix(REMOVED): int(value) for key, value in rows}
+
+    def reread(self) -> set[Partition]:
+        """Return the partitions that were read again from their start at some time."""
+        with self._reading():
+            rows = self._run("SELECT topic, partition FROM offsets WHERE resets > 0").fetchall()
+        return {(topic, partition) for topic, partition in rows}
+
+    def plan_is_open(self, listed_since_ms: int) -> bool:
+        """Return whether there is a plan that has not ended; see `Store.plan_is_open`."""
+        query = "SELECT 1 FROM plans WHERE state IN (?, ?) OR (state = ? AND opened_ms >= ?) LIMIT 1"
+        states = (PlanState.RUNNING.value, PlanState.PAUSED.value, PlanState.LISTING.value)
+        with self._reading():
+            return self._run(query, *states, listed_since_ms).fetchone() is not None
+
+    def remove(self, walk: Walk, most: int, spare: Callable[[Sequence[str]], Container[str]] | None = None) -> Piece:
+        """Read the next ``most`` rows of a walk and remove those that go; see `Store.remove`."""
+        with self._transaction():
+            self._own()
+            rows = self._walked(walk, most)
+            wanted = to_remove(walk, rows)
+            stay = spare([row.job_id for row in wanted]) if spare is not None and wanted else ()
+            gone = self._removed_rows(walk, [row for row in wanted if row.job_id not in stay])
+        after = (rows[-1].submitted_ms, rows[-1].job_id) if len(rows) == most else None
+        return Piece(len(rows), gone, after)
+
+    def _walked(self, walk: Walk, most: int) -> list[Walked]:
+        place = (walk.before_ms, *walk.after, most)
+        if walk.state is State.SUCCEEDED:
+            found = self._run(_WALK_ALL, *place)
+        else:
+            found = self._run(_WALK_STATE, walk.state.value, *place)
+        return [Walked(*row) for row in found.fetchall()]
+
+    def _removed_rows(self, walk: Walk, rows: Sequence[Walked]) -> list[str]:
+        """Remove those of these rows that go, in the present transaction, and return their ids."""
+        changes, gone = Changes(), []
+        for begin in range(0, len(rows), _IDS_A_QUERY):
+            some = {row.job_id: row for row in rows[begin : begin + _IDS_A_QUERY]}
+            marks = ", ".join("?" * len(some))
+            query = f"SELECT job_id, slots FROM jobs WHERE job_id IN ({marks})"
+            for job_id, slots in self._run(query, *some).fetchall():
+                row, life = some[job_id], life_of(slots, None)
+                if not walk.ends and not walk.old(life):
+                    continue
+                gone.append(job_id)
+                changes.tags_gone += tag_rows(job_id, row.submitted_ms, life)
+                key = (row.task, row.queue, row.state)
+                changes.counts[key] = changes.counts.get(key, 0) - 1
+        if gone:
+            self._run_many("DELETE FROM jobs WHERE job_id = ?", [(job_id,) for job_id in gone])
+            self._put([], changes)
+            if walk.ends:
+                self._note_removed(walk)
+        return gone
+
+    def _note_removed(self, walk: Walk) -> None:
+        key = f"{REMOVED}{walk.state.value}"
+        known = self._run("SELECT value FROM meta WHERE key = ?", key).fetchone()
+        if known is None or int(known[0]) < walk.before_ms:
+            self._run(_SETTING, key, str(walk.before_ms))
 
     def size(self) -> int:
         """Return the number of jobs."""
