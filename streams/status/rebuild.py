@@ -42,6 +42,8 @@ LOG = get_logger("jobledger.materializer")
 BATCH = 16_000
 #: Number of jobs carried over at a time.
 CHUNK = 2_000
+#: Largest number of plans that a rebuild copies from the live table: the last ones.
+PLANS_MOST = 100_000
 #: Largest number of differing job ids that a report names.
 NAMED = 20
 #: Seconds to wait for the running materializer to stop before a rebuild is refused.
@@ -124,7 +126,7 @@ def rebuild(
     """Build a new table from the log, then replace the live table with it. Readers see either the old or the new table.
 
     Jobs that do not begin within the log are copied from the live table, joined with their facts in the log, and marked
-    as carried over. If anything fails, the live table is not changed. ``queues``: the queues whose work topics must be
+    as carried over. Plans whose facts were deleted from the log are copied, too. If anything fails, the live table is not changed. ``queues``: the queues whose work topics must be
     readable; work topics are found by name.
 
     The rebuild takes the table's lease, so a running materializer must be stopped first. Raises `StoreError` with the
@@ -137,6 +139,7 @@ def rebuild(
         with live.beside() as new:
             span, records, rejected = _fold_log(names, settings, new, None, {}, progress, live.renew)
             carried = _carry(names, settings, store_url, span, new, live.renew)
+            _carry_plans(names, store_url, new)
             jobs = new.size()
             live.renew()
             live.replace_with(new)
@@ -147,7 +150,7 @@ def _allowed(names: Names, settings: Settings, queues: Sequence[str]) -> Setting
     """Return the settings for reading only. Check first that the topics may be read: the broker does not list a topic
     that this user may not read, so such a topic would count as empty."""
     settings = settings.acting_as("web")
-    topics = (*map(names.jobs, queues), names.lifecycle, names.coordination, names.dead_letter, names.schemas)
+    topics = (*map(names.jobs, queues), names.lifecycle, names.coordination, names.dead_letter, names.plans, names.schemas)
     acls.check(settings, names.namespace, topics)
     return settings
 
@@ -315,6 +318,15 @@ def _carry(names: Names, settings: Settings, live_url: str, span: Span, new: Sto
     finally:
         reader.close()
     return carried
+
+
+def _carry_plans(names: Names, live_url: str, new: Store) -> None:
+    """Copy the plans of the live table whose facts were deleted from the log."""
+    with closing(open_reader(live_url, names.namespace)) as reader:
+        rows = reader.plans(PLANS_MOST)
+    for some in _chunks(iter(rows), CHUNK):
+        folded = new.load_plans([plan.plan for plan in some])
+        new.write(Changes(plans=[plan for plan in some if plan.plan not in folded]))
 
 
 def _chunks(items: Iterator[T], size: int) -> Iterator[list[T]]:
