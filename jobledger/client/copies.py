@@ -48,8 +48,12 @@ def copy_of(whole: Whole, task_of: Callable[[str], Task[Any, Any]], **options: U
         check_text("by", by or who(), BY_MOST),
         None if reason is None else check_text("reason", reason, REASON_MOST),
     )
-    args = task.arguments.changed(spec.args, options.get("args") or {}, list(options.get("without") or ()))
-    queue, priority, tags = options.get("queue") or event.queue, options.get("priority"), options.get("tags")
+    without = options.get("without", ())
+    args = task.arguments.changed(
+        spec.args, options.get("args") or {}, [without] if isinstance(without, str) else list(without)
+    )
+    queue, key, priority, tags = options.get("queue"), options.get("key"), options.get("priority"), options.get("tags")
+    queue = event.queue if queue is None else queue
     # An expiry as a time belonged to the original: without one in milliseconds the task's own applies.
     expires_in_ms = spec.expires_in_ms if isinstance(event.fact, JobSubmitted) else None
     bound = task.using(
@@ -57,7 +61,7 @@ def copy_of(whole: Whole, task_of: Callable[[str], Task[Any, Any]], **options: U
         tags=users_tags(spec.tags) if tags is None else tags,
         priority=(_kept_priority(task, queue, spec.priority) or "normal") if priority is None else priority,  # type: ignore[arg-type]  # checked by `using`
         expires_in=None if expires_in_ms is None else expires_in_ms / 1000,
-        key=options.get("key") or _own_key(task, event.key, spec.args),
+        key=_own_key(task, event.key, spec.args) if key is None else key,
     )
     return JobRequest(
         task,

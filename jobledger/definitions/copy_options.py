@@ -10,7 +10,7 @@ class CopyOptions(TypedDict, total=False):
     """What a copy has that differs from the original, and who asked for the copy; see `App.copy`."""
 
     args: Mapping[str, Any] | None
-    without: Iterable[str]
+    without: str | Iterable[str]
     queue: str | None
     tags: Mapping[str, str] | None
     key: str | None

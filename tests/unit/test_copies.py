@@ -29,12 +29,12 @@ app = App("copies", queues=[Queue("mail", priorities=True), "slow"], default_que
 def send(to: str, number: int = 0, when: dt.date | None = None) -> None: ...
 
 
-@app.task(queue="slow", key="user")
-def keyed(user: str, text: str = "") -> None: ...
+@app.task(queue="slow", key="user", timeout=5)
+async def keyed(user: str, text: str = "") -> None: ...
 
 
-@app.task(queue="slow", key=lambda user, text: f"{user}/{text}")
-def computed(user: str, text: str) -> None: ...
+@app.task(queue="slow", key=lambda user, text: f"{user}/{text}", timeout=5)
+async def computed(user: str, text: str) -> None: ...
 
 
 def whole(
@@ -89,6 +89,7 @@ def test_options_replace_what_the_original_has() -> None:
         ({"args": {"to": "\ud800"}}, BadArguments, "to"),
         ({"queue": "fast"}, UnknownQueue, "fast"),
         ({"tags": {"a": 1}}, ConfigError, "tag 'a'"),
+        ({"key": ""}, ConfigError, "key"),
         ({"by": "x" * 201}, ConfigError, "by"),
         ({"reason": ""}, ConfigError, "reason"),
     ],
@@ -104,7 +105,7 @@ def test_a_parameter_that_was_renamed_is_left_out() -> None:
     original = whole("send", b'{"address":"a","number":3}')
     with pytest.raises(BadArguments, match="address"):
         copied(original, args={"to": "a"})
-    assert msgspec.json.decode(copied(original, args={"to": "a"}, without=["address"]).args) == {"to": "a", "number": 3}
+    assert msgspec.json.decode(copied(original, args={"to": "a"}, without="address").args) == {"to": "a", "number": 3}
     with pytest.raises(BadArguments, match="are not a JSON object"):
         copied(whole("send", b"[1]"), args={"to": "a"})
     with pytest.raises(UnknownTask):
