@@ -279,8 +279,8 @@ class PlanRunner:
         return True
 
     def _allowed(self, plan_id: str, rate: float) -> int:
-        """Return how many jobs of a plan with a rate may be acted on now: what has come together since the last time,
-        at most what the rate allows in a second."""
+        """Return how many jobs of a plan with a rate may be acted on now. This number grows with the time, up to the
+        number that the rate allows in a second."""
         now = time.monotonic()
         budget, at = self._budgets.get(plan_id, (1.0, now))
         budget = min(budget + (now - at) * rate, max(1.0, rate))

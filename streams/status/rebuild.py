@@ -150,7 +150,14 @@ def _allowed(names: Names, settings: Settings, queues: Sequence[str]) -> Setting
     """Return the settings for reading only. Check first that the topics may be read: the broker does not list a topic
     that this user may not read, so such a topic would count as empty."""
     settings = settings.acting_as("web")
-    topics = (*map(names.jobs, queues), names.lifecycle, names.coordination, names.dead_letter, names.plans, names.schemas)
+    topics = (
+        *map(names.jobs, queues),
+        names.lifecycle,
+        names.coordination,
+        names.dead_letter,
+        names.plans,
+        names.schemas,
+    )
     acls.check(settings, names.namespace, topics)
     return settings
 
