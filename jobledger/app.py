@@ -22,6 +22,7 @@ from typing import (
 from jobledger.client.client import Client
 from jobledger.client.commands import Commands, Kind
 from jobledger.config import Settings
+from jobledger.definitions.copy_options import CopyOptions
 from jobledger.definitions.durations import Seconds
 from jobledger.definitions.event_types import EventType, Format, Start, as_event_class
 from jobledger.definitions.handles import EventHandle, JobHandle, Plan, warn_on_loop
@@ -36,7 +37,7 @@ from jobledger.definitions.task_registry import TaskRegistry
 from jobledger.errors import ConfigError
 from jobledger.job import JobStatus, State
 from jobledger.kafka.topic_names import Names, check_utf8
-from jobledger.plan import PlanStatus
+from jobledger.plan import SCOPES, PlanStatus
 from jobledger.process import forks
 from jobledger.process.wording import counted
 from jobledger.schemas.events import Position
@@ -57,12 +58,8 @@ M = TypeVar("M")
 T = TypeVar("T")
 
 
-#: The states from which a job can be redriven.
-REDRIVEN = (State.FAILED, State.CANCELLED, State.EXPIRED)
-
-
 class JobFilter(TypedDict, total=False):
-    """The filters of `App.jobs` and `App.redrive`."""
+    """The filters of `App.jobs`, `App.redrive` and `App.cancel_many`."""
 
     state: State | str | Iterable[State | str] | None
     task: str | Iterable[str] | None
@@ -534,12 +531,55 @@ class App:
         ``where`` nor ``ids`` names a job, `UnknownQueue`, `JobNotFound` for an id that the table does not know, and what
         `cancel` raises.
         """
-        chosen, conditions = self._chosen(where, ids)
+        chosen, conditions = self._chosen("redrive", where, ids)
         if queue is not None:
             self.registry.check_queue(queue)
         if dry_run:
             return self.client.plans.preview(chosen)
         return self.client.plans.make("redrive", chosen, conditions, queue=queue, rate=rate, by=by, reason=reason)
+
+    def cancel_many(
+        self,
+        *,
+        where: JobFilter | None = None,
+        ids: Iterable[str] | None = None,
+        rate: str | float | None = None,
+        dry_run: bool = False,
+        by: str | None = None,
+        reason: str | None = None,
+    ) -> Plan:
+        """Request that many jobs be cancelled, by a plan that is carried out also if this process ends.
+
+        ``where``: the filters of `jobs`, for example ``{"task": "newsletter", "tag": ("tenant", "acme")}``; without
+        ``state`` all jobs that have not ended are chosen. ``ids``, ``rate``, ``dry_run``, ``by``: as for `redrive`.
+
+        The jobs are those that the status table has now, each with its present run. A job that has ended meanwhile, or
+        that was redriven meanwhile, is skipped. In the plan, ``done`` counts the jobs whose cancel was *requested*, as
+        by `cancel`: a waiting job is then not started, and a running job is asked to stop. A running job may need some
+        time to stop, or may end in another way. So a plan that is done does not say how its jobs ended; the states of
+        the jobs do. Raises what `redrive` raises.
+        """
+        chosen, conditions = self._chosen("cancel", where, ids)
+        if dry_run:
+            return self.client.plans.preview(chosen)
+        return self.client.plans.make("cancel", chosen, conditions, rate=rate, by=by, reason=reason)
+
+    def copy(self, job_id: str, **options: Unpack[CopyOptions]) -> JobHandle[Any]:
+        """Submit a new job with the arguments of another one, some of them changed, and return the handle of the new
+        job. The original job is not changed, whatever its state.
+
+        ``args``: the changed arguments by name. ``without``: names of arguments that the copy does not have, for
+        example of a parameter that was renamed since. The result must fit the task's parameters, as in a normal
+        submission. ``queue``, ``tags``, ``priority``: as in `Task.using`; by default those of the original. ``key``: the
+        ordering key. By default it is derived from the arguments of the copy if that of the original was derived from
+        its arguments; else it is the original's. ``by``: who asks, by default this user and host; ``reason``: why. Both
+        are in the log, in the copy's ``links``, and `JobStatus.copy_of` of the copy names the original.
+
+        The original's arguments are read from the log: from its submission or a release, else from its dead letter. The
+        copy runs at once, also if the original had a delay. Raises `JobNotFound` if the status table does not know the
+        job, or if the log no longer has its arguments; `UnknownTask`; and what `Task.submit` raises.
+        """
+        return self.client.copy(job_id, self.registry.task, **options)
 
     def plan(self, plan_id: str) -> PlanStatus:
         """Return the state of a plan from the status table. Raises `PlanNotFound`."""
@@ -550,9 +590,9 @@ class App:
         return self.status_table().plans(limit)  # type: ignore[no-any-return]  # as in `plan`
 
     def _chosen(
-        self, where: JobFilter | None, ids: Iterable[str] | None
+        self, action: Literal["redrive", "cancel"], where: JobFilter | None, ids: Iterable[str] | None
     ) -> tuple[Iterable[tuple[str, int]], dict[str, Any]]:
-        """Return the id and run of each job that was asked for, and the conditions as they are recorded."""
+        """Return the id and run of each job that was asked for, and the conditions as the plan records them."""
         if where is not None and ids is not None:
             raise ConfigError("give where= or ids=, not both")
         table = self.status_table()
@@ -566,16 +606,15 @@ class App:
         conditions = {name: value for name, value in (where or {}).items() if value is not None}
         if not conditions:
             raise ConfigError(
-                "which jobs? Give where= with at least one filter, or ids=. To redrive every failed job of a queue, name "
-                "the queue"
+                f"which jobs? Give where= with at least one filter, or ids=. To {action} all jobs of a queue, name the "
+                "queue"
             )
-        filters = filters_of(**{"state": State.FAILED, **conditions})  # type: ignore[arg-type]  # checked by `filters_of`
+        scope = SCOPES[action]
+        filters = filters_of(**{"state": list(scope.default), **conditions})  # type: ignore[arg-type]  # checked by `filters_of`
         states = filters["state"] if isinstance(filters["state"], list) else [filters["state"]]
         for state in states:
-            if state not in REDRIVEN:
-                raise ConfigError(
-                    f"state={str(state)!r}: only jobs that failed, were cancelled or expired can be redriven"
-                )
+            if state not in scope.states:
+                raise ConfigError(f"state={str(state)!r}: {scope.refusal}")
         return table.chosen(**filters), {"state": [str(state) for state in states], **conditions}
 
     def pause(

@@ -122,7 +122,8 @@ class Head(msgspec.Struct, frozen=True, array_like=True, gc=False):
     (then without tags and parent).
 
     ``release``, ``attempt``: as submitted. ``due_ms``: set if the submission had a delay or due time. ``key``: the
-    ordering key. ``redrive``: who asked for this run, if it is not the first.
+    ordering key. ``redrive``: who asked for this run, why, and by which plan, if it is not the first. ``copy``: the id
+    of the job of which this one is a copy, who asked for the copy, and why.
     """
 
     rank: int
@@ -136,6 +137,7 @@ class Head(msgspec.Struct, frozen=True, array_like=True, gc=False):
     parent: str | None = None
     key: str | None = None
     redrive: tuple[str, str | None, str | None] | None = None
+    copy: tuple[str, str | None, str | None] | None = None
 
 
 class Due(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -244,12 +246,15 @@ def _submitted(
         due_ms = _later(at, fact.delay_ms)
     asked = fact.redrive
     redrive = None if asked is None else (asked.by, asked.reason, asked.plan)
-    head = Head(0, at, task, queue, release, attempt, due_ms, spec.tags, spec.parent, key, redrive)
+    copy = None if spec.links is None else _copy(spec.links)
+    head = Head(0, at, task, queue, release, attempt, due_ms, spec.tags, spec.parent, key, redrive, copy)
     return Life(run, head, None, None, None, None, None, (at,))
 
 
 def _due(run: int, release: int, attempt: int, task: str, queue: str, key: str | None, fact: ev.JobDue, at: At) -> Life:
-    head = Head(1, at, task, queue, 0, 0, None, fact.spec.tags, fact.spec.parent, key)
+    links = fact.spec.links
+    copy = None if links is None else _copy(links)
+    head = Head(1, at, task, queue, 0, 0, None, fact.spec.tags, fact.spec.parent, key, None, copy)
     return Life(run, head, Due(release, attempt, at, fact.due_at // 1000), None, None, None, None, (at,))
 
 
@@ -313,6 +318,10 @@ def _expired(
     run: int, release: int, attempt: int, task: str, queue: str, key: str | None, fact: ev.JobExpiredFact, at: At
 ) -> Life:
     return Life(run, Head(2, at, task, queue), None, None, None, None, End(3, at, release, attempt), (at,))
+
+
+def _copy(links: ev.JobLinks) -> tuple[str, str | None, str | None] | None:
+    return None if links.copy_of is None else (links.copy_of, links.copied_by, links.copy_reason)
 
 
 def _later(at: At, delay_ms: int) -> int:
@@ -557,8 +566,9 @@ class JobStatus(msgspec.Struct, frozen=True):
     known, and tags, parent and key may be missing.
 
     ``key``: the ordering key. ``worker``: the worker of the last start, and ``version`` that of the app's code there, if
-    it is known. ``by``: who cancelled the job, or asked for this run. ``fingerprint``: the same for errors of the same
-    kind; see `jobledger.fingerprint`.
+    it is known. ``by``: who cancelled the job, or else asked for this run, or else for this copy. ``fingerprint``: the
+    same for errors of the same kind; see `jobledger.fingerprint`. ``copy_of``: the id of the job of which this one is a
+    copy with other arguments; see `App.copy`. ``plan``: the id of the plan that redrove this run.
     """
 
     job_id: str
@@ -586,6 +596,8 @@ class JobStatus(msgspec.Struct, frozen=True):
     version: str | None = None
     by: str | None = None
     fingerprint: str | None = None
+    copy_of: str | None = None
+    plan: str | None = None
 
 
 def status(job_id: str, life: Life) -> JobStatus:
@@ -618,15 +630,20 @@ def status(job_id: str, life: Life) -> JobStatus:
         version=None if life.start is None else life.start.version,
         by=actor(life),
         fingerprint=None if seen.error is None else fingerprint(seen.error),
+        copy_of=None if head.copy is None else head.copy[0],
+        plan=None if head.redrive is None else head.redrive[2],
     )
 
 
 def actor(life: Life) -> str | None:
-    """Return who cancelled the job or, if nobody did, who asked for its present run; None for the first run."""
-    end, redrive = life.end, life.head.redrive
-    if end is not None and end.by is not None:
-        return end.by
-    return None if redrive is None else redrive[0]
+    """Return who cancelled the job or, if nobody did, who asked for its present run or for this copy; None if nobody
+    but the submitter asked for the job."""
+    if life.end is not None and life.end.by is not None:
+        return life.end.by
+    head = life.head
+    if head.redrive is not None:
+        return head.redrive[0]
+    return None if head.copy is None else head.copy[1]
 
 
 def _ran(life: Life, seen: Visible) -> float | None:

@@ -1,22 +1,26 @@
 """A plan: one action on many jobs, and the fold of its facts. Pure: no Kafka, no Avro, no database, no clock.
 
-All facts of all plans are in one partition, so they are folded in their order. A plan lists its jobs in parts, and is
-carried out part by part. Of two facts about the same part the first one in the log is used: a process that dies after
-it has written such a fact may cause a second one.
+All facts of all plans are in one partition, so they are folded in the order of the log. A plan lists its jobs in parts,
+and the parts are carried out one after the other. The log may hold two facts about the same part, because a process may
+write the first one and die, and the next process writes the second one. The first one counts.
 """
 
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import msgspec
 
+from jobledger.job import State
 from jobledger.schemas import events as ev
 from jobledger.schemas.events import Position, Recorded
 
 
 class PlanState(enum.StrEnum):
-    """The state of a plan. ``listing``: its caller still lists the jobs, or died meanwhile; nothing is done then."""
+    """The state of a plan. ``listing``: the caller has not completed the list of jobs, because the caller still writes
+    the list or has died. In this state nothing is done with the jobs."""
 
     LISTING = "listing"
     RUNNING = "running"
@@ -30,16 +34,43 @@ class PlanState(enum.StrEnum):
         return self in (PlanState.DONE, PlanState.ABORTED)
 
 
-class PlanStatus(msgspec.Struct, frozen=True):
-    """A plan as far as the log tells.
+class Scope(NamedTuple):
+    """The jobs that an action can be about. ``states``: their states. ``default``: the states that a filter chooses if
+    the filter names none. ``refusal``: the text of the error for another state."""
 
-    ``plan``: its id. ``action``: ``redrive`` or ``cancel``. ``where``: the conditions that chose the jobs, as a JSON
+    states: tuple[State, ...]
+    default: tuple[State, ...]
+    refusal: str
+
+
+_OPEN = tuple(state for state in State if not state.ended)
+#: The scope of each action.
+SCOPES: Mapping[str, Scope] = {
+    "redrive": Scope(
+        (State.FAILED, State.CANCELLED, State.EXPIRED),
+        (State.FAILED,),
+        "only jobs that failed, were cancelled or expired can be redriven",
+    ),
+    "cancel": Scope(_OPEN, _OPEN, "jobs in this state have ended and cannot be cancelled"),
+}
+
+
+class PlanStatus(msgspec.Struct, frozen=True):
+    """What the log says about a plan.
+
+    ``plan``: the plan's id. ``action``: ``redrive`` or ``cancel``. ``where``: the conditions that chose the jobs, as a JSON
     object. ``queue``: where redriven jobs go; None: to their own queues. ``rate``: jobs per second; None: no limit.
-    ``opened_ms``, ``ended_ms``: append times, in ms of the broker's clock. ``matched``: number of jobs; while the plan
-    is listed, the number listed so far. ``parts``: number of parts; None while the plan is listed. ``next_part``: the
-    part that is carried out next. ``done``, ``skipped``, ``failed``: numbers of jobs in the parts before. ``error``:
-    the first job that failed, and why. ``position``: that of the fact that made the list complete. ``steered``: who
-    paused, resumed or aborted it last, and why. ``offset``: offset of the last fact that was folded.
+    ``opened_ms``, ``ended_ms``: append times, in ms of the broker's clock. ``matched``: the number of jobs in the list.
+    ``parts``: the number of parts; None until the list is complete. ``listed``: the number of parts in the log.
+    ``next_part``: the number of the part that is carried out next; the first part has number 0.
+
+    ``done``, ``skipped``, ``failed``: numbers of jobs in the parts that were carried out. ``done``: the next run was
+    submitted, or the cancel was requested; how the job ends then is not counted. ``skipped``: the job had changed since
+    it was listed, so nothing was done. ``failed``: the action was not possible. ``error``: the first job that failed,
+    and why.
+
+    ``position``: the position of the fact that made the list complete. ``steered``: the last person who paused, resumed
+    or aborted the plan, and the reason. ``offset``: the offset of the last fact that was folded.
     """
 
     plan: str
@@ -66,7 +97,7 @@ class PlanStatus(msgspec.Struct, frozen=True):
 
     @property
     def left(self) -> int:
-        """The number of jobs that were not looked at yet."""
+        """The number of jobs in the parts that were not carried out yet."""
         return self.matched - self.done - self.skipped - self.failed
 
 
@@ -77,8 +108,8 @@ _replace = msgspec.structs.replace
 
 
 def apply(plan: PlanStatus | None, record: Recorded) -> PlanStatus | None:
-    """Return the plan with one more fact; ``plan`` None: no fact was known before. Facts at or below the offset that
-    was folded last, and facts that do not follow from the plan's state, change nothing."""
+    """Return the plan with one more fact. ``plan`` None: no fact of the plan was known before. A fact at or below the
+    last folded offset changes nothing, and neither does a fact that is not possible in the plan's state."""
     event, offset = record.event, record.position.offset
     fact = event.fact
     if plan is None:

@@ -14,9 +14,11 @@ import msgspec
 
 class JobLinks(msgspec.Struct, frozen=True, gc=False):
     """What a job is linked with beside its parent. ``copy_of``: the id of the job of which this one is a copy with
-    other arguments."""
+    other arguments; ``copied_by``, ``copy_reason``: who asked for the copy, and why."""
 
     copy_of: str | None = None
+    copied_by: str | None = None
+    copy_reason: str | None = None
 
 
 class JobSpec(msgspec.Struct, frozen=True, gc=False):
@@ -387,6 +389,8 @@ def settles(fact: Fact) -> bool:
 #: A tag that the coordinator adds to a job whose lease expired without an outcome: the number of such leases in this
 #: run.
 CRASHES_TAG = "jl-crashes"
+#: The tag in which a worker counts how often a job was snoozed for an unknown task. Task code never sees it.
+UNKNOWN_TASK_TAG = "jl-unknown-task"
 _CRASHES_MOST = 1 << 20  # a tag may hold any number
 
 
@@ -407,6 +411,11 @@ def crashes_of(tags: Mapping[str, str]) -> int:
         return min(max(0, int(tags.get(CRASHES_TAG, "0"))), _CRASHES_MOST)
     except ValueError:
         return 0
+
+
+def users_tags(tags: Mapping[str, str]) -> dict[str, str]:
+    """Return the tags without those that Jobledger itself adds. They belong to one run of one job."""
+    return {name: value for name, value in tags.items() if name not in (CRASHES_TAG, UNKNOWN_TASK_TAG)}
 
 
 def lasting(spec: JobSpec, appended_ms: int) -> JobSpec:

@@ -12,7 +12,6 @@ import msgspec
 import uuid_utils
 
 from jobledger.consumers.state.outcome import (
-    UNKNOWN_TASK_TAG,
     Cancelled,
     Expired,
     Failed,
@@ -29,7 +28,6 @@ from jobledger.schemas import codec
 from jobledger.schemas.dead_letters import rejection
 from jobledger.schemas.event_factory import about, derived, submission
 from jobledger.schemas.events import (
-    CRASHES_TAG,
     DeadLettered,
     ErrorInfo,
     Fact,
@@ -44,6 +42,7 @@ from jobledger.schemas.events import (
     Leased,
     ReleaseRequested,
     crashes_of,
+    users_tags,
 )
 from jobledger.schemas.ids import derived_id
 
@@ -156,7 +155,7 @@ class WorkerEvents:
         spec = msgspec.structs.replace(
             spec,
             # The worker's own tags belong to the failed job: the fallback's code has crashed no process.
-            tags={k: v for k, v in spec.tags.items() if k not in (UNKNOWN_TASK_TAG, CRASHES_TAG)},
+            tags=users_tags(spec.tags),
             parent=job.job_id,
             expires_in_ms=None,
             expires_at=None,

@@ -14,7 +14,7 @@ import time
 
 from jobledger.consumers.recording.recorder import Recorder
 from jobledger.consumers.running.interrupts import Interrupts
-from jobledger.consumers.state.outcome import UNKNOWN_TASK_TAG, Failed, error_info
+from jobledger.consumers.state.outcome import Failed, error_info
 from jobledger.consumers.state.reports import Asked, Reports
 from jobledger.consumers.state.running import RunningJobs
 from jobledger.consumers.state.work import JobRun
@@ -22,7 +22,7 @@ from jobledger.definitions.context import JobContext, enter
 from jobledger.definitions.functions import AWAIT
 from jobledger.errors import TaskTimedOut
 from jobledger.process import forks
-from jobledger.schemas.events import CRASHES_TAG, JobSpec
+from jobledger.schemas.events import CRASHES_TAG, UNKNOWN_TASK_TAG, JobSpec, users_tags
 
 _monotonic = time.monotonic
 
@@ -166,7 +166,7 @@ def context_of(work: JobRun, *, reports: bool = True) -> JobContext:
     spec: JobSpec = event.fact.spec  # type: ignore[union-attr]  # a record of a work topic
     tags = spec.tags
     if UNKNOWN_TASK_TAG in tags or CRASHES_TAG in tags:
-        tags = {k: v for k, v in tags.items() if k not in (UNKNOWN_TASK_TAG, CRASHES_TAG)}
+        tags = users_tags(tags)
     return JobContext(
         job_id=event.job_id,
         task=event.task,

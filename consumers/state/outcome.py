@@ -14,7 +14,7 @@ from typing import Any
 
 from jobledger.definitions.retry import Reject, Retry, RetryLater, Snooze, check_delay
 from jobledger.errors import TaskTimedOut, is_a, leaves, members_of, text_of, traceback_of, type_of
-from jobledger.schemas.events import ErrorInfo, FailureReason
+from jobledger.schemas.events import UNKNOWN_TASK_TAG, ErrorInfo, FailureReason
 
 #: Characters of an exception's message that are kept, from its beginning.
 MESSAGE_LIMIT = 4_096
@@ -26,9 +26,6 @@ RELATED_MOST = 500
 TYPE_LIMIT = 500
 
 _CAUSES = [BaseException.__dict__[name].__get__ for name in ("__cause__", "__context__")]
-
-#: The tag in which a worker counts how often a job was snoozed for an unknown task. Task code never sees it.
-UNKNOWN_TASK_TAG = "jl-unknown-task"
 
 
 @dataclass(frozen=True, slots=True)

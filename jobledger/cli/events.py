@@ -47,6 +47,7 @@ class Topics(StrEnum):
     WORK = "work"
     COORDINATION = "coordination"
     DEAD_LETTER = "dead-letter"
+    PLANS = "plans"
     ALL = "all"
 
 
@@ -175,7 +176,8 @@ class _Tail:
 
         check_connection(self._settings)
         names = self._names
-        all_of_them = (*map(names.jobs, self._queues), names.lifecycle, names.coordination, names.dead_letter)
+        facts = (names.lifecycle, names.coordination, names.dead_letter, names.plans)
+        all_of_them = (*map(names.jobs, self._queues), *facts)
         # The broker does not list topics that this user may not read. Without this check they would be left out
         # silently.
         acls.check(self._settings, names.namespace, [*filter(self._belongs, all_of_them), names.schemas])
@@ -257,6 +259,7 @@ class _Tail:
             names.lifecycle: Topics.LIFECYCLE,
             names.coordination: Topics.COORDINATION,
             names.dead_letter: Topics.DEAD_LETTER,
+            names.plans: Topics.PLANS,
         }
         kind = Topics.WORK if names.queue_of(topic) is not None else kinds.get(topic)
         return kind is not None and (kind in self._topics or Topics.ALL in self._topics)

@@ -25,6 +25,8 @@ FACT_STYLES: Mapping[str, str] = {
     "QueuePaused": "magenta",
     "QueueResumed": "magenta",
     "QueueLimited": "magenta",
+    "PlanOpened": "magenta",
+    "PlanSteered": "magenta",
     "JobCancelled": "dim",
     "JobExpired": "dim",
     "DeadLettered": "red",
@@ -48,8 +50,13 @@ def describe(fact: object, *, most: int = 100) -> str:
 
 def _describe(fact: object) -> str:
     match fact:
-        case e.JobSubmitted(redrive=e.Redrive(by=by, reason=reason), spec=spec):
-            return f"redriven by {by}" + (f": {reason} " if reason else " ") + _spec(spec)
+        case e.JobSubmitted(redrive=e.Redrive(by=by, reason=reason, plan=plan), spec=spec):
+            through = "" if plan is None else f", plan {plan}"
+            return f"redriven by {by}{through}" + (f": {reason} " if reason else " ") + _spec(spec)
+        case e.JobSubmitted(spec=e.JobSpec(links=e.JobLinks(copy_of=str(original)) as links) as spec) as fact:
+            who = "" if links.copied_by is None else f" by {links.copied_by}"
+            why = "" if links.copy_reason is None else f": {links.copy_reason}"
+            return f"copy of {original}{who}{why} {_condition(fact.delay_ms, fact.due_at)}{_spec(spec)}"
         case (
             e.JobSubmitted(spec=spec, delay_ms=delay_ms, due_at=due_at)
             | e.ReleaseRequested(spec=spec, delay_ms=delay_ms, due_at=due_at)

@@ -117,7 +117,9 @@ def fields(status: JobStatus, args: bytes | str | None = None) -> list[tuple[str
     if status.worker is not None:
         shown.append(("worker", status.worker + ("" if status.version is None else f", version {status.version}")))
     if status.by is not None:
-        shown.append(("asked by", status.by))
+        shown.append(("asked by", status.by + ("" if status.plan is None else f", plan {status.plan}")))
+    if status.copy_of is not None:
+        shown.append(("copy of", status.copy_of))
     if status.tags:
         shown.append(("tags", _tags(status)))
     if args is not None:

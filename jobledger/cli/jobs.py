@@ -70,6 +70,15 @@ ManyJobs = Annotated[
 ]
 
 
+#: The help of ``--where``, after the words that say which jobs are chosen without a state.
+_WHERE = (
+    "with this task, queue, key, version, error, fingerprint, tag (tag.NAME=VALUE), or submitted since a time (since=2h). "
+    "Repeat the option for several: a job must have one of the values for each name, and all of the tags."
+)
+Rate = Annotated[str | None, typer.Option(metavar="N/s", help="How many jobs in a time.", show_default="no limit")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only count the jobs, and show some of them.")]
+
+
 @app.command("list")
 def list_jobs(
     words: AppWord = None,
@@ -230,14 +239,17 @@ def cancel(
         list[str] | None,
         typer.Option(
             metavar="NAME=VALUE",
-            help="Jobs that have not ended and have this task, queue, state or tag (tag.NAME=VALUE). Repeat the option for "
-            "several: a job must have one of the tasks, one of the queues, one of the states and all of the tags.",
+            help=f"Jobs that have not ended {_WHERE} state= chooses only some of the states.",
         ),
     ] = None,
     reason: Reason = None,
     by: Annotated[str | None, typer.Option("--by", help="Who cancels the jobs.", show_default="user@host")] = None,
+    rate: Rate = None,
     yes: Yes = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the jobs.")] = False,
+    dry_run: DryRun = False,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="With --where: wait until the last cancel is requested.")
+    ] = False,
     app: AppOption = None,
     namespace: Namespace = None,
     bootstrap: Bootstrap = None,
@@ -246,7 +258,12 @@ def cancel(
 ) -> None:
     """Cancel jobs: a waiting job is not started, a running job is asked to stop, a job that has ended is not changed.
 
-    An id that the status table does not know is accepted if it is a UUID: the table may not have read the job yet.
+    With ids the cancels are requested at once. An id that the status table does not know is accepted if it is a UUID:
+    the table may not have read the job yet.
+
+    With --where the list of the jobs is written to the log, and the stream processor carries it out as a plan, also if
+    this command is ended: see `jobledger plans`. A job that has ended meanwhile is skipped. The plan is done when all
+    cancels are requested; a running job may need some time to stop.
 
     Example: jobledger jobs cancel shop:app --where task=send_mail --where tag.tenant=acme --reason "wrong list"
     """
@@ -255,14 +272,19 @@ def cancel(
         raise Wrong("which jobs? Give their ids, or --where NAME=VALUE")
     if parsed.others and where:
         raise Wrong("give ids or --where, not both")
-    conditions = _where(where or [])
+    if parsed.others and (rate is not None or wait):
+        raise Wrong(f"{'--wait' if rate is None else '--rate'} is for --where: cancels by ids are requested at once")
+    chosen = _chosen(where or [], "cancel")
     queried = _queried_app(parsed, app, namespace, bootstrap, status_url)
     try:
-        targets, notes = _by_id(queried, parsed.others) if parsed.others else (_matching(queried, conditions), [])
+        if where:
+            preview = queried.cancel_many(where=chosen, dry_run=True)
+            if _confirmed("Cancel", preview, yes, dry_run, as_json):
+                show_made(queried.cancel_many(where=chosen, rate=rate, by=by, reason=reason), wait, as_json)
+            return
+        targets, notes = _by_id(queried, parsed.others)
         targets, notes_on_ids = _with_whole_ids(targets)
         notes += notes_on_ids
-        if where and targets and not (yes or dry_run or as_json):
-            typer.confirm(f"Cancel {counted(len(targets), 'job')}?", abort=True, err=True)
         if targets and not dry_run:
             queried.commands.cancel(targets, reason, by)
     finally:
@@ -281,9 +303,7 @@ def redrive(
         list[str] | None,
         typer.Option(
             metavar="NAME=VALUE",
-            help="Failed jobs with this task, queue, key, version, error, fingerprint, tag (tag.NAME=VALUE), or submitted "
-            "since a time (since=2h). state=cancelled and state=expired choose other jobs than failed ones. Repeat the option "
-            "for several: a job must have one of the values for each name, and all of the tags.",
+            help=f"Failed jobs {_WHERE} state=cancelled and state=expired choose other jobs than failed ones.",
         ),
     ] = None,
     queue: Annotated[
@@ -292,13 +312,11 @@ def redrive(
             help="The queue in which the jobs run.", autocompletion=completion.queues, show_default="that of each job"
         ),
     ] = None,
-    rate: Annotated[
-        str | None, typer.Option(metavar="N/s", help="How many jobs are released in a time.", show_default="no limit")
-    ] = None,
+    rate: Rate = None,
     reason: Reason = None,
     by: Annotated[str | None, typer.Option("--by", help="Who redrives the jobs.", show_default="user@host")] = None,
     yes: Yes = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count the jobs, and show some of them.")] = False,
+    dry_run: DryRun = False,
     wait: Annotated[bool, typer.Option("--wait", help="Wait until the last job is released.")] = False,
     app: AppOption = None,
     namespace: Namespace = None,
@@ -318,27 +336,34 @@ def redrive(
         raise Wrong("which jobs? Give their ids, or --where NAME=VALUE")
     if parsed.others and where:
         raise Wrong("give ids or --where, not both")
-    chosen = _redriven(where or [])
+    chosen = _chosen(where or [], "redrive")
     queried = _queried_app(parsed, app, namespace, bootstrap, status_url)
     try:
         ids = [whole_id(queried, text) for text in parsed.others] or None
         which: dict[str, Any] = {"ids": ids, "where": None if ids else chosen, "queue": queue}
         preview = queried.redrive(**which, dry_run=True)
-        if dry_run or not preview.matched:
-            _show_preview(preview, as_json)
-            return
-        if not (yes or as_json or ids):
-            typer.confirm(f"Redrive {counted(preview.matched, 'job')}?", abort=True, err=True)
-        show_made(queried.redrive(**which, rate=rate, by=by, reason=reason), wait, as_json)
+        if _confirmed("Redrive", preview, yes or ids is not None, dry_run, as_json):
+            show_made(queried.redrive(**which, rate=rate, by=by, reason=reason), wait, as_json)
     finally:
         queried.close()
 
 
-def _redriven(texts: Sequence[str]) -> JobFilter:
-    """Return the filter of ``--where``. Raises `Wrong`."""
+def _confirmed(what: str, preview: Plan, yes: bool, dry_run: bool, as_json: bool) -> bool:
+    """Return whether to make a plan for the jobs of a preview. If not, or if there are none, the preview is printed.
+    Raises `typer.Abort` if the user does not agree."""
+    if dry_run or not preview.matched:
+        _show_preview(preview, as_json)
+        return False
+    if not (yes or as_json):
+        typer.confirm(f"{what} {counted(preview.matched, 'job')}?", abort=True, err=True)
+    return True
+
+
+def _chosen(texts: Sequence[str], action: str) -> JobFilter:
+    """Return the filter of ``--where`` for an action on many jobs. Raises `Wrong`."""
     import datetime as dt
 
-    from jobledger.app import REDRIVEN
+    from jobledger.plan import SCOPES
 
     several: dict[str, list[str]] = {}
     tags: list[str] = []
@@ -357,8 +382,8 @@ def _redriven(texts: Sequence[str]) -> JobFilter:
                 "tag.NAME=…"
             )
     for state in states_of(several.get("state", []), "--where state"):
-        if state not in REDRIVEN:
-            raise Wrong(f"--where state={state}: only jobs that failed, were cancelled or expired can be redriven")
+        if state not in SCOPES[action].states:
+            raise Wrong(f"--where state={state}: {SCOPES[action].refusal}")
     chosen: dict[str, Any] = {**several, "tag": pairs_of(tags, "--where tag") or None, "since": since}
     return {name: value for name, value in chosen.items() if value is not None}  # type: ignore[return-value]
 
@@ -491,36 +516,3 @@ def _with_whole_ids(targets: Sequence[Job]) -> tuple[list[Job], list[str]]:
         if is_changed(job.job_id)
     ]
     return [job for job in targets if not is_changed(job.job_id)], notes
-
-
-def _where(texts: Sequence[str]) -> dict[str, list[str]]:
-    """Return the conditions of ``--where`` by name; tags are ``NAME=VALUE``. Raises `Wrong`."""
-    from jobledger.job import State
-
-    conditions: dict[str, list[str]] = {"state": [], "task": [], "queue": [], "tag": []}
-    for each in texts:
-        name, value = pair_of(each, "--where")
-        if name.startswith("tag.") and len(name) > len("tag."):
-            conditions["tag"].append(f"{name[len('tag.') :]}={value}")
-        elif name in ("state", "task", "queue"):
-            conditions[name].append(value)
-        else:
-            raise Wrong(f"--where {each!r}: write task=…, queue=…, state=… or tag.NAME=…")
-    pairs_of(conditions["tag"], "--where tag")
-    if ended := [each for each in states_of(conditions["state"], "--where state") if State(each).ended]:
-        raise Wrong(f"--where state={ended[0]}: jobs in this state have ended and cannot be cancelled")
-    return conditions
-
-
-def _matching(app: App, where: dict[str, list[str]]) -> list[Job]:
-    """Return the jobs that have not ended and match every condition."""
-    from jobledger.client.commands import Job
-    from jobledger.job import State
-
-    statuses = app.jobs(
-        state=where["state"] or [each for each in State if not each.ended],
-        task=where["task"] or None,
-        queue=where["queue"] or None,
-        tag=pairs_of(where["tag"], "--where tag"),
-    )
-    return [Job(each.job_id, each.run, each.task, each.queue) for each in statuses]

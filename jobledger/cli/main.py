@@ -21,9 +21,9 @@ from jobledger.cli import (
     check,
     completion,
     control,
+    copies,
     dev,
     events,
-    jobs,
     plans,
     projections,
     running,
@@ -72,7 +72,8 @@ _PROCESSES = frozenset(name for panel, name, *_ in _COMMANDS if panel == RUN)
 _SILENT = _PROCESSES - {"dev", "streams"}
 for _panel, _name, _run_it, _short in _COMMANDS:
     cli.command(_name, rich_help_panel=_panel, short_help=_short)(_run_it)
-cli.add_typer(jobs.app, name="jobs", rich_help_panel=ASK)
+# The group of `jobs`, to which `copies` has added a command.
+cli.add_typer(copies.group, name="jobs", rich_help_panel=ASK)
 cli.add_typer(events.app, name="events", rich_help_panel=ASK)
 cli.add_typer(plans.app, name="plans", rich_help_panel=OPERATE)
 cli.add_typer(control.queues, name="queues", rich_help_panel=OPERATE)

@@ -1,4 +1,4 @@
-"""``jobledger plans list|show|pause|resume|abort``: actions on many jobs, on the command line."""
+"""``jobledger plans list|show|pause|resume|abort``: shows and steers actions on many jobs."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def list_plans(
     status_url: StatusUrl = None,
     as_json: Json = False,
 ) -> None:
-    """List plans, the last one first."""
+    """List plans, newest first."""
     parsed = words_of(words, app is not None or namespace is not None, "argument", 0)
     queried = find_app(parsed.target or app, namespace, bootstrap, status_url)
     try:
@@ -116,9 +116,11 @@ def _steering(name: str, to: str, text: str, said: str) -> None:
             output.console().print(answer, markup=False, highlight=False)
 
 
-_steering("pause", "paused", "Take no further action by a plan until it is resumed.", "requested the pause")
-_steering("resume", "running", "Resume a paused plan.", "requested that it continue")
-_steering("abort", "aborted", "End a plan. What was done is not undone.", "requested its end")
+_steering("pause", "paused", "Pause a plan: nothing more is done until the plan is resumed.", "requested the pause")
+_steering("resume", "running", "Resume a paused plan.", "requested the resume")
+_steering(
+    "abort", "aborted", "End a plan before all its jobs are done. What was done is not undone.", "requested the abort"
+)
 
 
 def plan_json(plan: PlanStatus) -> dict[str, Any]:
@@ -156,7 +158,7 @@ def print_plan(plan: PlanStatus, as_json: bool) -> None:
         ("action", plan.action + ("" if plan.queue is None else f", to queue {plan.queue}")),
         ("state", plan.state.value + ("" if plan.steered is None else f" {plan.steered}")),
         ("jobs", f"{plan.matched}, where {plan.where}" if plan.where != "{}" else str(plan.matched)),
-        ("done", str(plan.done)),
+        ("done", f"{plan.done}" + (" (cancels requested)" if plan.done and plan.action == "cancel" else "")),
         ("skipped", f"{plan.skipped}" + (" (they had changed)" if plan.skipped else "")),
         ("failed", f"{plan.failed}" + ("" if plan.error is None else f" ({plan.error})")),
         ("made", f"{output.clock(_moment(plan.opened_ms))} by {plan.by}"),
@@ -169,7 +171,7 @@ def print_plan(plan: PlanStatus, as_json: bool) -> None:
 
 
 def show_made(plan: Plan, wait: bool, as_json: bool) -> None:
-    """Print a plan that was just made; with ``wait`` when it has ended."""
+    """Print a plan that was just made. With ``wait``: wait for the end of the plan first."""
     if wait:
         print_plan(_awaited(plan, quiet=as_json), as_json)
     elif as_json:
@@ -189,7 +191,7 @@ def _awaited(plan: Plan, quiet: bool) -> PlanStatus:
     from rich.progress import Progress
 
     with Progress(console=console, transient=True) as progress:
-        bar = progress.add_task("redriving", total=plan.matched)
+        bar = progress.add_task("waiting", total=plan.matched)
         while True:
             status = plan.status(timeout=60.0)
             progress.update(bar, completed=status.done + status.skipped + status.failed, description=status.state.value)

@@ -71,7 +71,7 @@ def submit(
     loaded = load_app(target, bootstrap=bootstrap, status_url=status_url)
     with judged():
         declared = loaded.registry.task(task)
-        arguments = _arguments(declared.fn, pairs or [], args)
+        arguments = arguments_of(declared.fn, pairs or [], args)
         options: dict[str, Any] = {"delay": delay, "queue": queue, "key": key, "priority": priority}
         options |= {"tags": pairs_of(tag, "--tag"), "expires_in": expires_in, "job_id": job_id}
         request = declared.using(**options).job(**arguments)
@@ -120,7 +120,7 @@ def emit(
     try:
         event_type = loaded.events[among(event, loaded.events, "event", f"app {loaded.names.namespace!r}")]
         with judged():
-            value = event_type.of(_arguments(event_type.cls, pairs or [], args))
+            value = event_type.of(arguments_of(event_type.cls, pairs or [], args))
         handle = loaded.emit(value)
     finally:
         loaded.close()
@@ -130,7 +130,7 @@ def emit(
         output.print_fields([("event", handle.event_id), ("position", str(handle.position))])
 
 
-def _arguments(annotated: Any, pairs: Sequence[str], text: str | None) -> dict[str, Any]:
+def arguments_of(annotated: Any, pairs: Sequence[str], text: str | None) -> dict[str, Any]:
     """Return values by name from ``--args`` and ``NAME=VALUE``; the latter override the former. ``annotated``: the
     function or class that takes the values. Raises `BadArguments` or `Wrong`."""
     values: dict[str, Any] = {}

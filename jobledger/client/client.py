@@ -15,11 +15,12 @@ import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import chain
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, Unpack
 
 import uuid_utils
 from confluent_kafka import KafkaError, Message
 
+from jobledger.client import copies
 from jobledger.client.acknowledgements import Ack, BulkAck
 from jobledger.client.commands import Commands, Job
 from jobledger.client.plans import Plans
@@ -27,9 +28,11 @@ from jobledger.client.waiting import Follower, Question, StatusSource
 from jobledger.config import Settings
 from jobledger.definitions import tracing
 from jobledger.definitions.context import JobContext, maybe_current_job
+from jobledger.definitions.copy_options import CopyOptions
 from jobledger.definitions.durations import Seconds
 from jobledger.definitions.event_types import EVENT_HEADER, EventType, earlier_of
 from jobledger.definitions.handles import EventHandle, JobHandle, Plan, refuse_inside_job, result_of
+from jobledger.definitions.options import check_options
 from jobledger.definitions.task import JobRequest, Task
 from jobledger.errors import (
     BadEvent,
@@ -167,6 +170,14 @@ class Client:
             raise table.unknown(job_id)
         return self.plans.make("redrive", [(job_id, known[job_id].run)], {}, by=by, reason=reason)
 
+    def copy(
+        self, job_id: str, task_of: Callable[[str], Task[Any, Any]], **options: Unpack[CopyOptions]
+    ) -> JobHandle[Any]:
+        """Submit a copy of a job with changed arguments; see `App.copy`. ``task_of``: returns the task of a name."""
+        check_options("copy()", options, CopyOptions)
+        whole = copies.original(self.settings, self.names, self._status(), job_id)
+        return self.submit(copies.copy_of(whole, task_of, **options))
+
     async def cancel_async(
         self, job_id: str, reason: str | None = None, run: int | None = None, by: str | None = None
     ) -> None:
@@ -201,7 +212,7 @@ class Client:
             derived = inside.child_id(task.name, request.args)
             job_id = request.job_id or derived
             parent, trace = inside.job_id, tracing.current() or inside.trace
-        spec = JobSpec(request.args, request.tags, parent, request.expires_in_ms, None, request.priority)
+        spec = JobSpec(request.args, request.tags, parent, request.expires_in_ms, None, request.priority, request.links)
         event = submission(
             job_id, task.name, request.queue, request.key, spec, now_us(), self._source, trace, request.delay_ms
         )

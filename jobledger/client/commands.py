@@ -93,10 +93,13 @@ def is_copy(record: Recorded, names: Names) -> bool:
 
 
 class Commands:
-    """Sends control commands in one namespace. ``writer``: opened at the first command."""
+    """Sends control commands in one namespace. ``writer``: opened at the first command. ``role``: what the records
+    name as their writer."""
 
-    def __init__(self, settings: Settings, names: Names, writer: Callable[[], LogWriter]) -> None:
-        self._settings, self._names, self._writer = settings, names, writer
+    def __init__(
+        self, settings: Settings, names: Names, writer: Callable[[], LogWriter], *, role: str = "client"
+    ) -> None:
+        self._settings, self._names, self._writer, self._role = settings, names, writer, role
 
     def cancel(self, jobs: Sequence[Job], reason: str | None = None, by: str | None = None) -> None:
         """Request that these jobs be cancelled. Returns once the log has acknowledged all requests.
@@ -124,7 +127,7 @@ class Commands:
                         fact,
                         str(uuid_utils.uuid7()),
                         now_us(),
-                        source("client"),
+                        source(self._role),
                         job_id=job.job_id,
                         run=job.run,
                         task=job.task,
@@ -160,7 +163,7 @@ class Commands:
 
     def _send(self, key: str, kind: Kind, name: str, fact: QueuePaused | QueueResumed | QueueLimited) -> None:
         task, queue = (name, "") if kind == "task" else ("", name)
-        event = standalone(fact, str(uuid_utils.uuid7()), now_us(), source("client"), task=task, queue=queue)
+        event = standalone(fact, str(uuid_utils.uuid7()), now_us(), source(self._role), task=task, queue=queue)
         self._writer().send([Outgoing(self._names.control, codec.encode(event), key)])
 
     def standing(self) -> list[Standing]:

@@ -1,7 +1,7 @@
-"""Makes plans: writes what is to be done with which jobs to the log, before anything is done.
+"""Makes plans: writes to the log which jobs an action is about, and steers the action.
 
-A plan is carried out by the stream processor, also if this process ends. The list of jobs is complete before the first
-of them is touched: a caller that dies while it lists the jobs has changed nothing.
+The stream processor carries a plan out, also if the process that made the plan has ended. It begins only when the list
+of jobs is complete in the log. So if the maker dies while it writes the list, nothing is done with any of the jobs.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class PlanTable(Protocol):
 
 
 class Plans:
-    """Makes and steers the plans of one namespace. ``writer``: opened at the first plan. ``table``: opens the status
-    table's read side."""
+    """Makes and steers the plans of one namespace. ``writer``: returns what writes to the log. ``table``: returns the
+    read side of the status table."""
 
     def __init__(self, names: Names, writer: Callable[[], LogWriter], table: Callable[[], Any]) -> None:
         self._names, self._writer, self._table = names, writer, table
@@ -66,10 +66,11 @@ class Plans:
         by: str | None = None,
         reason: str | None = None,
     ) -> Plan:
-        """Write a plan, and return once the log has acknowledged all of it.
+        """Write a plan, and return when the log has acknowledged the whole plan.
 
-        ``jobs``: id and run of each job. ``where``: the conditions that chose them, for people. Raises `ConfigError`,
-        `TopicMissing`, `AccessDenied` or `BrokerUnavailable`; then nothing is done with the jobs.
+        ``jobs``: id and run of each job. ``where``: the conditions that chose the jobs; only people read them. Raises
+        `ConfigError`, `TopicMissing` or `AccessDenied`; then nothing is done with the jobs. After `BrokerUnavailable`
+        the plan may have been made: `App.plans` shows this.
         """
         by = check_text("by", by or who(), BY_MOST)
         reason = None if reason is None else check_text("reason", reason, REASON_MOST)
@@ -87,8 +88,8 @@ class Plans:
             if len(records) >= PARTS_AT_ONCE:
                 self._writer().send(records)
                 records = []
-        # The facts of a plan must be in their order, also if the producer sends a record of the batch again: so the last
-        # one is sent when all others are acknowledged.
+        # `PlanSealed` must be behind all parts, also if the producer has to send some records again. So it is sent when
+        # all parts are acknowledged.
         if records:
             self._writer().send(records)
         (position,) = self._writer().send([self._record(plan_id, PlanSealed(parts, count))])

@@ -21,6 +21,7 @@ from jobledger.schemas import exact
 
 _encode = msgspec.json.Encoder(enc_hook=exact.plain_json).encode
 _decode = msgspec.json.Decoder().decode
+_decode_values = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 #: Types whose values JSON always represents exactly.
 _EXACT = frozenset({str, int, bool})
 
@@ -64,8 +65,29 @@ class Arguments:
             if key in named:
                 raise BadArguments(f"{self._name}() got argument {key!r} twice, by position and by name")
             named[key] = value
+        return self._encoded(named, None)
+
+    def changed(self, raw: bytes, changes: Mapping[str, Any], without: Collection[str] = ()) -> bytes:
+        """Return the arguments ``raw`` of an earlier job as JSON, with ``changes`` by name, and without the arguments
+        that ``without`` names. Values that are not changed stay as they are in the JSON. Raises `BadArguments` if the
+        result does not fit."""
         try:
-            raw = _encode(named)
+            kept = _decode_values(raw)
+        except (msgspec.MsgspecError, RecursionError) as exc:
+            shown = raw[:500].decode(errors="replace")
+            raise BadArguments(f"the arguments {shown} are not a JSON object: {exc}") from exc
+        for name in without:
+            if name not in kept:
+                raise BadArguments(f"the job has no argument {name!r}; it has {', '.join(kept) or 'none'}")
+            if name in changes:
+                raise BadArguments(f"argument {name!r} is both changed and left out")
+        kept = {name: value for name, value in kept.items() if name not in without and name not in changes}
+        return self._encoded(changes, kept)
+
+    def _encoded(self, named: Mapping[str, Any], kept: Mapping[str, msgspec.Raw] | None) -> bytes:
+        """Return the arguments as JSON. ``kept``: further arguments, which are JSON already."""
+        try:
+            raw = _encode(named if kept is None else {**kept, **named})
         except Exception as exc:  # a model's own serialiser may raise anything
             if isinstance(exc, UnicodeEncodeError):
                 self._check(named, None)

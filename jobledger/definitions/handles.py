@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import warnings
-from collections.abc import Sequence
-from typing import Any, Generic, Protocol, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, Protocol, TypeVar, Unpack
 
 from jobledger.definitions.context import maybe_current_job
+from jobledger.definitions.copy_options import CopyOptions
 from jobledger.definitions.durations import Seconds
 from jobledger.errors import ConfigError, JobCancelled, JobExpired, JobFailed, ResultInsideJob, StatusTimeout
 from jobledger.job import JobStatus, State
@@ -37,6 +38,8 @@ class Waiter(Protocol):
     async def cancel_async(self, job_id: str, reason: str | None = None) -> None: ...
 
     def redrive(self, job_id: str, reason: str | None = None) -> Plan: ...
+
+    def copy(self, job_id: str, task_of: Callable[[str], Any], **options: Unpack[CopyOptions]) -> JobHandle[Any]: ...
 
 
 class Decodes(Protocol[R_co]):
@@ -97,6 +100,11 @@ class JobHandle(Generic[R_co]):
         not know the job."""
         return self._client.redrive(self.job_id, reason)
 
+    def copy(self, **options: Unpack[CopyOptions]) -> JobHandle[R_co]:
+        """Submit a new job with the arguments of this one, changed by name, and return its handle; see `App.copy` for
+        the options and the errors."""
+        return self._client.copy(self.job_id, lambda name: self._task, **options)
+
     def result(self, timeout: Seconds | None = None) -> R_co:
         """Wait until the job has ended, and return its result. The result is converted to the task's return annotation;
         without an annotation it is plain JSON.
@@ -152,8 +160,9 @@ class Plan:
         return self._plans.status(self._id(), self.position, timeout)
 
     def wait(self, timeout: Seconds | None = None) -> PlanStatus:
-        """Wait until the plan is done or aborted, and return its final state. The status table then shows what the plan
-        has done. Raises `StatusTimeout` after ``timeout`` seconds (None: wait forever)."""
+        """Wait until the plan is done or aborted, and return its final state. When a redrive is done, the status table
+        shows the next run of each job. When a plan of cancels is done, all cancels are requested, but some jobs may not
+        have ended yet. Raises `StatusTimeout` after ``timeout`` seconds (None: wait forever)."""
         return self._plans.wait(self._id(), self.position, timeout)
 
     def pause(self, reason: str | None = None, by: str | None = None) -> None:

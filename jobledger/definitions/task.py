@@ -17,6 +17,7 @@ from jobledger.definitions.resources import Resources, dependencies
 from jobledger.definitions.retry import Retry, check_delay
 from jobledger.errors import BadArguments, ConfigError
 from jobledger.kafka.topic_names import TAG_NAME_MOST, TAG_VALUE_MOST, Names, check_text
+from jobledger.schemas.events import JobLinks
 
 if TYPE_CHECKING:
     from jobledger.definitions.handles import JobHandle
@@ -42,6 +43,7 @@ class JobRequest(msgspec.Struct, Generic[R_co], frozen=True):
     priority: Priority | None = None
     expires_in_ms: int | None = None
     job_id: str | None = None
+    links: JobLinks | None = None
 
 
 class Submitter(Protocol):

@@ -96,7 +96,7 @@ TABLE: Mapping[str, Sequence[Right]] = {
         *_topic("<ns>.schemas", "Read", lost="`emit`", when="events"),
         *_topic("<ns>.events.", "Write", lost="`emit`", when="events"),
         *_topic("<ns>.control", "Write", lost="`cancel`, `pause`, `limit`", when="control commands"),
-        *_topic("<ns>.plans", "Write", lost="`redrive`", when="plans"),
+        *_topic("<ns>.plans", "Write", lost="`redrive`, `cancel_many`", when="plans"),
         *_topic("<ns>.", "DescribeConfigs", lost=_LIMITS),
     ],
     "worker": [
@@ -133,6 +133,7 @@ TABLE: Mapping[str, Sequence[Right]] = {
         *_topic("<ns>.jobs.", "Delete", lost=_TRIMMING),
         *_topic("<ns>.lifecycle", "Delete", lost=_TRIMMING),
         *_topic("<ns>.coordination", "Delete", lost=_TRIMMING),
+        *_topic("<ns>.plans", "Delete", lost="trimming of ended plans"),
         *_topic("<ns>.", "DescribeConfigs", lost=f"{_LIMITS}; no {_WATCHING}"),
     ],
     "router": [
@@ -157,7 +158,11 @@ TABLE: Mapping[str, Sequence[Right]] = {
         *_topic("<ns>.schemas", "Read"),
     ],
     "reader": [*_LOG, *_topic("<ns>.control", "Read"), *_group("<ns>.lifecycle.", "Read")],
-    "web": [*_LOG, *_group("<ns>.worker.", "Describe", lost="check by `audit` of what workers have committed")],
+    "web": [
+        *_LOG,
+        *_topic("<ns>.plans", "Read", lost="plans in `events tail`, and no new plans in a rebuilt table"),
+        *_group("<ns>.worker.", "Describe", lost="check by `audit` of what workers have committed"),
+    ],
     "admin": [
         *_topic("<ns>.", "Create", "Alter", "AlterConfigs"),
         Right(

@@ -11,6 +11,8 @@ removal of old cancels.
   `App.lifecycle`.
 * **Rows** of jobs that ended some time ago are removed from the status table
   (`jobledger.streams.maintenance.table_rows`).
+* The facts of **plans** that ended before the retention age are deleted, too
+  (`jobledger.streams.maintenance.plan_trimming`).
 * **Cancels** of runs that have ended are removed from the control topic (`jobledger.streams.maintenance.cancels`).
 
 Only the process whose materializer holds the lease of the status table does this work.
@@ -27,7 +29,7 @@ import msgspec
 from confluent_kafka import KafkaException, TopicPartition
 
 from jobledger.config import Settings
-from jobledger.errors import BrokerUnavailable, JobledgerError, SchemaError
+from jobledger.errors import BrokerUnavailable, JobledgerError, SchemaError, TopicMissing
 from jobledger.job import Life
 from jobledger.kafka.auth import Need
 from jobledger.kafka.clients import admin, answer_of, partitions_of, translate
@@ -56,6 +58,7 @@ from jobledger.schemas.events import (
 from jobledger.streams.coordinator.decoding import check_head
 from jobledger.streams.maintenance import cancels, table_rows
 from jobledger.streams.maintenance.current import table_is_current
+from jobledger.streams.maintenance.plan_trimming import trim_point
 from jobledger.streams.maintenance.trim import Partition, Readers, plan
 from jobledger.streams.projections.projection_store import folded
 from jobledger.streams.status.remover import Remover
@@ -146,6 +149,7 @@ class Maintenance:
             ("watchdog", self.cadence.watch_every, self.watch),
             ("commit check", self.cadence.commit_check_every, self.check_commits),
             ("trimming", self.cadence.trim_every, self.trim),
+            ("trimming of plans", self.cadence.trim_every, self.trim_plans),
             ("cancels", self.cadence.trim_every, self.forget_cancels),
             ("removal of rows", self.cadence.rows_every, self.remove_rows),
         ]
@@ -336,6 +340,22 @@ class Maintenance:
         for (topic, partition), limit in limits.items():
             TRIMMED.labels(self.names.namespace, topic).inc(limit - starts[topic, partition])
         return limits
+
+    def trim_plans(self) -> int:
+        """Delete the facts of plans that ended before the retention age. Return the number of deleted records."""
+        cutoff_ms = int((time.time() - self.cadence.retention) * 1000)
+        place = (self.names.plans, 0)
+        read = self._reader.offsets().get(place, 0)
+        try:
+            with LogReader(self.settings) as log:
+                start, limit = trim_point(log, self.names, self._decode, read, cutoff_ms)
+        except TopicMissing as exc:  # of an earlier version: `topics apply` creates it
+            LOG.debug("%s", exc)
+            return 0
+        if limit > start:
+            self._delete({place: limit})
+            TRIMMED.labels(self.names.namespace, self.names.plans).inc(limit - start)
+        return limit - start
 
     def _aged(self, cutoff_ms: int) -> tuple[dict[Partition, int], dict[Partition, int]]:
         """Return the first offset of every partition; and of each partition with records from before ``cutoff_ms``,

@@ -1,12 +1,17 @@
 """Carries out plans: redrives or cancels the jobs that a plan lists, part by part.
 
-A plan is in the log before anything is done (`jobledger.plan`), so it is carried out even if its caller has ended. After
-each part `PlanAdvanced` is written. If this process dies before that, the next one carries the part out again: the
-status table shows for which jobs the plan has acted already. Before a plan's first part in this process, the table must
-have read everything that an earlier process wrote.
+The whole list is in the log before anything is done (`jobledger.plan`), so a plan is carried out even if its caller has
+ended. After each part this process writes `PlanAdvanced`. If the process dies before that, the next process carries the
+part out again. The status table then shows which jobs of the part were redriven already; a second request to cancel a
+job changes nothing.
 
-A job is redriven by a submission of its next run on the coordination topic. The coordinator releases this run at once.
-It also drops a second submission of the same run.
+What is done with a job depends on its state in the status table. So the table must have read what was done before:
+before the first part in this process, everything that an earlier process wrote; before each part, what other plans have
+sent. A plan is done only when the table has read all that the plan has sent.
+
+A job is redriven by a submission of its next run on the coordination topic. The coordinator releases this run at once,
+and drops a second submission of the same run. A job is cancelled by a `CancelRequested`, as `App.cancel` writes it. The
+job counts as done when the log has acknowledged this request; how the job ends is another matter.
 
 Only the process whose materializer holds the lease of the status table does this work.
 """
@@ -15,7 +20,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -24,12 +29,11 @@ from confluent_kafka import KafkaException
 
 from jobledger import plan as plans
 from jobledger.client.commands import Commands, Job
+from jobledger.client.whole_jobs import LOST, WholeJobs
 from jobledger.config import Settings
 from jobledger.errors import BrokerUnavailable, JobledgerError, SchemaError, TopicMissing
 from jobledger.job import ENDS, Life, State
-from jobledger.kafka.clients import partitions_of
 from jobledger.kafka.outage import log_missed
-from jobledger.kafka.partitioner import partition_of
 from jobledger.kafka.topic_names import Names, lane
 from jobledger.log.reading import LogReader, recorded
 from jobledger.log.schema_lookup import decoder
@@ -41,21 +45,19 @@ from jobledger.process.wording import counted
 from jobledger.schemas import codec
 from jobledger.schemas.event_factory import further_run, standalone
 from jobledger.schemas.events import (
-    CRASHES_TAG,
-    DeadLettered,
-    JobDue,
     JobEvent,
     JobSpec,
-    JobSubmitted,
     PlanAdvanced,
     PlanListed,
     PlannedJob,
     Position,
     Redrive,
+    users_tags,
 )
 from jobledger.schemas.ids import derived_id
 from jobledger.streams.maintenance.current import table_is_current
 from jobledger.streams.status.store.protocol import StatusReader
+from jobledger.streams.status.store.rows import KEY_MOST, is_changed
 
 LOG = get_logger("jobledger.plans")
 
@@ -65,8 +67,6 @@ TICK_S = 0.25
 AT_ONCE = 500
 #: Seconds that a plan waits for the status table in one round.
 PATIENCE_S = 5.0
-#: Records of a partition of the dead letters that are searched for a job.
-LETTERS_MOST = 20_000
 
 
 class Verdict(Enum):
@@ -101,8 +101,8 @@ _SUCCEEDED, _CANCELLED = ENDS.index(State.SUCCEEDED), ENDS.index(State.CANCELLED
 
 @dataclass(slots=True)
 class _Part:
-    """The part of a plan that is carried out now. ``records``: those still to be sent, one list for each job. ``sent``:
-    the last position in each partition of the coordination topic."""
+    """The part of a plan that is carried out now. ``records``: those still to be sent, one list for each job.
+    ``stale``: the plan was paused meanwhile, so the jobs may have changed."""
 
     number: int
     records: list[list[Outgoing]] = field(default_factory=list)
@@ -110,7 +110,7 @@ class _Part:
     skipped: int = 0
     failed: int = 0
     error: str | None = None
-    sent: dict[int, Position] = field(default_factory=dict)
+    stale: bool = False
 
     def fail(self, job_id: str, why: str) -> None:
         """Count a job for which the action is not possible."""
@@ -137,7 +137,7 @@ class PlanRunner:
         self._decode = decoder(settings, names).decode
         self._writer: LogWriter | None = None
         self._log: LogReader | None = None
-        self._commands = Commands(self._settings, names, self._open_writer)
+        self._commands = Commands(self._settings, names, self._open_writer, role="plans")
         self._forget()
 
     def _forget(self) -> None:
@@ -147,15 +147,20 @@ class PlanRunner:
         self._offsets: dict[str, list[int]] = {}  # of the parts of each plan that has not ended
         self._parts: dict[str, _Part] = {}
         self._current = False
+        # Of each plan: the last position that it has written in each partition of the coordination topic, unless the
+        # table is known to have read it.
+        self._sent: dict[str, dict[int, Position]] = {}
         self._budgets: dict[str, tuple[float, float]] = {}  # of plans with a rate: jobs, and when they were counted
 
     def run(self, stop: threading.Event) -> None:
         """Carry out plans until ``stop`` is set. If the broker or the database is unavailable, only the round fails."""
+        advanced = False
         try:
-            while not stop.wait(TICK_S):
+            while not stop.wait(0.0 if advanced else TICK_S):
+                advanced = False
                 try:
                     if self._active():
-                        self.round(stop)
+                        advanced = self.round(stop)
                     elif self._next:
                         self._forget()
                         self.close()
@@ -180,23 +185,26 @@ class PlanRunner:
             self._log.close()
             self._log = None
 
-    def round(self, stop: threading.Event) -> None:
-        """Read the new facts of plans, and carry out a part of each running plan. Raises `JobledgerError`."""
+    def round(self, stop: threading.Event) -> bool:
+        """Read the new facts of plans, and carry out a part of each running plan. Return whether a part was carried out
+        to its end, so that the next round need not wait. Raises `JobledgerError`."""
         if self._log is None:
             self._log = LogReader(self._settings)
         log = self._log
         self._follow(log)
         running = [plan for plan in self._plans.values() if plan.state is PlanState.RUNNING]
         if not running:
-            return
+            return False
         topics = [self._names.coordination, self._names.lifecycle, self._names.plans]
         if not self._current and not table_is_current(self._settings, self._reader, topics, PATIENCE_S):
-            return
+            return False
         self._current = True
+        advanced = False
         for plan in running:
             if stop.is_set() or not self._active():
-                return
-            self._advance(log, plan.plan, stop)
+                return False
+            advanced = self._advance(log, plan.plan, stop) or advanced
+        return advanced
 
     def _follow(self, log: LogReader) -> None:
         for message in log.read(self._names.plans, 0, self._next):
@@ -212,11 +220,13 @@ class PlanRunner:
                 continue
             if plan.state.ended:
                 for known in (self._plans, self._offsets, self._parts, self._budgets):
-                    known.pop(plan_id, None)
+                    known.pop(plan_id, None)  # but not `_sent`: other plans wait for the table
                 if before is not None:
                     self._tell(plan)
                 continue
             self._plans[plan_id] = plan
+            if plan.state is PlanState.PAUSED and plan_id in self._parts:
+                self._parts[plan_id].stale = True
             if before is not None and plan.listed > before.listed:
                 self._offsets.setdefault(plan_id, []).append(record.position.offset)
 
@@ -229,16 +239,20 @@ class PlanRunner:
 
     # -- one part -----------------------------------------------------------------------------------------------------
 
-    def _advance(self, log: LogReader, plan_id: str, stop: threading.Event) -> None:
-        """Carry out the plan's next part; stop early if the plan was paused or aborted."""
+    def _advance(self, log: LogReader, plan_id: str, stop: threading.Event) -> bool:
+        """Carry out the plan's next part; stop early if the plan was paused or aborted. Return whether the part was
+        carried out to its end."""
         plan = self._plans[plan_id]
         part = self._parts.get(plan_id)
-        if part is None or part.number != plan.next_part:
+        stale = part is not None and part.stale
+        if part is None or stale or part.number != plan.next_part:
+            if not self._table_reached([each for each in self._sent if stale or each != plan_id], stop):
+                return False
             part = self._parts[plan_id] = self._prepared(log, plan)
         while part.records:
             size = AT_ONCE if plan.rate is None else min(AT_ONCE, self._allowed(plan_id, plan.rate))
             if size == 0:
-                return  # the rate allows no more for now: other plans are next
+                return False  # the rate allows no more for now: other plans are next
             some, part.records = part.records[:size], part.records[size:]
             try:
                 sent = self._open_writer().send([record for records in some for record in records])
@@ -250,33 +264,37 @@ class PlanRunner:
                 self._budgets[plan_id] = (self._budgets[plan_id][0] - len(some), self._budgets[plan_id][1])
             for position in sent:
                 if position.topic == self._names.coordination:
-                    part.sent[position.partition] = position
+                    self._sent.setdefault(plan_id, {})[position.partition] = position
             self._follow(log)
             if self._plans.get(plan_id) is None or self._plans[plan_id].state is not PlanState.RUNNING:
-                return
+                return False
             if stop.is_set() or not self._active():
-                return
-        # When a plan is done, the status table must show what it did.
-        if not self._table_reached(part.sent.values(), stop):
-            return
+                return False
+        # When a plan is done, the status table must show what the plan did.
+        if part.number + 1 == plan.parts and not self._table_reached([plan_id], stop):
+            return False
         fact = PlanAdvanced(part.number, part.done, part.skipped, part.failed, part.error)
         event = standalone(fact, derived_id(plan_id, "advanced", part.number), now_us(), self._source, job_id=plan_id)
         self._open_writer().send([Outgoing(self._names.plans, codec.encode(event), plan_id, 0)])
+        return True
 
     def _allowed(self, plan_id: str, rate: float) -> int:
-        """Return how many jobs of a plan with a rate may be acted on now: what has come together since the last time,
-        at most what the rate allows in a second."""
+        """Return how many jobs of a plan with a rate may be acted on now. This number grows with the time, up to the
+        number that the rate allows in a second."""
         now = time.monotonic()
         budget, at = self._budgets.get(plan_id, (1.0, now))
         budget = min(budget + (now - at) * rate, max(1.0, rate))
         self._budgets[plan_id] = (budget, now)
         return int(budget)
 
-    def _table_reached(self, positions: Collection[Position], stop: threading.Event) -> bool:
+    def _table_reached(self, plan_ids: Collection[str], stop: threading.Event) -> bool:
+        """Return whether the table has read all that these plans have sent; wait up to `PATIENCE_S` seconds for it."""
         deadline = time.monotonic() + PATIENCE_S
-        while not all(map(self._reader.reached, positions)):
-            if stop.wait(0.02) or time.monotonic() > deadline:
-                return False  # the next round waits again
+        for plan_id in plan_ids:
+            while not all(map(self._reader.reached, self._sent.get(plan_id, {}).values())):
+                if stop.wait(0.02) or time.monotonic() > deadline:
+                    return False  # the next round waits again
+            self._sent.pop(plan_id, None)
         return True
 
     def _prepared(self, log: LogReader, plan: PlanStatus) -> _Part:
@@ -286,6 +304,11 @@ class PlanRunner:
         lives = self._reader.lives_of([job.job_id for job in listed])
         wanted: list[tuple[PlannedJob, Life]] = []
         for job in listed:
+            if is_changed(job.job_id):
+                part.fail(
+                    job.job_id, f"the status table does not store the whole id, which has over {KEY_MOST} characters"
+                )
+                continue
             life = lives.get(job.job_id)
             match judge(plan, job, life):
                 case Verdict.UNKNOWN:
@@ -321,13 +344,11 @@ class PlanRunner:
     def _redrives(
         self, log: LogReader, plan: PlanStatus, wanted: Sequence[tuple[PlannedJob, Life]], part: _Part
     ) -> None:
-        found = self._origins(log, [life for _, life in wanted])
-        for job, life in wanted:
-            origin = found.get(_at(life))
-            if origin is None or origin[0].job_id != job.job_id:
-                origin = self._letter(log, job, life)
+        whole = WholeJobs(log, self._settings, self._names, self._decode, {job.job_id: life for job, life in wanted})
+        for job, _ in wanted:
+            origin = whole.find(job.job_id)
             if origin is None:
-                part.fail(job.job_id, "the log no longer has its arguments, and there is no dead letter with them")
+                part.fail(job.job_id, LOST)
                 continue
             record = self._redriven(plan, job, *origin)
             size = len(record.value or b"")
@@ -336,44 +357,11 @@ class PlanRunner:
             else:
                 part.records.append([record])
 
-    def _origins(self, log: LogReader, lives: Iterable[Life]) -> Mapping[Position | None, tuple[JobEvent, JobSpec]]:
-        """Return the events that hold whole jobs, by their positions."""
-        found: dict[Position | None, tuple[JobEvent, JobSpec]] = {}
-        for message in log.at_all([position for life in lives if (position := _at(life)) is not None]):
-            try:
-                record = recorded(message, self._decode)
-            except SchemaError:
-                continue
-            fact = record.event.fact
-            if isinstance(fact, JobSubmitted | JobDue):
-                found[record.position] = (record.event, fact.spec)
-        return found
-
-    def _letter(self, log: LogReader, job: PlannedJob, life: Life) -> tuple[JobEvent, JobSpec] | None:
-        """Return the job of its dead letter, which is written directly after its failure."""
-        end = life.end
-        if end is None or end.rank != ENDS.index(State.FAILED):
-            return None
-        topic = self._names.dead_letter
-        key = job.job_id.encode()
-        partition = partition_of(key, partitions_of(self._settings, topic))
-        start = log.offset_at(topic, partition, end.at[0])
-        for message in log.read(topic, partition, start, start + LETTERS_MOST):
-            if message.key() != key:
-                continue
-            try:
-                event = recorded(message, self._decode).event
-            except SchemaError:
-                continue
-            if isinstance(event.fact, DeadLettered) and (event.job_id, event.run) == (job.job_id, job.run):
-                return event, event.fact.spec
-        return None
-
     def _redriven(self, plan: PlanStatus, job: PlannedJob, origin: JobEvent, spec: JobSpec) -> Outgoing:
         """Return the submission of the job's next run."""
         queue, run = plan.queue or origin.queue, job.run + 1
         priority = spec.priority if lane(queue, spec.priority) in self._lanes else None
-        tags = {name: value for name, value in spec.tags.items() if name != CRASHES_TAG}
+        tags = users_tags(spec.tags)
         # An expiry in milliseconds counts from the new submission. One as a time belonged to the run before.
         spec = msgspec.structs.replace(spec, tags=tags, priority=priority, expires_at=None)
         asked = Redrive(plan.by, plan.reason, plan.plan)
@@ -384,9 +372,3 @@ class PlanRunner:
         if self._writer is None:
             self._writer = LogWriter(self._settings, self._names, linger_ms=5.0)
         return self._writer
-
-
-def _at(life: Life) -> Position | None:
-    """Return the position of a record with the whole job; None if the table knows none."""
-    head = life.head
-    return None if head.rank > 1 else Position(*head.at[1:])

@@ -43,6 +43,8 @@ LOG = get_logger("jobledger.materializer")
 BATCH = 16_000
 #: Number of jobs carried over at a time.
 CHUNK = 2_000
+#: Largest number of plans that a rebuild copies from the live table: the last ones.
+PLANS_MOST = 100_000
 #: Largest number of differing job ids that a report names.
 NAMED = 20
 #: Seconds to wait for the running materializer to stop before a rebuild is refused.
@@ -139,7 +141,7 @@ def rebuild(
     """Build a new table from the log, then replace the live table with it. Readers see either the old or the new table.
 
     Jobs that do not begin within the log are copied from the live table, joined with their facts in the log, and marked
-    as carried over. If anything fails, the live table is not changed. ``queues``: the queues whose work topics must be
+    as carried over. Plans whose facts were deleted from the log are copied, too. If anything fails, the live table is not changed. ``queues``: the queues whose work topics must be
     readable; work topics are found by name.
 
     The rebuild takes the table's lease, so a running materializer must be stopped first. Raises `StoreError` with the
@@ -153,6 +155,7 @@ def rebuild(
             span, records, rejected = _fold_log(names, settings, new, None, {}, progress, live.renew)
             carried = _carry(names, settings, store_url, span, new, live.renew)
             removed = _leave_out(Removed(live.removed(), span.outcomes_from(names)), names, store_url, new, live.renew)
+            _carry_plans(names, store_url, new)
             jobs = new.size()
             live.renew()
             live.replace_with(new)
@@ -163,7 +166,14 @@ def _allowed(names: Names, settings: Settings, queues: Sequence[str]) -> Setting
     """Return the settings for reading only. Check first that the topics may be read: the broker does not list a topic
     that this user may not read, so such a topic would count as empty."""
     settings = settings.acting_as("web")
-    topics = (*map(names.jobs, queues), names.lifecycle, names.coordination, names.dead_letter, names.schemas)
+    topics = (
+        *map(names.jobs, queues),
+        names.lifecycle,
+        names.coordination,
+        names.dead_letter,
+        names.plans,
+        names.schemas,
+    )
     acls.check(settings, names.namespace, topics)
     return settings
 
@@ -349,6 +359,15 @@ def _leave_out(removed: Removed, names: Names, live_url: str, new: Store, alive:
                 alive()
     new.write(Changes(removed=dict(removed.limits)))
     return count
+
+
+def _carry_plans(names: Names, live_url: str, new: Store) -> None:
+    """Copy the plans of the live table whose facts were deleted from the log."""
+    with closing(open_reader(live_url, names.namespace)) as reader:
+        rows = reader.plans(PLANS_MOST)
+    for some in _chunks(iter(rows), CHUNK):
+        folded = new.load_plans([plan.plan for plan in some])
+        new.write(Changes(plans=[plan for plan in some if plan.plan not in folded]))
 
 
 def _chunks(items: Iterator[T], size: int) -> Iterator[list[T]]:

@@ -343,7 +343,7 @@ def test_jobs_are_cancelled_by_id_and_by_their_properties(shop: Shop, monkeypatc
 
     # a dry run, refused arguments, and no agreement
     dry = cancel("--where", "task=send_mail", "--dry-run")
-    assert (dry["cancelled"], set(dry["jobs"])) == (0, {acme, other})
+    assert (dry["plan"], dry["matched"], set(dry["examples"])) == (None, 2, {acme, other})
     code, out, err = shop.main("jobs", "cancel", "--namespace", shop.namespace, added, "--dry-run")
     assert (code, out.split(), "nothing was changed" in err) == (0, [added, "add", "default"], True)
     for words, said in (
@@ -354,15 +354,16 @@ def test_jobs_are_cancelled_by_id_and_by_their_properties(shop: Shop, monkeypatc
         ),
         ([runs[:6]], f"'{runs[:6]}' is the beginning of several ids: "),
         (["--where", "task"], "is not of the form NAME=VALUE"),
-        (["--where", "colour=red"], "write task=…, queue=…, state=… or tag.NAME=…"),
+        (["--where", "colour=red"], "write task=…, queue=…, state=…, key=…, "),
         (["--where", "tag.a=b", "--where", "tag.a=c"], "--where tag a is given as 'b' and as 'c'"),
         (["--where", "state=succeeded"], "jobs in this state have ended"),
     ):
         assert said in cancel(*words, code=2)["error"]["message"]
     both = cancel("--where", "task=add", "--where", "task=send_mail", "--where", "state=scheduled", "--dry-run")
-    assert set(both["jobs"]) == {acme, other, added}
+    assert set(both["examples"]) == {acme, other, added}
     narrow = ("--where", "tag.tenant=acme", "--where", "tag.kind=none")
-    assert cancel(*narrow) == {"cancelled": 0, "jobs": [], "notes": []}
+    nothing = {"plan": None, "matched": 0, "examples": []}
+    assert cancel(*narrow) == nothing
     asking = ["jobs", "cancel", "--namespace", shop.namespace, "--where", "task=add"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("n\n"))
     code, out, err = shop.main(*asking)
@@ -370,16 +371,17 @@ def test_jobs_are_cancelled_by_id_and_by_their_properties(shop: Shop, monkeypatc
     assert states() == {runs: "running", **waiting}
 
     # cancels by properties of the jobs
-    found = cancel("--where", "tag.tenant=acme", "--where", "task=send_mail", "--reason", "wrong list", "--by", "ann")
-    assert found == {"cancelled": 1, "jobs": [acme], "notes": []}
+    where = ("--where", "tag.tenant=acme", "--where", "task=send_mail")
+    plan = cancel(*where, "--reason", "wrong list", "--by", "ann", "--wait")
+    assert (plan["action"], plan["state"], plan["matched"], plan["done"]) == ("cancel", "done", 1, 1)
     assert ended(acme) == ("cancelled", "wrong list")
     last = shop.json("jobs", "show", acme, "--namespace", shop.namespace, "--timeline")["timeline"][-1]["fact"]
     assert (last["type"], last["by"]) == ("JobCancelled", "ann")
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))
     code, out, _ = shop.main(*asking)
-    assert (code, out.strip()) == (0, "requested the cancel of 1 job")
+    assert (code, ": 1 job; `jobledger plans show " in out) == (0, True)
     assert ended(added)[0] == "cancelled"
-    assert cancel("--where", "queue=nothing-there") == {"cancelled": 0, "jobs": [], "notes": []}
+    assert cancel("--where", "queue=nothing-there") == nothing
 
     # cancels by ids, complete or shortened
     assert cancel(runs[:-1], other, runs) == {"cancelled": 2, "jobs": [runs, other], "notes": []}

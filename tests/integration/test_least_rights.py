@@ -185,7 +185,8 @@ def materializer(world: World, refused: list[JobledgerError]) -> None:
         with contextlib.closing(open_reader(url, names.namespace)) as reader:
             maintenance = Maintenance(names, settings, ["default"], reader, cadence=cadence)
             assert reader.job(handle.job_id)
-            for act in (maintenance.watch, maintenance.check_commits, maintenance.trim, maintenance.forget_cancels):
+            acts = (maintenance.watch, maintenance.check_commits, maintenance.trim, maintenance.trim_plans)
+            for act in (*acts, maintenance.forget_cancels):
                 try:
                     act()
                 except NotAuthorized as exc:

@@ -1,4 +1,4 @@
-"""Redrives with a real log, a real status table, and the processes that carry them out."""
+"""Plans with a real log, a real status table, and the processes that carry them out."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ from pathlib import Path
 import pytest
 
 from jobledger import App, PlanState, Settings, State
-from jobledger.errors import ConfigError, JobNotFound, PlanNotFound, UnknownQueue
+from jobledger.errors import BadArguments, ConfigError, JobNotFound, PlanNotFound, UnknownQueue
 from jobledger.kafka.topics import ensure
+from jobledger.log.reading import LogReader
 from jobledger.plan import PlanStatus
+from jobledger.streams.maintenance.maintenance import Cadence, Maintenance
 from jobledger.streams.maintenance.plans import PlanRunner
 from jobledger.streams.status.materializer import Materializer
+from jobledger.streams.status.rebuild import rebuild
 from jobledger.streams.status.store import open_reader
 from tests.patience import PATIENCE, wait_until
 
@@ -56,10 +59,9 @@ class World:
         ensure(self.app, self.settings)
         self._stop = threading.Event()
         self.table = Materializer(self.app.names, self.settings, ["mail", "slow"], str(self.settings.status_url))
-        thread = threading.Thread(target=self.table.run, args=(self._stop,))
-        thread.start()
-        stack.callback(thread.join, DONE_S)
-        stack.callback(self._stop.set)
+        self._thread = threading.Thread(target=self.table.run, args=(self._stop,))
+        self._thread.start()
+        stack.callback(self.stop_table)
         wait_until(lambda: self.table.active, 20, "the materializer becoming active")
         self.reader = stack.enter_context(closing(open_reader(str(self.settings.status_url), namespace)))
         for command in ("coordinator", "worker"):
@@ -68,6 +70,11 @@ class World:
             )
             stack.callback(process.wait)
             stack.callback(process.send_signal, signal.SIGTERM)
+
+    def stop_table(self) -> None:
+        """Stop the materializer."""
+        self._stop.set()
+        self._thread.join(DONE_S)
 
     def runner(self) -> PlanRunner:
         """Return what carries out plans. It does nothing until `round` is called."""
@@ -104,6 +111,13 @@ class World:
         for handle in handles:
             assert handle.wait(DONE_S).state is State.FAILED
         return [handle.job_id for handle in handles]
+
+    def command(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """Run a command to its end."""
+        return subprocess.run(
+            [sys.executable, "-m", "jobledger", *words],
+            env=self.environ, capture_output=True, text=True, timeout=DONE_S, check=False,
+        )  # fmt: skip
 
     def states(self, job_ids: list[str]) -> list[tuple[State, int]]:
         """Return state and run of each job."""
@@ -183,10 +197,12 @@ def test_arguments_that_were_trimmed_come_from_the_dead_letter(world: World) -> 
     ends = [TopicPartition(topic, partition, -1) for partition in range(2)]
     for future in client.delete_records(ends).values():
         future.result(30)
+    copy = world.app.copy(job_ids[0], args={"n": 70}, queue="slow")
     plan = world.app.redrive(ids=job_ids, queue="slow")
     assert plan.plan is not None
     done = world.carried_out(plan.plan)
     assert (done.done, done.failed, done.error) == (2, 0, None)
+    assert copy.result(DONE_S) == 70
     wait_until(lambda: world.states(job_ids) == [(State.SUCCEEDED, 2)] * 2, DONE_S, "the success of every job")
     assert world.app.job(job_ids[0]).queue == "slow"
 
@@ -203,6 +219,40 @@ def test_arguments_that_were_trimmed_come_from_the_dead_letter(world: World) -> 
     assert done.error is not None
     assert lost in done.error
     assert "no longer has its arguments" in done.error
+    with pytest.raises(JobNotFound, match="cannot be copied: the log no longer has its arguments"):
+        world.app.copy(lost)
+
+
+def test_a_copy_with_changed_arguments_is_a_new_job(world: World) -> None:
+    """The copy names the original and who asked for it, in the table, in the timeline and on the command line. The
+    original is not changed. A copy whose arguments do not fit is not submitted."""
+    world.mended.touch()
+    handle = world.fragile.using(tags={"tenant": "acme"}, delay=3600).submit(1)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'colour'"):
+        handle.copy(colour="red")  # type: ignore[call-arg]  # not an option
+    wait_until(lambda: len(world.reader.statuses([handle.job_id])) == 1, DONE_S, "the table knowing the job")
+    with pytest.raises(BadArguments, match="do not fit fragile"):
+        handle.copy(args={"n": "many"})
+    copy = handle.copy(args={"n": 5}, by="ann", reason="five is enough")
+    assert copy.result(DONE_S) == 5
+    status = copy.status()
+    assert (status.copy_of, status.by, status.run, status.tags) == (handle.job_id, "ann", 1, {"tenant": "acme"})
+    assert world.states([handle.job_id]) == [(State.SCHEDULED, 1)]
+    target = f"{APP}:app"
+    made = json.loads(
+        world.command("jobs", "copy", target, handle.job_id, "--set", "n=6", "--queue", "slow", "--json").stdout
+    )
+    assert (made["copy_of"], made["queue"]) == (handle.job_id, "slow")
+    wait_until(lambda: world.states([made["job_id"]]) == [(State.SUCCEEDED, 1)], DONE_S, "the success of the copy")
+    shown = json.loads(world.command("jobs", "show", target, copy.job_id, "--timeline", "--json").stdout)
+    assert shown["copy_of"] == handle.job_id
+    assert shown["timeline"][0]["fact"]["spec"]["links"] == {
+        "copy_of": handle.job_id, "copied_by": "ann", "copy_reason": "five is enough",
+    }  # fmt: skip
+    text = world.command("jobs", "show", target, copy.job_id).stdout
+    assert f"copy of {handle.job_id}" in " ".join(text.split())
+    assert world.command("jobs", "copy", target, handle.job_id, "--set", "n=many").returncode == 2
+    assert world.command("jobs", "copy", "--namespace", "x", handle.job_id).returncode == 2
 
 
 def test_a_redriven_job_can_be_cancelled(world: World) -> None:
@@ -217,6 +267,87 @@ def test_a_redriven_job_can_be_cancelled(world: World) -> None:
     world.app.resume(queue="slow")
     wait_until(lambda: world.states(job_ids) == [(State.CANCELLED, 2)], DONE_S, "the end of the job")
     assert world.app.job(job_ids[0]).by == "bob"
+
+
+def test_many_jobs_are_cancelled_by_a_plan(world: World) -> None:
+    """A plan of cancels goes on in another process. A job that has ended meanwhile, and a job whose run has changed, are
+    skipped; the others end as cancelled, and their log says who asked."""
+    app = world.app
+    job_ids = [world.fragile.using(tags={"tenant": "acme"}, delay=3600).submit(n).job_id for n in range(9)]
+    other = world.fragile.using(delay=3600).submit(9).job_id
+    wait_until(lambda: len(world.reader.statuses([*job_ids, other])) == 10, DONE_S, "the table knowing the jobs")
+    assert app.cancel_many(where={"tag": ("tenant", "acme")}, dry_run=True).matched == 9
+    plan = app.cancel_many(where={"tag": ("tenant", "acme")}, rate="2/s", by="ann", reason="wrong list")
+    assert plan.plan is not None
+    app.cancel(job_ids[0], by="bob")
+    wait_until(lambda: world.states(job_ids[:1]) == [(State.CANCELLED, 1)], DONE_S, "the end of one job")
+    redriven = app.redrive(ids=job_ids[:1], queue="slow")
+    assert redriven.plan is not None
+    wait_until(lambda: world.knows(redriven.plan or ""), 20, "the table knowing the plans")
+    first = world.runner()
+    world.round(first)  # some of the cancels, and the redrive
+    done = world.carried_out(plan.plan)  # another process
+    assert (done.state, done.action, done.matched, done.failed) == (PlanState.DONE, "cancel", 9, 0)
+    assert (done.done, done.skipped) == (8, 1), "the job that bob cancelled is skipped"
+    assert world.carried_out(redriven.plan).done == 1
+    wait_until(lambda: world.states(job_ids[1:]) == [(State.CANCELLED, 1)] * 8, DONE_S, "the end of the jobs")
+    status = app.job(job_ids[3])
+    assert (status.by, status.reason) == ("ann", "wrong list")
+    assert world.states([other]) == [(State.SCHEDULED, 1)]
+    assert world.states(job_ids[:1])[0][1] == 2
+    with pytest.raises(ConfigError, match="which jobs"):
+        app.cancel_many()
+    with pytest.raises(ConfigError, match="have ended and cannot be cancelled"):
+        app.cancel_many(where={"state": "failed"})
+    with pytest.raises(JobNotFound):
+        app.cancel_many(ids=["00000000-0000-7000-8000-000000000000"])
+
+
+def test_a_part_that_was_begun_before_a_pause_is_judged_again_after_it(world: World) -> None:
+    """A job that another plan redrove during the pause is skipped when the plan is resumed."""
+    job_ids = world.fail(3)
+    world.mended.touch()
+    plan = world.app.redrive(ids=job_ids, rate=0.6)  # one part of three jobs
+    assert plan.plan is not None
+    runner = world.runner()
+    wait_until(lambda: world.knows(plan.plan or ""), 20, "the table knowing the plan")
+    world.round(runner)  # only the first job, because of the rate
+    assert [run for _, run in world.states(job_ids)].count(2) <= 1
+    plan.pause()
+    wait_until(lambda: plan.status().state is PlanState.PAUSED, 20, "the pause")
+    twin = world.app.redrive(ids=job_ids)
+    assert twin.plan is not None
+    assert world.carried_out(twin.plan, runner).done == 2
+    plan.resume()
+    done = world.carried_out(plan.plan, runner)
+    assert (done.done, done.skipped, done.failed) == (1, 2, 0)
+
+
+def test_the_facts_of_ended_plans_are_deleted(world: World) -> None:
+    """They are deleted up to the first plan that has not ended, which can still be carried out. The table keeps the
+    rows of the others, also through a rebuild."""
+    job_ids = world.fail(2)
+    first = world.app.redrive(ids=job_ids[:1])
+    assert first.plan is not None
+    world.carried_out(first.plan)
+    second = world.app.redrive(ids=job_ids[1:])
+    assert second.plan is not None
+    wait_until(lambda: world.knows(second.plan or ""), 20, "the table knowing the plan")
+    topic = world.app.names.plans
+    cadence = Cadence(retention=-60.0)  # everything is past the retention age
+    maintenance = Maintenance(world.app.names, world.settings, ["mail", "slow"], world.reader, cadence=cadence)
+    with closing(LogReader(world.settings)) as log:
+        assert maintenance.trim_plans() == 4, "opened, listed, sealed, advanced"
+        assert log.bounds(topic, 0)[0] == 4
+        assert maintenance.trim_plans() == 0, "the second plan has not ended"
+        assert world.carried_out(second.plan).done == 1
+        wait_until(lambda: maintenance.trim_plans() == 4, 20, "the end of the second plan being read")
+        assert log.bounds(topic, 0) == (8, 8)
+    assert {plan.plan for plan in world.app.plans()} == {first.plan, second.plan}
+    world.stop_table()
+    rebuild(world.app.names, world.settings, ["mail", "slow"], str(world.settings.status_url))
+    with closing(open_reader(str(world.settings.status_url), world.app.names.namespace)) as rebuilt:
+        assert {plan.plan: plan.done for plan in rebuilt.plans()} == {first.plan: 1, second.plan: 1}
 
 
 def test_a_redrive_needs_a_filter_and_refuses_what_it_cannot_do(world: World) -> None:
@@ -250,12 +381,7 @@ def test_jobs_are_redriven_from_the_command_line(world: World) -> None:
     world.mended.touch()
     where = ["--where", "task=fragile", "--where", "error=ValueError"]
 
-    def run(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "jobledger", *words],
-            env=world.environ, capture_output=True, text=True, timeout=DONE_S, check=False,
-        )  # fmt: skip
-
+    run = world.command
     target = f"{APP}:app"
     dry = json.loads(run("jobs", "redrive", target, *where, "--dry-run", "--json").stdout)
     assert (dry["plan"], dry["matched"], set(dry["examples"])) == (None, 3, set(job_ids))
@@ -270,3 +396,24 @@ def test_jobs_are_redriven_from_the_command_line(world: World) -> None:
     assert (shown["state"], shown["done"], shown["by"], shown["where"]["task"]) == ("done", 3, "ann", ["fragile"])
     assert "has ended: done" in run("plans", "pause", target, made["plan"]).stdout
     assert run("plans", "show", target, "none").returncode == 3
+
+
+def test_jobs_are_cancelled_from_the_command_line(world: World) -> None:
+    """With --where the output is a plan, as of a redrive. Without a filter, and with a state of jobs that have ended,
+    nothing is done."""
+    job_ids = [world.fragile.using(delay=3600).submit(n).job_id for n in range(3)]
+    wait_until(lambda: len(world.reader.statuses(job_ids)) == 3, DONE_S, "the table knowing the jobs")
+    where = ["--where", "task=fragile", "--where", "since=1h"]
+    target = f"{APP}:app"
+    dry = json.loads(world.command("jobs", "cancel", target, *where, "--dry-run", "--json").stdout)
+    assert (dry["plan"], dry["matched"], set(dry["examples"])) == (None, 3, set(job_ids))
+    assert world.command("jobs", "cancel", target).returncode == 2
+    assert world.command("jobs", "cancel", target, "--where", "state=failed").returncode == 2
+    assert world.command("jobs", "cancel", target, job_ids[0], "--rate", "5/s").returncode == 2
+    made = json.loads(world.command("jobs", "cancel", target, *where, "--json", "--by", "ann").stdout)
+    assert made["matched"] == 3
+    assert world.carried_out(made["plan"]).done == 3
+    assert "3 (cancels requested)" in world.command("plans", "show", target, made["plan"]).stdout
+    wait_until(lambda: world.states(job_ids) == [(State.CANCELLED, 1)] * 3, DONE_S, "the end of the jobs")
+    nothing = json.loads(world.command("jobs", "cancel", target, *where, "--json").stdout)
+    assert (nothing["plan"], nothing["matched"]) == (None, 0)

@@ -681,7 +681,7 @@ FACTS: list[tuple[ev.Fact, str]] = [
     (ev.QueueResumed("ann"), "by ann"),
     (ev.QueueLimited(5.0, 3, "ann"), "5 starts/s and 3 jobs at once, by ann"),
     (ev.QueueLimited(1.0, 1, "ann"), "1 start/s and 1 job at once, by ann"),
-    (ev.JobSubmitted(SPEC, 0, None, ev.Redrive("ann", "mended", "p")), "redriven by ann: mended"),
+    (ev.JobSubmitted(SPEC, 0, None, ev.Redrive("ann", "mended", "p")), "redriven by ann, plan p: mended"),
     (ev.PlanOpened("redrive", "{}", "slow", 5.0, "ann", "mended"), "redrive to slow, 5 jobs/s, by ann: mended"),
     (ev.PlanListed(2, [ev.PlannedJob("a", 1)]), "part 2: 1 job"),
     (ev.PlanSealed(3, 1_200), "1,200 jobs in 3 parts"),

@@ -21,7 +21,7 @@ LONG = st.integers(min_value=-(2**63), max_value=2**63 - 1)
 INT = st.integers(min_value=-(2**31), max_value=2**31 - 1)
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 TAGS = st.dictionaries(TEXT, TEXT, max_size=3)
-LINKS = st.builds(ev.JobLinks, st.none() | TEXT)
+LINKS = st.builds(ev.JobLinks, st.none() | TEXT, st.none() | TEXT, st.none() | TEXT)
 SPECS = st.builds(
     ev.JobSpec,
     *(st.binary(max_size=80), TAGS, st.none() | TEXT),

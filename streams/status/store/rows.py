@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from jobledger.fingerprint import fingerprint
-from jobledger.job import Life, Visible
+from jobledger.job import Life, Visible, actor
 from jobledger.plan import PlanStatus
 
 #: The columns of a row, in the order of `row`. ``carried`` is written separately. The columns from number `RARE` on are
@@ -82,8 +82,8 @@ def row(job_id: str, life: Life, seen: Visible) -> Row:
             # A result can be large, so it is stored only once, in its own column.
             result = end.result
             life = _replace(life, end=_replace(end, result=None))
-    if who is None and head.redrive is not None:
-        who = head.redrive[0]
+    if who is None and (head.redrive is not None or head.copy is not None):
+        who = actor(life)
     return (
         job_id,
         seen.state._value_,  # a plain str: the driver is slow with subclasses
