@@ -141,8 +141,8 @@ def rebuild(
     """Build a new table from the log, then replace the live table with it. Readers see either the old or the new table.
 
     Jobs that do not begin within the log are copied from the live table, joined with their facts in the log, and marked
-    as carried over. Plans whose facts were deleted from the log are copied, too. If anything fails, the live table is not changed. ``queues``: the queues whose work topics must be
-    readable; work topics are found by name.
+    as carried over. Plans whose facts were deleted from the log are copied, too. If anything fails, the live table is
+    not changed. ``queues``: the queues whose work topics must be readable; work topics are found by name.
 
     The rebuild takes the table's lease, so a running materializer must be stopped first. Raises `StoreError` with the
     name of the lease's holder if the lease is not free within 15 s, `NotAuthorized` if a topic is not readable.
