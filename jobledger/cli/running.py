@@ -257,8 +257,8 @@ def materializer(
         bool,
         typer.Option(
             "--maintenance/--no-maintenance",
-            help="Also run watchdog, commit check, trimming, the removal of old cancels and plans (redrives), based on this "
-            "status table.",
+            help="Also run watchdog, commit check, trimming, the removal of old cancels and of workers that are gone, and "
+            "plans (redrives), based on this status table.",
         ),
     ] = True,
     metrics: Metrics = None,
@@ -306,7 +306,11 @@ def _maintain(app: App, url: str, made: Materializer, stop: threading.Event) -> 
             runner = PlanRunner(app.names, app.settings, app.lanes, reader, active=lambda: made.active)
             plans = threading.Thread(target=runner.run, args=(stop,), name="jobledger-plans", daemon=True)
             plans.start()
-            Maintenance(app.names, app.settings, list(app.lanes), reader, active=lambda: made.active).run(stop)
+            Maintenance(
+                *(app.names, app.settings, list(app.lanes), reader),
+                active=lambda: made.active,
+                forget_workers=made.forget_workers,
+            ).run(stop)
             plans.join(MAINTENANCE_END_S)
     except JobledgerError as exc:
         LOG.error("watchdog, commit check and trimming do not run: %s", exc)

@@ -1,5 +1,5 @@
-"""Periodic maintenance beside the active materializer: the watchdog, the commit check, trimming and the
-removal of old cancels.
+"""Periodic maintenance beside the active materializer: the watchdog, the commit check, trimming, and the removal of
+old cancels and of workers that are gone.
 
 * The **watchdog** finds jobs that are due and were not released, and asks the coordinator to check them
   (`ReleaseOverdue`); the coordinator decides. The watchdog first reads the ends of the topics. It acts only if the
@@ -10,6 +10,8 @@ removal of old cancels.
   Readers are workers, the coordinator, the status table, projections of facts in the same database, and the groups of
   `App.lifecycle`.
 * **Cancels** of runs that have ended are removed from the control topic (`jobledger.streams.maintenance.cancels`).
+* **Workers** that are gone are removed from the status table, and their reports from the topic
+  (`jobledger.streams.maintenance.workers`).
 
 Only the process whose materializer holds the lease of the status table does this work.
 """
@@ -55,6 +57,7 @@ from jobledger.streams.coordinator.decoding import check_head
 from jobledger.streams.maintenance import cancels
 from jobledger.streams.maintenance.current import table_is_current
 from jobledger.streams.maintenance.trim import Partition, Readers, plan
+from jobledger.streams.maintenance.workers import GoneWorkers
 from jobledger.streams.projections.projection_store import folded
 from jobledger.streams.status.store.protocol import Overdue, StatusReader
 from jobledger.streams.status.store.rows import key_text
@@ -98,19 +101,21 @@ UNFINISHED_MOST = 10_000
 class Cadence:
     """Times in seconds. ``…_every``: between two rounds. ``overdue_after``: how late a release may be before the
     watchdog asks the coordinator. ``patience``: how long to wait until the table is current. ``retention``: age of
-    records to delete."""
+    records to delete. ``gone_after``: how long after its last report a worker counts as gone."""
 
     watch_every: float = 10.0
     commit_check_every: float = 15.0
     trim_every: float = 3600.0
+    workers_every: float = 60.0
     overdue_after: float = 30.0
     patience: float = 30.0
     retention: float = 90 * 24 * 3600.0
+    gone_after: float = 600.0
 
 
 class Maintenance:
     """Runs the maintenance of one namespace. ``active``: returns whether this process's materializer is the store's
-    writer; if it is not, rounds are skipped."""
+    writer; if it is not, rounds are skipped. ``forget_workers``: that of this materializer."""
 
     def __init__(
         self,
@@ -121,6 +126,7 @@ class Maintenance:
         *,
         cadence: Cadence | None = None,
         active: Callable[[], bool] = lambda: True,
+        forget_workers: Callable[[int], None] = lambda before_ms: None,
     ) -> None:
         settings = settings.acting_as("materializer")
         self.names, self.settings, self.lanes = names, settings, list(lanes)
@@ -131,6 +137,7 @@ class Maintenance:
         self._writer: LogWriter | None = None
         self._source = source("watchdog")
         self._decode = decoder(settings, names).decode
+        self._gone_workers = GoneWorkers(names, reader, self._send, forget_workers, self.cadence.gone_after)
 
     def run(self, stop: threading.Event) -> None:
         """Run rounds until ``stop`` is set. If the broker or the database is unavailable, only the round fails."""
@@ -139,6 +146,7 @@ class Maintenance:
             ("commit check", self.cadence.commit_check_every, self.check_commits),
             ("trimming", self.cadence.trim_every, self.trim),
             ("cancels", self.cadence.trim_every, self.forget_cancels),
+            ("workers", self.cadence.workers_every, self.remove_workers),
         ]
         due = {name: time.monotonic() + min(every, FIRST_S) for name, every, _ in rounds}
         try:
@@ -274,6 +282,12 @@ class Maintenance:
         if done:
             self._send(done)
         return len(done)
+
+    # -- workers --------------------------------------------------------------------------------------------------
+
+    def remove_workers(self) -> int:
+        """Remove workers without a report for ``gone_after`` seconds; return their number."""
+        return self._gone_workers.remove(time.time_ns() // 1_000_000, self._current)
 
     # -- trimming -------------------------------------------------------------------------------------------------
 
