@@ -132,6 +132,11 @@ def test_a_worker_is_in_the_table_while_it_runs(world: World, capsys: pytest.Cap
     assert found.memory_bytes is None or found.memory_bytes > 1_000_000
     assert found.partitions >= 1
 
+    def reported_again() -> bool:
+        latest = world.status(process)
+        return latest is not None and latest.reported_at > found.reported_at
+
+    wait_until(reported_again, 10, "the next report")
     shown = _listed(world, "--json")
     (row,) = json.loads(shown)
     assert (row["worker"], row["state"], row["queues"]) == (found.worker, "alive", ["mail", "slow"])

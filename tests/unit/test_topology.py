@@ -172,7 +172,7 @@ def test_a_plan_can_be_written_as_json() -> None:
     changes = [c for spec in specs().values() for c in compare(spec, None, {})]
     made = TopicPlan(tuple(changes))
     read = json.loads(json.dumps(made.as_dict()))
-    assert (read["pending"], read["refused"], len(read["changes"])) == (8, 0, 8)
+    assert (read["pending"], read["refused"], len(read["changes"])) == (9, 0, 9)
     assert read["changes"][0]["step"] == "create"
 
 
