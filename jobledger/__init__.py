@@ -55,6 +55,7 @@ from jobledger.errors import (
 from jobledger.job import JobStatus, State
 from jobledger.plan import PlanState, PlanStatus
 from jobledger.schemas.events import Position, Recorded
+from jobledger.worker_status import WorkerState, WorkerStatus
 
 __version__ = "0.1.0"
 
@@ -126,5 +127,7 @@ __all__ = [
     "UnknownQueue",
     "UnknownTask",
     "Where",
+    "WorkerState",
+    "WorkerStatus",
     "current_job",
 ]

@@ -41,6 +41,7 @@ from jobledger.plan import SCOPES, PlanStatus
 from jobledger.process import forks
 from jobledger.process.wording import counted
 from jobledger.schemas.events import Position
+from jobledger.worker_status import WorkerStatus
 
 if TYPE_CHECKING:
     import datetime as dt
@@ -588,6 +589,12 @@ class App:
     def plans(self, limit: int = 100) -> list[PlanStatus]:
         """Return the plans that the status table knows, the last one first."""
         return self.status_table().plans(limit)  # type: ignore[no-any-return]  # as in `plan`
+
+    def workers(self, limit: int = 1_000) -> list[WorkerStatus]:
+        """Return the workers as their last reports say, in order of their ids; at most ``limit``, those that reported
+        last. A worker that stopped without an error is not in the list, and one that was killed leaves the list ten
+        minutes after its last report."""
+        return self.status_table().workers(limit)  # type: ignore[no-any-return]  # as in `plan`
 
     def _chosen(
         self, action: Literal["redrive", "cancel"], where: JobFilter | None, ids: Iterable[str] | None

@@ -38,7 +38,7 @@ _FACTS: dict[str, type[Any]] = {"jobledger." + ev.fact_name(cls): cls for cls in
 _HAS_SPEC = frozenset(c for c in _FACTS.values() if "spec" in c.__struct_fields__)
 _HAS_ERROR_INFO = frozenset({ev.JobRetried, ev.JobFailedFact, ev.DeadLettered})
 #: Facts with lists of records. They are rare, so msgspec converts them.
-_HAS_LISTS = frozenset({ev.PlanListed})
+_HAS_LISTS = frozenset({ev.PlanListed, ev.WorkerReported})
 
 _asdict = msgspec.structs.asdict
 #: The end of a plain `JobSubmitted`'s body: no tags, parent, expiry (two fields), priority, links, delay, due time,

@@ -326,6 +326,39 @@ class PlanSteered(msgspec.Struct, frozen=True, gc=False):
     reason: str | None = None
 
 
+class RunningJob(msgspec.Struct, frozen=True, gc=False):
+    """A job that a worker runs. ``started_at``: when its present attempt began, on the worker's clock."""
+
+    job_id: str
+    started_at: int
+
+
+class WorkerReported(msgspec.Struct, frozen=True, gc=False):
+    """A worker's report about itself. The worker's id, ``host:pid``, is the event's ``job_id``.
+
+    ``version``: the version of the app's code, if it is known; ``jobledger``: that of Jobledger. ``lanes``: the lanes
+    that the worker serves; ``tasks``: the first tasks that it knows, by name. ``more_lanes``, ``more_tasks``: how many
+    are left out, because the report would be too large. ``slots``: how many jobs the worker may run at once;
+    ``running``: how many it runs; ``jobs``: those of them that have run for the longest time. ``memory_bytes``: of the
+    worker's process, without child processes; None: not known. ``partitions``: how many it owns.
+    """
+
+    host: str
+    pid: int
+    version: str | None
+    jobledger: str
+    started_at: int
+    lanes: list[str]
+    more_lanes: int
+    tasks: list[str]
+    more_tasks: int
+    slots: int
+    running: int
+    jobs: list[RunningJob]
+    memory_bytes: int | None
+    partitions: int
+
+
 Fact = (
     JobSubmitted
     | JobDue
@@ -354,6 +387,7 @@ Fact = (
     | PlanSealed
     | PlanAdvanced
     | PlanSteered
+    | WorkerReported
 )
 
 

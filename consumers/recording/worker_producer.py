@@ -70,6 +70,11 @@ class WorkerProducer:
         assert self._framing is not None
         self._producer.produce(topic, self._framing.framed(topic, value), key, partition, on_delivery)
 
+    def framed(self, topic: str, value: bytes) -> bytes:
+        """Return an event as it is sent to ``topic``. With a Schema Registry this may register the schema for the topic
+        first, and wait for that. Raises `RegistryUnavailable`, `SchemaRefused` and `ConfigError`. Any thread."""
+        return value if self._framing is None else self._framing.framed(topic, value)
+
     def _publish(self, key: str) -> None:
         self.send_and_wait(self._schemas, codec.SCHEMA_TEXT.encode(), key, WAIT_S)
 
@@ -134,8 +139,7 @@ class WorkerProducer:
             conf = producer_config(self._settings, auth_monitor=self._auth_monitor)
             self._single_record_producer = producer({**conf, "batch.num.messages": 1})
         try:
-            framed = value if self._framing is None else self._framing.framed(topic, value)
-            self._single_record_producer.produce(topic, framed, key, partition, delivered)
+            self._single_record_producer.produce(topic, self.framed(topic, value), key, partition, delivered)
         except BufferError:
             raise BrokerUnavailable(f"the send queue for single records is full: {topic} accepts no records") from None
         except KafkaException as exc:

@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
 
+from jobledger import __version__
 from jobledger.config import Settings
 from jobledger.consumers.isolation import fork_server
 from jobledger.consumers.isolation.app_target import find_target
@@ -39,11 +40,14 @@ from jobledger.consumers.scheduling.pipe import Pipe, PipeOptions, build
 from jobledger.consumers.scheduling.wait_queues import Lookahead
 from jobledger.consumers.state.event_loop import LoopCalls
 from jobledger.consumers.state.reports import Reports
+from jobledger.consumers.state.running import RunningJobs
 from jobledger.consumers.state.task_table import TaskTable
 from jobledger.consumers.state.work import Partition
 from jobledger.consumers.worker.health import Parts, health_of
 from jobledger.consumers.worker.loop_watch import LoopWatch
 from jobledger.consumers.worker.options import WorkerOptions
+from jobledger.consumers.worker.report import About, ReportBuilder, own_memory
+from jobledger.consumers.worker.reporter import FAREWELL_S, WorkerReporter
 from jobledger.definitions.resources import Resource
 from jobledger.definitions.task_registry import TaskRegistry
 from jobledger.errors import (
@@ -65,10 +69,11 @@ from jobledger.kafka.topology import lifecycle_too_small
 from jobledger.log.schema_lookup import decoder
 from jobledger.process import greenlets
 from jobledger.process.extras import missing
-from jobledger.process.identity import source
+from jobledger.process.identity import now_us, source
 from jobledger.process.logger import get_logger, loop_error
 from jobledger.process.retrying import retry_until
 from jobledger.process.wording import counted
+from jobledger.schemas.events import WorkerReported
 
 __all__ = ["EXIT_BROKEN", "EXIT_OK", "Worker", "WorkerOptions"]
 
@@ -139,6 +144,7 @@ class Worker:
         self.children: ChildPool | None = None
         self.leases: JobLeases | None = None
         self.hooks: HookRunner | None = None  # None: there are no hooks to call
+        self.reporter: WorkerReporter | None = None
         self._lifecycle_partitions = 0
         self.topic_watch = TopicWatch(settings, registry.names, self._topics, LOG)
         self.watch: LoopWatch | None = None
@@ -244,7 +250,7 @@ class Worker:
 
     def _topics(self) -> list[str]:
         names = self.registry.names
-        others = (names.lifecycle, names.coordination, names.dead_letter, names.schemas, names.control)
+        others = (names.lifecycle, names.coordination, names.dead_letter, names.schemas, names.control, names.workers)
         return [*others, *map(names.jobs, self.lanes)]
 
     def _check_topics(self, sender: WorkerProducer) -> None:
@@ -360,12 +366,33 @@ class Worker:
         ack_tracker.start()
         for fetcher in self.fetchers:
             fetcher.start()
+        self.reporter = self._new_reporter(pipe.running)
+        self.reporter.start()
         LOG.info(
             "worker %s serves %s of namespace %s: %s, concurrency %d, %s",
             *(self.identity, ", ".join(self.queues), names.namespace),
             *(counted(len(runtimes), "task"), options.concurrency, counted(options.job_threads, "thread")),
         )
         return True
+
+    def _new_reporter(self, running: RunningJobs) -> WorkerReporter:
+        settings, sender = self.settings, self.sender
+        assert sender is not None
+        host, _, pid = self.identity.rpartition(":")
+        started_at = now_us() - int((time.monotonic() - self.started_at) * 1e6)
+        tasks = list(self.registry.tasks)
+        about = About(
+            *(host, int(pid), settings.version, __version__, started_at),
+            *(self.lanes, tasks, self.options.concurrency),
+        )
+        builder = ReportBuilder(about)
+
+        def report() -> WorkerReported:
+            owned = sum(1 for _ in self.partitions())
+            return builder.report(list(running.jobs), own_memory(), owned, time.monotonic(), now_us())
+
+        topic = self.registry.names.workers
+        return WorkerReporter(settings, topic, self.identity, self.source, report, sender.framed)
 
     # -- end ------------------------------------------------------------------------------------------------------
 
@@ -480,11 +507,15 @@ class Worker:
                         "sends its records again if it has ended"
                     )
                 )
+        if self.reporter is not None:
+            self.reporter.finish(farewell=self.error is None)
         for fetcher in self.fetchers:
             fetcher.close(2.0 if self.error is None else 0.0)
         deadline = time.monotonic() + (CLOSING_S if self.error is None else 2.0)
         for fetcher in self.fetchers:
             fetcher.join(timeout=max(0.1, deadline - time.monotonic()))
+        if self.reporter is not None:
+            self.reporter.join(FAREWELL_S if self.error is None else 0.1)
 
     # -- health ---------------------------------------------------------------------------------------------------
 

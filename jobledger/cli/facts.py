@@ -125,6 +125,8 @@ def _describe_plan(fact: object) -> str:
             return numbers + (f" ({text})" if text else "")
         case e.PlanSteered(to=to, by=by, reason=reason):
             return f"{to} by {by}" + (f": {reason}" if reason else "")
+        case e.WorkerReported(lanes=lanes, slots=slots, running=running):
+            return f"{counted(running, 'job')} in {counted(slots, 'slot')}, serves {', '.join(lanes)}"
     return ""
 
 

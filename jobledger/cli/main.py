@@ -30,6 +30,7 @@ from jobledger.cli import (
     stdio,
     submit,
     table,
+    workers,
 )
 from jobledger.cli.commands import CommandGroup, Wrong
 from jobledger.cli.kafka import app as kafka_app
@@ -76,6 +77,7 @@ for _panel, _name, _run_it, _short in _COMMANDS:
 cli.add_typer(copies.group, name="jobs", rich_help_panel=ASK)
 cli.add_typer(events.app, name="events", rich_help_panel=ASK)
 cli.add_typer(plans.app, name="plans", rich_help_panel=OPERATE)
+cli.add_typer(workers.app, name="workers", rich_help_panel=OPERATE)
 cli.add_typer(control.queues, name="queues", rich_help_panel=OPERATE)
 cli.add_typer(control.tasks, name="tasks", rich_help_panel=OPERATE)
 cli.add_typer(projections.app, name="projections", rich_help_panel=OPERATE)

@@ -257,8 +257,8 @@ def materializer(
         bool,
         typer.Option(
             "--maintenance/--no-maintenance",
-            help="Also run watchdog, commit check, trimming, the removal of old cancels and of old rows, and plans (redrives), "
-            "based on this status table.",
+            help="Also run watchdog, commit check, trimming, the removal of old cancels, of old rows and of workers that are "
+            "gone, and plans (redrives), based on this status table.",
         ),
     ] = True,
     metrics: Metrics = None,
@@ -310,6 +310,7 @@ def _maintain(app: App, url: str, made: Materializer, stop: threading.Event) -> 
                 *(app.names, app.settings, list(app.lanes), reader),
                 active=lambda: made.active,
                 remover=made.remover,
+                forget_workers=made.forget_workers,
             )
             maintenance.run(stop)
             plans.join(MAINTENANCE_END_S)

@@ -107,6 +107,7 @@ TABLE: Mapping[str, Sequence[Right]] = {
         *_topic("<ns>.dead-letter", "Write"),
         *_topic("<ns>.schemas", "Read", "Write"),
         *_topic("<ns>.control", "Read"),
+        *_topic("<ns>.workers", "Write", lost="entry in `workers list`"),
         *_topic("<ns>.", "DescribeConfigs", lost=f"{_LIMITS}; no {_WATCHING}"),
     ],
     "coordinator": [
@@ -127,6 +128,8 @@ TABLE: Mapping[str, Sequence[Right]] = {
         *_topic("<ns>.control", "Read", "Write", lost="removal of cancels whose jobs have ended"),
         *_topic("<ns>.plans", "Read"),
         *_topic("<ns>.plans", "Write", lost="redrives and other plans"),
+        *_topic("<ns>.workers", "Read", lost="`workers list`"),
+        *_topic("<ns>.workers", "Write", lost="removal of the reports of workers that are gone"),
         *_group("<ns>.worker.", "Describe", lost="commit check, no trimming"),
         *_group("<ns>.coordinator", "Describe", lost=_TRIMMING),
         *_group("<ns>.lifecycle.", "Describe", lost=_TRIMMING),

@@ -159,6 +159,11 @@ class Names:
         return f"{self.namespace}.plans"
 
     @property
+    def workers(self) -> str:
+        """The compacted topic of the workers' reports about themselves, by the worker's id."""
+        return f"{self.namespace}.workers"
+
+    @property
     def schemas(self) -> str:
         """The compacted topic of every writer's schema, by the schema's fingerprint, or its id in a Schema Registry."""
         return f"{self.namespace}.schemas"
@@ -166,7 +171,8 @@ class Names:
     @property
     def standing(self) -> tuple[str, ...]:
         """The topics that every namespace has, whatever the app declares, without the coordinator's changelog."""
-        return (self.lifecycle, self.coordination, self.dead_letter, self.control, self.plans, self.schemas)
+        facts = (self.lifecycle, self.coordination, self.dead_letter, self.plans)
+        return (*facts, self.control, self.workers, self.schemas)
 
     def events(self, name: str) -> str:
         """Return the topic of one class of domain events."""

@@ -243,19 +243,20 @@ def _of_facts(
 
 
 def _of_state(names: Names, partitions: int, replication: int, compacted: Mapping[str, str]) -> Iterator[TopicSpec]:
-    """Yield control, schemas and the coordinator's changelog.
+    """Yield control, workers, schemas and the coordinator's changelog.
 
-    Control and schemas have one partition each: every process that uses them reads them to the end at its start, and a
-    tombstone must be in the partition of its record.
+    Control, workers and schemas have one partition each: a tombstone must be in the partition of its record, and every
+    process that uses control or schemas reads the topic to its end at its start.
     """
-    yield TopicSpec(
-        names.control,
-        1,
-        replication,
-        compacted,
-        Growth.FIXED,
-        "a tombstone must be in the partition of the record that it removes",
-    )
+    for topic in (names.control, names.workers):
+        yield TopicSpec(
+            topic,
+            1,
+            replication,
+            compacted,
+            Growth.FIXED,
+            "a tombstone must be in the partition of the record that it removes",
+        )
     yield TopicSpec(names.schemas, 1, replication, compacted, Growth.FIXED, "this topic is read as one sequence")
     yield TopicSpec(
         changelog(names),

@@ -1,5 +1,5 @@
-"""Periodic maintenance beside the active materializer: the watchdog, the commit check, trimming and the
-removal of old cancels.
+"""Periodic maintenance beside the active materializer: the watchdog, the commit check, trimming, and the removal of
+old cancels and of workers that are gone.
 
 * The **watchdog** finds jobs that are due and were not released, and asks the coordinator to check them
   (`ReleaseOverdue`); the coordinator decides. The watchdog first reads the ends of the topics. It acts only if the
@@ -14,6 +14,8 @@ removal of old cancels.
 * The facts of **plans** that ended before the retention age are deleted, too
   (`jobledger.streams.maintenance.plan_trimming`).
 * **Cancels** of runs that have ended are removed from the control topic (`jobledger.streams.maintenance.cancels`).
+* **Workers** that are gone are removed from the status table, and their reports from the topic
+  (`jobledger.streams.maintenance.workers`).
 
 Only the process whose materializer holds the lease of the status table does this work.
 """
@@ -60,6 +62,7 @@ from jobledger.streams.maintenance import cancels, table_rows
 from jobledger.streams.maintenance.current import table_is_current
 from jobledger.streams.maintenance.plan_trimming import trim_point
 from jobledger.streams.maintenance.trim import Partition, Readers, plan
+from jobledger.streams.maintenance.workers import GoneWorkers
 from jobledger.streams.projections.projection_store import folded
 from jobledger.streams.status.remover import Remover
 from jobledger.streams.status.store.protocol import Overdue, StatusReader
@@ -104,21 +107,25 @@ UNFINISHED_MOST = 10_000
 class Cadence:
     """Times in seconds. ``…_every``: between two rounds. ``overdue_after``: how late a release may be before the
     watchdog asks the coordinator. ``patience``: how long to wait until the table is current. ``retention``: age of
-    records to delete. ``table_retention``: by state, how long after its end the row of a job is kept."""
+    records to delete. ``table_retention``: by state, how long after its end the row of a job is kept. ``gone_after``:
+    how long after its last report a worker counts as gone."""
 
     watch_every: float = 10.0
     commit_check_every: float = 15.0
     trim_every: float = 3600.0
     rows_every: float = 300.0
+    workers_every: float = 60.0
     overdue_after: float = 30.0
     patience: float = 30.0
     retention: float = 90 * 24 * 3600.0
     table_retention: Mapping[str, float] = field(default_factory=dict)
+    gone_after: float = 600.0
 
 
 class Maintenance:
     """Runs the maintenance of one namespace. ``active``: returns whether this process's materializer is the store's
-    writer; if it is not, rounds are skipped. ``remover``: that of this materializer; None: no rows are removed."""
+    writer; if it is not, rounds are skipped. ``remover``, ``forget_workers``: those of this
+    materializer; without a remover no rows are removed."""
 
     def __init__(
         self,
@@ -130,6 +137,7 @@ class Maintenance:
         cadence: Cadence | None = None,
         active: Callable[[], bool] = lambda: True,
         remover: Remover | None = None,
+        forget_workers: Callable[[int], None] = lambda before_ms: None,
     ) -> None:
         settings = settings.acting_as("materializer")
         self.names, self.settings, self.lanes = names, settings, list(lanes)
@@ -142,6 +150,7 @@ class Maintenance:
         self._writer: LogWriter | None = None
         self._source = source("watchdog")
         self._decode = decoder(settings, names).decode
+        self._gone_workers = GoneWorkers(names, reader, self._send, forget_workers, self.cadence.gone_after)
 
     def run(self, stop: threading.Event) -> None:
         """Run rounds until ``stop`` is set. If the broker or the database is unavailable, only the round fails."""
@@ -152,6 +161,7 @@ class Maintenance:
             ("trimming of plans", self.cadence.trim_every, self.trim_plans),
             ("cancels", self.cadence.trim_every, self.forget_cancels),
             ("removal of rows", self.cadence.rows_every, self.remove_rows),
+            ("workers", self.cadence.workers_every, self.remove_workers),
         ]
         due = {name: time.monotonic() + min(every, FIRST_S) for name, every, _ in rounds}
         try:
@@ -304,6 +314,12 @@ class Maintenance:
             self.cadence.patience,
         )
         return order is not None and self._remover.ask(order)
+
+    # -- workers --------------------------------------------------------------------------------------------------
+
+    def remove_workers(self) -> int:
+        """Remove workers without a report for ``gone_after`` seconds; return their number."""
+        return self._gone_workers.remove(time.time_ns() // 1_000_000, self._current)
 
     # -- trimming -------------------------------------------------------------------------------------------------
 

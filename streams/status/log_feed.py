@@ -48,10 +48,13 @@ _ELECTING = (*ELECTING, KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError.REQUEST_TIM
 
 
 class LogFeed:
-    """Reads all work topics, and the lifecycle, coordination, dead-letter and plans topics of a namespace. Use a feed from one
-    thread, and close it."""
+    """Reads all work topics, and the lifecycle, coordination, dead-letter and plans topics of a namespace. Use a feed from
+    one thread, and close it.
 
-    def __init__(self, settings: Settings, names: Names) -> None:
+    ``workers``: also read the topic of the workers' reports, unless this user may not read it.
+    """
+
+    def __init__(self, settings: Settings, names: Names, *, workers: bool = False) -> None:
         self._settings, self._names = settings, names
         self._auth_monitor = AuthMonitor(settings)
         self._consumer = consumer(
@@ -69,6 +72,7 @@ class LogFeed:
         )
         self._admin: AdminClient | None = None
         self._assigned: set[Partition] = set()
+        self._reads_workers = workers
         #: Partitions whose next offset the log no longer had, or for which `restart` was called. Each value is the
         #: offset from which the partition is read instead. The caller removes the entries.
         self.resets: dict[Partition, int] = {}
@@ -108,7 +112,7 @@ class LogFeed:
     def _wanted(self, topic: str) -> bool:
         names = self._names
         facts = (names.lifecycle, names.coordination, names.dead_letter, names.plans)
-        return topic in facts or names.queue_of(topic) is not None
+        return topic in facts or names.queue_of(topic) is not None or (self._reads_workers and topic == names.workers)
 
     def identities(self, topics: Iterable[str], timeout: float = REQUEST_TIMEOUT_S) -> dict[str, str]:
         """Return the ids of topics: see the function `identities` of this module. All calls share one client."""
@@ -178,6 +182,10 @@ class LogFeed:
                 self._consumer.incremental_assign([_at(partition, low)])
         elif code in _GONE:
             LOG.warning("%s[%d] no longer exists: %s", *partition, error.str())
+            self.drop([partition])
+        elif code == KafkaError.TOPIC_AUTHORIZATION_FAILED and partition[0] == self._names.workers:
+            LOG.warning("%s is not read, so the status table does not list the workers: %s", partition[0], error.str())
+            self._reads_workers = False
             self.drop([partition])
         elif error.fatal() or not (error.retriable() or code in _TRANSPORT or code in PASSING):
             raise translate(error, self._settings, f"reading {partition[0]}[{partition[1]}]", read(partition[0]))

@@ -125,6 +125,8 @@ class Materializer:
         #: `_known`: the committed ids of the topics to which `_offsets` belong. `_new_ids`: ids still to be written.
         self._known: dict[str, str] = {}
         self._new_ids: dict[str, str] = {}
+        #: Workers that reported last before this time (ms of the broker's clock) are to be removed; None: no workers.
+        self._workers_before_ms: int | None = None
         self._topics = TopicWatch(self._settings, names, self._wanted, LOG)
         self._active = threading.Event()
 
@@ -146,6 +148,11 @@ class Materializer:
     def caught_up(self) -> bool:
         """Return whether the table includes every record that is in the log now. Any thread; asks the broker."""
         return not behind(self._settings, self._names, self._offsets)
+
+    def forget_workers(self, before_ms: int) -> None:
+        """Remove the rows of workers that reported last before this time, in milliseconds of the broker's clock. They
+        are removed in the next transaction. Any thread."""
+        self._workers_before_ms = before_ms
 
     # -- the loop ---------------------------------------------------------------------------------------------------
 
@@ -209,14 +216,13 @@ class Materializer:
         # The table may be an earlier state of itself now, so what was asked for may no longer be right.
         self.remover.stop()
         self._reread = Reread(max(removed.values(), default=0), reread)
-        projector = RowFolder(
-            store, decoder(self._settings, self._names), cache_jobs=self._cache_jobs, reread=self._reread
-        )
+        decode, workers = decoder(self._settings, self._names), self._names.workers
+        projector = RowFolder(store, decode, cache_jobs=self._cache_jobs, reread=self._reread, workers=workers)
         self._active.set()
         self.metrics.active.set(1)
         missing = True
         discovered = committed = renewed = measured = float("-inf")
-        with LogFeed(self._settings, self._names) as feed:
+        with LogFeed(self._settings, self._names, workers=True) as feed:
             while not stop.is_set():
                 now = time.monotonic()
                 if now - discovered > (1.0 if missing else DISCOVER_S):
@@ -224,7 +230,7 @@ class Materializer:
                     discovered = now
                 patience = min(PATIENCE_S, self.remover.wait(now))
                 messages = feed.read(self._size.most, patience, committed + self._linger)
-                if messages or feed.resets or self._new_ids:
+                if messages or feed.resets or self._new_ids or self._workers_before_ms is not None:
                     self._write_batch(store, projector, feed, messages, stop)
                     if stop.is_set():
                         return
@@ -240,7 +246,8 @@ class Materializer:
 
     def _wanted(self) -> set[str]:
         names = self._names
-        return {names.lifecycle, names.coordination, names.dead_letter, names.plans, *map(names.jobs, self._queues)}
+        facts = (names.lifecycle, names.coordination, names.dead_letter, names.plans)
+        return {*facts, names.workers, *map(names.jobs, self._queues)}
 
     def _discover(self, feed: LogFeed, first: bool) -> bool:
         """Add the partitions that exist now to the feed; return whether to search again soon: a topic is missing,
@@ -254,7 +261,8 @@ class Materializer:
         feed.add({partition: self._offsets.get(partition) for partition in readable})
         names = self._names
         wanted = self._wanted()
-        missing = wanted - {topic for topic, _ in present}
+        # The table is complete without the workers' reports, so this topic may be missing, or not readable.
+        missing = wanted - {names.workers} - {topic for topic, _ in present}
         if first or missing:
             # The broker does not list a topic that this user may not read. Such a topic must not count as missing.
             try:
@@ -314,7 +322,7 @@ class Materializer:
         if messages:
             in_batches(messages, self._size, write, LOG)
         else:
-            write(messages)  # no records: only offset resets and topic ids
+            write(messages)  # no records: only offset resets, topic ids and the removal of workers
 
     def _remove(self, store: Store, projector: RowFolder) -> None:
         """Remove the next piece of old rows, if it is due."""
@@ -331,6 +339,7 @@ class Materializer:
         self._reread.partitions |= feed.resets.keys()
         folded = projector.fold(messages)
         folded.changes.resets, folded.changes.topics = dict(feed.resets), dict(self._new_ids)
+        folded.changes.workers_before_ms = self._workers_before_ms
         self._dead_letter(folded)
         store.write(folded.changes)
         projector.committed(folded)
@@ -349,6 +358,7 @@ class Materializer:
         feed.resets.clear()
         self._known |= folded.changes.topics
         self._new_ids.clear()
+        self._workers_before_ms = None
         return folded
 
     def _dead_letter(self, folded: Folded) -> None:

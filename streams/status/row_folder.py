@@ -23,6 +23,7 @@ from jobledger.schemas.fast_path import glance
 from jobledger.streams.status.store.protocol import Changes, TagRow
 from jobledger.streams.status.store.removal import Reread
 from jobledger.streams.status.store.rows import key_text, row, slots_of
+from jobledger.worker_status import of_report
 
 #: Number of jobs whose states are cached between batches. A state takes about a kilobyte.
 CACHE_JOBS = 50_000
@@ -60,13 +61,22 @@ class Folded:
 
 
 class RowFolder:
-    """Folds batches onto the states of a store. ``cache_jobs``: number of states to cache. ``reread``: which facts belong
-    to jobs whose rows were removed; such facts are dropped. Not thread-safe."""
+    """Folds batches onto the states of a store. Not thread-safe.
+
+    ``cache_jobs``: number of states to cache. ``reread``: which facts belong to jobs whose rows were removed; such facts
+    are dropped. ``workers``: the topic of the workers' reports; without it reports are ignored.
+    """
 
     def __init__(
-        self, store: Loads, decoder: Decoder, *, cache_jobs: int = CACHE_JOBS, reread: Reread | None = None
+        self,
+        store: Loads,
+        decoder: Decoder,
+        *,
+        cache_jobs: int = CACHE_JOBS,
+        reread: Reread | None = None,
+        workers: str | None = None,
     ) -> None:
-        self._store, self._decoder, self._reread = store, decoder, reread or Reread()
+        self._store, self._decoder, self._reread, self._workers = store, decoder, reread or Reread(), workers
         # Two generations approximate a least-recently-used cache: when the young one is full, the old one is discarded.
         self._young: dict[str, tuple[Life, Visible]] = {}
         self._old: dict[str, tuple[Life, Visible]] = {}
@@ -94,6 +104,9 @@ class RowFolder:
                 value = own
                 seen = glance(value)
             if seen is None:
+                if topic == self._workers:
+                    self._report(message, Position(topic, partition, offset), folded)
+                    continue
                 try:
                     event = self._decoder.decode(value)
                 except SchemaError as error:
@@ -123,6 +136,22 @@ class RowFolder:
         if plan_facts:
             folded.changes.plans = self._plans(plan_facts)
         return folded
+
+    def _report(self, message: Message, position: Position, folded: Folded) -> None:
+        """Take up a worker's report, or the tombstone that removes it. The last one of a worker's key counts."""
+        key, value = message.key(), message.value()
+        worker = key.decode(errors="replace") if isinstance(key, bytes) else str(key or "")
+        if value is None:
+            folded.changes.workers[worker] = None
+            return
+        try:
+            event = self._decoder.decode(value if isinstance(value, bytes) else value.encode())
+        except SchemaError as error:
+            folded.rejected.append(Rejected(message, error))
+            return
+        status = of_report(worker, Recorded(event, position, message.timestamp()[1]))
+        if status is not None:
+            folded.changes.workers[worker] = status
 
     def _plans(self, facts: Sequence[Recorded]) -> list[PlanStatus]:
         """Return the plans with these facts, which are in the order of the log."""

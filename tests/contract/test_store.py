@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import socket
 import sqlite3
 import subprocess
@@ -41,6 +42,7 @@ from jobledger.streams.status.store.postgres import PostgresStore
 from jobledger.streams.status.store.protocol import Overdue
 from jobledger.streams.status.store.rows import key_text
 from jobledger.streams.status.store.sqlite import SqliteStore, path_of
+from jobledger.worker_status import WorkerStatus
 from tests.postgres import Databases
 
 NAMESPACE = "shop"
@@ -725,6 +727,53 @@ def test_plans_are_written_and_read(store: Store, reader: StatusReader) -> None:
         reader.plan("r")
 
 
+def worker(name: str, seconds: float) -> WorkerStatus:
+    """Return the status of a worker that reported this many seconds after the beginning of 1970."""
+    at = dt.datetime.fromtimestamp(seconds, dt.UTC)
+    jobs = {"00000000-0000-7000-8000-000000000000": at}
+    return WorkerStatus(name, "h", 2**62, "1\0", "0.1", at, at, ("mail",), 1, ("send",), 2, 100, 3, jobs, 2**40, 8)
+
+
+def test_workers_are_written_and_read(store: Store, reader: StatusReader) -> None:
+    """The last report replaces the earlier ones. A worker is removed by its tombstone, or by the age of its report."""
+    assert reader.workers() == []
+    long = "w" * 300
+    first = {name: worker(name, number) for number, name in enumerate(["h:1", "h:2", "h:3", long], 1)}
+    store.write(Changes(workers=dict(first)))
+    assert reader.workers() == list(first.values())
+    assert [status.worker for status in reader.workers(2)] == ["h:3", long]  # those that reported last
+    assert [status.worker for status in reader.workers(before_ms=2_000)] == ["h:1"]
+    store.write(Changes(workers={"h:1": worker("h:1", 10.5), "h:2": None, "none": None}))
+    assert reader.workers() == [worker("h:1", 10.5), first["h:3"], first[long]]
+    store.write(Changes(workers={long: None}, workers_before_ms=10_500))
+    assert reader.workers() == [worker("h:1", 10.5)]
+    store.write(Changes(workers={"h:4": worker("h:4", 1)}, workers_before_ms=10_501))
+    assert reader.workers() == [worker("h:4", 1)]  # written in the same transaction, after the removal
+
+
+def test_a_rebuilt_table_has_no_workers_until_their_reports_are_read(store: Store, reader: StatusReader) -> None:
+    """The new table replaces all of the old one."""
+    store.write(Changes(workers={"h:1": worker("h:1", 1)}))
+    with store.beside() as new:
+        store.replace_with(new)
+    assert reader.workers() == []
+
+
+def test_a_table_of_the_second_revision_gets_the_table_of_workers(backend: Backend) -> None:
+    """Before that it has no workers."""
+    with backend.store() as store:
+        assert store.acquire()
+        store.write(Changes(plans=[PLAN]))
+    backend.execute("DROP TABLE workers")
+    backend.execute("UPDATE meta SET value = '2' WHERE key = 'revision'")
+    with closing(open_reader(backend.url, NAMESPACE)) as old:
+        assert (old.workers(), old.plans()) == ([], [PLAN])
+    with backend.store() as store, closing(open_reader(backend.url, NAMESPACE)) as new:
+        assert store.acquire()
+        store.write(Changes(workers={"h:1": worker("h:1", 1)}))
+        assert (new.workers(), new.plans()) == ([worker("h:1", 1)], [PLAN])
+
+
 def test_jobs_are_found_by_key_version_and_error(store: Store, reader: StatusReader) -> None:
     """The ids and runs of the jobs that match are read from one snapshot."""
     started = ev.JobStarted("h:1", "1.0", {}, "t", 0)
@@ -755,13 +804,14 @@ def test_a_table_of_the_first_revision_gets_what_it_lacks(backend: Backend) -> N
         "DROP INDEX jobs_by_key",
         *(f"ALTER TABLE jobs DROP COLUMN {name}" for name in ("fingerprint", "key", "version", "actor")),
         "DROP TABLE plans",
+        "DROP TABLE workers",
         "DELETE FROM meta WHERE key = 'revision'",
     ):
         backend.execute(statement)
     with closing(open_reader(backend.url, NAMESPACE)) as old:
         assert [each.job_id for each in old.jobs(state="failed")] == ["a"]
         assert [job_id for job_id, _ in old.lives()] == ["a"]
-        assert old.plans() == []
+        assert (old.plans(), old.workers()) == ([], [])
         with pytest.raises(StoreError, match="has no column 'key'"):
             old.jobs(key="k")
     with backend.store() as store, closing(open_reader(backend.url, NAMESPACE)) as new:

@@ -54,6 +54,7 @@ def test_the_table_names_topics_and_groups_of_the_namespace() -> None:
         names.schemas,
         names.control,
         names.plans,
+        names.workers,
         names.events("e"),
         changelog(names),
         names.router_group,

@@ -687,6 +687,12 @@ FACTS: list[tuple[ev.Fact, str]] = [
     (ev.PlanSealed(3, 1_200), "1,200 jobs in 3 parts"),
     (ev.PlanAdvanced(2, 10, 1, 1, "a: gone"), "part 2: done 10, skipped 1, failed 1 (a: gone)"),
     (ev.PlanSteered("paused", "ann"), "paused by ann"),
+    (
+        ev.WorkerReported(
+            "h", 1, "2", "0.1", 0, ["mail", "slow"], 0, ["send"], 0, 100, 1, [ev.RunningJob("a", 0)], None, 4
+        ),
+        "1 job in 100 slots, serves mail, slow",
+    ),
 ]
 
 

@@ -55,6 +55,12 @@ FACTS: st.SearchStrategy[Any] = st.one_of(
     st.builds(ev.PlanSealed, INT, LONG),
     st.builds(ev.PlanAdvanced, INT, INT, INT, INT, st.none() | TEXT),
     st.builds(ev.PlanSteered, TEXT, TEXT, st.none() | TEXT),
+    st.builds(
+        ev.WorkerReported,
+        *(TEXT, LONG, st.none() | TEXT, TEXT, LONG),
+        *(st.lists(TEXT, max_size=3), INT, st.lists(TEXT, max_size=3), INT, INT, INT),
+        *(st.lists(st.builds(ev.RunningJob, TEXT, LONG), max_size=3), st.none() | LONG, INT),
+    ),
 )
 OPTIONAL = st.none() | TEXT
 EVENTS = st.builds(ev.JobEvent, TEXT, TEXT, INT, INT, INT, LONG, TEXT, TEXT, OPTIONAL, OPTIONAL, TEXT, OPTIONAL, FACTS)

@@ -22,8 +22,10 @@ from jobledger.streams.status.store.rows import Row, life_of_row
 class Message:
     """A consumed record, with the methods that the row folder calls."""
 
-    def __init__(self, topic: str, partition: int, offset: int, value: bytes | None, ms: int) -> None:
-        self._all = (topic, partition, offset, value, ms)
+    def __init__(
+        self, topic: str, partition: int, offset: int, value: bytes | None, ms: int, key: bytes | None = None
+    ) -> None:
+        self._all, self._key = (topic, partition, offset, value, ms), key
 
     def topic(self) -> str:
         return self._all[0]
@@ -39,6 +41,9 @@ class Message:
 
     def timestamp(self) -> tuple[int, int]:
         return 2, self._all[4]
+
+    def key(self) -> bytes | None:
+        return self._key
 
 
 class Table:

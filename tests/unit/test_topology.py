@@ -40,7 +40,7 @@ def specs(partitions: int = 4, replication: int = 1, **queues: int) -> dict[str,
 
 
 def test_every_topic_of_a_namespace_is_declared() -> None:
-    """An app has the topics of its queues, six shared topics and the coordinator's changelog, and no other."""
+    """An app has the topics of its queues, seven shared topics and the coordinator's changelog, and no other."""
     assert set(specs(default=4, mail=2)) == {
         "shop.jobs.default",
         "shop.jobs.mail",
@@ -49,6 +49,7 @@ def test_every_topic_of_a_namespace_is_declared() -> None:
         "shop.dead-letter",
         "shop.control",
         "shop.plans",
+        "shop.workers",
         "shop.schemas",
         "shop.coordinator-schedules-changelog",
     }
@@ -81,8 +82,8 @@ def test_topics_that_the_materializer_reads_have_no_retention_limit() -> None:
         assert by_name[name].config["cleanup.policy"] == "delete"
 
 
-@pytest.mark.parametrize("name", ["shop.control", "shop.schemas"])
-def test_control_and_schemas_have_one_compacted_partition(name: str) -> None:
+@pytest.mark.parametrize("name", ["shop.control", "shop.workers", "shop.schemas"])
+def test_control_workers_and_schemas_have_one_compacted_partition(name: str) -> None:
     """The default number of partitions does not change this."""
     spec = specs(partitions=12)[name]
     assert (spec.partitions, spec.config["cleanup.policy"]) == (1, "compact")
@@ -171,7 +172,7 @@ def test_a_plan_can_be_written_as_json() -> None:
     changes = [c for spec in specs().values() for c in compare(spec, None, {})]
     made = TopicPlan(tuple(changes))
     read = json.loads(json.dumps(made.as_dict()))
-    assert (read["pending"], read["refused"], len(read["changes"])) == (8, 0, 8)
+    assert (read["pending"], read["refused"], len(read["changes"])) == (9, 0, 9)
     assert read["changes"][0]["step"] == "create"
 
 

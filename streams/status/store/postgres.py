@@ -28,7 +28,18 @@ from jobledger.streams.status.store.connecting import Address, lock_number, sche
 from jobledger.streams.status.store.protocol import Changes, Partition
 from jobledger.streams.status.store.reader import judge
 from jobledger.streams.status.store.rows import COLUMNS, Row
-from jobledger.streams.status.store.tables import REVISION, counters, jobs, lease, meta, metadata, offsets, plans, tags
+from jobledger.streams.status.store.tables import (
+    REVISION,
+    counters,
+    jobs,
+    lease,
+    meta,
+    metadata,
+    offsets,
+    plans,
+    tags,
+    workers,
+)
 from jobledger.streams.status.store.writer import LEASE_S, SqlStore
 
 LOG = get_logger("jobledger.materializer")
@@ -42,7 +53,7 @@ SWAP_LOCK_TIMEOUT, SWAP_PATIENCE_S = "2s", 60.0
 
 #: The tables in the order in which a swap locks them. Readers use the tables in the same order, which prevents
 #: deadlocks.
-_TABLES = (jobs, tags, counters, offsets, plans, lease, meta)
+_TABLES = (jobs, tags, counters, offsets, plans, workers, lease, meta)
 _COLUMNS = ", ".join(f'"{name}"' for name in COLUMNS)
 #: The types of `COLUMNS`, as COPY's binary format needs them.
 _TYPES = ["text"] * 4 + ["int8"] * 6 + ["text", "bytea", "int8"] + ["text"] * 5 + ["bytea"]
@@ -290,7 +301,7 @@ class PostgresStore(SqlStore):
         return self._run("SELECT job_id, slots, result FROM jobs WHERE job_id = ANY(?)", list(job_ids)).fetchall()
 
     def write(self, changes: Changes) -> None:
-        """Write all changes (rows, tags, counters, offsets, topic ids) in one transaction."""
+        """Write all changes (rows, plans, workers, tags, counters, offsets, topic ids) in one transaction."""
         super().write(changes)
         if self._committed_offsets is not None:
             self._committed_offsets = {**self._committed_offsets, **changes.resets, **changes.offsets}

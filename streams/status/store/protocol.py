@@ -18,6 +18,7 @@ from jobledger.job import JobStatus, Life, State
 from jobledger.plan import PlanStatus
 from jobledger.schemas.events import Position
 from jobledger.streams.status.store.removal import Piece, Walk
+from jobledger.worker_status import WorkerStatus
 
 #: A partition: (topic, number).
 Partition = tuple[str, int]
@@ -81,7 +82,10 @@ class Changes:
 
     ``resets``: the log's start for each partition whose next offset the log no longer had, or whose topic was
     recreated. ``topics``: new ids of the topics to which the offsets belong. ``plans``: plans with their new state.
-    ``removed``: limits in ms up to which rows of ended jobs are not in the table, by state.
+    ``removed``: limits in ms up to which rows of ended jobs are not in the table, by state. ``workers``: the last report
+    of each worker that reported, or None for a worker that has ended. ``workers_before_ms``: rows of workers that
+    reported last before this time (milliseconds of the broker's clock) are removed, before ``workers`` are written;
+    None: no rows.
     """
 
     jobs: list[tuple[Any, ...]] = field(default_factory=list)
@@ -93,6 +97,8 @@ class Changes:
     topics: dict[str, str] = field(default_factory=dict)
     plans: list[PlanStatus] = field(default_factory=list)
     removed: dict[str, int] = field(default_factory=dict)
+    workers: dict[str, WorkerStatus | None] = field(default_factory=dict)
+    workers_before_ms: int | None = None
 
 
 class StatusReader(Protocol):
@@ -169,6 +175,12 @@ class StatusReader(Protocol):
         """Return the limits in ms up to which rows of ended jobs were removed, by state. Every record that was appended
         before the greatest of them was included in the table."""
 
+    def workers(self, limit: int = 1_000, *, before_ms: int | None = None) -> list[WorkerStatus]:
+        """Return at most ``limit`` workers, those that reported last, in order of their ids.
+
+        ``before_ms``: only workers whose last report is from before this time, in milliseconds of the broker's clock.
+        """
+
     def lives(self) -> Iterator[tuple[str, Life]]:
         """Yield every job with its fold state, in order of ids, from one snapshot."""
 
@@ -215,7 +227,7 @@ class Store(Protocol):
         """Return those plans that the table knows."""
 
     def write(self, changes: Changes) -> None:
-        """Write all changes (rows, tags, counters, offsets, topic ids) in one transaction."""
+        """Write all changes (rows, plans, workers, tags, counters, offsets, topic ids) in one transaction."""
 
     def carry(self, job_ids: Sequence[str]) -> None:
         """Mark existing rows as carried over from the previous table."""

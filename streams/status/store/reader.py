@@ -17,7 +17,7 @@ from jobledger.schemas.events import Position
 from jobledger.streams.status.store.address import shown
 from jobledger.streams.status.store.protocol import Count, Filters, Overdue, Partition, Wanted
 from jobledger.streams.status.store.removal import REMOVED
-from jobledger.streams.status.store.rows import COLUMNS, key_text, life_of, life_of_row, plain, plan_of
+from jobledger.streams.status.store.rows import COLUMNS, key_text, life_of, life_of_row, plain, plan_of, worker_of
 from jobledger.streams.status.store.rows import Row as JobRow
 from jobledger.streams.status.store.tables import (
     ADDED,
@@ -32,7 +32,9 @@ from jobledger.streams.status.store.tables import (
     tags,
     unfinished,
     waiting,
+    workers,
 )
+from jobledger.worker_status import WorkerStatus
 
 #: What a thread does while it takes a connection from the pool or returns one, for an error message. The pool's locks
 #: are not reentrant: a query from a signal handler would block on them.
@@ -177,6 +179,18 @@ class SqlReader:
         if row is None:
             raise PlanNotFound(f"the status table {self._url} knows no plan {plan_id}")
         return plan_of(row.slots)
+
+    def workers(self, limit: int = 1_000, *, before_ms: int | None = None) -> list[WorkerStatus]:
+        """Return the workers that reported last, in order of their ids; see `StatusReader.workers`. A table of revision
+        2 or less has none."""
+        if self._revision < 3:
+            return []
+        query = select(workers.c.slots).order_by(workers.c.reported_ms.desc(), workers.c.worker).limit(limit)
+        if before_ms is not None:
+            query = query.where(workers.c.reported_ms < before_ms)
+        with self._reading() as db:
+            found = [worker_of(row.slots) for row in db.execute(query)]
+        return sorted(found, key=lambda status: status.worker)
 
     def ids(self, prefix: str, limit: int = 10) -> list[str]:
         """Return the first ``limit`` ids, in ascending order, that begin with ``prefix``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import hashlib
 from typing import Any
 
@@ -10,6 +11,7 @@ import msgspec
 from jobledger.fingerprint import fingerprint
 from jobledger.job import Life, Visible, actor
 from jobledger.plan import PlanStatus
+from jobledger.worker_status import WorkerStatus
 
 #: The columns of a row, in the order of `row`. ``carried`` is written separately. The columns from number `RARE` on are
 #: null for most jobs.
@@ -147,6 +149,49 @@ def plan_row(plan: PlanStatus) -> Row:
 def plan_of(slots: bytes) -> PlanStatus:
     """Return the plan of a row's column ``slots``."""
     return _decode_plan(slots)
+
+
+#: The columns of a worker's row, in the order of `worker_row`.
+WORKER_COLUMNS = (
+    "worker",
+    "host",
+    "pid",
+    "version",
+    "reported_ms",
+    "started_ms",
+    "slots_count",
+    "running",
+    "slots",
+)
+
+_decode_worker = msgspec.msgpack.Decoder(WorkerStatus).decode
+
+
+def worker_row(status: WorkerStatus) -> Row:
+    """Return the row of a worker."""
+    return (
+        key_text(status.worker),
+        plain(status.host),
+        status.pid,
+        None if status.version is None else plain(status.version),
+        _ms(status.reported_at),
+        _ms(status.started_at),
+        status.slots,
+        status.running,
+        _encode(status),
+    )
+
+
+def worker_of(slots: bytes) -> WorkerStatus:
+    """Return the worker of a row's column ``slots``."""
+    return _decode_worker(slots)
+
+
+def _ms(moment: dt.datetime) -> int:
+    return (moment - _EPOCH) // dt.timedelta(milliseconds=1)
+
+
+_EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 
 
 def life_of(slots: bytes, result: bytes | None) -> Life:

@@ -25,7 +25,7 @@ SCHEMA_VERSION = 1
 #: The revision of these tables, stored in `meta`; without an entry it is 1. A higher revision only adds columns, tables
 #: and indexes, so that readers of earlier revisions can still read the tables. A writer adds what an earlier revision
 #: lacks (`ADDED`). Rows that were written before have no values in added columns until the next fact of their job.
-REVISION = 2
+REVISION = 3
 
 metadata = MetaData()
 
@@ -151,6 +151,23 @@ plans = Table(
     sqlite_with_rowid=False,
 )
 
+#: One row per worker that reports (`jobledger.worker_status`). ``slots_count``: how many jobs it may run at once.
+#: ``slots``: everything that its last report says (msgpack of `jobledger.worker_status.WorkerStatus`).
+workers = Table(
+    "workers",
+    metadata,
+    Column("worker", Text, primary_key=True),
+    Column("host", Text, nullable=False),
+    Column("pid", BigInteger, nullable=False),
+    Column("version", Text),
+    Column("reported_ms", BigInteger, nullable=False),
+    Column("started_ms", BigInteger, nullable=False),
+    Column("slots_count", BigInteger, nullable=False),
+    Column("running", BigInteger, nullable=False),
+    Column("slots", LargeBinary, nullable=False),
+    sqlite_with_rowid=False,
+)
+
 #: One row with the writer's lease. Every transaction of a writer first checks that the row has the writer's own epoch
 #: and holder.
 lease = Table(
@@ -181,4 +198,5 @@ class Additions:
 
 ADDED: dict[int, Additions] = {
     2: Additions(("fingerprint", "key", "version", "actor"), ("jobs_by_error", "jobs_by_key"), (plans,)),
+    3: Additions(tables=(workers,)),
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import socket
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, ClassVar, Protocol, Self
@@ -24,14 +24,30 @@ from jobledger.process.logger import get_logger
 from jobledger.streams.status.store.address import shown
 from jobledger.streams.status.store.protocol import Changes, Partition
 from jobledger.streams.status.store.removal import REMOVED, Piece, Walk, Walked, tag_rows, to_remove
-from jobledger.streams.status.store.rows import PLAN_COLUMNS, Row, key_text, life_of, plan_of, plan_row
-from jobledger.streams.status.store.tables import ADDED, REVISION, SCHEMA_VERSION, TOPIC, jobs
-
-_plan_set = ", ".join(f"{name} = excluded.{name}" for name in PLAN_COLUMNS[1:])
-_PLAN = (
-    f"INSERT INTO plans ({', '.join(PLAN_COLUMNS)}) VALUES ({', '.join('?' * len(PLAN_COLUMNS))}) "
-    f"ON CONFLICT (plan) DO UPDATE SET {_plan_set}"
+from jobledger.streams.status.store.rows import (
+    PLAN_COLUMNS,
+    WORKER_COLUMNS,
+    Row,
+    key_text,
+    life_of,
+    plan_of,
+    plan_row,
+    worker_row,
 )
+from jobledger.streams.status.store.tables import ADDED, REVISION, SCHEMA_VERSION, TOPIC, jobs
+from jobledger.worker_status import WorkerStatus
+
+
+def _upsert(table: str, columns: Sequence[str]) -> str:
+    """Return the statement that writes a row with these columns, the first of which is the primary key."""
+    values = ", ".join(f"{name} = excluded.{name}" for name in columns[1:])
+    return (
+        f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))}) "
+        f"ON CONFLICT ({columns[0]}) DO UPDATE SET {values}"
+    )
+
+
+_PLAN, _WORKER = _upsert("plans", PLAN_COLUMNS), _upsert("workers", WORKER_COLUMNS)
 
 LOG = get_logger("jobledger.materializer")
 
@@ -252,7 +268,7 @@ class SqlStore(ABC):
         return known
 
     def write(self, changes: Changes) -> None:
-        """Write all changes (rows, plans, tags, counters, offsets, topic ids) in one transaction."""
+        """Write all changes (rows, plans, workers, tags, counters, offsets, topic ids) in one transaction."""
         # Rows are sorted by id, so that they are appended to the primary key's tree, or are next to one another in it.
         rows = sorted(changes.jobs)
         with self._transaction():
@@ -260,12 +276,24 @@ class SqlStore(ABC):
             self._put(rows, changes)
             if changes.plans:
                 self._run_many(_PLAN, [plan_row(plan) for plan in changes.plans])
+            if changes.workers_before_ms is not None:
+                self._run("DELETE FROM workers WHERE reported_ms < ?", changes.workers_before_ms)
+            if changes.workers:
+                self._put_workers(changes.workers)
             if changes.topics:
                 self._run_many(_SETTING, [(f"{TOPIC}{topic}", topic_id) for topic, topic_id in changes.topics.items()])
             if changes.removed:
                 self._run_many(_SETTING, [(f"{REMOVED}{state}", str(ms)) for state, ms in changes.removed.items()])
         if rows:
             self._greatest = max(self._greatest, rows[-1][0])
+
+    def _put_workers(self, workers: Mapping[str, WorkerStatus | None]) -> None:
+        known = [worker_row(status) for status in workers.values() if status is not None]
+        ended = [(key_text(worker),) for worker, status in workers.items() if status is None]
+        if ended:
+            self._run_many("DELETE FROM workers WHERE worker = ?", ended)
+        if known:
+            self._run_many(_WORKER, known)
 
     def carry(self, job_ids: Sequence[str]) -> None:
         """Mark existing rows as carried over from the previous table."""
