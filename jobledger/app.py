@@ -85,7 +85,12 @@ _TEXTS = ("state", "task", "queue", "key", "version", "error", "fingerprint")
 
 def filters_of(**wanted: Unpack[JobFilter]) -> dict[str, Any]:
     """Return filters as the status table's read side takes them. Raises `ConfigError`."""
-    late, tag, prefix, least = (wanted.get(name) for name in ("late", "tag", "id_prefix", "attempts_least"))
+    late, tag, prefix, least = (
+        wanted.get("late"),
+        wanted.get("tag"),
+        wanted.get("id_prefix"),
+        wanted.get("attempts_least"),
+    )
     if unknown := wanted.keys() - JobFilter.__annotations__.keys():
         raise ConfigError(f"{min(unknown)!r} is not a filter; the filters are {', '.join(JobFilter.__annotations__)}")
     if prefix is not None:

@@ -1,29 +1,26 @@
-"""``jobledger jobs list|show|wait|cancel|redrive``: jobs on the command line."""
+"""``jobledger jobs list|count|show|wait|cancel|redrive``: jobs on the command line."""
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jobledger.cli import completion, output
-from jobledger.cli.commands import CommandGroup, Words, Wrong, moment_ms, pair_of, pairs_of, states_of, words_of
-from jobledger.cli.job_views import COLUMNS, args_json, fields, finish, row, status_json, submissions, timeline
+from jobledger.cli import completion, conditions, output
+from jobledger.cli.commands import CommandGroup, Words, Wrong, words_of
+from jobledger.cli.job_lists import count_jobs, list_jobs
+from jobledger.cli.job_views import args_json, fields, finish, status_json, submissions, timeline
 from jobledger.cli.loading import find_app
 from jobledger.cli.options import (
     AppOption,
-    AppWord,
     Bootstrap,
     Json,
     Namespace,
-    Queues,
     Reason,
     StatusUrl,
     Yes,
-    moment,
-    repeatable,
     timespan,
 )
 from jobledger.cli.plans import show_made
@@ -34,19 +31,21 @@ if TYPE_CHECKING:
     from jobledger.app import App, JobFilter
     from jobledger.client.commands import Job
     from jobledger.definitions.handles import Plan
-    from jobledger.job import JobStatus
+    from jobledger.job import JobStatus, State
 
 app = CommandGroup(
-    name="jobs", help="List and show jobs, wait for them, cancel them and run them again.", no_args_is_help=True
+    name="jobs",
+    help="List, count and show jobs, wait for them, cancel them and run them again.",
+    no_args_is_help=True,
 )
+app.command("list")(list_jobs)
+app.command("count")(count_jobs)
 
 #: Minimum characters of a shortened id. The first eight characters of Jobledger's own ids stand for a time span of
 #: about a minute.
 PREFIX_LEAST = 6
 #: How many matching ids an error about a shortened id lists.
 _CANDIDATES = 5
-#: Seconds after which a job that was not started counts as late.
-LATE_S = 10.0
 #: Length of a whole id, a UUID.
 _WHOLE = 36
 
@@ -68,95 +67,6 @@ ManyJobs = Annotated[
         show_default=False,
     ),
 ]
-
-
-@app.command("list")
-def list_jobs(
-    words: AppWord = None,
-    app: AppOption = None,
-    namespace: Namespace = None,
-    state: Annotated[
-        list[str] | None,
-        repeatable("Jobs in this state: scheduled, queued, running, …", autocompletion=completion.states),
-    ] = None,
-    task: Annotated[list[str] | None, repeatable("Jobs of this task", autocompletion=completion.tasks)] = None,
-    queue: Queues = None,
-    tag: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=VALUE", help="Jobs with this tag; if repeated, with all of these tags.", show_default="any"
-        ),
-    ] = None,
-    since: Annotated[str | None, moment("Jobs submitted at this time or later", show_default="any")] = None,
-    late: Annotated[
-        bool,
-        typer.Option(
-            "--late",
-            help=f"Jobs that have not started although they could have started {LATE_S:g} seconds ago or earlier.",
-        ),
-    ] = False,
-    show: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="tags,args",
-            help="More columns: tags, and arguments, which are read from the log (shortened, except with --json).",
-            show_default="none",
-        ),
-    ] = None,
-    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="Maximum number of jobs.")] = 50,
-    bootstrap: Bootstrap = None,
-    status_url: StatusUrl = None,
-    as_json: Json = False,
-) -> None:
-    """List jobs, newest first. A job must match all given options.
-
-    Example: jobledger jobs list shop:app --state failed --state expired --tag tenant=acme --since 2h --show tags,args
-    """
-    more = _columns(show)
-    conditions = _conditions(state, task, queue, tag, since, late)
-    parsed = words_of(words, _names_app(app, namespace), "argument", 0)
-    queried = _queried_app(parsed, app, namespace, bootstrap, status_url)
-    try:
-        statuses = list(queried.jobs(**conditions, limit=limit))
-        args = submissions(queried, statuses) if "args" in more else {}
-    finally:
-        queried.close()
-    if as_json:
-        output.print_json([status_json(each) | (args_json(args[each.job_id]) if args else {}) for each in statuses])
-    else:
-        _show_list(statuses, args, more, limit)
-
-
-def _conditions(
-    states: list[str] | None,
-    tasks: list[str] | None,
-    queues: list[str] | None,
-    tags: list[str] | None,
-    since: str | None,
-    late: bool,
-) -> JobFilter:
-    import datetime as dt
-
-    return {
-        "state": states_of(states) or None,
-        "task": tasks or None,
-        "queue": queues or None,
-        "tag": pairs_of(tags, "--tag"),
-        "since": None if since is None else dt.datetime.fromtimestamp(moment_ms(since, "--since") / 1000, dt.UTC),
-        "late": LATE_S if late else None,
-    }
-
-
-def _show_list(
-    statuses: Sequence[JobStatus], args: Mapping[str, bytes | str | None], more: Sequence[str], limit: int
-) -> None:
-    """Print jobs as a table. ``args``: the arguments of jobs, by id. ``more``: additional columns. ``limit``: the
-    maximum number of jobs that was asked for."""
-    headings = ("job", "task", "queue", "state", "attempt", "submitted", "took", *more, "")
-    rows = [row(each, more, args.get(each.job_id)) for each in statuses]
-    output.print_table(headings, rows, optional=("queue", "took", "attempt", "submitted"), empty="no such jobs")
-    if len(statuses) == limit:
-        output.console(stderr=True).print(f"only the newest {limit}; use --limit for more", style="dim")
 
 
 @app.command("show")
@@ -229,9 +139,7 @@ def cancel(
     where: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME=VALUE",
-            help="Jobs that have not ended and have this task, queue, state or tag (tag.NAME=VALUE). Repeat the option for "
-            "several: a job must have one of the tasks, one of the queues, one of the states and all of the tags.",
+            metavar="NAME=VALUE", help=f"{conditions.HELP}. Without state only jobs that have not ended are chosen."
         ),
     ] = None,
     reason: Reason = None,
@@ -255,10 +163,10 @@ def cancel(
         raise Wrong("which jobs? Give their ids, or --where NAME=VALUE")
     if parsed.others and where:
         raise Wrong("give ids or --where, not both")
-    conditions = _where(where or [])
+    chosen = conditions.conditions_of(where, _open_states(), "jobs in this state have ended and cannot be cancelled")
     queried = _queried_app(parsed, app, namespace, bootstrap, status_url)
     try:
-        targets, notes = _by_id(queried, parsed.others) if parsed.others else (_matching(queried, conditions), [])
+        targets, notes = _by_id(queried, parsed.others) if parsed.others else (_matching(queried, chosen), [])
         targets, notes_on_ids = _with_whole_ids(targets)
         notes += notes_on_ids
         if where and targets and not (yes or dry_run or as_json):
@@ -281,9 +189,8 @@ def redrive(
         list[str] | None,
         typer.Option(
             metavar="NAME=VALUE",
-            help="Failed jobs with this task, queue, key, version, error, fingerprint, tag (tag.NAME=VALUE), or submitted "
-            "since a time (since=2h). state=cancelled and state=expired choose other jobs than failed ones. Repeat the option "
-            "for several: a job must have one of the values for each name, and all of the tags.",
+            help=f"{conditions.HELP}. Without state only failed jobs are chosen; state=cancelled and state=expired choose "
+            "others.",
         ),
     ] = None,
     queue: Annotated[
@@ -318,7 +225,7 @@ def redrive(
         raise Wrong("which jobs? Give their ids, or --where NAME=VALUE")
     if parsed.others and where:
         raise Wrong("give ids or --where, not both")
-    chosen = _redriven(where or [])
+    chosen = _redriven(where)
     queried = _queried_app(parsed, app, namespace, bootstrap, status_url)
     try:
         ids = [whole_id(queried, text) for text in parsed.others] or None
@@ -334,33 +241,11 @@ def redrive(
         queried.close()
 
 
-def _redriven(texts: Sequence[str]) -> JobFilter:
-    """Return the filter of ``--where``. Raises `Wrong`."""
-    import datetime as dt
-
+def _redriven(where: Sequence[str] | None) -> JobFilter:
     from jobledger.app import REDRIVEN
 
-    several: dict[str, list[str]] = {}
-    tags: list[str] = []
-    since: dt.datetime | None = None
-    for each in texts:
-        name, value = pair_of(each, "--where")
-        if name.startswith("tag.") and len(name) > len("tag."):
-            tags.append(f"{name[len('tag.') :]}={value}")
-        elif name in ("state", "task", "queue", "key", "version", "error", "fingerprint"):
-            several.setdefault(name, []).append(value)
-        elif name == "since":
-            since = dt.datetime.fromtimestamp(moment_ms(value, "--where since") / 1000, dt.UTC)
-        else:
-            raise Wrong(
-                f"--where {each!r}: write task=…, queue=…, state=…, key=…, version=…, error=…, fingerprint=…, since=… or "
-                "tag.NAME=…"
-            )
-    for state in states_of(several.get("state", []), "--where state"):
-        if state not in REDRIVEN:
-            raise Wrong(f"--where state={state}: only jobs that failed, were cancelled or expired can be redriven")
-    chosen: dict[str, Any] = {**several, "tag": pairs_of(tags, "--where tag") or None, "since": since}
-    return {name: value for name, value in chosen.items() if value is not None}  # type: ignore[return-value]
+    why = "only jobs that failed, were cancelled or expired can be redriven"
+    return conditions.conditions_of(where, REDRIVEN, why)
 
 
 def _show_preview(preview: Plan, as_json: bool) -> None:
@@ -397,14 +282,6 @@ def _queried_app(
     parsed: Words, app: str | None, namespace: str | None, bootstrap: str | None, status_url: str | None
 ) -> App:
     return find_app(parsed.target or app, namespace, bootstrap, status_url)
-
-
-def _columns(texts: Sequence[str] | None) -> list[str]:
-    names = [name.strip() for text in texts or () for name in text.split(",") if name.strip()]
-    for name in names:
-        if name not in COLUMNS:
-            raise Wrong(f"--show {name!r} is not a column; the columns are {', '.join(COLUMNS)}")
-    return list(dict.fromkeys(names))
 
 
 def whole_id(app: App, text: str) -> str:
@@ -493,34 +370,16 @@ def _with_whole_ids(targets: Sequence[Job]) -> tuple[list[Job], list[str]]:
     return [job for job in targets if not is_changed(job.job_id)], notes
 
 
-def _where(texts: Sequence[str]) -> dict[str, list[str]]:
-    """Return the conditions of ``--where`` by name; tags are ``NAME=VALUE``. Raises `Wrong`."""
+def _open_states() -> list[State]:
+    """Return the states of jobs that have not ended."""
     from jobledger.job import State
 
-    conditions: dict[str, list[str]] = {"state": [], "task": [], "queue": [], "tag": []}
-    for each in texts:
-        name, value = pair_of(each, "--where")
-        if name.startswith("tag.") and len(name) > len("tag."):
-            conditions["tag"].append(f"{name[len('tag.') :]}={value}")
-        elif name in ("state", "task", "queue"):
-            conditions[name].append(value)
-        else:
-            raise Wrong(f"--where {each!r}: write task=…, queue=…, state=… or tag.NAME=…")
-    pairs_of(conditions["tag"], "--where tag")
-    if ended := [each for each in states_of(conditions["state"], "--where state") if State(each).ended]:
-        raise Wrong(f"--where state={ended[0]}: jobs in this state have ended and cannot be cancelled")
-    return conditions
+    return [each for each in State if not each.ended]
 
 
-def _matching(app: App, where: dict[str, list[str]]) -> list[Job]:
+def _matching(app: App, where: JobFilter) -> list[Job]:
     """Return the jobs that have not ended and match every condition."""
     from jobledger.client.commands import Job
-    from jobledger.job import State
 
-    statuses = app.jobs(
-        state=where["state"] or [each for each in State if not each.ended],
-        task=where["task"] or None,
-        queue=where["queue"] or None,
-        tag=pairs_of(where["tag"], "--where tag"),
-    )
-    return [Job(each.job_id, each.run, each.task, each.queue) for each in statuses]
+    filters: JobFilter = {"state": _open_states(), **where}
+    return [Job(each.job_id, each.run, each.task, each.queue) for each in app.jobs(**filters)]

@@ -22,6 +22,7 @@ from jobledger.cli import (
     completion,
     control,
     dev,
+    error_groups,
     events,
     jobs,
     plans,
@@ -74,6 +75,7 @@ for _panel, _name, _run_it, _short in _COMMANDS:
     cli.command(_name, rich_help_panel=_panel, short_help=_short)(_run_it)
 cli.add_typer(jobs.app, name="jobs", rich_help_panel=ASK)
 cli.add_typer(events.app, name="events", rich_help_panel=ASK)
+cli.add_typer(error_groups.app, name="errors", rich_help_panel=ASK)
 cli.add_typer(plans.app, name="plans", rich_help_panel=OPERATE)
 cli.add_typer(control.queues, name="queues", rich_help_panel=OPERATE)
 cli.add_typer(control.tasks, name="tasks", rich_help_panel=OPERATE)

@@ -143,7 +143,7 @@ def test_queues_have_their_numbers_and_their_oldest_job(
         QueueSummary("mail", 1, 3, 1, 0, 0, 1, 0, 0, oldest_ms=60_000),
         QueueSummary("slow", 0, 1, 0, 0, 0, 0, 0, 0, oldest_ms=80_000),
     ]
-    monkeypatch.setattr(summaries, "_SCAN_CHUNK", 1)
+    monkeypatch.setattr(summaries, "_SCAN_FIRST", 1)
     assert [each.oldest_ms for each in reader.queues()] == [None, 60_000, 80_000]
     monkeypatch.setattr(summaries, "SCAN_MOST", 3)
     assert [each.oldest_ms for each in reader.queues()] == [None, 60_000, None]
@@ -204,7 +204,7 @@ def test_the_last_success_of_a_task_is_found(
         "t2": LastSuccess("v8", 8_002, "08"),
     }
     assert reader.last_success() == {}
-    monkeypatch.setattr(summaries, "_SCAN_CHUNK", 2)
+    monkeypatch.setattr(summaries, "_SCAN_FIRST", 2)
     assert set(reader.last_success("t0", "t1", "t2")) == {"t0", "t1", "t2"}
     monkeypatch.setattr(summaries, "SCAN_MOST", 2)
     assert set(reader.last_success("t0", "t1", "t2")) == {"t2"}

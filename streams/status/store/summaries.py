@@ -22,8 +22,9 @@ from jobledger.streams.status.store.tables import counters, jobs, unfinished
 READ_MOST = 50_000
 #: Maximum number of queued jobs that are read for the oldest of each queue, and of jobs for the last successes.
 SCAN_MOST = 10_000
-#: Number of rows that such a scan reads at a time.
-_SCAN_CHUNK = 200
+#: Number of rows that such a scan reads at first, because a few are mostly enough, and the factor by which it reads more
+#: each time.
+_SCAN_FIRST, _SCAN_FACTOR = 100, 4
 #: Maximum number of fingerprints that are looked at.
 FINGERPRINTS_MOST = 2_000
 #: Maximum number of jobs of a group of errors that are counted.
@@ -73,7 +74,7 @@ def queues(db: Connection) -> list[QueueSummary]:
             numbers[queue][state] = int(number)
     oldest = _oldest(db, [queue for queue, states in numbers.items() if states.get(State.QUEUED)])
     return [
-        QueueSummary(queue, *(states.get(each.value, 0) for each in State), oldest_ms=oldest.get(queue))
+        QueueSummary(queue, *(states.get(each.value, 0) for each in State), oldest.get(queue))
         for queue, states in sorted(numbers.items())
     ]
 
@@ -110,23 +111,25 @@ def last_success(db: Connection, tasks: Sequence[str]) -> dict[str, LastSuccess]
     return known
 
 
-def _scanned(db: Connection, columns: Sequence[Any], *, queued: bool) -> Iterator[Row[Any]]:
+def _scanned(db: Connection, columns: Sequence[Any], *, queued: bool) -> Iterator[Row[*tuple[Any, ...]]]:
     """Yield `SCAN_MOST` rows or fewer, some at a time: of queued jobs the first submission first, else of all jobs the
     last submission first. The first two columns are those of the order."""
     order = (jobs.c.submitted_ms, jobs.c.job_id)
-    query = select(*columns).limit(_SCAN_CHUNK)
+    query = select(*columns)
     if queued:
         query = query.where(jobs.c.state == State.QUEUED.value, unfinished).order_by(*order)
     else:
         query = query.order_by(*(column.desc() for column in order))
-    page = query
-    for _ in range(SCAN_MOST // _SCAN_CHUNK):
-        rows = db.execute(page).all()
+    page, size, left = query, _SCAN_FIRST, SCAN_MOST
+    while left > 0:
+        size = min(size, left)
+        rows = db.execute(page.limit(size)).all()
         yield from rows
-        if len(rows) < _SCAN_CHUNK:
+        if len(rows) < size:
             return
         last = tuple(rows[-1][:2])
         page = query.where(tuple_(*order) > last if queued else tuple_(*order) < last)
+        left, size = left - size, size * _SCAN_FACTOR
 
 
 def errors(db: Connection, since_ms: int | None, limit: int) -> list[ErrorGroup]:
@@ -152,7 +155,7 @@ def errors(db: Connection, since_ms: int | None, limit: int) -> list[ErrorGroup]
     return groups
 
 
-def _fingerprints(db: Connection) -> Sequence[Row[Any]]:
+def _fingerprints(db: Connection) -> Sequence[Row[*tuple[Any, ...]]]:
     """Return the first `FINGERPRINTS_MOST` fingerprints, each with its first and its last submission and the last job.
 
     Both databases would read the whole index for DISTINCT. Here each step reads one entry: the least fingerprint that is
