@@ -72,6 +72,9 @@ class JobFilter(TypedDict, total=False):
     version: str | Iterable[str] | None
     error: str | Iterable[str] | None
     fingerprint: str | Iterable[str] | None
+    until: dt.datetime | None
+    id_prefix: str | None
+    attempts_least: int | None
 
 
 #: The filters of `JobFilter` that are texts, of which a job must have one.
@@ -80,16 +83,24 @@ _TEXTS = ("state", "task", "queue", "key", "version", "error", "fingerprint")
 
 def filters_of(**wanted: Unpack[JobFilter]) -> dict[str, Any]:
     """Return filters as the status table's read side takes them. Raises `ConfigError`."""
-    since, late, tag = wanted.get("since"), wanted.get("late"), wanted.get("tag")
+    late, tag, prefix, least = (
+        wanted.get("late"),
+        wanted.get("tag"),
+        wanted.get("id_prefix"),
+        wanted.get("attempts_least"),
+    )
     if unknown := wanted.keys() - JobFilter.__annotations__.keys():
         raise ConfigError(f"{min(unknown)!r} is not a filter; the filters are {', '.join(JobFilter.__annotations__)}")
-    if since is not None and since.tzinfo is None:
-        raise ConfigError(
-            f"since={since!r} has no time zone: give an aware datetime, for example datetime(…, tzinfo=UTC)"
-        )
+    if prefix is not None:
+        check_utf8("id_prefix", prefix)
+    if least is not None and (not isinstance(least, int) or not 0 < least < 1 << 31):
+        raise ConfigError(f"attempts_least={least!r} is not a whole number above 0: the first attempt has number 1")
     filters: dict[str, Any] = {
         "tag": tag,
-        "since_ms": None if since is None else round(since.timestamp() * 1000),
+        "id_prefix": prefix,
+        "attempts_least": least,
+        "since_ms": _milliseconds("since", wanted.get("since")),
+        "until_ms": _milliseconds("until", wanted.get("until")),
         "late_ms": None if late is None else round((time.time() - check_delay(late, "late")) * 1000),
     }
     for what in _TEXTS:
@@ -101,6 +112,16 @@ def filters_of(**wanted: Unpack[JobFilter]) -> dict[str, Any]:
         check_utf8("tag", name)
         check_utf8(f"tag {name!r}", value)
     return filters
+
+
+def _milliseconds(name: str, moment: dt.datetime | None) -> int | None:
+    if moment is None:
+        return None
+    if moment.tzinfo is None:
+        raise ConfigError(
+            f"{name}={moment!r} has no time zone: give an aware datetime, for example datetime(…, tzinfo=UTC)"
+        )
+    return round(moment.timestamp() * 1000)
 
 
 class TaskDecorator(Protocol):
@@ -733,7 +754,10 @@ class App:
         not been started although they could have been started this many seconds ago by this machine's clock, counted
         from the end of their delay or backoff, or from the submission if there was none. ``key``: the ordering key.
         ``version``: the version of the code that started the job last. ``error``: the type of the error.
-        ``fingerprint``: that of the error. These four take one value, or several of which any may match.
+        ``fingerprint``: that of the error. These four take one value, or several of which any may match. ``until``:
+        submitted before this time. ``id_prefix``: the beginning of the id; the jobs are then in descending order of
+        ids. ``attempts_least``: the job's attempt has this number or a greater one; without ``state`` only jobs that
+        wait for a retry.
         """
         return chain.from_iterable(self._pages(limit, page, **wanted))
 

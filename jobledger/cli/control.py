@@ -13,6 +13,7 @@ from jobledger.cli.commands import CommandGroup, among, judged, words_of
 from jobledger.cli.loading import find_app
 from jobledger.cli.options import AppOption, AppWord, Bootstrap, By, Json, Namespace, Reason, StatusUrl
 from jobledger.cli.output import Cell
+from jobledger.cli.queue_depths import DEPTHS, depth_cells, depth_json, depths_of, is_open
 from jobledger.definitions.policy import Limits
 from jobledger.definitions.queues import Queue
 from jobledger.process.wording import counted
@@ -71,12 +72,18 @@ def _add_list(group: CommandGroup, kind: Kind) -> None:
         target = words_of(words, app is not None or namespace is not None, "argument", 0).target
         with _opened(kind, target or app, namespace, bootstrap, status_url) as known:
             standing = {each.name: each for each in known.app.commands.standing() if each.kind == kind}
-        # Without the app's code, a name may be known only from the commands in force.
-        rows = [_row(known, name, standing.get(name)) for name in sorted({*known.things, *standing})]
+            depths, note = depths_of(known.app) if kind == "queue" else ({}, None)
+        # A name may be known only from the commands in force, or from jobs: of a queue that the app no longer has.
+        rows = [
+            _row(known, name, standing.get(name)) | (depth_json(depths.get(name), note) if kind == "queue" else {})
+            for name in sorted({*known.things, *standing, *(name for name, depth in depths.items() if is_open(depth))})
+        ]
         if as_json:
             output.print_json(rows)
         else:
             _show_list(kind, rows)
+        if note is not None:
+            output.console(stderr=True).print(note, style="yellow", markup=False)
 
 
 def _add_pause_and_resume(group: CommandGroup, kind: Kind) -> None:
@@ -152,7 +159,8 @@ def _show_list(kind: Kind, rows: Sequence[dict[str, Any]]) -> None:
     table: list[list[Cell]] = [
         [
             row[kind],
-            *([row["queue"]] if kind == "task" else [str(row["partitions"])]),
+            *([row["queue"]] if kind == "task" else ["" if row["partitions"] is None else str(row["partitions"])]),
+            *(depth_cells(row) if kind == "queue" else ()),
             (f"paused {row['paused']}", "magenta") if row["paused"] else ("not paused", "green"),
             "" if row["rate"] is None else f"{row['rate']:g}/s",
             "" if row["concurrency"] is None else str(row["concurrency"]),
@@ -161,7 +169,9 @@ def _show_list(kind: Kind, rows: Sequence[dict[str, Any]]) -> None:
         for row in rows
     ]
     second = "queue" if kind == "task" else "partitions"
-    output.print_table((kind, second, "state", "rate", "concurrency", ""), table, optional=(second,), empty="none")
+    depths = DEPTHS if kind == "queue" else ()
+    headings = (kind, second, *depths, "state", "rate", "concurrency", "")
+    output.print_table(headings, table, optional=(second,), empty="none")
 
 
 def _described(limits: Limits) -> str:

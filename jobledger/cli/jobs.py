@@ -1,29 +1,26 @@
-"""``jobledger jobs list|show|wait|cancel|redrive``: jobs on the command line."""
+"""``jobledger jobs list|count|show|wait|cancel|redrive``: jobs on the command line."""
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jobledger.cli import completion, output
-from jobledger.cli.commands import CommandGroup, Words, Wrong, moment_ms, pair_of, pairs_of, states_of, words_of
-from jobledger.cli.job_views import COLUMNS, args_json, fields, finish, row, status_json, submissions, timeline
+from jobledger.cli import completion, conditions, output
+from jobledger.cli.commands import CommandGroup, Words, Wrong, words_of
+from jobledger.cli.job_lists import count_jobs, list_jobs
+from jobledger.cli.job_views import args_json, fields, finish, status_json, submissions, timeline
 from jobledger.cli.loading import find_app
 from jobledger.cli.options import (
     AppOption,
-    AppWord,
     Bootstrap,
     Json,
     Namespace,
-    Queues,
     Reason,
     StatusUrl,
     Yes,
-    moment,
-    repeatable,
     timespan,
 )
 from jobledger.cli.plans import show_made
@@ -37,16 +34,18 @@ if TYPE_CHECKING:
     from jobledger.job import JobStatus
 
 app = CommandGroup(
-    name="jobs", help="List and show jobs, wait for them, cancel them and run them again.", no_args_is_help=True
+    name="jobs",
+    help="List, count and show jobs, wait for them, cancel them and run them again.",
+    no_args_is_help=True,
 )
+app.command("list")(list_jobs)
+app.command("count")(count_jobs)
 
 #: Minimum characters of a shortened id. The first eight characters of Jobledger's own ids stand for a time span of
 #: about a minute.
 PREFIX_LEAST = 6
 #: How many matching ids an error about a shortened id lists.
 _CANDIDATES = 5
-#: Seconds after which a job that was not started counts as late.
-LATE_S = 10.0
 #: Length of a whole id, a UUID.
 _WHOLE = 36
 
@@ -70,102 +69,8 @@ ManyJobs = Annotated[
 ]
 
 
-#: The help of ``--where``, after the words that say which jobs are chosen without a state.
-_WHERE = (
-    "with this task, queue, key, version, error, fingerprint, tag (tag.NAME=VALUE), or submitted since a time (since=2h). "
-    "Repeat the option for several: a job must have one of the values for each name, and all of the tags."
-)
 Rate = Annotated[str | None, typer.Option(metavar="N/s", help="How many jobs in a time.", show_default="no limit")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only count the jobs, and show some of them.")]
-
-
-@app.command("list")
-def list_jobs(
-    words: AppWord = None,
-    app: AppOption = None,
-    namespace: Namespace = None,
-    state: Annotated[
-        list[str] | None,
-        repeatable("Jobs in this state: scheduled, queued, running, …", autocompletion=completion.states),
-    ] = None,
-    task: Annotated[list[str] | None, repeatable("Jobs of this task", autocompletion=completion.tasks)] = None,
-    queue: Queues = None,
-    tag: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=VALUE", help="Jobs with this tag; if repeated, with all of these tags.", show_default="any"
-        ),
-    ] = None,
-    since: Annotated[str | None, moment("Jobs submitted at this time or later", show_default="any")] = None,
-    late: Annotated[
-        bool,
-        typer.Option(
-            "--late",
-            help=f"Jobs that have not started although they could have started {LATE_S:g} seconds ago or earlier.",
-        ),
-    ] = False,
-    show: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="tags,args",
-            help="More columns: tags, and arguments, which are read from the log (shortened, except with --json).",
-            show_default="none",
-        ),
-    ] = None,
-    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="Maximum number of jobs.")] = 50,
-    bootstrap: Bootstrap = None,
-    status_url: StatusUrl = None,
-    as_json: Json = False,
-) -> None:
-    """List jobs, newest first. A job must match all given options.
-
-    Example: jobledger jobs list shop:app --state failed --state expired --tag tenant=acme --since 2h --show tags,args
-    """
-    more = _columns(show)
-    conditions = _conditions(state, task, queue, tag, since, late)
-    parsed = words_of(words, _names_app(app, namespace), "argument", 0)
-    queried = _queried_app(parsed, app, namespace, bootstrap, status_url)
-    try:
-        statuses = list(queried.jobs(**conditions, limit=limit))
-        args = submissions(queried, statuses) if "args" in more else {}
-    finally:
-        queried.close()
-    if as_json:
-        output.print_json([status_json(each) | (args_json(args[each.job_id]) if args else {}) for each in statuses])
-    else:
-        _show_list(statuses, args, more, limit)
-
-
-def _conditions(
-    states: list[str] | None,
-    tasks: list[str] | None,
-    queues: list[str] | None,
-    tags: list[str] | None,
-    since: str | None,
-    late: bool,
-) -> JobFilter:
-    import datetime as dt
-
-    return {
-        "state": states_of(states) or None,
-        "task": tasks or None,
-        "queue": queues or None,
-        "tag": pairs_of(tags, "--tag"),
-        "since": None if since is None else dt.datetime.fromtimestamp(moment_ms(since, "--since") / 1000, dt.UTC),
-        "late": LATE_S if late else None,
-    }
-
-
-def _show_list(
-    statuses: Sequence[JobStatus], args: Mapping[str, bytes | str | None], more: Sequence[str], limit: int
-) -> None:
-    """Print jobs as a table. ``args``: the arguments of jobs, by id. ``more``: additional columns. ``limit``: the
-    maximum number of jobs that was asked for."""
-    headings = ("job", "task", "queue", "state", "attempt", "submitted", "took", *more, "")
-    rows = [row(each, more, args.get(each.job_id)) for each in statuses]
-    output.print_table(headings, rows, optional=("queue", "took", "attempt", "submitted"), empty="no such jobs")
-    if len(statuses) == limit:
-        output.console(stderr=True).print(f"only the newest {limit}; use --limit for more", style="dim")
 
 
 @app.command("show")
@@ -238,8 +143,7 @@ def cancel(
     where: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME=VALUE",
-            help=f"Jobs that have not ended {_WHERE} state= chooses only some of the states.",
+            metavar="NAME=VALUE", help=f"{conditions.HELP}. Without state only jobs that have not ended are chosen."
         ),
     ] = None,
     reason: Reason = None,
@@ -274,7 +178,7 @@ def cancel(
         raise Wrong("give ids or --where, not both")
     if parsed.others and (rate is not None or wait):
         raise Wrong(f"{'--wait' if rate is None else '--rate'} is for --where: cancels by ids are requested at once")
-    chosen = _chosen(where or [], "cancel")
+    chosen = _chosen(where, "cancel")
     queried = _queried_app(parsed, app, namespace, bootstrap, status_url)
     try:
         if where:
@@ -303,7 +207,8 @@ def redrive(
         list[str] | None,
         typer.Option(
             metavar="NAME=VALUE",
-            help=f"Failed jobs {_WHERE} state=cancelled and state=expired choose other jobs than failed ones.",
+            help=f"{conditions.HELP}. Without state only failed jobs are chosen; state=cancelled and state=expired choose "
+            "others.",
         ),
     ] = None,
     queue: Annotated[
@@ -336,7 +241,7 @@ def redrive(
         raise Wrong("which jobs? Give their ids, or --where NAME=VALUE")
     if parsed.others and where:
         raise Wrong("give ids or --where, not both")
-    chosen = _chosen(where or [], "redrive")
+    chosen = _chosen(where, "redrive")
     queried = _queried_app(parsed, app, namespace, bootstrap, status_url)
     try:
         ids = [whole_id(queried, text) for text in parsed.others] or None
@@ -359,33 +264,11 @@ def _confirmed(what: str, preview: Plan, yes: bool, dry_run: bool, as_json: bool
     return True
 
 
-def _chosen(texts: Sequence[str], action: str) -> JobFilter:
+def _chosen(where: Sequence[str] | None, action: str) -> JobFilter:
     """Return the filter of ``--where`` for an action on many jobs. Raises `Wrong`."""
-    import datetime as dt
-
     from jobledger.plan import SCOPES
 
-    several: dict[str, list[str]] = {}
-    tags: list[str] = []
-    since: dt.datetime | None = None
-    for each in texts:
-        name, value = pair_of(each, "--where")
-        if name.startswith("tag.") and len(name) > len("tag."):
-            tags.append(f"{name[len('tag.') :]}={value}")
-        elif name in ("state", "task", "queue", "key", "version", "error", "fingerprint"):
-            several.setdefault(name, []).append(value)
-        elif name == "since":
-            since = dt.datetime.fromtimestamp(moment_ms(value, "--where since") / 1000, dt.UTC)
-        else:
-            raise Wrong(
-                f"--where {each!r}: write task=…, queue=…, state=…, key=…, version=…, error=…, fingerprint=…, since=… or "
-                "tag.NAME=…"
-            )
-    for state in states_of(several.get("state", []), "--where state"):
-        if state not in SCOPES[action].states:
-            raise Wrong(f"--where state={state}: {SCOPES[action].refusal}")
-    chosen: dict[str, Any] = {**several, "tag": pairs_of(tags, "--where tag") or None, "since": since}
-    return {name: value for name, value in chosen.items() if value is not None}  # type: ignore[return-value]
+    return conditions.conditions_of(where, SCOPES[action].states, SCOPES[action].refusal)
 
 
 def _show_preview(preview: Plan, as_json: bool) -> None:
@@ -422,14 +305,6 @@ def _queried_app(
     parsed: Words, app: str | None, namespace: str | None, bootstrap: str | None, status_url: str | None
 ) -> App:
     return find_app(parsed.target or app, namespace, bootstrap, status_url)
-
-
-def _columns(texts: Sequence[str] | None) -> list[str]:
-    names = [name.strip() for text in texts or () for name in text.split(",") if name.strip()]
-    for name in names:
-        if name not in COLUMNS:
-            raise Wrong(f"--show {name!r} is not a column; the columns are {', '.join(COLUMNS)}")
-    return list(dict.fromkeys(names))
 
 
 def whole_id(app: App, text: str) -> str:

@@ -23,6 +23,8 @@ from jobledger.cli import (
     control,
     copies,
     dev,
+    doctor,
+    error_groups,
     events,
     plans,
     projections,
@@ -63,6 +65,7 @@ _COMMANDS: tuple[tuple[str, str, Callable[..., None], str], ...] = (
     (ASK, "submit", submit.submit, "Submit a job."),
     (ASK, "emit", submit.emit, "Emit a domain event."),
     (OPERATE, "backfill", backfill.backfill, "Run a handler for past events."),
+    (OPERATE, "doctor", doctor.doctor, "Find out what is wrong, and how to fix it."),
     (OPERATE, "check", check.check, "Before a deploy: find jobs in the log that this app cannot run."),
     (OPERATE, "audit", audit.audit, "Check the log independently: report broken promises and their positions."),
     (OPERATE, "verify", table.verify, "Compare the status table with the log."),
@@ -76,6 +79,7 @@ for _panel, _name, _run_it, _short in _COMMANDS:
 # The group of `jobs`, to which `copies` has added a command.
 cli.add_typer(copies.group, name="jobs", rich_help_panel=ASK)
 cli.add_typer(events.app, name="events", rich_help_panel=ASK)
+cli.add_typer(error_groups.app, name="errors", rich_help_panel=ASK)
 cli.add_typer(plans.app, name="plans", rich_help_panel=OPERATE)
 cli.add_typer(workers.app, name="workers", rich_help_panel=OPERATE)
 cli.add_typer(control.queues, name="queues", rich_help_panel=OPERATE)

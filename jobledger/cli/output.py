@@ -51,7 +51,7 @@ MEANINGS: Mapping[Exit, str] = {
     Exit.NOT_FOUND: "`kafka status`: the embedded broker is not running; other commands: the job or the status table was not found",
     Exit.DIFFERS: (
         "`verify`, `projections verify`: the table differs from the log; `check`: this version cannot run some jobs of the log; "
-        "`audit`: the log breaks a promise"
+        "`audit`: the log breaks a promise; `doctor`: something needs a fix"
     ),
     Exit.JOB_FAILED: "`jobs wait`, `submit --wait`: the job failed, was cancelled or expired",
     Exit.TIMEOUT: "`jobs wait`, `submit --wait`: the time of `--timeout` was over",

@@ -266,31 +266,56 @@ def check(settings: Settings, namespace: str, topics: Iterable[str]) -> None:
     logged. Topics that do not exist are skipped. If a cluster does not report rights, no right counts as missing.
     Raises `BrokerUnavailable`.
     """
-    names, lacking, optional = sorted(set(topics)), [], []
+    missing, optional = [], []
+    for topic, allowed in _allowed(settings, topics).items():
+        for right in rights(settings.role, namespace):
+            if right.covers(topic) and _operation(right) not in allowed:
+                if right.lost:
+                    optional.append(f"{right.operation} on topic {topic} (without it: no {right.lost})")
+                else:
+                    missing.append(Need(right.operation, TOPIC, topic))
+    if missing:
+        raise unauthorized(settings, "starting", TOPIC, *missing)
+    for text in optional:
+        LOG.warning("the %s continues without a right: %s", settings.role, text)
+
+
+def lacking(settings: Settings, namespace: str, topics: Iterable[str]) -> dict[str, list[str]]:
+    """Return for each role which of the rights on these topics this user lacks, of those without which the role cannot
+    work.
+
+    Topics that do not exist are skipped. If a cluster does not report rights, no right counts as missing. Raises
+    `BrokerUnavailable`.
+    """
+    allowed = _allowed(settings, topics)
+    return {
+        role: [
+            f"{right.operation} on topic {topic}"
+            for topic, operations in allowed.items()
+            for right in rights(role, namespace)
+            if right.covers(topic) and not right.lost and _operation(right) not in operations
+        ]
+        for role in TABLE
+    }
+
+
+def _allowed(settings: Settings, topics: Iterable[str]) -> dict[str, Container[AclOperation]]:
+    """Return the operations that this user may do with each topic that exists. Raises `BrokerUnavailable`."""
     client = clients.admin(settings)  # keep the client: a garbage-collected one never completes its futures
     answers = client.describe_topics(
-        TopicCollection(names), include_authorized_operations=True, request_timeout=REQUEST_TIMEOUT_S
+        TopicCollection(sorted(set(topics))), include_authorized_operations=True, request_timeout=REQUEST_TIMEOUT_S
     )
+    allowed: dict[str, Container[AclOperation]] = {}
     for topic, future in answers.items():
-        allowed: Container[AclOperation] = ()
         try:
-            allowed = clients.answer_of(future, REQUEST_TIMEOUT_S).authorized_operations or _ANY
+            allowed[topic] = clients.answer_of(future, REQUEST_TIMEOUT_S).authorized_operations or _ANY
         except KafkaException as exc:
             if exc.args[0].code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
                 continue
             if exc.args[0].code() != KafkaError.TOPIC_AUTHORIZATION_FAILED:
                 raise clients.translate(exc.args[0], settings, f"asking for the rights on {topic}") from exc
-        for right in rights(settings.role, namespace):
-            if right.covers(topic) and _operation(right) not in allowed:
-                need = Need(right.operation, TOPIC, topic)
-                if right.lost:
-                    optional.append(f"{right.operation} on topic {topic} (without it: no {right.lost})")
-                else:
-                    lacking.append(need)
-    if lacking:
-        raise unauthorized(settings, "starting", TOPIC, *lacking)
-    for text in optional:
-        LOG.warning("the %s continues without a right: %s", settings.role, text)
+            allowed[topic] = ()
+    return allowed
 
 
 def grant(admin: AdminClient, settings: Settings, bindings: Sequence[AclBinding]) -> None:

@@ -354,7 +354,7 @@ def test_jobs_are_cancelled_by_id_and_by_their_properties(shop: Shop, monkeypatc
         ),
         ([runs[:6]], f"'{runs[:6]}' is the beginning of several ids: "),
         (["--where", "task"], "is not of the form NAME=VALUE"),
-        (["--where", "colour=red"], "write task=…, queue=…, state=…, key=…, "),
+        (["--where", "colour=red"], "'colour' is not a condition"),
         (["--where", "tag.a=b", "--where", "tag.a=c"], "--where tag a is given as 'b' and as 'c'"),
         (["--where", "state=succeeded"], "jobs in this state have ended"),
     ):

@@ -215,7 +215,7 @@ SHOP = ["--namespace", "shop"]
         (["jobs", "cancel", *SHOP], "which jobs? Give their ids, or --where NAME=VALUE"),
         (["jobs", "cancel", UUID, "--where", "task=add", *SHOP], "give ids or --where, not both"),
         (["jobs", "cancel", UUID, "TYPO", *SHOP], "'TYPO' is not a job's id: job ids are UUIDs"),
-        (["jobs", "cancel", "--where", "colour=red", *SHOP], "write task=…, queue=…, state=… or tag.NAME=…"),
+        (["jobs", "cancel", "--where", "colour=red", *SHOP], "'colour' is not a condition"),
         # options that would do nothing, or be dropped
         ([*SUBMIT, "a=1", "--timeout", "5"], "--timeout needs --wait"),
         (["topics", "acls", "cli_shop:app", "--yes"], "--yes needs --apply"),

@@ -33,7 +33,10 @@ class Filters(TypedDict, total=False):
 
     ``state``, ``task``, ``queue``, ``key``, ``version``, ``error``, ``fingerprint``: one value, or any of several.
     ``error``: the type of an error. ``tag``: one tag, or all of several. ``since_ms``: only jobs submitted at this time
-    or later. ``late_ms``: only jobs that could have started at this time and have not started. These are scheduled,
+    or later. ``until_ms``: only jobs submitted before this time. ``id_prefix``: only jobs whose ids begin with this
+    text; a page is then in descending order of ids, unless a tag, key or fingerprint is given. ``attempts_least``: only
+    jobs whose last known fact belongs to an attempt with this number or a greater one; without ``state`` only retrying
+    jobs. ``late_ms``: only jobs that could have started at this time and have not started. These are scheduled,
     retrying and queued jobs with a due time of ``late_ms`` or earlier, and queued jobs without a due time that were
     submitted at ``late_ms`` or earlier. Times are milliseconds of the broker's clock.
     """
@@ -48,6 +51,78 @@ class Filters(TypedDict, total=False):
     version: Wanted
     error: Wanted
     fingerprint: Wanted
+    until_ms: int | None
+    id_prefix: str | None
+    attempts_least: int | None
+
+
+class Counted(msgspec.Struct, frozen=True):
+    """The number of jobs that match filters. ``exact``: False if there may be more."""
+
+    jobs: int
+    exact: bool
+
+
+class QueueSummary(msgspec.Struct, frozen=True):
+    """The numbers of a queue's jobs by state.
+
+    ``depth``: number of queued jobs, which could start now. ``oldest_ms``: since when the queued job that
+    waits longest could start: the end of its delay or backoff, else its submission (milliseconds of the broker's
+    clock). None: no job is queued, or the queue's jobs are behind too many others to be looked at.
+    """
+
+    queue: str
+    scheduled: int
+    depth: int
+    running: int
+    retrying: int
+    succeeded: int
+    failed: int
+    cancelled: int
+    expired: int
+    oldest_ms: int | None = None
+
+
+class ErrorGroup(msgspec.Struct, frozen=True):
+    """Failed and retrying jobs with errors of the same kind (`jobledger.fingerprint`).
+
+    ``type``, ``message``: of the error of ``job_id``, the job of the group that was submitted last. ``jobs``: number of
+    jobs; with ``exact`` False there are more. ``first_ms``, ``last_ms``: when the first and the last job of the group
+    were *submitted*, in milliseconds of the broker's clock; an error itself is later. ``tasks``, ``versions``: numbers
+    of the counted jobs by task and by the version of the code (empty text: not known).
+    """
+
+    fingerprint: str
+    type: str
+    message: str
+    job_id: str
+    jobs: int
+    exact: bool
+    first_ms: int
+    last_ms: int
+    tasks: dict[str, int]
+    versions: dict[str, int]
+
+
+class About(msgspec.Struct, frozen=True):
+    """Facts about a status table. ``revision``: see `tables.REVISION`. ``jobs``: number of jobs. ``size_bytes``: bytes on
+    disk. ``holder``: who holds the writer's lease, ``host:pid``; empty: nobody. ``held``: whether this lease is valid
+    now."""
+
+    revision: int
+    jobs: int
+    size_bytes: int
+    holder: str
+    held: bool
+
+
+class LastSuccess(msgspec.Struct, frozen=True):
+    """A job that succeeded: the version of the code that ran it, if it is known, and when it ended (milliseconds of the
+    broker's clock)."""
+
+    version: str | None
+    ended_ms: int
+    job_id: str
 
 
 class Count(msgspec.Struct, frozen=True):
@@ -132,6 +207,34 @@ class StatusReader(Protocol):
 
     def counts_by_state(self) -> dict[str, int]:
         """Return the number of jobs in each state, including states without jobs."""
+
+    def count(self, limit: int = 10_000, **filters: Unpack[Filters]) -> Counted:
+        """Return the number of jobs that match every filter of `jobs`.
+
+        With only ``state``, ``task`` and ``queue`` the number is that of the counters. Otherwise jobs are counted up to
+        ``limit``, and a bounded number of rows is read; ``exact`` is False if there may be more. Raises as `jobs` does.
+        """
+
+    def about(self) -> About:
+        """Return the table's revision, its size, and whether a materializer writes it now."""
+
+    def queues(self) -> list[QueueSummary]:
+        """Return the queues that the table knows, by name. ``oldest_ms`` is searched among the 10,000 queued jobs that
+        were submitted first."""
+
+    def errors(self, since_ms: int | None = None, limit: int = 50) -> list[ErrorGroup]:
+        """Return failed and retrying jobs in groups of errors of the same kind, the group with the last submission
+        first.
+
+        ``since_ms``: only groups with a job submitted at this time or later; ``jobs``, ``tasks`` and ``versions`` count
+        only these jobs. At most 500 jobs of each group are counted, those that were submitted last. With more than 2,000
+        kinds of errors, only that many are looked at. Raises `StoreError` for a table without fingerprints.
+        """
+
+    def last_success(self, *tasks: str) -> dict[str, LastSuccess]:
+        """Return the job of each task that succeeded and was submitted last, by task, searched among the 10,000 jobs of
+        all tasks that were submitted last. Tasks without such a job are left out. Raises `StoreError` for a table
+        without versions."""
 
     def offsets(self) -> dict[Partition, int]:
         """Return the next offset to read of every partition."""

@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self, Unpack
 
-from sqlalchemy import Column, Connection, Engine, Row, and_, func, inspect, null, or_, select, tuple_
+from sqlalchemy import Column, Connection, Engine, Row, func, inspect, null, select, tuple_
 from sqlalchemy.exc import SQLAlchemyError
 
 from jobledger import job as fold
-from jobledger.errors import ConfigError, JobNotFound, PlanNotFound, StoreError, StoreNotFound
+from jobledger.errors import JobNotFound, PlanNotFound, StoreError, StoreNotFound
 from jobledger.job import JobStatus, Life, State
 from jobledger.plan import PlanState, PlanStatus
 from jobledger.process import forks
 from jobledger.schemas.events import Position
+from jobledger.streams.status.store import summaries
+from jobledger.streams.status.store.about import about
 from jobledger.streams.status.store.address import shown
-from jobledger.streams.status.store.protocol import Count, Filters, Overdue, Partition, Wanted
+from jobledger.streams.status.store.filters import ADDED_LATER, Selection, begins, selection
+from jobledger.streams.status.store.protocol import (
+    About,
+    Count,
+    Counted,
+    ErrorGroup,
+    Filters,
+    LastSuccess,
+    Overdue,
+    Partition,
+    QueueSummary,
+)
 from jobledger.streams.status.store.removal import REMOVED
-from jobledger.streams.status.store.rows import COLUMNS, key_text, life_of, life_of_row, plain, plan_of, worker_of
+from jobledger.streams.status.store.rows import COLUMNS, key_text, life_of, life_of_row, plan_of, worker_of
 from jobledger.streams.status.store.rows import Row as JobRow
 from jobledger.streams.status.store.tables import (
     ADDED,
@@ -29,7 +42,6 @@ from jobledger.streams.status.store.tables import (
     meta,
     offsets,
     plans,
-    tags,
     unfinished,
     waiting,
     workers,
@@ -120,30 +132,34 @@ class SqlReader:
 
     def jobs(self, *, after: str | None = None, limit: int = 100, **filters: Unpack[Filters]) -> list[JobStatus]:
         """Return a page of the jobs that match every given filter, newest submission first; see `StatusReader.jobs`."""
-        query, order = self._filtered(_LIFE, **filters)
+        chosen = self._selection(**filters)
+        query, order = chosen.rows(_LIFE), chosen.order
         with self._reading() as db:
             if after is not None:
                 last = db.execute(select(jobs.c.submitted_ms).where(jobs.c.job_id == key_text(after))).scalar()
                 if last is None:
                     raise JobNotFound(f"after={after!r}: the status table {self._url} knows no such job")
-                query = query.where(tuple_(*order) < (last, key_text(after)))
+                query = query.where(tuple_(*order) < (last, key_text(after))[-len(order) :])
             rows = db.execute(query.order_by(*(column.desc() for column in order)).limit(limit)).all()
         return [_status(row) for row in rows]
 
-    def _filtered(self, columns: Sequence[Column[Any]], **filters: Unpack[Filters]) -> tuple[Any, tuple[Any, Any]]:
-        if self._revision < 2:
-            for name in ("key", "version", "fingerprint"):
-                if filters.get(name) is not None:
-                    raise StoreError(
-                        f"the status table {self._url} was written by an earlier version, and has no column {name!r}: "
-                        "start `jobledger streams` of this version once, which adds it"
-                    )
-        return _filtered(columns, **filters)
+    def _selection(self, **filters: Unpack[Filters]) -> Selection:
+        self._need(*(name for name in ADDED_LATER if filters.get(name) is not None))
+        return selection(**filters)
+
+    def _need(self, *columns: str) -> None:
+        """Raise `StoreError` if the table does not have these columns, which revision 2 added."""
+        if columns and self._revision < 2:
+            raise StoreError(
+                f"the status table {self._url} was written by an earlier version, and has no column {columns[0]!r}: "
+                "start `jobledger streams` of this version once, which adds it"
+            )
 
     def chosen(self, limit: int | None = None, **filters: Unpack[Filters]) -> Iterator[tuple[str, int]]:
         """Yield the id and the run of each job that matches every filter; see `StatusReader.chosen`."""
-        query, order = self._filtered((jobs.c.job_id, jobs.c.run), **filters)
-        query = query.order_by(*(column.desc() for column in order)).limit(limit)
+        selected = self._selection(**filters)
+        query = selected.rows((jobs.c.job_id, jobs.c.run))
+        query = query.order_by(*(column.desc() for column in selected.order)).limit(limit)
         with self._reading(walk=True) as db:
             for row in db.execute(query.execution_options(yield_per=1000)):
                 yield row[0], row[1]
@@ -194,9 +210,7 @@ class SqlReader:
 
     def ids(self, prefix: str, limit: int = 10) -> list[str]:
         """Return the first ``limit`` ids, in ascending order, that begin with ``prefix``."""
-        # A range uses the primary key's index. LIKE would need its wildcards escaped, and another index.
-        begin = plain(prefix)
-        query = select(jobs.c.job_id).where(jobs.c.job_id >= begin, jobs.c.job_id < begin + "\U0010ffff")
+        query = select(jobs.c.job_id).where(*begins(prefix))
         with self._reading() as db:
             return [row.job_id for row in db.execute(query.order_by(jobs.c.job_id).limit(limit))]
 
@@ -213,6 +227,34 @@ class SqlReader:
         with self._reading() as db:
             numbers = {state: int(number) for state, number in db.execute(query)}
         return {state.value: numbers.get(state.value, 0) for state in State}
+
+    def count(self, limit: int = 10_000, **filters: Unpack[Filters]) -> Counted:
+        """Return the number of jobs that match every filter; see `StatusReader.count`."""
+        self._need(*(name for name in ADDED_LATER if filters.get(name) is not None))
+        with self._reading() as db:
+            return summaries.count(db, limit, **filters)
+
+    def about(self) -> About:
+        """Return facts about the table; see `StatusReader.about`."""
+        with self._reading() as db:
+            return about(db, self._revision, self._schema)
+
+    def queues(self) -> list[QueueSummary]:
+        """Return the queues with the numbers of their jobs; see `StatusReader.queues`."""
+        with self._reading() as db:
+            return summaries.queues(db)
+
+    def errors(self, since_ms: int | None = None, limit: int = 50) -> list[ErrorGroup]:
+        """Return groups of failed and retrying jobs; see `StatusReader.errors`."""
+        self._need("fingerprint")
+        with self._reading() as db:
+            return summaries.errors(db, since_ms, limit)
+
+    def last_success(self, *tasks: str) -> dict[str, LastSuccess]:
+        """Return the last success of each task; see `StatusReader.last_success`."""
+        self._need("version")
+        with self._reading() as db:
+            return summaries.last_success(db, tasks)
 
     def offsets(self) -> dict[Partition, int]:
         """Return the next offset to read of every partition."""
@@ -299,74 +341,6 @@ class SqlReader:
         if self._explain is not None:
             return self._explain(cause, "read")
         return StoreError(f"the status table {self._url} cannot be read: {getattr(cause, 'orig', None) or cause}")
-
-
-def _filtered(
-    columns: Sequence[Column[Any]],
-    *,
-    state: Wanted = None,
-    task: Wanted = None,
-    queue: Wanted = None,
-    tag: tuple[str, str] | Mapping[str, str] | None = None,
-    since_ms: int | None = None,
-    late_ms: int | None = None,
-    key: Wanted = None,
-    version: Wanted = None,
-    error: Wanted = None,
-    fingerprint: Wanted = None,
-) -> tuple[Any, tuple[Any, Any]]:
-    """Return a query for these columns of the jobs that match every filter, and the columns by which to order its rows.
-    Raises `ConfigError` for an unknown state."""
-    states = _any_of(state)
-    if unknown := [each for each in states or () if each not in list(State)]:
-        raise ConfigError(f"state={unknown[0]!r} is not a state; the states are {', '.join(State)}")
-    query = select(*columns)
-    if states is not None:
-        query = query.where(jobs.c.state.in_([str(each) for each in states]))
-        if State.SUCCEEDED not in states:
-            query = query.where(unfinished)  # implied by the states, but needed for the use of the partial index
-    for column, wanted in (
-        (jobs.c.task, task),
-        (jobs.c.queue, queue),
-        (jobs.c.key, key),
-        (jobs.c.version, version),
-        (jobs.c.error_type, error),
-        (jobs.c.fingerprint, fingerprint),
-    ):
-        values = _any_of(wanted)
-        if values is not None:
-            query = query.where(column.in_([key_text(each) for each in values]))
-    if late_ms is not None:
-        # The states are named so that the partial index is used, however many jobs have ended.
-        open_ = [each.value for each in (State.SCHEDULED, State.RETRYING, State.QUEUED)]
-        begin = func.coalesce(jobs.c.due_ms, jobs.c.submitted_ms)
-        queued = and_(jobs.c.state == State.QUEUED.value, begin <= late_ms)
-        query = query.where(unfinished, jobs.c.state.in_(open_), or_(jobs.c.due_ms <= late_ms, queued))
-    query, order = _tagged(query, tag)
-    if since_ms is not None:
-        query = query.where(order[0] >= since_ms)
-    return query, order
-
-
-def _any_of(wanted: Wanted) -> list[str] | None:
-    """Return a filter's values as a list; None: no filter."""
-    return [wanted] if isinstance(wanted, str) else None if wanted is None else list(wanted)
-
-
-def _tagged(query: Any, tag: tuple[str, str] | Mapping[str, str] | None) -> tuple[Any, tuple[Any, Any]]:
-    """Restrict the query to jobs that have all of these tags. Return the query and the columns by which to order its
-    rows."""
-    order: tuple[Any, Any] = (jobs.c.submitted_ms, jobs.c.job_id)
-    wanted = dict([tag]) if isinstance(tag, tuple) else dict(tag or {})
-    for number, (name, value) in enumerate(wanted.items()):
-        table = tags.alias(f"tag{number}")
-        columns = (table.c.submitted_ms, table.c.job_id)
-        # The rows of the first tag are read in the order of the page; the rows of the other tags are looked up by their
-        # whole key.
-        same = order[1] == columns[1] if number == 0 else and_(order[0] == columns[0], order[1] == columns[1])
-        query = query.join(table, same).where(table.c.name == key_text(name), table.c.value == key_text(value))
-        order = columns
-    return query, order
 
 
 class _Reading:
