@@ -1,4 +1,4 @@
-"""``jobledger jobs list|show|wait|cancel|redrive``: jobs on the command line."""
+"""``jobledger jobs list|show|explain|wait|cancel|redrive``: jobs on the command line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,17 @@ import typer
 
 from jobledger.cli import completion, output
 from jobledger.cli.commands import CommandGroup, Words, Wrong, moment_ms, pair_of, pairs_of, states_of, words_of
-from jobledger.cli.job_views import COLUMNS, args_json, fields, finish, row, status_json, submissions, timeline
+from jobledger.cli.job_views import (
+    COLUMNS,
+    args_json,
+    explanation,
+    fields,
+    finish,
+    row,
+    status_json,
+    submissions,
+    timeline,
+)
 from jobledger.cli.loading import find_app
 from jobledger.cli.options import (
     AppOption,
@@ -37,7 +47,9 @@ if TYPE_CHECKING:
     from jobledger.job import JobStatus
 
 app = CommandGroup(
-    name="jobs", help="List and show jobs, wait for them, cancel them and run them again.", no_args_is_help=True
+    name="jobs",
+    help="List, show and explain jobs, wait for them, cancel them and run them again.",
+    no_args_is_help=True,
 )
 
 #: Minimum characters of a shortened id. The first eight characters of Jobledger's own ids stand for a time span of
@@ -195,6 +207,39 @@ def show(
         print()
         columns = ("appended", "after", "event", "attempt", "position", "")
         output.print_table(columns, [cells for _, cells in steps], optional=("position", "after"))
+
+
+@app.command("explain")
+def explain(
+    words: OneJob = None,
+    app: AppOption = None,
+    namespace: Namespace = None,
+    bootstrap: Bootstrap = None,
+    status_url: StatusUrl = None,
+    as_json: Json = False,
+) -> None:
+    """Show why a job is where it is, and when it is likely to start; exit code 3 if the status table does not know it.
+
+    The most decisive cause comes first. The limits in the code are known only if the app is given. What cannot be read
+    is named, and is no error.
+
+    Example: jobledger jobs explain shop:app 0198f2c4-51
+    """
+    parsed = words_of(words, _names_app(app, namespace), "ID", 1)
+    queried = _queried_app(parsed, app, namespace, bootstrap, status_url)
+    try:
+        job_id = parsed.others[0]
+        if len(job_id) < _WHOLE:
+            job_id = whole_id(queried, job_id)
+        explained = queried.explain(job_id)
+    finally:
+        queried.close()
+    if as_json:
+        output.print_json(explained)
+    else:
+        output.print_fields(explanation(explained))
+    if explained.state == "unknown":
+        raise typer.Exit(output.Exit.NOT_FOUND)
 
 
 @app.command("wait")

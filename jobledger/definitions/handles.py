@@ -10,6 +10,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from jobledger.definitions.context import maybe_current_job
 from jobledger.definitions.durations import Seconds
 from jobledger.errors import ConfigError, JobCancelled, JobExpired, JobFailed, ResultInsideJob, StatusTimeout
+from jobledger.explain import Explanation
 from jobledger.job import JobStatus, State
 from jobledger.plan import PlanState, PlanStatus
 from jobledger.schemas.events import Position
@@ -37,6 +38,8 @@ class Waiter(Protocol):
     async def cancel_async(self, job_id: str, reason: str | None = None) -> None: ...
 
     def redrive(self, job_id: str, reason: str | None = None) -> Plan: ...
+
+    def explain(self, job_id: str, *, at_least: Position | None = None) -> Explanation: ...
 
 
 class Decodes(Protocol[R_co]):
@@ -96,6 +99,12 @@ class JobHandle(Generic[R_co]):
         that does so; see `App.redrive`. A job in another state is skipped. Raises `JobNotFound` if the status table does
         not know the job."""
         return self._client.redrive(self.job_id, reason)
+
+    def explain(self) -> Explanation:
+        """Return why the job is where it is, and when it is likely to start; see `App.explain`. If the status table has
+        not read the submission, the state is ``unknown``."""
+        warn_on_loop("handle.explain()", "app.explain_async(…)")
+        return self._client.explain(self.job_id, at_least=self.position)
 
     def result(self, timeout: Seconds | None = None) -> R_co:
         """Wait until the job has ended, and return its result. The result is converted to the task's return annotation;
