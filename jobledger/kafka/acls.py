@@ -157,7 +157,13 @@ TABLE: Mapping[str, Sequence[Right]] = {
         *_topic("<ns>.schemas", "Read"),
     ],
     "reader": [*_LOG, *_topic("<ns>.control", "Read"), *_group("<ns>.lifecycle.", "Read")],
-    "web": [*_LOG, *_group("<ns>.worker.", "Describe", lost="check by `audit` of what workers have committed")],
+    "web": [
+        *_LOG,
+        *_group("<ns>.worker.", "Describe", lost="check by `audit` of what workers have committed"),
+        *_topic("<ns>.control", "Read", lost="pauses, limits and cancels in `jobs explain`"),
+        *_topic("<ns>.plans", "Read", lost="plans in `jobs explain`"),
+        *_group("<ns>.coordinator", "Describe", lost="state of the coordinator in `jobs explain`"),
+    ],
     "admin": [
         *_topic("<ns>.", "Create", "Alter", "AlterConfigs"),
         Right(
@@ -185,7 +191,7 @@ WHO: Mapping[str, str] = {
     "backfill": "`jobledger backfill`",
     "projection": "`jobledger projections`",
     "reader": "`app.lifecycle(group)`",
-    "web": "`jobledger events`, `audit`, `verify`, `rebuild`; reading the status table needs no right on Kafka",
+    "web": "`jobledger events`, `audit`, `verify`, `rebuild`, `jobs explain`; reading the status table needs no right on Kafka",
     "admin": "`jobledger topics apply`; `topics acls --apply` also needs Alter on the cluster",
 }
 

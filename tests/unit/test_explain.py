@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import datetime as dt
 import random
+import re
 import unicodedata
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -438,6 +440,16 @@ def test_any_situation_has_an_explanation(seen: Situation, chance: random.Random
         assert holds, "a queued job has something for which it waits"
     if explained.state == UNKNOWN:
         assert explained.likely_start is None
+
+
+def test_the_reference_lists_every_cause() -> None:
+    """docs/reference.md has a row for each kind, in the order of the kinds, with the sentence of the code."""
+    root = Path(__file__).parents[2]
+    code = (root / "jobledger" / "causes.py").read_text("utf-8")
+    written = re.findall(r"^    #: (.+)\n    [A-Z_]+ = \"([a-z-]+)\"$", code, re.MULTILINE)
+    assert [name for _, name in written] == [kind.value for kind in CauseKind]
+    section = (root / "docs" / "reference.md").read_text("utf-8").partition("### Causes")[2].partition("\n## ")[0]
+    assert re.findall(r"^\| `([a-z-]+)` \| (.+) \|$", section, re.MULTILINE) == [(n, said) for said, n in written]
 
 
 def test_every_state_has_rules() -> None:
