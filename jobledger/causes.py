@@ -413,7 +413,9 @@ def waits_for_slot(s: Situation, life: Life) -> SeenCause:
     if s.group is None:
         text = f"{released}whether a worker serves the queue is not known"
     else:
-        text = f"{released}nothing holds the job back: a worker starts it when one of its places is free"
+        text = f"{released}a worker has the partition, and starts the job when one of its places is free"
+    if s.gates:
+        text += f"; the task has {' and '.join(s.gates)}: whether a worker holds the job back for that, only the worker knows"
     return SeenCause(CauseKind.WAITS_FOR_SLOT, None if at is None else at[0], text)
 
 

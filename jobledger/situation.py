@@ -150,7 +150,9 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
     ``now_ms``: the time of this machine's clock. ``life``: the job in the status table; None: the table does not know
     the job, or ``table_error`` says why it cannot be read. ``awaited``: the position that the table must reach to know
     the job, if the caller knows it. ``knows_task``: whether the app's code has the job's task; None: there is no code.
-    ``unread``: the sources that could not be read, each with the reason.
+    ``gates``: the options of the task by which each
+    worker for itself may hold jobs back, which only the worker knows. ``unread``: the sources that could not be read,
+    each with the reason.
     """
 
     job_id: str
@@ -171,4 +173,5 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
     coordinator: Coordinator | None = None
     plans: tuple[PlanWait, ...] = ()
     knows_task: bool | None = None
+    gates: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()

@@ -18,6 +18,7 @@ from jobledger.client.commands import Standing, in_force, said, standing_of
 from jobledger.client.log_facts import Membership, Starts
 from jobledger.config import Settings
 from jobledger.definitions.policy import Limits
+from jobledger.definitions.queues import Queue
 from jobledger.definitions.task_registry import TaskRegistry
 from jobledger.errors import JobledgerError, JobNotFound, StoreError, text_of
 from jobledger.explain import Explanation, explain
@@ -28,7 +29,7 @@ from jobledger.kafka.topic_names import Names, check_utf8
 from jobledger.log.reading import LogReader
 from jobledger.log.schema_lookup import decoder
 from jobledger.plan import PlanStatus
-from jobledger.schemas.events import CancelRequested, Position
+from jobledger.schemas.events import CancelRequested, JobEvent, Position
 from jobledger.situation import Cancel, KeyHolder, Lag, Limit, Pause, Scope, Situation, Tenant
 
 T = TypeVar("T")
@@ -81,14 +82,12 @@ class Explainer:
         try:
             table: Table = self._table()
             life = self._life(table, job_id, at_least)
+            if life is None and (at_least is None or table.reached(at_least)):
+                raise table.unknown(job_id)
         except StoreError as exc:
             return explain(Situation(job_id=job_id, now_ms=_now_ms(), table_error=text_of(exc)))
         inquiry = _Inquiry(self._settings, self._names, table, self._registry, job_id)
-        if life is None:
-            if at_least is None or table.reached(at_least):
-                raise table.unknown(job_id)
-            return explain(inquiry.unknown(at_least))
-        return explain(inquiry.situation(life))
+        return explain(inquiry.situation(life) if life is not None else inquiry.unknown(at_least))
 
     def _life(self, table: Table, job_id: str, at_least: Position | None) -> Life | None:
         deadline = time.monotonic() + TABLE_S
@@ -110,7 +109,7 @@ class _Inquiry:
         self._unread: list[str] = []
         self._facts: dict[str, Any] = {}
 
-    def unknown(self, awaited: Position) -> Situation:
+    def unknown(self, awaited: Position | None) -> Situation:
         """Return the situation of a job that the table has not read."""
         if self._answers():
             with LogReader(self._settings) as log:
@@ -137,7 +136,7 @@ class _Inquiry:
         if not self._answers():
             return
         try:
-            decode = decoder(self._settings, self._names).decode
+            decode = self._decoding()
             with LogReader(self._settings) as log:
                 job = (self._job_id, seen.run)
                 if active:
@@ -179,7 +178,12 @@ class _Inquiry:
         if self._registry is None:
             self._unread.append("the limits in the code are not known, because no app was given")
         else:
-            self._facts["knows_task"] = seen.task in self._registry.tasks
+            task = self._registry.tasks.get(seen.task)
+            self._facts["knows_task"] = task is not None
+            if task is not None:
+                policy = task.policy
+                gates = {"adaptive=": policy.adaptive, "breaker=": policy.breaker}
+                self._facts["gates"] = tuple(name for name, gate in gates.items() if gate is not None)
 
     def _lane(self, queue: str) -> str | None:
         """Return the lane of a job without a work record; None if its priority is not known."""
@@ -325,7 +329,8 @@ class _Inquiry:
         work: Position,
         member: Membership | None,
     ) -> Limit:
-        owned = None if member is None or member.owned is None else len(member.owned)
+        # With priorities the owner of this partition may have partitions of other lanes, whose groups are not asked.
+        mine = None if member is None or self._levels(work) > 1 else member.owned
         running = here = None
         if limits.concurrency is not None:
             filters = {"queue": name} if scope == "queue" else {"task": name}
@@ -334,9 +339,8 @@ class _Inquiry:
             )
             if statuses is not None:
                 running = len(statuses)
-                if member is not None and member.owned is not None:
+                if mine is not None:
                     records = [self._record_of(each) for each in statuses]
-                    mine = member.owned
                     here = sum(at is not None and (at.topic, at.partition) in mine for at in records)
         return Limit(
             scope,
@@ -346,15 +350,14 @@ class _Inquiry:
             None if told is None else told.limited,
             None if told is None else told.limited_ms,
             self._partitions(work),
-            owned,
+            None if mine is None else len(mine),
             running,
             here,
         )
 
     def _partitions(self, work: Position) -> int:
         """Return among how many partitions the limits of the record's queue are divided."""
-        queue = self._names.queue_of(work.topic)
-        known = None if self._registry is None or queue is None else self._registry.queues.get(queue)
+        known = self._queue(work)
         if known is not None and known.partitions is not None:
             return known.partitions * len(known.levels)
         number = self._try(
@@ -362,6 +365,15 @@ class _Inquiry:
             lambda: partitions_of(self._settings, work.topic, self._left()),
         )
         return number or 1
+
+    def _queue(self, work: Position) -> Queue | None:
+        """Return the queue of a work record as the app's code has it."""
+        name = self._names.queue_of(work.topic)
+        return None if self._registry is None or name is None else self._registry.queues.get(name)
+
+    def _levels(self, work: Position) -> int:
+        queue = self._queue(work)
+        return 1 if queue is None else len(queue.levels)
 
     def _work(self, life: Life) -> Position | None:
         """Return the position of the job's work record; None if it has none."""
@@ -385,6 +397,17 @@ class _Inquiry:
             self._unread.append(f"the log cannot be read: {text_of(exc)}")
             return False
         return True
+
+    def _decoding(self) -> log_facts.Decode:
+        """Return a function that decodes a record, and raises `TimeoutError` if no time is left: so all reading ends
+        in time."""
+        decode = decoder(self._settings, self._names).decode
+
+        def within(value: bytes | None) -> JobEvent:
+            self._left()
+            return decode(value)
+
+        return within
 
     def _left(self) -> float:
         """Return the seconds that are left. Raises `TimeoutError` if no time is left."""

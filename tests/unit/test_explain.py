@@ -83,7 +83,13 @@ NOTHING_BEFORE = {"group": HERE, "place": Place(AT), "pace": SLOW}
 MAIL_LIMIT = Limit("queue", "mail", 1.0, None, "by ann: their maintenance", T - 5_000)
 #: What was observed, the causes, and a text in the first of them.
 CASES: list[tuple[str, Situation, list[str], str]] = [
-    ("queued", situation(QUEUED, **NOTHING_BEFORE), ["waits-for-slot"], "nothing holds the job back"),
+    (
+        "queued",
+        situation(QUEUED, **NOTHING_BEFORE),
+        ["waits-for-slot"],
+        "starts the job when one of its places is free",
+    ),
+    ("gates", situation(QUEUED, **NOTHING_BEFORE, gates=("breaker=",)), ["waits-for-slot"], "the task has breaker=: "),
     ("queued, all unread", situation(QUEUED, unread=("the log: no broker",)), ["waits-for-slot", "source-unread"], ""),
     (
         "behind others",
@@ -418,6 +424,7 @@ SITUATIONS = st.builds(
     coordinator=st.none() | st.builds(Coordinator, st.none() | COUNT, st.none() | COUNT, st.none() | MS),
     plans=st.lists(st.builds(PlanWait, TEXT, TEXT, TEXT, TEXT, MS, st.none() | TEXT), max_size=3).map(tuple),
     knows_task=st.none() | st.booleans(),
+    gates=st.sampled_from([(), ("breaker=",), ("adaptive=", "breaker=")]),
     unread=st.lists(TEXT, max_size=3).map(tuple),
 )
 
