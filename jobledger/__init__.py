@@ -6,6 +6,7 @@ This package re-exports what a service uses. Importing it reads no settings and 
 import logging
 
 from jobledger.app import App
+from jobledger.causes import CauseKind
 from jobledger.config import Settings
 from jobledger.definitions.context import JobContext, current_job
 from jobledger.definitions.handles import EventHandle, JobHandle, Plan
@@ -52,6 +53,7 @@ from jobledger.errors import (
     UnknownQueue,
     UnknownTask,
 )
+from jobledger.explain import Cause, Explanation
 from jobledger.job import JobStatus, State
 from jobledger.plan import PlanState, PlanStatus
 from jobledger.schemas.events import Position, Recorded
@@ -73,10 +75,13 @@ __all__ = [
     "BoundTask",
     "Breaker",
     "BrokerUnavailable",
+    "Cause",
+    "CauseKind",
     "ConfigError",
     "ConnectionUnusable",
     "Depends",
     "EventHandle",
+    "Explanation",
     "HandlerOptions",
     "IncompatibleEvent",
     "JobCancelled",

@@ -35,6 +35,7 @@ from jobledger.definitions.retry import Retry, check_delay
 from jobledger.definitions.task import AsyncTask, JobRequest, PlainTask, Task
 from jobledger.definitions.task_registry import TaskRegistry
 from jobledger.errors import ConfigError
+from jobledger.explain import Explanation
 from jobledger.job import JobStatus, State
 from jobledger.kafka.topic_names import Names, check_utf8
 from jobledger.plan import SCOPES, PlanStatus
@@ -209,7 +210,7 @@ class App:
         if self._client is None:
             with self._lock("creating the client"):
                 if self._client is None:
-                    self._client = Client(self.settings, self.names, self.status_table)
+                    self._client = Client(self.settings, self.names, self.status_table, self.registry)
         return self._client
 
     @property
@@ -744,6 +745,20 @@ class App:
     async def job_async(self, job_id: str, *, at_least: Position | None = None, timeout: Seconds = 10.0) -> JobStatus:
         """Return one job's status as `job` does, without blocking the event loop."""
         return await self.client.status_async(job_id, at_least=at_least, timeout=timeout)
+
+    def explain(self, job_id: str) -> Explanation:
+        """Return why a job is where it is, and when it is likely to start: from the status table, the log, the consumer
+        groups and the limits in the code.
+
+        Takes some seconds at most. A source that cannot be read becomes the cause ``source-unread``. If the status table
+        itself cannot be read, the state is ``unknown``. Raises `JobNotFound` as `job` does.
+        """
+        warn_on_loop("app.explain(…)", "app.explain_async(…)")
+        return self.client.explain(job_id)
+
+    async def explain_async(self, job_id: str) -> Explanation:
+        """Explain a job as `explain` does, without blocking the event loop."""
+        return await self.client.explain_async(job_id)
 
     def jobs(self, *, limit: int | None = None, page: int = 500, **wanted: Unpack[JobFilter]) -> Iterator[JobStatus]:
         """Return an iterator of the jobs that match every given filter, newest first, fetched a page at a time.

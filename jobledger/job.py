@@ -541,6 +541,14 @@ def _continued(close: Close, start: Start | None) -> bool:
     return (start.release, start.attempt) == (close.release, close.attempt)
 
 
+def released_at(life: Life) -> At | None:
+    """Return the append time and position of the record with the life's last release: the `JobDue`, or a submission
+    without a delay. None if the life has no such record."""
+    if life.due is not None:
+        return life.due.at
+    return life.head.at if life.head.rank == 0 and life.head.due_ms is None else None
+
+
 def awaited(visible: Visible) -> tuple[int, int]:
     """Return the (release, attempt) for which a scheduled or retrying job waits."""
     return visible.release + 1, visible.attempt + (visible.state is State.RETRYING)
@@ -614,10 +622,10 @@ def status(job_id: str, life: Life) -> JobStatus:
         release=seen.release,
         tags=head.tags,
         parent=head.parent,
-        submitted_at=_moment(head.at[0]) if head.rank == 0 else None,
-        due_at=_moment(seen.due_ms),
-        started_at=_moment(seen.started_ms),
-        ended_at=_moment(seen.ended_ms),
+        submitted_at=moment(head.at[0]) if head.rank == 0 else None,
+        due_at=moment(seen.due_ms),
+        started_at=moment(seen.started_ms),
+        ended_at=moment(seen.ended_ms),
         progress=None if report is None else Progress(report.done, report.total, report.message),
         result=None if end is None or end.result is None else _decoded(end.result),
         error=seen.error,
@@ -662,7 +670,17 @@ def _ran(life: Life, seen: Visible) -> float | None:
 _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 
 
-def _moment(ms: int | None) -> dt.datetime | None:
+@overload
+def moment(ms: int) -> dt.datetime: ...
+
+
+@overload
+def moment(ms: int | None) -> dt.datetime | None: ...
+
+
+def moment(ms: int | None) -> dt.datetime | None:
+    """Return milliseconds since the epoch as a time in UTC; None for None. A time outside the calendar becomes its
+    first or last moment."""
     if ms is None:
         return None
     try:

@@ -36,7 +36,7 @@ from jobledger.consumers.scheduling.pipe import Pipe, PipeOptions, build
 from jobledger.consumers.scheduling.wait_queues import Lookahead
 from jobledger.consumers.state import ownership_lease, running, work
 from jobledger.consumers.state.event_loop import LoopCalls
-from jobledger.consumers.state.offset_tracker import PartitionOffsets, Restored
+from jobledger.consumers.state.offset_tracker import PartitionOffsets
 from jobledger.consumers.state.ownership_lease import OwnershipLease
 from jobledger.consumers.state.reports import Reports
 from jobledger.consumers.state.task_runtime import TaskRuntime
@@ -47,6 +47,7 @@ from jobledger.errors import JobledgerError
 from jobledger.kafka import broker_clock
 from jobledger.kafka.broker_clock import BrokerClock
 from jobledger.kafka.topic_names import lane
+from jobledger.log.commit_metadata import Restored
 from jobledger.schemas import codec
 from jobledger.schemas.events import Fact, JobEvent, JobSpec, JobStarted, JobSubmitted, settles
 from tests.patience import PATIENCE

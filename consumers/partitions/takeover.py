@@ -22,7 +22,7 @@ from jobledger.consumers.partitions.fetcher import Fetcher
 from jobledger.consumers.partitions.range_reader import STALL_S, RangeReader
 from jobledger.consumers.recording.ack_tracker import AckTracker
 from jobledger.consumers.state.dedup import REMEMBERED, REMEMBERED_MS, release_key, release_key_of, settling_fact_of
-from jobledger.consumers.state.offset_tracker import PartitionOffsets, Restored, Snapshot, decode, encode
+from jobledger.consumers.state.offset_tracker import PartitionOffsets, Snapshot
 from jobledger.consumers.state.prior_state import NOTHING_FOLLOWS, PriorFact, PriorState
 from jobledger.consumers.state.work import Partition
 from jobledger.errors import BrokerUnavailable, JobledgerError, RegistryNeeded, SchemaError
@@ -30,6 +30,7 @@ from jobledger.kafka.clients import translate
 from jobledger.kafka.partitioner import partition_of
 from jobledger.kafka.topic_names import Names
 from jobledger.kafka.topology import lifecycle_too_small
+from jobledger.log.commit_metadata import Restored, decode, encode
 from jobledger.process.logger import get_logger
 from jobledger.process.wording import counted
 from jobledger.schemas.codec import Decoder

@@ -69,9 +69,9 @@ class Check:
     def run(self, tell: Callable[[int, int], None] | None) -> Checked:
         """Read the log once and return the result. ``tell``: called with the number of offsets that are done, and of
         all offsets. Raises `BrokerUnavailable` or `TopicMissing`."""
-        from jobledger.consumers.state.offset_tracker import Restored, decode
         from jobledger.kafka.clients import partitions_of
         from jobledger.kafka.topology import changelog
+        from jobledger.log.commit_metadata import Restored, decode
         from jobledger.log.reading import LogReader
         from jobledger.log.schema_lookup import decoder
         from jobledger.streams.coordinator.faust.faust_app import work_topics

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import datetime as dt
 
     from jobledger.app import App
+    from jobledger.explain import Explanation
     from jobledger.job import JobStatus
     from jobledger.log.reading import LogReader
     from jobledger.schemas.events import JobEvent
@@ -147,6 +148,19 @@ def fields(status: JobStatus, args: bytes | str | None = None) -> list[tuple[str
         shown.append(("fingerprint", status.fingerprint or ""))
         if status.error.traceback:
             shown.append(("", (status.error.traceback.rstrip(), "dim")))
+    return shown
+
+
+def explanation(explained: Explanation) -> list[tuple[str, Cell]]:
+    """Return an explanation as names and values: the state, each cause, and the likely start."""
+    shown: list[tuple[str, Cell]] = [("job", explained.job_id), ("state", output.state_cell(explained.state))]
+    for each in explained.causes:
+        since = "" if each.since is None else f" ({output.relative(each.since)})"
+        shown.append((each.cause.value, f"{each.detail}{since}"))
+    if explained.likely_start is None:
+        shown.append(("likely start", f"not known: {explained.likely_start_note}"))
+    else:
+        shown.append(("likely start", f"{_moment(explained.likely_start)}: {explained.likely_start_note}"))
     return shown
 
 

@@ -1,4 +1,4 @@
-"""``jobledger jobs list|count|show|wait|cancel|redrive``: jobs on the command line."""
+"""``jobledger jobs list|count|show|explain|wait|cancel|redrive``: jobs on the command line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 from jobledger.cli import completion, conditions, output
 from jobledger.cli.commands import CommandGroup, Words, Wrong, words_of
 from jobledger.cli.job_lists import count_jobs, list_jobs
-from jobledger.cli.job_views import args_json, fields, finish, status_json, submissions, timeline
+from jobledger.cli.job_views import args_json, explanation, fields, finish, status_json, submissions, timeline
 from jobledger.cli.loading import find_app
 from jobledger.cli.options import (
     AppOption,
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 app = CommandGroup(
     name="jobs",
-    help="List, count and show jobs, wait for them, cancel them and run them again.",
+    help="List, count, show and explain jobs, wait for them, cancel them and run them again.",
     no_args_is_help=True,
 )
 app.command("list")(list_jobs)
@@ -109,6 +109,39 @@ def show(
         print()
         columns = ("appended", "after", "event", "attempt", "position", "")
         output.print_table(columns, [cells for _, cells in steps], optional=("position", "after"))
+
+
+@app.command("explain")
+def explain(
+    words: OneJob = None,
+    app: AppOption = None,
+    namespace: Namespace = None,
+    bootstrap: Bootstrap = None,
+    status_url: StatusUrl = None,
+    as_json: Json = False,
+) -> None:
+    """Show why a job is where it is, and when it is likely to start; exit code 3 if the status table does not know it.
+
+    The most decisive cause comes first. The limits in the code are known only if the app is given. What cannot be read
+    is named, and is no error.
+
+    Example: jobledger jobs explain shop:app 0198f2c4-51
+    """
+    parsed = words_of(words, _names_app(app, namespace), "ID", 1)
+    queried = _queried_app(parsed, app, namespace, bootstrap, status_url)
+    try:
+        job_id = parsed.others[0]
+        if len(job_id) < _WHOLE:
+            job_id = whole_id(queried, job_id)
+        explained = queried.explain(job_id)
+    finally:
+        queried.close()
+    if as_json:
+        output.print_json(explained)
+    else:
+        output.print_fields(explanation(explained))
+    if explained.state == "unknown":
+        raise typer.Exit(output.Exit.NOT_FOUND)
 
 
 @app.command("wait")

@@ -23,6 +23,7 @@ from confluent_kafka import KafkaError, Message
 from jobledger.client import copies
 from jobledger.client.acknowledgements import Ack, BulkAck
 from jobledger.client.commands import Commands, Job
+from jobledger.client.explaining import Explainer
 from jobledger.client.plans import Plans
 from jobledger.client.waiting import Follower, Question, StatusSource
 from jobledger.config import Settings
@@ -34,6 +35,7 @@ from jobledger.definitions.event_types import EVENT_HEADER, EventType, earlier_o
 from jobledger.definitions.handles import EventHandle, JobHandle, Plan, refuse_inside_job, result_of
 from jobledger.definitions.options import check_options
 from jobledger.definitions.task import JobRequest, Task
+from jobledger.definitions.task_registry import TaskRegistry
 from jobledger.errors import (
     BadEvent,
     BrokerUnavailable,
@@ -42,6 +44,7 @@ from jobledger.errors import (
     JobledgerError,
     StoreError,
 )
+from jobledger.explain import Explanation
 from jobledger.job import JobStatus
 from jobledger.kafka.auth import write
 from jobledger.kafka.clients import Headers, position_of
@@ -74,13 +77,20 @@ _SINGLE_OBJECT = 10  # bytes before the datum in the single-object encoding
 
 
 class Client:
-    """Submits jobs of one namespace. Thread-safe; opens its connection at the first submission.
+    """Submits jobs of one namespace. Thread-safe; opens its connection at the first submission. ``registry``: the app's
+    code, for the limits that an explanation names; None: they are not known.
 
     Single submissions and `submit_many` use separate producers: the first sends records at once, the second in large
     batches.
     """
 
-    def __init__(self, settings: Settings, names: Names, status: Callable[[], StatusSource]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        names: Names,
+        status: Callable[[], StatusSource],
+        registry: TaskRegistry | None = None,
+    ) -> None:
         self.settings, self.names = settings, names
         self._status, self._follower = status, Follower(status)
         self._no_table_until = 0.0
@@ -93,6 +103,7 @@ class Client:
         self.commands = Commands(settings, names, self.writer)
         #: Actions on many jobs.
         self.plans = Plans(names, self.writer, status)
+        self._explainer = Explainer(settings, names, status, registry)
         #: The fingerprints of event schemas that are published and compatible with those on the log, each with the head
         #: of its Schema Registry frame, or b"" for single-object encoding.
         self._event_schemas: dict[bytes, bytes] = {}
@@ -407,6 +418,15 @@ class Client:
     ) -> JobStatus:
         """Wait until the job has ended as `wait` does, without blocking the event loop."""
         return await self._answer_async(_ending(job_id, at_least, timeout))
+
+    def explain(self, job_id: str, *, at_least: Position | None = None) -> Explanation:
+        """Return why a job is where it is; see `App.explain`."""
+        forks.notice()
+        return self._explainer.explain(job_id, at_least)
+
+    async def explain_async(self, job_id: str, *, at_least: Position | None = None) -> Explanation:
+        """Explain a job as `explain` does, without blocking the event loop."""
+        return await _in_thread(partial(self.explain, job_id, at_least=at_least))
 
     def _answer(self, question: Question) -> JobStatus:
         try:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import getpass
 import socket
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import uuid_utils
@@ -20,7 +20,7 @@ from jobledger.config import Settings
 from jobledger.definitions.policy import Limits
 from jobledger.errors import ConfigError, SchemaError
 from jobledger.kafka.topic_names import ID_MOST, Names, check_text
-from jobledger.log.reading import LogReader
+from jobledger.log.reading import LogReader, recorded
 from jobledger.log.schema_lookup import decoder
 from jobledger.log.writer import LogWriter, Outgoing
 from jobledger.process.identity import now_us, source
@@ -57,13 +57,16 @@ class Job:
 @dataclass(frozen=True, slots=True)
 class Standing:
     """The commands in force on one queue or task. ``paused``: author and reason of the pause; None: not paused.
-    ``limited``: author and reason of the limits."""
+    ``limited``: author and reason of the limits. ``paused_ms``, ``limited_ms``: when these commands were appended, in
+    milliseconds since the epoch."""
 
     kind: Kind
     name: str
     paused: str | None = None
     limits: Limits | None = None
     limited: str | None = None
+    paused_ms: int | None = None
+    limited_ms: int | None = None
 
 
 def who() -> str:
@@ -169,43 +172,65 @@ class Commands:
     def standing(self) -> list[Standing]:
         """Return the pauses and limits in force, sorted by kind and name. Raises `BrokerUnavailable`, `TopicMissing`, or
         `ConfigError` if a Schema Registry is needed and not configured."""
-        in_force: dict[tuple[str, str], Standing] = {}
-        for event in self._last_of_each_key():
-            kind: Kind = "queue" if event.queue else "task"
-            name = event.queue or event.task
-            known = in_force.get((kind, name), Standing(kind, name))
-            paused, limits, limited = known.paused, known.limits, known.limited
-            match event.fact:
-                case QueuePaused(by=by, reason=why):
-                    paused = said(by, why)
-                case QueueResumed():
-                    paused = None
-                case QueueLimited(rate=rate, concurrency=concurrency, by=by, reason=why):
-                    limits = Limits(rate, concurrency) or None
-                    limited = said(by, why) if limits else None
-            in_force[kind, name] = Standing(kind, name, paused, limits, limited)
-        return [in_force[key] for key in sorted(in_force) if in_force[key].paused or in_force[key].limits]
-
-    def _last_of_each_key(self) -> list[JobEvent]:
-        """Return the last pause, resume or limit of each key of the control topic, in log order. A key whose last
-        record is a tombstone has none, as in a worker; other records do not count."""
-        decode = decoder(self._settings, self._names).decode
-        last: dict[bytes | str | None, JobEvent] = {}
         with LogReader(self._settings) as log:
-            for message in log.read(self._names.control, 0, 0):
-                key, value = message.key(), message.value()
-                if value is None:
-                    last.pop(key, None)
-                    continue
-                try:
-                    event = decode(value if isinstance(value, bytes) else None)
-                except SchemaError:
-                    continue
-                if not isinstance(event.fact, QueuePaused | QueueResumed | QueueLimited):
-                    continue
-                last.pop(key, None)  # so that the order is the one of the last records
-                last[key] = event
-        return list(last.values())
+            return standing_of(in_force(log, self._names, decoder(self._settings, self._names).decode))
+
+
+def in_force(
+    log: LogReader,
+    names: Names,
+    decode: Callable[[bytes | None], JobEvent],
+    *,
+    cancel_of: tuple[str, int] | None = None,
+    stall: float = 30.0,
+) -> list[Recorded]:
+    """Return the last pause, resume or limit of each key of the control topic, in log order. A key whose last record is
+    a tombstone has none, as in a worker; other records do not count.
+
+    ``cancel_of``: return the cancel of this job and run, too. ``stall``: as in `LogReader.read`. Raises
+    `BrokerUnavailable`, `TopicMissing`, or `ConfigError` if a Schema Registry is needed and not configured.
+    """
+    cancel = None if cancel_of is None else cancel_key(*cancel_of).encode()
+    last: dict[bytes | str | None, Recorded] = {}
+    for message in log.read(names.control, 0, 0, stall=stall):
+        key = message.key()
+        if message.value() is None:
+            last.pop(key, None)
+            continue
+        try:
+            record = recorded(message, decode)
+        except SchemaError:
+            continue
+        wanted = isinstance(record.event.fact, QueuePaused | QueueResumed | QueueLimited)
+        if wanted or (key == cancel is not None and isinstance(record.event.fact, CancelRequested)):
+            last.pop(key, None)  # so that the order is the one of the last records
+            last[key] = record
+    return list(last.values())
+
+
+def standing_of(records: Iterable[Recorded]) -> list[Standing]:
+    """Return what these records of the control topic, in log order, say about queues and tasks, sorted by kind and
+    name."""
+    known: dict[tuple[str, str], Standing] = {}
+    for record in records:
+        event, at_ms = record.event, record.appended_ms
+        if isinstance(event.fact, CancelRequested):
+            continue
+        kind: Kind = "queue" if event.queue else "task"
+        name = event.queue or event.task
+        each = known.get((kind, name), Standing(kind, name))
+        match event.fact:
+            case QueuePaused(by=by, reason=why):
+                each = replace(each, paused=said(by, why), paused_ms=at_ms)
+            case QueueResumed():
+                each = replace(each, paused=None, paused_ms=None)
+            case QueueLimited(rate=rate, concurrency=concurrency, by=by, reason=why):
+                if limits := Limits(rate, concurrency):
+                    each = replace(each, limits=limits, limited=said(by, why), limited_ms=at_ms)
+                else:
+                    each = replace(each, limits=None, limited=None, limited_ms=None)
+        known[kind, name] = each
+    return [known[key] for key in sorted(known) if known[key].paused or known[key].limits]
 
 
 def said(by: str, reason: str | None) -> str:

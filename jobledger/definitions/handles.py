@@ -11,6 +11,7 @@ from jobledger.definitions.context import maybe_current_job
 from jobledger.definitions.copy_options import CopyOptions
 from jobledger.definitions.durations import Seconds
 from jobledger.errors import ConfigError, JobCancelled, JobExpired, JobFailed, ResultInsideJob, StatusTimeout
+from jobledger.explain import Explanation
 from jobledger.job import JobStatus, State
 from jobledger.plan import PlanState, PlanStatus
 from jobledger.schemas.events import Position
@@ -40,6 +41,7 @@ class Waiter(Protocol):
     def redrive(self, job_id: str, reason: str | None = None) -> Plan: ...
 
     def copy(self, job_id: str, task_of: Callable[[str], Any], **options: Unpack[CopyOptions]) -> JobHandle[Any]: ...
+    def explain(self, job_id: str, *, at_least: Position | None = None) -> Explanation: ...
 
 
 class Decodes(Protocol[R_co]):
@@ -104,6 +106,12 @@ class JobHandle(Generic[R_co]):
         """Submit a new job with the arguments of this one, changed by name, and return its handle; see `App.copy` for
         the options and the errors."""
         return self._client.copy(self.job_id, lambda name: self._task, **options)
+
+    def explain(self) -> Explanation:
+        """Return why the job is where it is, and when it is likely to start; see `App.explain`. If the status table has
+        not read the submission, the state is ``unknown``."""
+        warn_on_loop("handle.explain()", "app.explain_async(…)")
+        return self._client.explain(self.job_id, at_least=self.position)
 
     def result(self, timeout: Seconds | None = None) -> R_co:
         """Wait until the job has ended, and return its result. The result is converted to the task's return annotation;

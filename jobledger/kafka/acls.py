@@ -163,8 +163,12 @@ TABLE: Mapping[str, Sequence[Right]] = {
     "reader": [*_LOG, *_topic("<ns>.control", "Read"), *_group("<ns>.lifecycle.", "Read")],
     "web": [
         *_LOG,
-        *_topic("<ns>.plans", "Read", lost="plans in `events tail`, and no new plans in a rebuilt table"),
+        *_topic("<ns>.control", "Read", lost="pauses, limits and cancels in `jobs explain`"),
+        *_topic(
+            "<ns>.plans", "Read", lost="plans in `events tail` and `jobs explain`, and no new plans in a rebuilt table"
+        ),
         *_group("<ns>.worker.", "Describe", lost="check by `audit` of what workers have committed"),
+        *_group("<ns>.coordinator", "Describe", lost="state of the coordinator in `jobs explain`"),
     ],
     "admin": [
         *_topic("<ns>.", "Create", "Alter", "AlterConfigs"),
@@ -193,7 +197,7 @@ WHO: Mapping[str, str] = {
     "backfill": "`jobledger backfill`",
     "projection": "`jobledger projections`",
     "reader": "`app.lifecycle(group)`",
-    "web": "`jobledger events`, `audit`, `verify`, `rebuild`; reading the status table needs no right on Kafka",
+    "web": "`jobledger events`, `audit`, `verify`, `rebuild`, `jobs explain`; reading the status table needs no right on Kafka",
     "admin": "`jobledger topics apply`; `topics acls --apply` also needs Alter on the cluster",
 }
 

@@ -1,8 +1,8 @@
 """The committed offsets of groups, for readers outside the groups: for worker groups the committed offset and the
 takeover floor of each partition.
 
-The format of the metadata is defined in `jobledger.consumers.state.offset_tracker`. This module reads only its first
-two parts, which all versions share: ``<version><flag>.<floor in hex>.…``.
+The format of the metadata is defined in `jobledger.log.commit_metadata`. This module reads only its first two parts,
+which all versions share: ``<version><flag>.<floor in hex>.…``.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ from confluent_kafka import KafkaException, TopicPartition
 
 from jobledger.config import Settings
 from jobledger.errors import BrokerUnavailable, JobledgerError, SchemaError, TopicMissing
-from jobledger.job import Life
+from jobledger.job import Life, released_at
 from jobledger.kafka.auth import Need
 from jobledger.kafka.clients import admin, answer_of, partitions_of, translate
 from jobledger.kafka.outage import log_missed
@@ -492,12 +492,7 @@ class Maintenance:
 def work_position(life: Life, names: Names) -> Position | None:
     """Return the position of the work record of a life's last release; None if the life has no such record on a work
     topic."""
-    due, head = life.due, life.head
-    at = None
-    if due is not None:
-        at = due.at
-    elif head.rank == 0 and head.due_ms is None:
-        at = head.at
+    at = released_at(life)
     if at is None or names.queue_of(at[1]) is None:
         return None
     return Position(at[1], at[2], at[3])

@@ -242,7 +242,7 @@ def reader(world: World, refused: list[JobledgerError]) -> None:
 
 
 def web(world: World, refused: list[JobledgerError]) -> None:
-    """Read the log for display, and audit it."""
+    """Read the log for display, audit it, and read what an explanation of a job needs."""
     from jobledger.audit.source import Source
     from jobledger.cli.events import Topics, _Tail
 
@@ -253,6 +253,30 @@ def web(world: World, refused: list[JobledgerError]) -> None:
     with Source(app.settings, app.names) as source:
         assert list(source.records())
         refused += source.refused.values()
+    explain(app, refused)
+
+
+def explain(app: App, refused: list[JobledgerError]) -> None:
+    """Read what an explanation needs besides the log."""
+    from jobledger.client import log_facts
+    from jobledger.client.commands import in_force
+    from jobledger.log.reading import LogReader
+    from jobledger.log.schema_lookup import decoder
+    from jobledger.plan import PlanStatus
+
+    names, decode = app.names, decoder(app.settings, app.names).decode
+    plan = PlanStatus("p", "redrive", "{}", None, None, "ann", None, 0)
+    with LogReader(app.settings) as log:
+        looks: list[Callable[[], object]] = [
+            lambda: in_force(log, names, decode),
+            lambda: log_facts.plans_with(names, log, decode, [plan], ("j", 1), BOUND_S),
+            lambda: log_facts.coordinator(app.settings, names, log, 0, BOUND_S),
+        ]
+        for look in looks:
+            try:
+                look()
+            except NotAuthorized as exc:
+                refused.append(exc)
 
 
 def admin(world: World, refused: list[JobledgerError]) -> None:

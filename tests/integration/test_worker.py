@@ -18,7 +18,6 @@ from confluent_kafka.cimpl import NewTopic
 from jobledger import App, BrokerUnavailable, ConfigError, Settings, TopicMissing
 from jobledger.config import DEFAULT_MAX_RECORD_BYTES
 from jobledger.consumers.partitions.takeover import Takeover
-from jobledger.consumers.state import offset_tracker
 from jobledger.consumers.state.progress import PROGRESS_INTERVAL_S
 from jobledger.consumers.state.work import JobRun
 from jobledger.consumers.worker.worker import Worker, WorkerOptions
@@ -26,6 +25,7 @@ from jobledger.definitions.retry import Retry
 from jobledger.kafka.clients import admin, producer, producer_config
 from jobledger.kafka.embedded.ports import free_port
 from jobledger.kafka.topics import ensure
+from jobledger.log import commit_metadata
 from jobledger.log.writer import LogWriter, Outgoing
 from jobledger.process.identity import now_us
 from jobledger.schemas import codec
@@ -242,7 +242,7 @@ def test_done_records_are_committed_with_a_takeover_floor(ran: Ran) -> None:
 
     found = until(caught_up)
     for partition, (offset, metadata) in found.items():
-        said = offset_tracker.decode(offset, metadata, offset)
+        said = commit_metadata.decode(offset, metadata, offset)
         assert not said.clean
         assert said.floor is not None
         assert said.floor <= max(
@@ -426,7 +426,7 @@ def test_a_clean_restart_runs_nothing_again(broker: str, namespace: str) -> None
         until(lambda: len(closings(app)) >= 300)
     left = len(closings(app))
     for partition, (offset, metadata) in committed(app).items():
-        assert offset_tracker.decode(offset, metadata, 1 << 40).clean, partition
+        assert commit_metadata.decode(offset, metadata, 1 << 40).clean, partition
     with working(app) as worker:
         until(lambda: len(closings(app)) == 500)
         until(lambda: all_done(app, worker))
@@ -465,7 +465,7 @@ def test_a_takeover_that_a_stop_interrupts_is_repeated_by_the_next_owner(
         with working(app) as worker:
             until(lambda: cut.is_set() and worker.takeover is not None and not worker.takeover.is_alive())
     for partition, (offset, metadata) in committed(app).items():
-        assert not offset_tracker.decode(offset, metadata, 1 << 40).clean, partition
+        assert not commit_metadata.decode(offset, metadata, 1 << 40).clean, partition
     with working(app) as worker:
         until(lambda: worker.health().get("found_closed") == 60)
     assert sorted(a for _, a in app.ran) == list(range(60))  # type: ignore[attr-defined]
@@ -502,7 +502,7 @@ def test_a_clean_partition_stays_clean_if_its_takeover_is_interrupted(
         with working(app):
             until(marked.is_set)
             for partition, (offset, metadata) in committed(app).items():
-                assert not offset_tracker.decode(offset, metadata, 1 << 40).clean, partition
+                assert not commit_metadata.decode(offset, metadata, 1 << 40).clean, partition
             if how == "rebalance":
                 with working(app):
                     until(lambda: len(closings(app)) == 90)

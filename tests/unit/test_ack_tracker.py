@@ -9,11 +9,12 @@ from typing import Any, cast
 from jobledger.config import Settings
 from jobledger.consumers.recording.ack_tracker import AckTracker
 from jobledger.consumers.state.event_loop import LoopCalls
-from jobledger.consumers.state.offset_tracker import PartitionOffsets, Restored
+from jobledger.consumers.state.offset_tracker import PartitionOffsets
 from jobledger.consumers.state.ownership_lease import OwnershipLease
 from jobledger.consumers.state.reports import Reports
 from jobledger.consumers.state.work import JobRun, Partition
 from jobledger.kafka.broker_clock import BrokerClock
+from jobledger.log.commit_metadata import Restored
 from jobledger.log.writer import Outgoing
 
 

@@ -13,12 +13,13 @@ from jobledger.consumers.recording.worker_producer import WorkerProducer
 from jobledger.consumers.scheduling.dispatcher import Dispatcher
 from jobledger.consumers.scheduling.schema_resolver import read
 from jobledger.consumers.state.dedup import release_key
-from jobledger.consumers.state.offset_tracker import PartitionOffsets, Restored
+from jobledger.consumers.state.offset_tracker import PartitionOffsets
 from jobledger.consumers.state.outcome import Cancelled
 from jobledger.consumers.state.prior_state import NOTHING_FOLLOWS, PriorFact
 from jobledger.consumers.state.work import JobRun, Partition
 from jobledger.definitions.retry import Retry
 from jobledger.errors import RegistryNeeded, UnknownFact
+from jobledger.log.commit_metadata import Restored
 from jobledger.schemas import codec
 from jobledger.schemas.events import (
     CRASHES_TAG,

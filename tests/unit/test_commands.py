@@ -31,8 +31,12 @@ class Topic:
 
     def __exit__(self, *exc: object) -> None: ...
 
-    def read(self, *place: object) -> list[Any]:
-        return [SimpleNamespace(key=lambda k=key: k, value=lambda v=value: v) for key, value in self.records]
+    def read(self, *place: object, **options: object) -> list[Any]:
+        where = {"topic": lambda: "shop.control", "partition": lambda: 0, "offset": lambda: 0}
+        at = {"timestamp": lambda: (2, 1_000)}
+        return [
+            SimpleNamespace(key=lambda k=key: k, value=lambda v=value: v, **where, **at) for key, value in self.records
+        ]
 
 
 @pytest.mark.parametrize("error", [NotAnEvent("no event"), RegistryUnavailable("the Schema Registry does not answer")])

@@ -23,7 +23,7 @@ from jobledger.config import Settings
 from jobledger.consumers.partitions.committer import LOST_S, Committer
 from jobledger.consumers.running.placement import UNSEEN_CRASHES
 from jobledger.consumers.state.dedup import release_key
-from jobledger.consumers.state.offset_tracker import Snapshot, decode
+from jobledger.consumers.state.offset_tracker import Snapshot
 from jobledger.consumers.state.outcome import Cancelled
 from jobledger.consumers.state.ownership_lease import OwnershipLease
 from jobledger.consumers.state.running import RunningJobs
@@ -32,6 +32,7 @@ from jobledger.definitions.policy import Limits
 from jobledger.definitions.retry import Retry
 from jobledger.errors import BrokerUnavailable, JobledgerError
 from jobledger.kafka.outage import outage_of
+from jobledger.log.commit_metadata import decode
 from jobledger.schemas import codec, confluent_frame
 from jobledger.schemas.events import (
     ErrorInfo,

@@ -9,15 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobledger.consumers.state import offset_tracker
-from jobledger.consumers.state.offset_tracker import (
-    METADATA_LIMIT,
-    SCAN_MOST,
-    SUSPECT_MOST,
-    PartitionOffsets,
-    Restored,
-    decode,
-    encode,
-)
+from jobledger.consumers.state.offset_tracker import SCAN_MOST, SUSPECT_MOST, PartitionOffsets
+from jobledger.log.commit_metadata import METADATA_LIMIT, Restored, decode, encode
 
 LOG_END = 1 << 40
 

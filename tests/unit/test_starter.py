@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from jobledger import App, Queue
-from jobledger.consumers.state.offset_tracker import decode
 from jobledger.consumers.state.outcome import Cancelled, Expired
 from jobledger.consumers.state.work import JobRun, Partition
+from jobledger.log.commit_metadata import decode
 from jobledger.schemas import codec
 from jobledger.schemas.events import JobStarted, Leased
 from tests.pipe_bench import PartsBench, job

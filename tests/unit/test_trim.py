@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobledger.config import Settings
-from jobledger.consumers.state import offset_tracker
 from jobledger.job import Life, apply
 from jobledger.kafka.topic_names import Names
+from jobledger.log.commit_metadata import encode
 from jobledger.log.group_offsets import floor_of
 from jobledger.schemas import events as ev
 from jobledger.streams.maintenance import maintenance as maintenance_module
@@ -138,7 +138,7 @@ def test_no_limit_is_above_a_reader_or_an_unfinished_job(
 @given(st.integers(0, 2**50), st.integers(0, 2**50), st.booleans())
 def test_the_floor_is_read_as_the_worker_writes_it(watermark: int, floor: int, clean: bool) -> None:
     """Trimming and a takeover read the same text."""
-    text = offset_tracker.encode(watermark, [(watermark + 2, watermark + 5)], floor, clean)
+    text = encode(watermark, [(watermark + 2, watermark + 5)], floor, clean)
     assert floor_of(text) == floor
 
 
