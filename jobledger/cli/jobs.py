@@ -10,7 +10,7 @@ import typer
 
 from jobledger.cli import completion, output
 from jobledger.cli.commands import CommandGroup, Words, Wrong, moment_ms, pair_of, pairs_of, states_of, words_of
-from jobledger.cli.job_views import COLUMNS, args_json, fields, finish, row, status_json, submissions, timeline
+from jobledger.cli.job_views import COLUMNS, fields, finish, row, timeline
 from jobledger.cli.loading import find_app
 from jobledger.cli.options import (
     AppOption,
@@ -29,6 +29,8 @@ from jobledger.cli.options import (
 from jobledger.cli.plans import show_made
 from jobledger.cli.waiting import showing_progress
 from jobledger.process.wording import counted
+from jobledger.views.jobs import args_json, status_json
+from jobledger.views.records import submissions
 
 if TYPE_CHECKING:
     from jobledger.app import App, JobFilter
@@ -118,7 +120,7 @@ def list_jobs(
     queried = _queried_app(parsed, app, namespace, bootstrap, status_url)
     try:
         statuses = list(queried.jobs(**conditions, limit=limit))
-        args = submissions(queried, statuses) if "args" in more else {}
+        args = submissions(queried.settings, queried.names, statuses) if "args" in more else {}
     finally:
         queried.close()
     if as_json:
@@ -180,7 +182,7 @@ def show(
     queried = _queried_app(parsed, app, namespace, bootstrap, status_url)
     try:
         status = queried.job(whole_id(queried, parsed.others[0]))
-        args = submissions(queried, [status])[status.job_id]
+        args = submissions(queried.settings, queried.names, [status])[status.job_id]
         steps = timeline(queried, status) if timeline_too else None
     finally:
         queried.close()

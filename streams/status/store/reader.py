@@ -134,6 +134,12 @@ class SqlReader:
                     )
         return _filtered(columns, **filters)
 
+    def count(self, most: int, **filters: Unpack[Filters]) -> int:
+        """Return the number of jobs that match every filter, counted up to ``most``; see `StatusReader.count`."""
+        query, _ = self._filtered((jobs.c.job_id,), **filters)
+        with self._reading() as db:
+            return int(db.execute(select(func.count()).select_from(query.limit(most).subquery())).scalar_one())
+
     def chosen(self, limit: int | None = None, **filters: Unpack[Filters]) -> Iterator[tuple[str, int]]:
         """Yield the id and the run of each job that matches every filter; see `StatusReader.chosen`."""
         query, order = self._filtered((jobs.c.job_id, jobs.c.run), **filters)
@@ -147,11 +153,14 @@ class SqlReader:
         known = {row.job_id: life_of(row.slots, row.result) for row in self._by_id(job_ids, *_LIFE)}
         return {job_id: life for job_id in job_ids if (life := known.get(key_text(job_id))) is not None}
 
-    def plans(self, limit: int = 100) -> list[PlanStatus]:
-        """Return the plans, the last one first. A table of revision 1 has none."""
+    def plans(self, limit: int = 100, *, after: str | None = None) -> list[PlanStatus]:
+        """Return a page of the plans, the last one first. A table of revision 1 has none."""
         if self._revision < 2:
             return []
-        query = select(plans.c.slots).order_by(plans.c.opened_ms.desc(), plans.c.plan.desc()).limit(limit)
+        order = (plans.c.opened_ms, plans.c.plan)
+        query = select(plans.c.slots).order_by(*(column.desc() for column in order)).limit(limit)
+        if after is not None:
+            query = query.where(tuple_(*order) < (self.plan(after).opened_ms, key_text(after)))
         with self._reading() as db:
             return [plan_of(row.slots) for row in db.execute(query)]
 
