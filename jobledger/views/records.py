@@ -75,19 +75,27 @@ def submitted(names: Names, job: JobStatus, reader: LogReader, decode: Decode) -
     return why
 
 
-def facts_of(job: JobStatus, reader: LogReader, decode: Decode) -> tuple[list[Recorded], list[tuple[Position, str]]]:
+def facts_of(
+    job: JobStatus, reader: LogReader, decode: Decode, most: int | None = None
+) -> tuple[list[Recorded], list[tuple[Position, str]]]:
     """Return a job's events in order of their append times, read from the log at the positions in the job's status;
-    and the positions that cannot be read, each with the reason. Raises the errors of `LogReader.read`."""
+    and the positions that cannot be read, each with the reason. ``most``: bytes of records after which the others are
+    left out; None: no limit. Raises the errors of `LogReader.read`."""
     from jobledger.log import reading
     from jobledger.streams.status.store.rows import key_text
 
     records: list[Recorded] = []
     unreadable: list[tuple[Position, str]] = []
+    size = 0
     for position in job.positions:
+        if most is not None and size > most:
+            unreadable.append((position, f"left out: the records before it have more than {most:,} bytes"))
+            continue
         message = reader.at(position)
         try:
             if message is None:
                 raise SchemaError("no longer in the log")
+            size += len(message.value() or b"")
             recorded = reading.recorded(message, decode)
             if key_text(recorded.event.job_id) != key_text(job.job_id):
                 raise SchemaError("this position holds another job's record: the topic was recreated")

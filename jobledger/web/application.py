@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
+from functools import cache
+from typing import Any
 
 from fastapi import Depends, FastAPI, Request
 from starlette.datastructures import MutableHeaders
@@ -26,6 +28,10 @@ HEADERS: Mapping[str, str] = {
     "X-Frame-Options": "DENY",
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
 }
+
+
+#: The routers of the API.
+ROUTERS = (system.router, jobs.router, plans.router, control.router, events.router)
 
 
 def create_app(
@@ -65,18 +71,32 @@ def create_app(
     problems.install(api)
     # A dashboard is one more router, with the dependency `admitted`, and a table like `ROUTES` for the guard. The routers
     # have their whole paths themselves, because the tables name whole paths.
-    for router in (system.router, jobs.router, plans.router, control.router, events.router):
+    for router in ROUTERS:
         api.include_router(router, dependencies=[Depends(admitted), Depends(_known_parameters)])
-    document = describe(api, dict(ROUTES))
-    api.openapi = lambda: document  # type: ignore[method-assign]  # how FastAPI's documentation replaces it
-    api.state.parameters = parameters(document)
+    api.openapi = _document  # type: ignore[method-assign]  # how FastAPI's documentation replaces it
     api.add_middleware(_Edge, prefix=prefix)
     return api
 
 
+@cache
+def _document() -> dict[str, Any]:
+    """Return the OpenAPI document, which is the same for every app."""
+    bare = FastAPI(openapi_url=None)
+    for router in ROUTERS:
+        bare.include_router(router)
+    return describe(bare.routes, ROUTES)
+
+
+@cache
+def _parameters() -> Mapping[str, frozenset[str]]:
+    return parameters(_document())
+
+
 async def _known_parameters(request: Request) -> None:
     """Refuse a parameter that the route does not have: a mistyped filter would otherwise show all jobs."""
-    known = request.app.state.parameters.get(f"{request.method} {request.scope['route'].path}")
+    if not request.scope["query_string"]:
+        return
+    known = _parameters().get(f"{request.method} {request.scope['route'].path}")
     if known is None:
         return
     unknown = [name for name in request.query_params if name not in known]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
-from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from starlette.routing import BaseRoute
 
 from jobledger import __version__
 from jobledger.web import models
@@ -63,11 +64,9 @@ def body(kind: type[msgspec.Struct], *, required: bool = True) -> dict[str, Any]
     return {"requestBody": {"required": required, "content": {"application/json": {"schema": schema}}}}
 
 
-def describe(api: FastAPI, actions: dict[str, Action | None]) -> dict[str, Any]:
-    """Return the OpenAPI document of the app's routes. ``actions``: as `jobledger.web.access.ROUTES`."""
-    document = get_openapi(
-        title="Jobledger", version=__version__, description=DESCRIPTION, routes=api.routes, servers=api.servers
-    )
+def describe(routes: Sequence[BaseRoute], actions: Mapping[str, Action | None]) -> dict[str, Any]:
+    """Return the OpenAPI document of these routes. ``actions``: as `jobledger.web.access.ROUTES`."""
+    document = get_openapi(title="Jobledger", version=__version__, description=DESCRIPTION, routes=routes)
     components: dict[str, Any] = document.setdefault("components", {})
     schemas: dict[str, Any] = components.setdefault("schemas", {})
     for unused in ("HTTPValidationError", "ValidationError"):

@@ -20,7 +20,7 @@ from jobledger.schemas.ids import derived_id
 from jobledger.views.jobs import args_json, event_json, status_json
 from jobledger.web import models
 from jobledger.web.access import API, Caller
-from jobledger.web.answers import SMALL_BODY, Integers, answer, body_of, read_as
+from jobledger.web.answers import SMALL_BODY, Integers, answer, body_of, encoded, read_as
 from jobledger.web.documents import body, problems
 from jobledger.web.paging import LIMIT, After, AtLeast, Limit, filters, link, next_page, position_of, position_text
 from jobledger.web.plans import made
@@ -33,6 +33,8 @@ WAIT_MOST = 60.0
 OVERHEAD, BATCH_BYTES = 64 * 1024, 16 * 1024 * 1024
 #: Largest number to which jobs are counted by filters for which the table has no counters.
 COUNT_MOST = 10_000
+#: Number of rows that are read at once, and bytes of results after which a page ends.
+ROWS_AT_ONCE, PAGE_BYTES = 100, 8 * 1024 * 1024
 #: Longest idempotency key, in characters.
 KEY_MOST = 200
 
@@ -116,15 +118,11 @@ async def list_jobs(
     await shared.reached(position_of(at_least))
     conditions = filters_of(**chosen)
     try:
-        # One more than asked for shows whether there is a next page.
-        found: list[JobStatus] = await shared.table(
-            lambda table: table.jobs(**conditions, after=after, limit=limit + 1)
-        )
+        found, more = await shared.table(lambda table: _page(table, conditions, after, limit))
     except JobNotFound as exc:
         raise Problem(422, f"{exc}: begin with the first page again") from None
-    page = found[:limit]
-    following = next_page(request, f"{API}/jobs", page[-1].job_id) if len(found) > limit else None
-    return answer({"jobs": await _shown(shared, page, args), "next": following}, integers)
+    following = next_page(request, f"{API}/jobs", found[-1].job_id) if more else None
+    return answer({"jobs": await _shown(shared, found, args), "next": following}, integers)
 
 
 @router.get("/jobs:count", response_model=models.Count)
@@ -245,6 +243,25 @@ async def show(
         status = await shared.table(lambda table: table.job(job_id))
     (shown,) = await _shown(shared, [status], args)
     return answer(shown, integers)
+
+
+def _page(table: Any, conditions: dict[str, Any], after: str | None, limit: int) -> tuple[list[JobStatus], bool]:
+    """Return a page of jobs, and whether there are more. Results may be large: the page has fewer jobs than ``limit`` if
+    their results together have more than `PAGE_BYTES`."""
+    found: list[JobStatus] = []
+    size = 0
+    while True:
+        wanted = min(ROWS_AT_ONCE, limit - len(found))
+        # One more than wanted shows whether there are more.
+        rows: list[JobStatus] = table.jobs(**conditions, after=after, limit=wanted + 1)
+        for number, each in enumerate(rows[:wanted], 1):
+            found.append(each)
+            size += 0 if each.result is None else len(encoded(each.result, "number"))
+            if size > PAGE_BYTES:
+                return found, number < len(rows)
+        if len(rows) <= wanted or len(found) == limit:
+            return found, len(rows) > wanted
+        after = found[-1].job_id
 
 
 async def _shown(shared: Services, jobs: Sequence[JobStatus], args: bool) -> list[dict[str, Any]]:

@@ -38,6 +38,8 @@ TABLE_THREADS, LOG_THREADS, CHANGE_THREADS = 8, 4, 8
 TABLE_S, LOG_S, CHANGE_S = 20.0, 30.0, 300.0
 #: Seconds for which the log is not read for arguments again, after it could not be read.
 AWAY_S = 3.0
+#: Bytes of records after which the arguments of further jobs, and further events of a timeline, are left out.
+RECORDS_BYTES = 8 * 1024 * 1024
 #: Seconds for which requests share an answer that needs a read of the log.
 SHARED_S = 1.0
 #: Seconds that a request with ``at_least`` waits, and seconds between two looks.
@@ -81,16 +83,14 @@ class Records:
         if time.monotonic() < self._away_until:
             return dict.fromkeys((job.job_id for job in jobs), self._away)
         try:
-            return self._with_reader(
-                lambda reader, decode: {job.job_id: submitted(self._names, job, reader, decode) for job in jobs}
-            )
+            return self._with_reader(lambda reader, decode: self._read(jobs, reader, decode))
         except JobledgerError as exc:
             self._away, self._away_until = unknown(exc), time.monotonic() + AWAY_S
             return dict.fromkeys((job.job_id for job in jobs), self._away)
 
     def facts(self, job: JobStatus) -> tuple[list[Recorded], list[tuple[Position, str]]]:
         """Return a job's events; see `facts_of`. Raises `BrokerUnavailable` and other errors of the log."""
-        return self._with_reader(lambda reader, decode: facts_of(job, reader, decode))
+        return self._with_reader(lambda reader, decode: facts_of(job, reader, decode, RECORDS_BYTES))
 
     def close(self) -> None:
         """Close the connections; the next read opens new ones."""
@@ -98,6 +98,17 @@ class Records:
             idle, self._idle = self._idle, []
         for reader in idle:
             reader.close()
+
+    def _read(self, jobs: Sequence[JobStatus], reader: LogReader, decode: Any) -> dict[str, bytes | str]:
+        args: dict[str, bytes | str] = {}
+        size = 0
+        for job in jobs:
+            if size > RECORDS_BYTES:
+                args[job.job_id] = f"left out: those before have more than {RECORDS_BYTES:,} bytes"
+                continue
+            args[job.job_id] = submitted(self._names, job, reader, decode)
+            size += len(args[job.job_id])
+        return args
 
     def _with_reader(self, read: Callable[[LogReader, Any], T]) -> T:
         with self._lock:

@@ -10,6 +10,7 @@ from jobledger.web import models
 from jobledger.web.access import API, Caller
 from jobledger.web.answers import answer
 from jobledger.web.documents import problems
+from jobledger.web.paging import link
 from jobledger.web.problems import Problem
 from jobledger.web.services import services
 
@@ -53,4 +54,5 @@ async def me(request: Request, user: Caller) -> Response:
 @router.get("/openapi.json", include_in_schema=False)
 async def openapi(request: Request, user: Caller) -> Response:
     """Return this document."""
-    return answer(request.app.openapi(), "number")
+    base = link(request, "")
+    return answer({**request.app.openapi(), **({"servers": [{"url": base}]} if base else {})}, "number")
