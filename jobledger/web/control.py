@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -16,6 +17,8 @@ from jobledger.web.answers import SMALL_BODY, Integers, answer, body_of, read_as
 from jobledger.web.documents import body, problems
 from jobledger.web.problems import Problem
 from jobledger.web.services import Services, services
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 router = APIRouter(prefix=API)
 
@@ -65,7 +68,7 @@ def _row(app: App, kind: Kind, name: str, standing: Standing | None) -> dict[str
 def _add(kind: Kind) -> None:
     """Add the routes that change queues, or tasks. The routes for both do the same."""
 
-    def post(verb: str, text: str, kind_of_body: type[Any]) -> Any:
+    def post(verb: str, text: str, kind_of_body: type[Any]) -> Callable[[F], F]:
         return router.post(
             f"/{kind}s/{{name}}:{verb}",
             status_code=202,

@@ -11,7 +11,7 @@ import asyncio
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from confluent_kafka import Consumer, KafkaException, Message, TopicPartition
@@ -255,7 +255,8 @@ class _Reading:
         log."""
         settings = self._feed._settings
         check_connection(settings, ANSWER_S)
-        self._client = consumer(consumer_config(settings, **{"queued.max.messages.kbytes": 4_096}))
+        room: dict[str, Any] = {"queued.max.messages.kbytes": 4_096}
+        self._client = consumer(consumer_config(settings, **room))
         try:
             with LogReader(settings) as reader:
                 for topic, number in self._partitions():
@@ -283,8 +284,6 @@ class _Reading:
                     self._refresh()
         except JobledgerError as exc:
             self._tell(self._feed.failed, self, exc)
-        except RuntimeError as exc:  # the event loop was closed
-            LOG.debug("the event streams end: %s", exc)
         finally:
             self._client.close()
 
@@ -325,8 +324,12 @@ class _Reading:
         while len(self._tags) > TAGS_MOST:
             self._tags.popitem(last=False)
 
-    def _tell(self, function: Any, *args: Any) -> None:
-        self._loop.call_soon_threadsafe(function, *args)
+    def _tell(self, function: Callable[..., None], *args: Any) -> None:
+        """Call a function on the event loop, if this still runs."""
+        try:
+            self._loop.call_soon_threadsafe(function, *args)
+        except RuntimeError:  # the loop was closed: nobody listens any more
+            self.stop.set()
 
     def _refresh(self) -> None:
         """Also read partitions that were added."""

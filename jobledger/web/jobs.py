@@ -241,6 +241,7 @@ async def show(
     if status is None:
         await shared.reached(position)
         status = await shared.table(lambda table: table.job(job_id))
+    assert status is not None
     (shown,) = await _shown(shared, [status], args)
     return answer(shown, integers)
 
