@@ -210,6 +210,17 @@ def test_counters_agree_with_the_rows(store: Store, reader: StatusReader) -> Non
     assert reader.counts_by_state() == dict.fromkeys(State, 0) | {"queued": 2, "succeeded": 1}
 
 
+def test_jobs_are_counted_by_any_filter_up_to_a_limit(store: Store, reader: StatusReader) -> None:
+    """The number is that of the jobs that `jobs` returns; more jobs than the limit are not read."""
+    tagged = ev.JobSubmitted(ev.JobSpec(b"{}", {"tenant": "acme", "plan": "free"}))
+    write(store, {f"{n:02}": life(tagged if n % 2 else ev.JobSubmitted(SPEC), task=f"t{n % 3}") for n in range(12)})
+    assert reader.count(100) == 12
+    assert reader.count(100, tag={"tenant": "acme", "plan": "free"}) == 6
+    assert reader.count(100, tag=("tenant", "acme"), task=["t0", "t1"]) == 4
+    assert reader.count(100, state=State.FAILED) == 0
+    assert reader.count(5) == 5
+
+
 def test_pages_are_newest_first_and_complete(store: Store, reader: StatusReader) -> None:
     """The pages are sorted by the time of submission, the newest first, and contain every job once, also jobs of the
     same time."""
@@ -720,6 +731,10 @@ def test_plans_are_written_and_read(store: Store, reader: StatusReader) -> None:
     store.write(Changes(plans=[done]))
     assert [plan.plan for plan in reader.plans()] == ["q", "p"]
     assert [plan.plan for plan in reader.plans(limit=1)] == ["q"]
+    assert [plan.plan for plan in reader.plans(after="q")] == ["p"]
+    assert reader.plans(after="p") == []
+    with pytest.raises(PlanNotFound, match="no plan nobody"):
+        reader.plans(after="nobody")
     assert reader.plan("p") == done == store.load_plans(["p"])["p"]
     with pytest.raises(PlanNotFound, match="no plan r"):
         reader.plan("r")
