@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
 from functools import cache
@@ -9,6 +10,7 @@ from typing import Any
 
 from fastapi import Depends, FastAPI, Request
 from starlette.datastructures import MutableHeaders
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jobledger.app import App
@@ -29,6 +31,9 @@ HEADERS: Mapping[str, str] = {
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
 }
 
+
+#: The path of each route as a regular expression.
+_PATTERNS = {key: re.compile(re.sub(r"\\{\w+\\}", "[^/]+", re.escape(key.partition(" ")[2]))) for key in ROUTES}
 
 #: The routers of the API.
 ROUTERS = (system.router, jobs.router, plans.router, control.router, events.router)
@@ -69,6 +74,7 @@ def create_app(
     api = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan)
     api.state.services, api.state.guard = shared, guard
     problems.install(api)
+    api.add_exception_handler(405, _wrong_method)
     # A dashboard is one more router, with the dependency `admitted`, and a table like `ROUTES` for the guard. The routers
     # have their whole paths themselves, because the tables name whole paths.
     for router in ROUTERS:
@@ -76,6 +82,14 @@ def create_app(
     api.openapi = _document  # type: ignore[method-assign]  # how FastAPI's documentation replaces it
     api.add_middleware(_Edge, prefix=prefix)
     return api
+
+
+async def _wrong_method(request: Request, error: Exception) -> Response:
+    """Answer a request with a method that the path does not have. Starlette names the methods of one route only."""
+    path = request.url.path.removeprefix(str(request.scope.get("root_path", "")))
+    allowed = sorted(key.partition(" ")[0] for key, pattern in _PATTERNS.items() if pattern.fullmatch(path))
+    detail = f"{path} cannot be asked with {request.method}, but with {' and '.join(allowed)}"
+    return Problem(405, detail, headers={"Allow": ", ".join(allowed)}).response()
 
 
 @cache

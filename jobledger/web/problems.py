@@ -152,8 +152,6 @@ async def _of_http(request: Request, error: Exception) -> Response:
     detail = str(error.detail)
     if error.status_code == 404:
         detail = f"there is nothing at {request.url.path}"
-    elif error.status_code == 405:
-        detail = f"{request.url.path} cannot be asked with {request.method}"
     return Problem(error.status_code, detail, headers=error.headers).response()
 
 
