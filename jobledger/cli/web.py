@@ -104,7 +104,6 @@ def web(
     where = listen or Listen(HOST, PORT)
     _check_listen(where, local)
     loaded = load_app(target, bootstrap=bootstrap, status_url=status_url)
-    logs.set_up()
     try:
         with judged():
             api = create_app(loaded, prefix=prefix, tokens=file, proxy=proxy, local=local, origins=origin or ())
@@ -128,6 +127,7 @@ def _serve(api: object, listen: Listen, prefix: str) -> None:
     bound = _bound(listen)
     try:
         host, port = bound.getsockname()[:2]
+        logs.set_up()
         LOG.info("serving http://%s%s", Listen(host, port), prefix)
         # uvicorn raises the signal again when it has stopped: a stop by SIGTERM is no error.
         with SignalHandlers([signal.SIGTERM], lambda number, frame: None):

@@ -33,7 +33,7 @@ HEADERS: Mapping[str, str] = {
 
 
 #: The path of each route as a regular expression.
-_PATTERNS = {key: re.compile(re.sub(r"\\{\w+\\}", "[^/]+", re.escape(key.partition(" ")[2]))) for key in ROUTES}
+_PATTERNS = {key: re.compile(re.sub(r"\\\{\w+\\\}", "[^/]+", re.escape(key.partition(" ")[2]))) for key in ROUTES}
 
 #: The routers of the API.
 ROUTERS = (system.router, jobs.router, plans.router, control.router, events.router)

@@ -110,4 +110,5 @@ def place_of(event_id: str) -> tuple[Position, int] | None:
         return None
     if not all(each.isascii() and each.isdecimal() and len(each) <= 19 for each in (time, parts[1], parts[2])):
         return None
-    return Position(parts[0], int(parts[1]), int(parts[2])), int(time)
+    numbers = [int(parts[1]), int(parts[2]), int(time)]
+    return None if max(numbers) >= 1 << 63 else (Position(parts[0], *numbers[:2]), numbers[2])
