@@ -90,7 +90,7 @@ def test_each_fact_has_the_state_after_it() -> None:
     }
     for state, fact in shown.items():
         assert happening(fact).state is state
-    assert happening_of(record(ev.ReleaseOverdue(1, 1))) is None
+    assert happening_of(record(ev.ReleaseOverdue(ev.JobSpec(b"{}"), 1))) is None
 
 
 def test_an_event_is_one_message_with_an_id_and_exact_json() -> None:
