@@ -140,6 +140,7 @@ def test_the_log_is_read_while_somebody_listens(made: Feed) -> None:
         made.leave(second)
         assert not made.running
         assert reading.stop.is_set()
+        assert reading.room.acquire(blocking=False)
         made.publish(reading, [happening(STARTED)], {})  # what the thread had read before it saw the end
         third = await made.join()
         assert made.take(third, 10) == ([], False)
