@@ -308,6 +308,7 @@ class _Reading:
             event = self._feed.event(message)
             if event is not None:
                 events.append(event)
+        events.sort(key=lambda event: event.appended_ms)  # partitions are read in any order
         self._remember(events)
         while not self.room.acquire(timeout=POLL_S):
             if self.stop.is_set():
@@ -316,11 +317,12 @@ class _Reading:
 
     def _remember(self, events: Sequence[Happening]) -> None:
         """Set the tags of events, if a listener filters by tags, and remember them."""
-        if self.with_tags:
-            self._feed.add_tags(events, self._tags)
         for event in events:
             if event.tags is not None:
                 self._tags[event.job_id] = event.tags
+        if self.with_tags:
+            self._feed.add_tags(events, self._tags)
+            self._tags.update((event.job_id, event.tags) for event in events if event.tags is not None)
         while len(self._tags) > TAGS_MOST:
             self._tags.popitem(last=False)
 

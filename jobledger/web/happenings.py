@@ -60,7 +60,7 @@ class Happening:
 @dataclass(frozen=True)
 class Filter:
     """What a listener wants; None: everything. An event must match all of them. An event whose tags are not known
-    matches no filter by tags."""
+    matches every filter by tags: a listener gets too much rather than too little."""
 
     jobs: frozenset[str] | None = None
     tasks: Collection[str] | None = None
@@ -75,7 +75,7 @@ class Filter:
             and (self.tasks is None or event.task in self.tasks)
             and (self.queues is None or event.queue in self.queues)
             and (self.states is None or event.state in self.states)
-            and (not self.tags or (event.tags is not None and self.tags.items() <= event.tags.items()))
+            and (not self.tags or event.tags is None or self.tags.items() <= event.tags.items())
         )
 
 
