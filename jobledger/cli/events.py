@@ -17,6 +17,8 @@ from jobledger.cli.loading import find_app
 from jobledger.cli.options import TIMES, AppOption, AppWord, Bootstrap, Json, Namespace, repeatable
 from jobledger.errors import BrokerUnavailable, RegistryNeeded, SchemaError, TopicMissing
 from jobledger.process.wording import counted
+from jobledger.views.jobs import event_json
+from jobledger.views.values import iso
 
 if TYPE_CHECKING:
     from confluent_kafka import Message
@@ -300,17 +302,15 @@ class _Tail:
 
 
 def _json_line(line: Line) -> None:
-    from jobledger.cli import facts
-
     shown: dict[str, Any]
     if line.recorded is None:
         shown = {
             "position": str(line.position),
-            "appended_at": output.iso(line.appended_ms * 1000),
+            "appended_at": iso(line.appended_ms * 1000),
             "error": line.error,
         }
     else:
-        shown = facts.event_json(line.recorded)
+        shown = event_json(line.recorded)
     output.print_json(shown)
 
 

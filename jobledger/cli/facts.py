@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
-from jobledger.cli import output
-from jobledger.cli.output import clock, duration, jsonable, shorten
+from jobledger.cli.output import clock, duration, shorten
 from jobledger.process.wording import counted
 from jobledger.schemas import events as e
 
@@ -134,25 +132,6 @@ def progress(done: int, total: int | None, message: str | None) -> str:
     """Format a job's progress: ``3/10 (30 %) unpacking``; 100 % is shown only for complete work."""
     percent = f" ({100 * done // total} %)" if total is not None and total > 0 else ""
     return (str(done) if total is None else f"{done}/{total}{percent}") + (f" {message}" if message else "")
-
-
-def fact_json(fact: e.Fact) -> dict[str, Any]:
-    """Convert a fact to JSON builtins, with its name as ``type``; arguments and results become the JSON they
-    contain."""
-    return {"type": e.fact_name(fact), **jsonable(fact)}
-
-
-def event_json(recorded: e.Recorded) -> dict[str, Any]:
-    """Convert an event to JSON builtins, with its position and the time when the broker appended it (UTC, ISO 8601)."""
-    event = recorded.event
-    header = {name: getattr(event, name) for name in event.__struct_fields__ if name not in ("fact", "occurred_at")}
-    return {
-        "position": str(recorded.position),
-        "appended_at": output.iso(recorded.appended_ms * 1000),
-        "occurred_at": output.iso(event.occurred_at),
-        **header,
-        "fact": fact_json(event.fact),
-    }
 
 
 def _condition(delay_ms: int | None, due_at: int | None) -> str:

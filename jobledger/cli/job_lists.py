@@ -11,7 +11,7 @@ import typer
 
 from jobledger.cli import completion, conditions, output
 from jobledger.cli.commands import Wrong, pairs_of, states_of, words_of
-from jobledger.cli.job_views import COLUMNS, args_json, row, status_json, submissions
+from jobledger.cli.job_views import COLUMNS, row
 from jobledger.cli.loading import find_app
 from jobledger.cli.options import (
     AppOption,
@@ -217,7 +217,7 @@ def _print_ids(app: App, jobs: Iterable[JobStatus], more: Sequence[str]) -> int:
 
 def _print_table(app: App, jobs: Iterable[JobStatus], more: Sequence[str]) -> int:
     statuses = list(jobs)
-    args: Mapping[str, bytes | str | None] = submissions(app, statuses) if "args" in more else {}
+    args: Mapping[str, bytes | str | None] = submissions(app.settings, app.names, statuses) if "args" in more else {}
     headings = ("job", "task", "queue", "state", "attempt", "submitted", "took", *more, "")
     rows = [row(each, more, args.get(each.job_id)) for each in statuses]
     output.print_table(headings, rows, optional=("queue", "took", "attempt", "submitted"), empty="no such jobs")
@@ -230,5 +230,5 @@ def _as_json(app: App, jobs: Iterable[JobStatus], more: Sequence[str]) -> Iterat
         yield from map(status_json, iterator)
         return
     while some := list(islice(iterator, _ARGS_AT_ONCE)):
-        args = submissions(app, some)
+        args = submissions(app.settings, app.names, some)
         yield from (status_json(each) | args_json(args[each.job_id]) for each in some)

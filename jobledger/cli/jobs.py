@@ -11,7 +11,7 @@ import typer
 from jobledger.cli import completion, conditions, output
 from jobledger.cli.commands import CommandGroup, Words, Wrong, words_of
 from jobledger.cli.job_lists import count_jobs, list_jobs
-from jobledger.cli.job_views import args_json, explanation, fields, finish, status_json, submissions, timeline
+from jobledger.cli.job_views import explanation, fields, finish, timeline
 from jobledger.cli.loading import find_app
 from jobledger.cli.options import (
     AppOption,
@@ -26,6 +26,8 @@ from jobledger.cli.options import (
 from jobledger.cli.plans import show_made
 from jobledger.cli.waiting import showing_progress
 from jobledger.process.wording import counted
+from jobledger.views.jobs import args_json, status_json
+from jobledger.views.records import submissions
 
 if TYPE_CHECKING:
     from jobledger.app import App, JobFilter
@@ -94,7 +96,7 @@ def show(
     queried = _queried_app(parsed, app, namespace, bootstrap, status_url)
     try:
         status = queried.job(whole_id(queried, parsed.others[0]))
-        args = submissions(queried, [status])[status.job_id]
+        args = submissions(queried.settings, queried.names, [status])[status.job_id]
         steps = timeline(queried, status) if timeline_too else None
     finally:
         queried.close()

@@ -32,6 +32,7 @@ from jobledger.cli import (
     stdio,
     submit,
     table,
+    web,
     workers,
 )
 from jobledger.cli.commands import CommandGroup, Wrong
@@ -62,6 +63,7 @@ _COMMANDS: tuple[tuple[str, str, Callable[..., None], str], ...] = (
     (RUN, "streams", running.streams, "Run the stream processor: coordinator and materializer."),
     (RUN, "coordinator", running.coordinator, "Release delayed and retried jobs when they are due."),
     (RUN, "materializer", running.materializer, "Keep the status table up to date with the log."),
+    (RUN, "web", web.web, "Serve the HTTP API."),
     (ASK, "submit", submit.submit, "Submit a job."),
     (ASK, "emit", submit.emit, "Emit a domain event."),
     (OPERATE, "backfill", backfill.backfill, "Run a handler for past events."),
@@ -84,6 +86,7 @@ cli.add_typer(plans.app, name="plans", rich_help_panel=OPERATE)
 cli.add_typer(workers.app, name="workers", rich_help_panel=OPERATE)
 cli.add_typer(control.queues, name="queues", rich_help_panel=OPERATE)
 cli.add_typer(control.tasks, name="tasks", rich_help_panel=OPERATE)
+cli.add_typer(web.tokens_app, name="web-token", rich_help_panel=OPERATE)
 cli.add_typer(projections.app, name="projections", rich_help_panel=OPERATE)
 cli.add_typer(kafka_app, name="kafka", rich_help_panel=OPERATE)
 cli.add_typer(topics_app, name="topics", rich_help_panel=OPERATE)

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, TextIO
 
-from jobledger.errors import text_of
+from jobledger.views.values import jsonable
 
 if TYPE_CHECKING:
     import datetime as dt
@@ -88,9 +88,6 @@ STATE_STYLES: Mapping[str, str] = {
 #: Minimum width of a table's last column in characters, if its content is that wide.
 _LAST_COLUMN = 16
 
-#: Maximum depth at which values are shown; deeper nesting makes JSON writers and readers fail.
-NESTED_MOST = 100
-
 #: Codes of characters that control a terminal: control characters, line ends except ``\\n``, changes of the writing
 #: direction.
 _HIDDEN = (*range(0x80, 0xA0), 0x2028, 0x2029, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
@@ -138,41 +135,6 @@ def console(stderr: bool = False) -> Console:
 def looked_at() -> bool:
     """Return whether standard output is a terminal (or is to be treated as one because of ``FORCE_COLOR``)."""
     return sys.stdout.isatty() or bool(os.environ.get("FORCE_COLOR"))
-
-
-def jsonable(value: Any) -> Any:
-    """Convert ``value`` to JSON builtins: structs to objects, bytes to the JSON they contain, enums to their value.
-
-    Bytes that are not JSON become text, and values nested more than `NESTED_MOST` deep become ``"…"``.
-    """
-    import msgspec
-
-    def unknown(other: Any) -> Any:
-        return text_of(other)
-
-    return msgspec.to_builtins(_opened(value), enc_hook=unknown, str_keys=True)
-
-
-def _opened(value: Any, depth: int = 0) -> Any:
-    """Replace bytes that are JSON (arguments, results) with the JSON value, since base64 would not be readable."""
-    import msgspec
-
-    if isinstance(value, bytes):
-        try:
-            held = msgspec.json.decode(value)
-        except (msgspec.DecodeError, ValueError, RecursionError):
-            return value.decode("utf-8", "backslashreplace")
-        deep = value.count(b"[") + value.count(b"{") > NESTED_MOST
-        return _opened(held, depth) if deep else held
-    if isinstance(value, msgspec.Struct):
-        return {name: _opened(getattr(value, name), depth + 1) for name in value.__struct_fields__}
-    if not isinstance(value, Mapping | list | tuple | set | frozenset):
-        return value
-    if depth > NESTED_MOST:
-        return "…"
-    if isinstance(value, Mapping):
-        return {key: _opened(each, depth + 1) for key, each in value.items()}
-    return [_opened(each, depth + 1) for each in value]
 
 
 def json_text(value: Any, stream: TextIO | None = None) -> str:
@@ -329,17 +291,6 @@ def clock(moment: dt.datetime | int | None) -> str:
     except (ValueError, OverflowError, OSError):
         return f"outside the calendar ({moment} µs)" if isinstance(moment, int) else f"{moment:%Y-%m-%d %H:%M:%S} UTC"
     return at.strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
-
-
-def iso(micros: int) -> str | int:
-    """Format microseconds since the epoch as ISO 8601 in UTC. Return the number itself if it is outside the
-    calendar."""
-    import datetime as dt
-
-    try:
-        return (dt.datetime(1970, 1, 1, tzinfo=dt.UTC) + dt.timedelta(microseconds=micros)).isoformat()
-    except OverflowError:
-        return micros
 
 
 def _seconds(moment: dt.datetime | int) -> float:

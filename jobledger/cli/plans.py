@@ -6,7 +6,7 @@ import datetime as dt
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,6 +16,7 @@ from jobledger.cli.loading import find_app
 from jobledger.cli.options import AppOption, AppWord, Bootstrap, By, Json, Namespace, Reason, StatusUrl
 from jobledger.cli.output import Cell
 from jobledger.process.wording import counted
+from jobledger.views.jobs import plan_json
 
 if TYPE_CHECKING:
     from jobledger.app import App
@@ -121,31 +122,6 @@ _steering("resume", "running", "Resume a paused plan.", "requested the resume")
 _steering(
     "abort", "aborted", "End a plan before all its jobs are done. What was done is not undone.", "requested the abort"
 )
-
-
-def plan_json(plan: PlanStatus) -> dict[str, Any]:
-    """Return a plan for JSON output."""
-    import json
-
-    return {
-        "plan": plan.plan,
-        "action": plan.action,
-        "state": plan.state.value,
-        "position": None if plan.position is None else str(plan.position),
-        "where": json.loads(plan.where),
-        "queue": plan.queue,
-        "rate": plan.rate,
-        "matched": plan.matched,
-        "done": plan.done,
-        "skipped": plan.skipped,
-        "failed": plan.failed,
-        "error": plan.error,
-        "by": plan.by,
-        "reason": plan.reason,
-        "steered": plan.steered,
-        "opened_at": output.jsonable(_moment(plan.opened_ms)),
-        "ended_at": None if plan.ended_ms is None else output.jsonable(_moment(plan.ended_ms)),
-    }
 
 
 def print_plan(plan: PlanStatus, as_json: bool) -> None:

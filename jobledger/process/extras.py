@@ -16,6 +16,7 @@ PACKAGES = {
     "postgres": ("psycopg",),
     "registry": ("httpx2",),
     "otel": ("opentelemetry",),
+    "web": ("fastapi", "sse_starlette", "uvicorn"),
 }
 
 

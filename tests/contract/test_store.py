@@ -722,6 +722,10 @@ def test_plans_are_written_and_read(store: Store, reader: StatusReader) -> None:
     store.write(Changes(plans=[done]))
     assert [plan.plan for plan in reader.plans()] == ["q", "p"]
     assert [plan.plan for plan in reader.plans(limit=1)] == ["q"]
+    assert [plan.plan for plan in reader.plans(after="q")] == ["p"]
+    assert reader.plans(after="p") == []
+    with pytest.raises(PlanNotFound, match="no plan nobody"):
+        reader.plans(after="nobody")
     assert reader.plan("p") == done == store.load_plans(["p"])["p"]
     with pytest.raises(PlanNotFound, match="no plan r"):
         reader.plan("r")

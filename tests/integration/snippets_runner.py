@@ -40,6 +40,7 @@ LONG_RUNNING: Mapping[str, Sequence[Sequence[str]]] = {
     "jobledger worker": [("worker-1 ", "serves mail"), ("worker-2 ", "serves mail")],
     "jobledger streams": [("materializer ", "writing the status table")],
     "jobledger events tail": [("JobSubmitted",)],
+    "jobledger web": [("serving http://",)],
 }
 
 #: Blocks of the pages that are the app `shop:app`: the tutorial's app, and the declarations of other pages.

@@ -22,6 +22,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import httpx
 import pytest
 import sqlalchemy
 import typer
@@ -78,6 +79,18 @@ def web_service(shop: Shop, names: Names) -> None:
     assert job_id in {r.event.job_id for r in log_of(names["app"], names["app"].names.jobs("mail"))}
     answer = asyncio.run(names["unavailable"](peers.Request(), BrokerUnavailable("away")))
     assert answer.status_code == 503
+
+
+def mounted(shop: Shop, names: Names) -> None:
+    """The API answers under its prefix, to the user of the app around it."""
+
+    async def ask(name: str) -> Any:
+        transport = httpx.ASGITransport(app=names["site"])
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            return await client.get("/jobs/api/v1/me", headers={"user": name} if name else {})
+
+    assert asyncio.run(ask("ann")).json() == {"name": "ann", "role": "operate"}
+    assert asyncio.run(ask("")).status_code == 401
 
 
 class Enough(Exception):
@@ -226,6 +239,9 @@ PYTHON: Mapping[str, Sequence[Snippet]] = {
             before="@app.task(queue='billing')\ndef invoice() -> None:\n    raise Reject('no address')",
             check=hooks,
         ),
+    ],
+    "docs/http-api.md": [
+        Snippet("create_app(", names={"current_user": lambda request: request.headers.get("user")}, check=mounted)
     ],
     "docs/isolation.md": [Snippet('isolation="process"')],
     "docs/long-jobs.md": [Snippet("long=True")],

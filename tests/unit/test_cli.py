@@ -25,7 +25,7 @@ from jobledger import job as fold
 from jobledger.cli import facts, output
 from jobledger.cli.commands import Wrong, moment_ms
 from jobledger.cli.events import Line, _json_line, _Printer, newest
-from jobledger.cli.job_views import fields, row, status_json
+from jobledger.cli.job_views import fields, row
 from jobledger.cli.kafka import in_lines
 from jobledger.cli.main import cli, main
 from jobledger.cli.output import MEANINGS, Exit, duration, exit_code, relative
@@ -39,6 +39,8 @@ from jobledger.streams.projections.projection_store import ProjectionStore, offs
 from jobledger.streams.status.row_folder import RowFolder
 from jobledger.streams.status.store.rows import key_text
 from jobledger.streams.status.store.sqlite import SqliteStore
+from jobledger.views.jobs import fact_json, status_json
+from jobledger.views.values import iso, jsonable
 
 UUID = "00000000-0000-7000-8000-000000000000"
 
@@ -707,7 +709,7 @@ def test_a_fact_is_one_line_and_one_json_object(fact: ev.Fact, text: str) -> Non
     # a due time of 0 is in 1969 or 1970, by the time zone of this machine
     assert facts.describe(fact).startswith(text)
     assert "\n" not in facts.describe(fact)
-    assert json.loads(json.dumps(facts.fact_json(fact)))["type"] == ev.fact_name(fact)
+    assert json.loads(json.dumps(fact_json(fact)))["type"] == ev.fact_name(fact)
 
 
 #: Unusual values that a well-formed record may have.
@@ -791,10 +793,10 @@ def test_values_that_cannot_be_shown_are_replaced() -> None:
     """A time outside the calendar is shown as a number, deep nesting is cut, and control characters are replaced by
     visible ones."""
     assert output.clock(2**63 - 1) == "outside the calendar (9223372036854775807 µs)"
-    assert output.iso(2**63 - 1) == 2**63 - 1
-    assert output.iso(0) == "1970-01-01T00:00:00+00:00"
-    assert output.jsonable(b"[" * 20_000 + b"]" * 20_000) == "[" * 20_000 + "]" * 20_000
-    deep = output.jsonable(b"[" * 300 + b"]" * 300)
+    assert iso(2**63 - 1) == 2**63 - 1
+    assert iso(0) == "1970-01-01T00:00:00+00:00"
+    assert jsonable(b"[" * 20_000 + b"]" * 20_000) == "[" * 20_000 + "]" * 20_000
+    deep = jsonable(b"[" * 300 + b"]" * 300)
     for _ in range(output.NESTED_MOST + 1):
         (deep,) = deep
     assert deep == "…"
@@ -812,9 +814,9 @@ def test_progress_is_complete_only_at_its_end() -> None:
 
 def test_arguments_and_results_are_part_of_the_json_output() -> None:
     """JSON output has no base64 and no JSON within a string."""
-    shown = facts.fact_json(ev.JobSubmitted(SPEC))
+    shown = fact_json(ev.JobSubmitted(SPEC))
     assert shown["spec"]["args"] == {"to": "a@example.org"}
-    assert facts.fact_json(ev.JobSucceeded(b"[1]"))["result"] == [1]
+    assert fact_json(ev.JobSucceeded(b"[1]"))["result"] == [1]
 
 
 def test_a_table_without_a_terminal_is_plain(capsys: pytest.CaptureFixture[str]) -> None:

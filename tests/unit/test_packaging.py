@@ -229,6 +229,8 @@ NEEDS = {
     "dev examples.shop:app --bootstrap 127.0.0.1:1": "worker,streams,watch",
     "dev examples.shop:app --bootstrap 127.0.0.1:1 --no-reload": "worker,streams",
     "kafka start": "kafka",
+    "web examples.shop:app --bootstrap 127.0.0.1:1": "web",
+    "web-token list --tokens tokens.json": "web",
 }
 
 
@@ -260,6 +262,7 @@ def test_a_module_whose_packages_are_missing_names_the_extra() -> None:
         "jobledger.streams.status.materializer": "streams",
         "jobledger.streams.maintenance.maintenance": "streams",
         "jobledger.kafka.embedded.server": "kafka",
+        "jobledger.web": "web",
     }
     done = base_only(
         f"""

@@ -265,8 +265,9 @@ class StatusReader(Protocol):
         """Yield the id and the run of each job that matches every filter of `jobs`, newest submission first, from one
         snapshot."""
 
-    def plans(self, limit: int = 100) -> list[PlanStatus]:
-        """Return the plans, the last one first."""
+    def plans(self, limit: int = 100, *, after: str | None = None) -> list[PlanStatus]:
+        """Return a page of the plans, the last one first. ``after``: the last plan of the page before. Raises
+        `PlanNotFound` if ``after`` does not exist."""
 
     def plan(self, plan_id: str) -> PlanStatus:
         """Return one plan. Raises `PlanNotFound`."""

@@ -169,11 +169,14 @@ class SqlReader:
         known = {row.job_id: life_of(row.slots, row.result) for row in self._by_id(job_ids, *_LIFE)}
         return {job_id: life for job_id in job_ids if (life := known.get(key_text(job_id))) is not None}
 
-    def plans(self, limit: int = 100) -> list[PlanStatus]:
-        """Return the plans, the last one first. A table of revision 1 has none."""
+    def plans(self, limit: int = 100, *, after: str | None = None) -> list[PlanStatus]:
+        """Return a page of the plans, the last one first. A table of revision 1 has none."""
         if self._revision < 2:
             return []
-        query = select(plans.c.slots).order_by(plans.c.opened_ms.desc(), plans.c.plan.desc()).limit(limit)
+        order = (plans.c.opened_ms, plans.c.plan)
+        query = select(plans.c.slots).order_by(*(column.desc() for column in order)).limit(limit)
+        if after is not None:
+            query = query.where(tuple_(*order) < (self.plan(after).opened_ms, key_text(after)))
         with self._reading() as db:
             return [plan_of(row.slots) for row in db.execute(query)]
 
