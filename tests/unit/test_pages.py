@@ -242,7 +242,9 @@ def test_a_user_who_may_only_read_changes_nothing_by_any_form(app: App) -> None:
 
 def test_a_form_of_another_site_is_refused(app: App) -> None:
     """A browser says that another site sent the form; the answer is a page with status 403."""
-    answer = ask(pages(app), "POST", "/job/cancel", data={"job": "x"}, headers={"Origin": "https://evil.example"})
+    answer = ask(
+        pages(app), "POST", "/job/cancel?job=x", data={"reason": "x"}, headers={"Origin": "https://evil.example"}
+    )
     assert answer.status_code == 403
     assert "evil.example" in answer.text
 
@@ -263,9 +265,10 @@ def test_what_the_app_does_not_permit_is_refused(app: App) -> None:
 @pytest.mark.parametrize(
     ("path", "data", "status", "says"),
     [
-        ("/job/cancel", {"reason": "x"}, 400, "no value for &#39;job&#39;"),
-        ("/job/cancel", {"job": "x", "run": "many"}, 400, "run=&#39;many&#39; is not a number"),
-        ("/job/redrive", {"job": "nobody"}, 404, "knows no job nobody"),
+        ("/job/cancel", {"reason": "x"}, 400, "no parameter &#39;job&#39;"),
+        ("/control/pause", {"reason": "x"}, 400, "no value for &#39;kind&#39;"),
+        ("/job/cancel?job=x", {"run": "many"}, 400, "run=&#39;many&#39; is not a number"),
+        ("/job/redrive?job=nobody", {"reason": "x"}, 404, "knows no job nobody"),
         ("/control/pause", {"kind": "queue", "name": "nope"}, 400, "nope"),
         ("/control/pause", {"kind": "topic", "name": "nope"}, 400, "neither queue nor task"),
         ("/control/limit", {"kind": "queue", "name": "mail", "rate": "fast"}, 400, "fast"),
@@ -299,7 +302,7 @@ def test_without_a_broker_the_page_of_a_job_shows_what_the_table_has(app: App) -
     assert "in run_" in text
     assert "The log cannot be read now" in text
     assert get(app, "/dead-letters").count("The log cannot be read now") == 1
-    answer = ask(pages(app), "POST", "/job/redrive", data={"job": bad.job_id})
+    answer = ask(pages(app), "POST", f"/job/redrive?job={bad.job_id}", data={"reason": "x"})
     assert answer.status_code == 503
     assert "No broker answers" in answer.text
 

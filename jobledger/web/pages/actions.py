@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Annotated, Any
 from urllib.parse import quote, urlencode
 
@@ -83,12 +84,20 @@ def _field(form: Mapping[str, str], name: str) -> str:
     return form[name]
 
 
+def _job(request: Request) -> str:
+    """Return the id in the form's address, which carries any character unchanged."""
+    job_id = request.query_params.get("job")
+    if not job_id:
+        raise refused("the address of the form has no parameter 'job'")
+    return job_id
+
+
 def _add_jobs(router: APIRouter, services: PageServices, sources: Sources) -> None:
     app = services.app
 
     @router.post("/job/cancel")
     def cancel(request: Request, form: Form) -> Response:
-        job_id, run = _field(form, "job"), form.get("run", "")
+        job_id, run = _job(request), form.get("run", "")
         asked = _asked(request, services, form, "jobs.cancel", job_id)
         if run and not run.isdecimal():
             raise refused(f"run={run!r} is not a number")
@@ -97,7 +106,7 @@ def _add_jobs(router: APIRouter, services: PageServices, sources: Sources) -> No
 
     @router.post("/job/redrive")
     def redrive(request: Request, form: Form) -> Response:
-        job_id = _field(form, "job")
+        job_id = _job(request)
         asked = _asked(request, services, form, "jobs.redrive", job_id)
         plan = app.redrive(ids=[job_id], queue=form.get("queue"), **asked)
         return _led(request, services, f"/plans/{quote(plan.plan or '', safe='')}", "plan")
@@ -105,7 +114,7 @@ def _add_jobs(router: APIRouter, services: PageServices, sources: Sources) -> No
     @router.post("/job/copy")
     def copy(request: Request, form: Form) -> Response:
         asked = _asked(request, services, form, "jobs.submit")
-        job_id, changes = _field(form, "job"), _object(form.get("args", "{}"))
+        job_id, changes = _job(request), _object(form.get("args", "{}"))
         without: list[str] = []
         if form.get("whole"):
             # The form had all arguments, so those that are not there any more were removed.
@@ -159,7 +168,11 @@ def _add_bulk(router: APIRouter, services: PageServices, sources: Sources, rende
                 problem = str(exc)
             else:
                 return _led(request, services, f"/plans/{quote(plan.plan or '', safe='')}", "plan")
-        view = preview(sources, action, filters, now_ms, problem)
+        view = replace(
+            preview(sources, action, filters, now_ms, problem),
+            rate=form.get("rate", ""),
+            chosen_queue=form.get("queue", ""),
+        )
         return renderer.page(request, "bulk.html", 400, view=view)
 
 

@@ -11,6 +11,8 @@ from jobledger.web.pages.problem_pages import refused
 
 #: Largest number of bytes of a form, and of its fields. Arguments of a copy are in a form.
 BYTES_MOST, FIELDS_MOST = 2_000_000, 20
+#: Fields in which people write; ids and names are used as they are.
+STRIPPED = ("reason", "rate", "concurrency")
 
 
 async def fields_of(request: Request) -> Mapping[str, str]:
@@ -28,4 +30,4 @@ async def fields_of(request: Request) -> Mapping[str, str]:
         pairs = parse_qsl(body.decode("utf-8"), max_num_fields=FIELDS_MOST, errors="strict")
     except ValueError as exc:
         raise refused(f"the form cannot be read: {exc}") from exc
-    return {name: value.strip() if name != "args" else value for name, value in pairs if value.strip()}
+    return {name: value.strip() if name in STRIPPED else value for name, value in pairs if value.strip()}
