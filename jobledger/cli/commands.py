@@ -3,9 +3,7 @@ that only the app can validate. An error in a command line is a `Wrong`, and giv
 
 from __future__ import annotations
 
-import datetime as dt
 import math
-import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,14 +13,11 @@ from typing import Any, NamedTuple
 import typer
 from typer.core import TyperCommand
 
+from jobledger.definitions.durations import moment_of
 from jobledger.errors import ConfigError, text_of
-
-_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
-
 
 #: Maximum seconds that an option accepts, within the limits of clocks and databases.
 SECONDS_MOST = 366 * 86_400
-_LAST_MS = 253_402_214_400_000  # 9999-12-31 in UTC: a later time may be outside the calendar in some time zone
 
 
 class Wrong(typer.BadParameter):
@@ -159,23 +154,10 @@ def moment_ms(text: str, option: str, *also: str, now: float | None = None) -> i
 
     ``also``: other words that the option accepts, for the error message. Raises `Wrong`.
     """
-    age = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s|m|min|h|d)", text.strip())
     try:
-        if age is not None:
-            moment = int(((time.time() if now is None else now) - float(age[1]) * _UNITS[age[2]]) * 1000)
-        else:
-            moment = milliseconds(dt.datetime.fromisoformat(text.strip()))
-    except (ValueError, OverflowError):
-        moment = _LAST_MS
-    if moment >= _LAST_MS:
+        return moment_of(text, time.time() if now is None else now)
+    except ValueError:
         others = "".join(f"{each}, " for each in also)
         raise Wrong(
             f"{option} {text!r} is neither {others}an age such as 10m or 2h, nor a time such as 2026-01-31T14:05"
-        )
-    return max(moment, 0)  # no record is older than the epoch
-
-
-def milliseconds(when: dt.datetime) -> int:
-    """Convert a time to milliseconds since the epoch. A time without a zone is UTC, so that a command line means the
-    same moment on every machine."""
-    return round((when if when.tzinfo is not None else when.replace(tzinfo=dt.UTC)).timestamp() * 1000)
+        ) from None

@@ -302,6 +302,7 @@ class _Tail:
 
 
 def _json_line(line: Line) -> None:
+
     shown: dict[str, Any]
     if line.recorded is None:
         shown = {
@@ -324,8 +325,8 @@ class _Printer:
     def __call__(self, line: Line) -> None:
         from rich.text import Text
 
-        from jobledger.cli import facts
         from jobledger.schemas.events import fact_name
+        from jobledger.views import facts
 
         when = output.clock(line.appended_ms * 1000)
         where = str(line.position).removeprefix(self._prefix)

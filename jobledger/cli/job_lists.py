@@ -24,6 +24,8 @@ from jobledger.cli.options import (
     moment,
     repeatable,
 )
+from jobledger.views.jobs import args_json, status_json
+from jobledger.views.records import submissions
 
 if TYPE_CHECKING:
     from jobledger.app import App, JobFilter

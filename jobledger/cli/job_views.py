@@ -70,7 +70,7 @@ def _args(args: bytes | str | None, most: int | None = None) -> Cell:
 
 def _note(status: JobStatus) -> Cell:
     """Return the most useful detail about a job in its state."""
-    from jobledger.cli.facts import progress
+    from jobledger.views.facts import progress
 
     state = status.state.value
     if state in ("scheduled", "retrying") and status.due_at is not None:
@@ -87,7 +87,7 @@ def _note(status: JobStatus) -> Cell:
 
 def fields(status: JobStatus, args: bytes | str | None = None) -> list[tuple[str, Cell]]:
     """Return a job as names and values. ``args``: the job's arguments as returned by `submissions`."""
-    from jobledger.cli.facts import progress
+    from jobledger.views.facts import progress
 
     shown: list[tuple[str, Cell]] = [
         ("job", status.job_id),
@@ -154,10 +154,10 @@ def _moment(moment: dt.datetime) -> str:
 def timeline(app: App, job: JobStatus) -> list[tuple[dict[str, Any], list[Cell]]]:
     """Return a job's events as JSON and as cells of a table. They are read from the log at the positions in the job's
     status, and are in order of their append times. Positions that cannot be read come first, with the reason."""
-    from jobledger.cli import facts
     from jobledger.log.reading import LogReader
     from jobledger.log.schema_lookup import decoder
     from jobledger.schemas.events import fact_name
+    from jobledger.views import facts
 
     with LogReader(app.settings) as reader:
         records, unreadable = facts_of(job, reader, decoder(app.settings, app.names).decode)

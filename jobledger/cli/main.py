@@ -63,7 +63,7 @@ _COMMANDS: tuple[tuple[str, str, Callable[..., None], str], ...] = (
     (RUN, "streams", running.streams, "Run the stream processor: coordinator and materializer."),
     (RUN, "coordinator", running.coordinator, "Release delayed and retried jobs when they are due."),
     (RUN, "materializer", running.materializer, "Keep the status table up to date with the log."),
-    (RUN, "web", web.web, "Serve the HTTP API."),
+    (RUN, "web", web.web, "Serve the HTTP API and the dashboard."),
     (ASK, "submit", submit.submit, "Submit a job."),
     (ASK, "emit", submit.emit, "Emit a domain event."),
     (OPERATE, "backfill", backfill.backfill, "Run a handler for past events."),

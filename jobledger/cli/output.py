@@ -14,18 +14,22 @@ import json
 import os
 import re
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, TextIO
 
+from jobledger.views import words
 from jobledger.views.values import jsonable
+from jobledger.views.words import HIDDEN, printable, relative
 
 if TYPE_CHECKING:
     import datetime as dt
 
     from rich.console import Console
     from rich.text import Text
+
+#: The formats of values that commands use through this module.
+clock, duration, shorten = words.clock, words.duration, words.shorten
 
 
 class Exit(IntEnum):
@@ -88,16 +92,8 @@ STATE_STYLES: Mapping[str, str] = {
 #: Minimum width of a table's last column in characters, if its content is that wide.
 _LAST_COLUMN = 16
 
-#: Codes of characters that control a terminal: control characters, line ends except ``\\n``, changes of the writing
-#: direction.
-_HIDDEN = (*range(0x80, 0xA0), 0x2028, 0x2029, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
-_PICTURES = {
-    **{code: 0x2400 + code for code in range(0x20) if code not in (0x09, 0x0A)},
-    0x7F: 0x2421,
-    **dict.fromkeys((*_HIDDEN, *range(0xD800, 0xE000)), 0xFFFD),
-}
 #: The same characters for JSON, without the control characters below 0x20, which a JSON writer escapes itself.
-_STEERING = re.compile(f"[\\x7f\\ud800-\\udfff{''.join(map(chr, _HIDDEN))}]")
+_STEERING = re.compile(f"[\\x7f\\ud800-\\udfff{''.join(map(chr, HIDDEN))}]")
 
 #: A table cell: text, or text and its style.
 Cell = str | tuple[str, str]
@@ -106,13 +102,6 @@ Cell = str | tuple[str, str]
 def exit_code(error: BaseException) -> Exit:
     """Return the exit code for an error."""
     return next((_CODES[c.__name__] for c in type(error).__mro__ if c.__name__ in _CODES), Exit.ERROR)
-
-
-def printable(text: str) -> str:
-    """Return ``text`` with every character that controls the terminal replaced. ASCII control characters become their
-    pictures (``␛``). All others become ``�``, also changes of the writing direction and halves of surrogate pairs.
-    Newlines and tabs stay."""
-    return text.translate(_PICTURES)
 
 
 def console(stderr: bool = False) -> Console:
@@ -235,39 +224,6 @@ def state_cell(state: str) -> Cell:
     return state, STATE_STYLES.get(state, "")
 
 
-def duration(seconds: float) -> str:
-    """Format a duration as people write it: ``340 ms``, ``12.4 s``, ``3 min 20 s``, ``2 h 5 min``, ``4 d 3 h``."""
-    if seconds < 0:
-        return "-" + duration(-seconds)
-    if seconds < 0.9995:
-        return f"{seconds * 1000:.3g} ms" if seconds < 0.0995 else f"{seconds * 1000:.0f} ms"
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 3600:
-        return _two(whole, 60, "min", 1, "s")
-    if whole < 48 * 3600:
-        return _two(whole, 3600, "h", 60, "min")
-    return _two(whole, 86400, "d", 3600, "h")
-
-
-def _two(seconds: int, big: int, big_name: str, small: int, small_name: str) -> str:
-    first, rest = divmod(seconds, big)
-    second = rest // small
-    return f"{first} {big_name}" + (f" {second} {small_name}" if second else "")
-
-
-def relative(moment: dt.datetime | int | None, now_us: int | None = None) -> str:
-    """Format a moment (aware, or microseconds since the epoch) relative to now: ``12.0 s ago``, ``in 3 min``; ``-`` for
-    None."""
-    if moment is None:
-        return "-"
-    seconds = (time.time_ns() // 1000 if now_us is None else now_us) / 1e6 - _seconds(moment)
-    if abs(seconds) < 0.0005:
-        return "now"
-    return f"{duration(seconds)} ago" if seconds > 0 else f"in {duration(-seconds)}"
-
-
 def brief(moment: dt.datetime | int | None, now_us: int | None = None) -> str:
     """Format a moment as `relative` does, but with one unit only: ``12 s ago``, ``10 min ago``."""
     text = relative(moment, now_us)
@@ -276,31 +232,6 @@ def brief(moment: dt.datetime | int | None, now_us: int | None = None) -> str:
         return text
     number = words[0].partition(".")[0] if words[1] == "s" else words[0]
     return f"{number} {words[1]} ago" if ago else f"in {number} {words[1]}"
-
-
-def clock(moment: dt.datetime | int | None) -> str:
-    """Format a moment (aware, or microseconds since the epoch) as local date and time with milliseconds; ``-`` for
-    None."""
-    if moment is None:
-        return "-"
-    import datetime as dt
-
-    try:
-        # Local time is computed only here, because it may not exist near the ends of the calendar.
-        at = dt.datetime.fromtimestamp(_seconds(moment)).astimezone()
-    except (ValueError, OverflowError, OSError):
-        return f"outside the calendar ({moment} µs)" if isinstance(moment, int) else f"{moment:%Y-%m-%d %H:%M:%S} UTC"
-    return at.strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
-
-
-def _seconds(moment: dt.datetime | int) -> float:
-    return moment / 1e6 if isinstance(moment, int) else moment.timestamp()
-
-
-def shorten(text: str, most: int = 60) -> str:
-    """Return ``text`` on one line of at most ``most`` characters."""
-    line = printable(" ".join(text.split()))
-    return line if len(line) <= most else line[: most - 1] + "…"
 
 
 def print_error(kind: str, message: str, *, as_json: bool) -> None:

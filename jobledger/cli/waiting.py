@@ -44,7 +44,7 @@ def showing_progress(app: App, job_id: str, *, quiet: bool) -> Iterator[None]:
 
 
 def _follow(app: App, job_id: str, bar: Progress, line: TaskID, over: threading.Event) -> None:
-    from jobledger.cli.facts import progress
+    from jobledger.views.facts import progress
 
     while not over.wait(LOOK_S):
         # The block, which waits for the job, reports such an error itself.

@@ -1,4 +1,4 @@
-"""``jobledger web`` and ``jobledger web-token``: the HTTP API as a service of its own, and the tokens of its users."""
+"""``jobledger web`` and ``jobledger web-token``: the HTTP API and the dashboard as a service, and its tokens."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def web(
     status_url: StatusUrl = None,
     log_format: LogFormat = None,
 ) -> None:
-    """Serve the HTTP API: jobs, plans, queues and tasks, and a stream of events.
+    """Serve the HTTP API and, for browsers, the dashboard.
 
     Without --tokens and --proxy-header it answers only on this machine, where everybody is an admin.
 

@@ -16,7 +16,7 @@ PACKAGES = {
     "postgres": ("psycopg",),
     "registry": ("httpx2",),
     "otel": ("opentelemetry",),
-    "web": ("fastapi", "sse_starlette", "uvicorn"),
+    "web": ("fastapi", "jinja2", "jinja2_fragments", "sse_starlette", "uvicorn"),
 }
 
 

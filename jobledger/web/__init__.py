@@ -1,4 +1,4 @@
-"""The HTTP API, as an ASGI app: jobs, plans, queues and tasks over HTTP, and a stream of events.
+"""The HTTP API and the dashboard, as an ASGI app: jobs, plans, queues and tasks over HTTP, and a stream of events.
 
 This package owns who may do what over HTTP, and the form of requests and answers. It reads the status table and the
 log, and changes something only through the app: it writes no records itself, and does not know the command line.
@@ -10,14 +10,16 @@ from jobledger.process.extras import missing
 
 try:
     import fastapi as _fastapi
+    import jinja2_fragments as _pages
     import sse_starlette as _sse
 except ImportError as exc:
     raise missing("web", exc) from exc
 
 from jobledger.web.access import Permit, Role, TrustedProxy, User, UserOf
 from jobledger.web.application import create_app
+from jobledger.web.dashboard import Dashboard
 from jobledger.web.tokens import TokenFile
 
-__all__ = ["Permit", "Role", "TokenFile", "TrustedProxy", "User", "UserOf", "create_app"]
+__all__ = ["Dashboard", "Permit", "Role", "TokenFile", "TrustedProxy", "User", "UserOf", "create_app"]
 
-del _fastapi, _sse
+del _fastapi, _pages, _sse

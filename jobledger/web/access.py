@@ -1,11 +1,12 @@
 """Who asks, and what they may do. `ROUTES` is the one table of roles; a route that is not in a table is refused.
 
-Ways in, in this order: a bearer token, a header of a trusted proxy, a function of the app that mounts the API, or, for
-a service that only this machine can reach, this machine's user.
+Ways in, in this order: a token (from a browser as the password of any name), a header of a trusted proxy, a function of
+the app that mounts the API, or, for a service that only this machine can reach, this machine's user.
 """
 
 from __future__ import annotations
 
+import base64
 import inspect
 import ipaddress
 from collections.abc import Awaitable, Callable, Collection, Mapping
@@ -184,6 +185,11 @@ class Guard:
         self._routes = {key: action for table in routes for key, action in table.items()}
         self._me = User(who(), Role.ADMIN)
 
+    @property
+    def asks_for_tokens(self) -> bool:
+        """Whether a token is a way in."""
+        return self._access.tokens is not None
+
     def action(self, method: str, path: str) -> Action | None:
         """Return the action of a route; None if it needs no user. Raises `KeyError` for a route without a rule."""
         return self._routes[f"{'GET' if method == 'HEAD' else method} {path}"]
@@ -220,15 +226,17 @@ class Guard:
         """Return the user, and whether a token says so: no browser sends a token along by itself."""
         access, user = self._access, None
         scheme, _, text = request.headers.get("authorization", "").partition(" ")
-        if access.tokens is not None and scheme.lower() == "bearer":
+        if access.tokens is not None and scheme.lower() in ("bearer", "basic"):
+            basic = scheme.lower() == "basic"
             try:
-                user = access.tokens.user_of(text.strip())
+                user = access.tokens.user_of(_password(text) if basic else text.strip())
             except ConfigError as exc:
                 LOG.error("%s", text_of(exc))
                 raise Problem(503, "the service cannot read its file of tokens", headers={"Retry-After": "30"}) from exc
             if user is None:
                 raise _unknown("the token is not known, or was revoked")
-            return user, True
+            # A browser sends a password along with requests that other sites cause.
+            return user, not basic
         if access.proxy is not None:
             user = access.proxy.user(request)
         if user is None and access.user is not None:
@@ -241,6 +249,14 @@ class Guard:
                 "give a token: Authorization: Bearer …" if access.tokens is not None else "nobody is logged in"
             )
         return user, False
+
+
+def _password(text: str) -> str:
+    """Return the password of the scheme ``Basic``: browsers ask for a token in this form. Empty if it cannot be read."""
+    try:
+        return base64.b64decode(text.strip(), validate=True).decode().partition(":")[2].strip()
+    except ValueError:
+        return ""
 
 
 async def admitted(request: Request) -> User:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
 from functools import cache
 from typing import Any
@@ -17,6 +17,7 @@ from jobledger.app import App
 from jobledger.errors import ConfigError
 from jobledger.web import control, events, jobs, plans, problems, system
 from jobledger.web.access import ROUTES, Access, Guard, Permit, TrustedProxy, UserOf, admitted
+from jobledger.web.dashboard import RULES, Dashboard, add_dashboard
 from jobledger.web.documents import describe, parameters
 from jobledger.web.problems import Problem
 from jobledger.web.services import Services
@@ -49,36 +50,41 @@ def create_app(
     proxy: TrustedProxy | None = None,
     local: bool = False,
     origins: Collection[str] = (),
+    dashboard: Dashboard | None = Dashboard(),  # noqa: B008  # frozen
 ) -> FastAPI:
-    """Return the HTTP API of an app as an ASGI app, to be served alone or mounted in another one.
+    """Return the HTTP API and the pages of an app as an ASGI app, to be served alone or mounted in another one.
 
     ``prefix``: the path at which clients find it, such as ``/jobs``; links begin with it. ``user``: returns the `User`
     of a request, or None. ``permit(user, action, target)``: returns whether a user may do something that the user's
     role allows. ``tokens``: bearer tokens. ``proxy``: a proxy that names the user in a header. ``local``: everybody who
     reaches the service is this machine's user, as an admin; only for a server that listens on a loopback address.
     ``origins``: origins such as ``https://jobs.example.org`` of pages that may change something, beside the address in
-    the header ``Host``. Raises `ConfigError` if nothing says who asks.
+    the header ``Host``. ``dashboard``: options of the pages; None: no pages. Raises `ConfigError` if nothing says who
+    asks.
 
     The API uses the app's connections; close them with `App.close` after the server has stopped.
     """
     if prefix and (not prefix.startswith("/") or prefix.endswith("/") or "?" in prefix or "#" in prefix):
         raise ConfigError(f"prefix={prefix!r} must begin with a slash and not end with one, for example /jobs")
-    guard = Guard(Access(tokens, proxy, user, permit, local, origins), ROUTES)
+    guard = Guard(Access(tokens, proxy, user, permit, local, origins), ROUTES, RULES)
     shared = Services(app, guard)
+    closers: list[Callable[[], None]] = [shared.records.close]
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        shared.records.close()
+        for close in closers:
+            close()
 
     api = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan)
     api.state.services, api.state.guard = shared, guard
     problems.install(api)
     api.add_exception_handler(405, _wrong_method)
-    # A dashboard is one more router, with the dependency `admitted`, and a table like `ROUTES` for the guard. The routers
-    # have their whole paths themselves, because the tables name whole paths.
+    # The routers have their whole paths themselves, because the tables of roles name whole paths.
     for router in ROUTERS:
         api.include_router(router, dependencies=[Depends(admitted), Depends(_known_parameters)])
+    if dashboard is not None:
+        closers.append(add_dashboard(api, app, guard, prefix, dashboard))
     api.openapi = _document  # type: ignore[method-assign]  # how FastAPI's documentation replaces it
     api.add_middleware(_Edge, prefix=prefix)
     return api

@@ -240,6 +240,7 @@ PYTHON: Mapping[str, Sequence[Snippet]] = {
             check=hooks,
         ),
     ],
+    "docs/dashboard.md": [Snippet("create_app(", names={"who_asks": lambda request: None})],
     "docs/http-api.md": [
         Snippet("create_app(", names={"current_user": lambda request: request.headers.get("user")}, check=mounted)
     ],

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from jobledger import errors
 from jobledger import job as fold
-from jobledger.cli import facts, output
+from jobledger.cli import output
 from jobledger.cli.commands import Wrong, moment_ms
 from jobledger.cli.events import Line, _json_line, _Printer, newest
 from jobledger.cli.job_views import fields, row
@@ -39,6 +39,7 @@ from jobledger.streams.projections.projection_store import ProjectionStore, offs
 from jobledger.streams.status.row_folder import RowFolder
 from jobledger.streams.status.store.rows import key_text
 from jobledger.streams.status.store.sqlite import SqliteStore
+from jobledger.views import facts
 from jobledger.views.jobs import fact_json, status_json
 from jobledger.views.values import iso, jsonable
 

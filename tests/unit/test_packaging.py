@@ -336,6 +336,10 @@ def test_the_wheel_has_every_module_and_only_the_folder_jobledger(tmp_path: Path
             if not (source / top / inside.parts[0]).is_symlink():
                 assert f"{package.replace('.', '/')}/{inside}" in names
     assert {"jobledger/py.typed", "jobledger/schemas/job_event.avsc"} <= names
+    pages = source / "jobledger" / "web" / "pages"
+    shown = [path for folder in ("templates", "static") for path in (pages / folder).rglob("*") if path.is_file()]
+    assert shown
+    assert {f"jobledger/web/pages/{path.relative_to(pages)}" for path in shown} <= names
 
 
 def test_the_source_distribution_has_docs_and_tests(tmp_path: Path) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
-from jobledger.cli.output import clock, duration, shorten
 from jobledger.process.wording import counted
 from jobledger.schemas import events as e
+from jobledger.views.words import clock, duration, shorten
 
 #: One colour for each fact. Facts that are not listed are only internal to Jobledger; they are dim.
 FACT_STYLES: Mapping[str, str] = {
@@ -41,12 +41,13 @@ def style(fact: e.Fact) -> str:
     return FACT_STYLES.get(e.fact_name(fact), "dim")
 
 
-def describe(fact: object, *, most: int = 100) -> str:
-    """Return a fact's details beyond its name, on one line of at most ``most`` characters."""
-    return shorten(_describe(fact), most)
+def describe(fact: object, *, most: int = 100, moment: Callable[[int], str] = clock) -> str:
+    """Return a fact's details beyond its name, on one line of at most ``most`` characters. ``moment``: formats a time,
+    in microseconds since the epoch."""
+    return shorten(_describe(fact, moment), most)
 
 
-def _describe(fact: object) -> str:
+def _describe(fact: object, moment: Callable[[int], str]) -> str:
     match fact:
         case e.JobSubmitted(redrive=e.Redrive(by=by, reason=reason, plan=plan), spec=spec):
             through = "" if plan is None else f", plan {plan}"
@@ -59,9 +60,9 @@ def _describe(fact: object) -> str:
             e.JobSubmitted(spec=spec, delay_ms=delay_ms, due_at=due_at)
             | e.ReleaseRequested(spec=spec, delay_ms=delay_ms, due_at=due_at)
         ):
-            return _condition(delay_ms, due_at) + _spec(spec)
+            return _condition(delay_ms, due_at, moment) + _spec(spec)
         case e.JobDue(due_at=due_at) | e.ReleaseDecided(due_at=due_at) | e.ReleaseOverdue(due_at=due_at):
-            return f"due {clock(due_at)}"
+            return f"due {moment(due_at)}"
         case e.JobStarted(worker=worker, takeover=takeover, version=version, waits=waits):
             waited = ", ".join(f"{duration(ms / 1000)} ({cause})" for cause, ms in waits.items())
             return (
@@ -83,7 +84,7 @@ def _describe(fact: object) -> str:
         case e.JobCancelledFact(by=by, reason=reason):
             return f"by {by}" + (f": {reason}" if reason else "")
         case e.JobExpiredFact(expired_at=expired_at):
-            return f"at {clock(expired_at)}"
+            return f"at {moment(expired_at)}"
         case e.JobLeased(worker=worker, lease_ms=lease_ms) | e.LeaseRenewed(worker=worker, lease_ms=lease_ms):
             return f"by {worker} for {duration(lease_ms / 1000)}" if lease_ms else f"given back by {worker}"
         case e.Leased(worker=worker, lease_ms=lease_ms, crashes=crashes):
@@ -134,9 +135,9 @@ def progress(done: int, total: int | None, message: str | None) -> str:
     return (str(done) if total is None else f"{done}/{total}{percent}") + (f" {message}" if message else "")
 
 
-def _condition(delay_ms: int | None, due_at: int | None) -> str:
+def _condition(delay_ms: int | None, due_at: int | None, moment: Callable[[int], str]) -> str:
     if due_at is not None:
-        return f"due {clock(due_at)} "
+        return f"due {moment(due_at)} "
     return "" if delay_ms is None else f"in {duration(delay_ms / 1000)} "
 
 

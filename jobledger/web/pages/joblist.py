@@ -1,0 +1,260 @@
+"""What the page of jobs shows: a page of rows, numbers beside the states, the fields of the form; and the preview of an
+action on all jobs of a filter."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jobledger.errors import JobNotFound
+from jobledger.job import JobStatus, State
+from jobledger.views.facts import progress
+from jobledger.views.words import duration, relative
+from jobledger.web.pages.filters import LABELS, JobFilters
+from jobledger.web.pages.render import short
+from jobledger.web.pages.sources import Counted, Number, Sources
+
+#: Number of rows on a page, of examples in a preview, and of values that a field suggests.
+PAGE, EXAMPLES, CHOICES_MOST = 50, 10, 200
+_OPEN = tuple(state.value for state in State if not state.ended)
+#: The states that an action is about, and those that it chooses without a filter by state.
+SCOPES: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "redrive": (("failed", "cancelled", "expired"), ("failed",)),
+    "cancel": (_OPEN, _OPEN),
+}
+#: The fields of the form in their order, and number of the first ones, which are always shown.
+FIELDS = (
+    *("task", "queue", "tag", "since", "error", "key"),
+    *("until", "late", "id_prefix", "version", "fingerprint", "attempts_least"),
+)
+FIRST = 6
+#: Examples of values in the form.
+HINTS: Mapping[str, str] = {
+    "tag": "name=value",
+    "since": "2h",
+    "until": "2026-01-31T14:05",
+    "late": "10m",
+    "attempts_least": "3",
+    "error": "builtins.ValueError",
+}
+
+
+@dataclass(frozen=True)
+class JobRow:
+    """A job in a list. ``took``: how long its last attempt ran. ``about``: the most useful detail in its state."""
+
+    job_id: str
+    task: str
+    queue: str
+    state: str
+    attempt: int
+    run: int
+    submitted: dt.datetime | None
+    took: str
+    about: str
+
+
+@dataclass(frozen=True)
+class Field:
+    """A field of the form. ``problem``: what is wrong with its value. ``more``: it is shown only on demand."""
+
+    id: str
+    name: str
+    label: str
+    value: str
+    hint: str = ""
+    problem: str = ""
+    choices: Sequence[str] = ()
+    more: bool = False
+
+
+@dataclass(frozen=True)
+class JobList:
+    """The page of jobs. ``chips``: each state with the number of jobs; ``chips_ignored``: filters that these numbers do
+    not follow. ``next``: the query of the next page; None: this is the last one."""
+
+    filters: JobFilters
+    jobs: Sequence[JobRow]
+    count: Counted
+    chips: Sequence[tuple[str, int]]
+    chips_ignored: Sequence[str]
+    chips_of: str
+    fields: Sequence[Field]
+    problems: Sequence[tuple[str, str]]
+    query: str
+    next: str | None
+    after: str | None
+    order: str
+    note: str = ""
+    page: int = PAGE
+
+    @property
+    def redrivable(self) -> bool:
+        """Whether a redrive can be about these jobs."""
+        return _scoped(self.filters, "redrive")
+
+    @property
+    def cancellable(self) -> bool:
+        """Whether a cancel can be about these jobs."""
+        return _scoped(self.filters, "cancel")
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What an action on all jobs of a filter would do."""
+
+    action: str
+    title: str
+    button: str
+    explained: str
+    count: Counted
+    words: Sequence[tuple[str, str]]
+    examples: Sequence[JobRow]
+    query: str
+    queues: Sequence[str]
+    possible: bool
+    problem: str = ""
+    chosen_queue: str = ""
+    rate: str = ""
+
+
+def job_list(sources: Sources, filters: JobFilters, after: str | None, now_ms: int) -> JobList:
+    """Return a page of jobs, from at most four queries of the status table. ``after``: the last job of the page before.
+    Raises `StoreError`."""
+    wanted = filters.table(now_ms)
+    note = ""
+    try:
+        statuses = sources.table.jobs(after=after, limit=PAGE + 1, **wanted)
+    except JobNotFound:
+        note = f"The page cannot begin after the job {after!r}: the table does not know it any more. These are the newest jobs."
+        after, statuses = None, sources.table.jobs(limit=PAGE + 1, **wanted)
+    rows = [job_row(status) for status in statuses[:PAGE]]
+    counts = sources.table.counts()
+    tasks = sorted({each.task for each in counts} | set(sources.app.tasks))
+    queues = sorted({each.queue for each in counts} | set(sources.app.queues))
+    chips = {state.value: 0 for state in State}
+    for each in counts:
+        if filters.texts.get("task", each.task) == each.task and filters.texts.get("queue", each.queue) == each.queue:
+            chips[each.state.value] += each.jobs
+    followed = [name for name in ("task", "queue") if name in filters.texts]
+    more = len(statuses) > PAGE
+    return JobList(
+        filters=filters,
+        jobs=rows,
+        count=sources.count(wanted) if filters.any else Number(sum(chips.values()), True),
+        chips=list(chips.items()),
+        chips_ignored=[LABELS[name].lower() for name in filters.names if name not in ("state", "task", "queue")],
+        chips_of=f" of this {' and '.join(followed)}" if followed else "",
+        fields=fields(filters, {"task": tasks, "queue": queues}),
+        problems=[(LABELS[name], text) for name, text in filters.problems.items()],
+        query=filters.query(),
+        next=filters.query(after=rows[-1].job_id) if more and rows else None,
+        after=after,
+        order="By id, the greatest first" if "id_prefix" in filters.texts else "The newest submission first",
+        note=note,
+    )
+
+
+def job_row(status: JobStatus) -> JobRow:
+    """Return a job's row."""
+    return JobRow(
+        status.job_id,
+        status.task,
+        status.queue,
+        status.state.value,
+        status.attempt,
+        status.run,
+        status.submitted_at,
+        "" if status.duration is None else duration(status.duration),
+        _about(status),
+    )
+
+
+def _about(status: JobStatus) -> str:
+    state = status.state.value
+    if state in ("scheduled", "retrying") and status.due_at is not None:
+        why = f", after {status.error.type.rpartition('.')[2]}" if status.error is not None else ""
+        return f"due {relative(status.due_at)}{why}"
+    if state == "running" and status.progress is not None:
+        return short(progress(status.progress.done, status.progress.total, status.progress.message), 60)
+    if state == "failed" and status.error is not None:
+        return short(f"{status.error.type.rpartition('.')[2]}: {status.error.message}", 120)
+    return short(status.reason, 120) if status.reason else ""
+
+
+def fields(filters: JobFilters, choices: Mapping[str, Sequence[str]]) -> list[Field]:
+    """Return the fields of the form, with the values as they were written. There is one empty field for a further
+    tag."""
+    found = []
+    for name in FIELDS:
+        values = list(filters.given.get(name, ()))
+        for number, value in enumerate([*values, ""] if name == "tag" else [values[-1] if values else ""]):
+            found.append(
+                Field(
+                    f"{name}{number}" if name == "tag" else name,
+                    name,
+                    LABELS[name] if not number else f"{LABELS[name]} {number + 1}",
+                    value,
+                    HINTS.get(name, ""),
+                    filters.problems.get(name, "") if not number else "",
+                    list(choices.get(name, ()))[:CHOICES_MOST],
+                    name not in FIELDS[:FIRST],
+                )
+            )
+    return found
+
+
+def _scoped(filters: JobFilters, action: str) -> bool:
+    return not filters.states or set(filters.states) <= set(SCOPES[action][0])
+
+
+def scoped(filters: JobFilters, action: str, now_ms: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the conditions of an action for the app and for the table: with the states that the action is about, if the
+    filter names none."""
+    states = list(filters.states) or list(SCOPES[action][1])
+    return {**filters.where(), "state": states}, {**filters.table(now_ms), "state": states}
+
+
+def preview(sources: Sources, action: str, filters: JobFilters, now_ms: int, problem: str = "") -> Preview:
+    """Return what an action would do, from two queries of the status table. Raises `StoreError`."""
+    problem = problem or refusal(filters, action)
+    possible = not refusal(filters, action)
+    _, wanted = scoped(filters, action, now_ms)
+    count: Counted = sources.count(wanted) if possible else Number(0, True)
+    number = f"{count.jobs:,}{'' if count.exact else ' or more'} {'job' if count.jobs == 1 else 'jobs'}"
+    words = filters.words()
+    if not filters.states:
+        words.insert(0, (LABELS["state"], ", ".join(SCOPES[action][1])))
+    redrive = action == "redrive"
+    return Preview(
+        action,
+        f"{'Redrive' if redrive else 'Cancel'} jobs",
+        f"{'Redrive' if redrive else 'Cancel'} {number}",
+        "Each of these jobs runs again, as the next run of the same id. The list of the jobs is written to the log first; "
+        "a job that has changed meanwhile is skipped."
+        if redrive
+        else "A waiting job is not started, and a running job is asked to stop. The list of the jobs is written to the log "
+        "first; a job that has ended meanwhile is skipped.",
+        count,
+        words,
+        [job_row(each) for each in sources.table.jobs(limit=EXAMPLES, **wanted)] if possible else [],
+        filters.query(),
+        sorted(sources.app.queues),
+        possible,
+        problem,
+    )
+
+
+def refusal(filters: JobFilters, action: str) -> str:
+    """Return why an action on all jobs of a filter is refused; an empty text: it is possible. A filter that cannot be
+    used must not make the action one on more jobs."""
+    if filters.problems:
+        name, text = next(iter(filters.problems.items()))
+        return f"{LABELS[name]}: {text} Nothing is done with a filter that cannot be used."
+    if not filters.any:
+        return "There is no filter, and an action on all jobs is refused. Choose the jobs first."
+    if not _scoped(filters, action):
+        return f"Only jobs that are {', '.join(SCOPES[action][0])} can be chosen for this. Choose these states only."
+    return ""

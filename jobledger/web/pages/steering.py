@@ -1,0 +1,247 @@
+"""What the pages of queues, tasks, plans, errors and dead letters show."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jobledger.client.commands import Standing
+from jobledger.definitions.policy import Limits
+from jobledger.errors import PlanNotFound, RegistryNeeded, SchemaError
+from jobledger.job import State
+from jobledger.plan import PlanStatus
+from jobledger.process.wording import counted
+from jobledger.schemas.events import DeadLettered, Recorded, RecordRejected
+from jobledger.web.pages.sources import ErrorGroup, Outcome, Sources
+
+#: Number of plans and of dead letters on a page.
+PLANS_MOST, LETTERS_MOST = 100, 50
+#: Number of bytes of a rejected record, and of characters of an error, that are shown.
+RAW_MOST, WHY_MOST = 400, 500
+#: The periods of the page of errors.
+PERIODS = (("1h", "1 hour"), ("24h", "24 hours"), ("7d", "7 days"), ("all", "All"))
+
+
+@dataclass(frozen=True)
+class ControlRow:
+    """A queue or a task. ``rate``, ``concurrency``: the limits in force, for the form. ``declared``: this app has it, so
+    commands about it are possible."""
+
+    name: str
+    queue: str | None
+    queued: int
+    running: int
+    retrying: int
+    failed: int
+    oldest_ms: int | None
+    limits: str
+    limited: str | None
+    paused: str | None
+    rate: str
+    concurrency: str
+    declared: bool
+
+
+@dataclass(frozen=True)
+class Control:
+    """The page of queues and tasks. ``problem``: why the commands in force are not known."""
+
+    queues: Sequence[ControlRow]
+    tasks: Sequence[ControlRow]
+    problem: str | None
+    said: str = ""
+
+
+def control(sources: Sources, said: str = "") -> Control:
+    """Return the page of queues and tasks, from two queries of the status table and one read of the control topic."""
+    app, outcome = sources.app, sources.standing()
+    standing: Mapping[tuple[str, str], Standing] = outcome.value or {}
+    queues = []
+    known_queues = {each.queue: each for each in sources.queues()}
+    for name in sorted({*known_queues, *(n for kind, n in standing if kind == "queue")}):
+        summary = known_queues.get(name)
+        numbers = {"depth": 0, "running": 0, "retrying": 0, "failed": 0}
+        if summary is not None:
+            numbers = {each: getattr(summary, each) for each in numbers}
+        in_code = app.queues[name].limits if name in app.queues else Limits()
+        queues.append(
+            _row(
+                name,
+                None,
+                (numbers["depth"], numbers["running"], numbers["retrying"], numbers["failed"]),
+                None if summary is None else summary.oldest_ms,
+                in_code,
+                standing.get(("queue", name)),
+                name in app.queues,
+            )
+        )
+    return Control(queues, _tasks(sources, standing), outcome.problem, said)
+
+
+def _tasks(sources: Sources, standing: Mapping[tuple[str, str], Standing]) -> list[ControlRow]:
+    app = sources.app
+    numbers: dict[str, dict[str, int]] = {name: {} for name in app.tasks}
+    queue_of: dict[str, str] = {name: task.queue for name, task in app.tasks.items()}
+    for each in sources.table.counts():
+        states = numbers.setdefault(each.task, {})
+        states[each.state.value] = states.get(each.state.value, 0) + each.jobs
+        queue_of.setdefault(each.task, each.queue)
+    for kind, name in standing:
+        if kind == "task":
+            numbers.setdefault(name, {})
+    wanted = (State.QUEUED, State.RUNNING, State.RETRYING, State.FAILED)
+    return [
+        _row(
+            name,
+            queue_of.get(name),
+            tuple(states.get(state.value, 0) for state in wanted),
+            None,
+            app.tasks[name].policy.limits if name in app.tasks else Limits(),
+            standing.get(("task", name)),
+            name in app.tasks,
+        )
+        for name, states in sorted(numbers.items())
+    ]
+
+
+def _row(
+    name: str,
+    queue: str | None,
+    numbers: Sequence[int],
+    oldest_ms: int | None,
+    in_code: Limits,
+    standing: Standing | None,
+    declared: bool,
+) -> ControlRow:
+    limits = standing.limits if standing is not None and standing.limits is not None else in_code
+    parts = []
+    if limits.rate is not None:
+        parts.append(f"{limits.rate:g} starts/s")
+    if limits.concurrency is not None:
+        parts.append(f"{counted(limits.concurrency, 'job')} at once")
+    return ControlRow(
+        name,
+        queue,
+        *numbers,
+        oldest_ms,
+        ", ".join(parts),
+        None if standing is None else standing.limited,
+        None if standing is None else standing.paused,
+        "" if limits.rate is None else f"{limits.rate:g}/s",
+        "" if limits.concurrency is None else str(limits.concurrency),
+        declared,
+    )
+
+
+@dataclass(frozen=True)
+class PlanPage:
+    """The page of one plan. ``plan``: None while the status table has not read it. ``where``: its conditions."""
+
+    id: str
+    plan: PlanStatus | None
+    where: Any
+    said: str = ""
+
+
+def plan_page(sources: Sources, plan_id: str, *, new: bool, said: str = "") -> PlanPage:
+    """Return the page of a plan. ``new``: it was made just now, so that the table may not have it. Raises
+    `PlanNotFound`."""
+    try:
+        plan = sources.table.plan(plan_id)
+    except PlanNotFound:
+        if not new:
+            raise
+        return PlanPage(plan_id, None, None, said)
+    try:
+        where = json.loads(plan.where)
+    except ValueError:
+        where = plan.where
+    return PlanPage(plan_id, plan, where, said)
+
+
+@dataclass(frozen=True)
+class Errors:
+    """The page of errors. ``groups``: None if this version has none. ``successes``: the last success of each task."""
+
+    groups: Sequence[ErrorGroup] | None
+    successes: Mapping[str, Any]
+    period: str
+    full: bool
+    problem: str = ""
+    periods: Sequence[tuple[str, str]] = PERIODS
+
+
+def errors(sources: Sources, period: str, since_ms: int | None, most: int, problem: str = "") -> Errors:
+    """Return the page of errors. Raises `StoreError`."""
+    groups = sources.errors(since_ms)
+    tasks = sorted({task for group in groups or () for task in group.tasks})
+    return Errors(groups, sources.last_success(tasks), period, groups is not None and len(groups) >= most, problem)
+
+
+@dataclass(frozen=True)
+class Letter:
+    """A dead letter. ``job_id``: of a failed job; empty: a rejected record. ``raw``: the begin of its bytes."""
+
+    job_id: str
+    task: str
+    what: str
+    why: str
+    key: str
+    raw: str
+    at: int
+    position: str
+
+
+@dataclass(frozen=True)
+class Letters:
+    """The page of dead letters. ``most``: how many are shown."""
+
+    letters: Sequence[Letter]
+    topic: str
+    problem: str | None
+    most: int = LETTERS_MOST
+
+
+def letters(sources: Sources) -> Letters:
+    """Return the last dead letters, the newest first: at most `LETTERS_MOST` records of each partition are read."""
+    topic = sources.app.names.dead_letter
+    outcome: Outcome = sources.from_log(lambda: _last(sources, topic))
+    return Letters(outcome.value or [], topic, outcome.problem)
+
+
+def _last(sources: Sources, topic: str) -> list[Letter]:
+    from jobledger.kafka.clients import partitions_of, position_of
+    from jobledger.log.reading import LogReader, recorded
+    from jobledger.log.schema_lookup import decoder
+
+    settings = sources.app.settings
+    decode = decoder(settings, sources.app.names).decode
+    found: list[Letter] = []
+    with LogReader(settings) as reader:
+        for partition in range(partitions_of(settings, topic)):
+            low, high = reader.bounds(topic, partition)
+            for message in reader.read(topic, partition, max(low, high - LETTERS_MOST), high):
+                try:
+                    found.append(letter(recorded(message, decode)))
+                except (SchemaError, RegistryNeeded) as exc:
+                    at = message.timestamp()[1]
+                    found.append(Letter("", "", "unreadable record", str(exc), "", "", at, str(position_of(message))))
+            found.sort(key=lambda each: each.at, reverse=True)
+            del found[LETTERS_MOST:]
+    return found
+
+
+def letter(record: Recorded) -> Letter:
+    """Return a record of the topic of dead letters as it is shown."""
+    event, fact, at, position = record.event, record.event.fact, record.appended_ms, str(record.position)
+    if isinstance(fact, DeadLettered):
+        why = f"{fact.reason}: {fact.error.type}: {fact.error.message}"[:WHY_MOST]
+        return Letter(event.job_id, event.task, "job", why, "", "", at, position)
+    if isinstance(fact, RecordRejected):
+        what = f"rejected record {fact.topic}[{fact.partition}]@{fact.offset}"
+        raw = "" if fact.raw_value is None else fact.raw_value[:RAW_MOST].decode("utf-8", "backslashreplace")
+        key = "" if fact.raw_key is None else fact.raw_key[:80].decode("utf-8", "backslashreplace")
+        return Letter("", "", what, fact.error[:WHY_MOST], key, raw, at, position)
+    return Letter(event.job_id, event.task, "record", type(fact).__name__, "", "", at, position)

@@ -1,0 +1,231 @@
+"""The pages in Chromium: no violation of the Content-Security-Policy, nothing that people with disabilities could not
+use, and the way from a failed job to its redrive by the keyboard alone, with a real broker."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobledger import App, Settings
+from jobledger.kafka.topics import ensure
+from jobledger.schemas import events as ev
+from jobledger.streams.status.store import open_store
+from jobledger.web import Role
+from tests.pages import pages, seeded, served, shop
+from tests.patience import PATIENCE
+
+playwright = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
+
+CHROMIUM = os.environ.get("JOBLEDGER_TEST_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium: apt-get install chromium")
+
+AXE = Path(__file__).parents[1] / "vendor" / "axe-core" / "axe.min.js"
+#: Sizes of the window, and the colours.
+VIEWS = {
+    "light": ({"width": 1280, "height": 900}, "light"),
+    "dark": ({"width": 1280, "height": 900}, "dark"),
+    "phone": ({"width": 360, "height": 740}, "light"),
+}
+#: Counts each violation of the policy, before the page's own scripts run.
+WATCH = """
+window.violations = [];
+document.addEventListener("securitypolicyviolation", (e) => violations.push(`${e.violatedDirective} ${e.blockedURI}`));
+"""
+RUN_AXE = """
+axe.run(document, {resultTypes: ["violations"]}).then((found) => found.violations
+  .filter((each) => ["serious", "critical"].includes(each.impact))
+  .map((each) => `${each.id}: ${each.nodes.map((node) => node.target).join(", ")}`))
+"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium, as Debian has it."""
+    with playwright.sync_playwright() as started:
+        root = ["--no-sandbox"] if os.geteuid() == 0 else []
+        made = started.chromium.launch(executable_path=CHROMIUM, args=[*root, "--disable-gpu"])
+        yield made
+        made.close()
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, App]]:
+    """The pages over 1,000 seeded jobs, without a broker."""
+    with closing(shop(seeded(tmp_path_factory.mktemp("pages"), 1_000))) as app, served(pages(app)) as base:
+        yield base, app
+
+
+@contextmanager
+def opened(browser: Any, view: str, **options: Any) -> Iterator[Any]:
+    """Yield a page of the browser in one of `VIEWS`."""
+    size, colours = VIEWS[view]
+    context = browser.new_context(viewport=size, color_scheme=colours, **options)
+    context.set_default_timeout(15_000 * PATIENCE)
+    try:
+        page = context.new_page()
+        page.add_init_script(WATCH)
+        yield page
+    finally:
+        context.close()
+
+
+@pytest.mark.parametrize("view", list(VIEWS))
+def test_each_page_keeps_the_policy_and_can_be_used_by_everybody(
+    browser: Any, address: tuple[str, App], view: str
+) -> None:
+    """In light and dark and at the width of a phone: no violation of the policy, nothing serious found by axe, no error of
+    a script, and no page that is wider than the window."""
+    base, app = address
+    bad = next(app.jobs(state="failed", limit=1))
+    paths = [
+        "/",
+        "/jobs?state=failed&tag=tier%3Dfree&since=x",
+        f"/jobs/{bad.job_id}",
+        "/errors?since=all",
+        "/queues",
+        "/workers",
+    ]
+    paths += ["/dead-letters", "/plans", "/bulk/redrive?state=failed", "/jobs/nobody"]
+    with opened(browser, view) as page:
+        errors: list[str] = []
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        for path in paths:
+            page.goto(base + path, wait_until="load")
+            page.wait_for_function(
+                "document.documentElement.dataset.live !== undefined || !document.getElementById('live').dataset.events"
+            )
+            assert page.evaluate("window.violations") == [], path
+            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), f"{path} is too wide"
+            page.evaluate(AXE.read_text("utf-8"))
+            assert page.evaluate(RUN_AXE) == [], path
+        assert errors == []
+
+
+def test_pages_and_forms_work_without_scripts(browser: Any, address: tuple[str, App]) -> None:
+    """With JavaScript off, a filter can be sent, its jobs can be read, and the preview of an action can be reached."""
+    base, app = address
+    with opened(browser, "light", java_script_enabled=False) as page:
+        page.goto(f"{base}/jobs")
+        page.get_by_label("Queue", exact=True).fill("mail")
+        page.get_by_role("checkbox", name="failed").check()
+        page.get_by_role("button", name="Filter").click()
+        number = sum(1 for _ in app.jobs(queue="mail", state="failed"))
+        assert page.get_by_role("heading", name=f"{number} jobs match").is_visible()
+        page.get_by_role("link", name="Redrive these jobs").click()
+        assert page.get_by_role("button", name=f"Redrive {number} jobs").is_visible()
+
+
+def test_the_page_follows_the_table_until_it_is_paused(browser: Any, tmp_path: Path) -> None:
+    """A new job appears without a reload, an opened part of the page stays open, and a pause stops the updates. The
+    choice of colours is kept."""
+    from bench import seed_table
+
+    url = seeded(tmp_path, 200)
+    with closing(shop(url)) as app, served(pages(app)) as base, opened(browser, "light") as page:
+        page.goto(f"{base}/jobs?queue=mail")
+        before = page.locator("#list").inner_text()
+        page.get_by_role("button", name="Colours").click()
+        assert page.evaluate("document.documentElement.dataset.theme") == "light"
+        seed_table.fill(url, "shop", seed_table.Options(400, seed=8))
+        page.wait_for_function("text => document.getElementById('list').innerText !== text", arg=before)
+        page.get_by_role("button", name="Updates").click()
+        assert page.locator("#live-label").inner_text() == "Paused"
+        page.reload()
+        assert page.evaluate("document.documentElement.dataset.theme") == "light"
+
+
+@pytest.mark.kafka
+def test_from_a_failed_job_to_its_redrive_by_the_keyboard(
+    browser: Any, broker: str, namespace: str, tmp_path: Path
+) -> None:
+    """With the keyboard alone: the list of failed jobs, the job with its timeline from the log, a reason, the button. The
+    plan is in the log, with the user's name and the reason."""
+    url = f"sqlite:///{tmp_path / 'status.db'}"
+    app = App(namespace, settings=Settings(bootstrap=broker, status_url=url))
+
+    @app.task
+    def charge(order: int) -> None: ...
+
+    ensure(app, app.settings)
+    job_id = fail(app, url)
+    with closing(app), served(pages(app, Role.OPERATE)) as base, opened(browser, "light") as page:
+        page.goto(f"{base}/jobs?state=failed")
+        tab_to(page, "a", job_id)
+        page.keyboard.press("Enter")
+        page.wait_for_url("**/jobs/*")
+        assert page.get_by_role("img", name="ran for").is_visible()
+        assert page.get_by_text('"order": 7').first.is_visible()
+        tab_to(page, "#redrive-reason")
+        page.keyboard.type("the gateway is back")
+        tab_to(page, "button", "Redrive this job")
+        page.keyboard.press("Enter")
+        page.wait_for_url("**/plans/*")
+        assert "The plan is in the log" in page.get_by_role("status").first.inner_text()
+        assert page.evaluate("window.violations") == []
+    opened_facts = [fact for fact in facts(app) if isinstance(fact, ev.PlanOpened)]
+    assert [(fact.action, fact.by, fact.reason) for fact in opened_facts] == [
+        ("redrive", "alice", "the gateway is back")
+    ]
+
+
+def tab_to(page: Any, selector: str, text: str = "") -> None:
+    """Press Tab until the element has the focus."""
+    for _ in range(200):
+        page.keyboard.press("Tab")
+        if page.evaluate(
+            "([selector, text]) => document.activeElement.matches(selector) && document.activeElement.innerText.includes(text)",
+            [selector, text],
+        ):
+            return
+    raise AssertionError(f"no {selector} {text!r} can be reached with Tab")
+
+
+def fail(app: App, url: str) -> str:
+    """Submit a job, and write that it was started and failed. Fold its facts into a new table. Return its id."""
+    import uuid_utils
+
+    from jobledger.job import join, of
+    from jobledger.log.writer import LogWriter, Outgoing
+    from jobledger.schemas import codec
+    from jobledger.schemas.codec import Decoder
+    from jobledger.streams.status.row_folder import RowFolder
+
+    handle = app.tasks["charge"].submit(7)
+    error = ev.ErrorInfo("builtins.ConnectionError", "no answer", 'Traceback:\n  File "shop.py", line 3, in charge\n')
+    started = ev.JobStarted("host:1", "v1", {}, app.names.jobs("default"), handle.position.offset)
+    writer = LogWriter(app.settings, app.names, linger_ms=0.0)
+    try:
+        known: list[tuple[ev.Fact, ev.Position]] = [(ev.JobSubmitted(ev.JobSpec(b'{"order":7}')), handle.position)]
+        for fact in (started, ev.JobFailedFact("exhausted", error, 5)):
+            event = ev.JobEvent(
+                str(uuid_utils.uuid7()), handle.job_id, 1, 1, 1, 0, "charge", "default", None, None, "test", None, fact
+            )
+            (position,) = writer.send([Outgoing(app.names.lifecycle, codec.encode(event), handle.job_id)])
+            known.append((fact, position))
+    finally:
+        writer.close()
+    life = None
+    for number, (fact, at) in enumerate(known):
+        place = (1_764_547_200_000 + number, at.topic, at.partition, at.offset)
+        life = join(life, of(1, 1, 1, "charge", "default", None, fact, place))
+    assert life is not None
+    with open_store(url, app.names.namespace) as store:
+        store.acquire()
+        store.write(RowFolder(store, Decoder()).merge([(handle.job_id, life)]).changes)
+    return handle.job_id
+
+
+def facts(app: App) -> list[ev.Fact]:
+    """Return the facts of the topic of plans."""
+    from jobledger.log.reading import LogReader
+    from jobledger.log.schema_lookup import decoder
+
+    decode = decoder(app.settings, app.names).decode
+    with LogReader(app.settings) as reader:
+        return [decode(message.value()).fact for message in reader.read(app.names.plans, 0, 0)]  # type: ignore[arg-type]  # bytes
