@@ -73,13 +73,6 @@ def test_two_values_of_a_tag_are_a_problem() -> None:
     assert not filters.any
 
 
-def test_a_filter_that_the_table_lacks_is_named() -> None:
-    """The filter is not ignored silently."""
-    filters = parse([("until", "2h"), ("task", "send")], NOW_MS, lacking={"until"})
-    assert "does not have this filter" in filters.problems["until"]
-    assert filters.names == ("task",)
-
-
 def test_a_query_can_be_changed() -> None:
     """A parameter is added, replaced or removed; the others stay."""
     filters = parse([("task", "a b"), ("queue", "mail")], NOW_MS)

@@ -120,7 +120,7 @@ def _add_jobs(router: APIRouter, services: PageServices, sources: Sources) -> No
             # The form had all arguments, so those that are not there any more were removed.
             known = _known_arguments(services, sources, job_id)
             without = [name for name in known if name not in changes]
-        handle = sources.copy(job_id, args=changes, without=without, **asked)
+        handle = app.copy(job_id, args=changes, without=without, **asked)
         return _led(request, services, job_path(handle.job_id), "copy")
 
 
@@ -153,17 +153,17 @@ def _add_bulk(router: APIRouter, services: PageServices, sources: Sources, rende
     def bulk(request: Request, action: str, form: Form) -> Response:
         asked = _asked(request, services, form, "plans.make")
         now_ms = round(time.time() * 1000)
-        filters = parse(request.query_params.multi_items(), now_ms, sources.lacking)
+        filters = parse(request.query_params.multi_items(), now_ms)
         check_action(action)
         problem = refusal(filters, action)
         if not problem:
-            where, wanted = scoped(filters, action, now_ms)
+            where, _ = scoped(filters, action, now_ms)
             options = {**asked, "rate": form.get("rate")}
             try:
                 if action == "redrive":
                     plan = app.redrive(where=where, queue=form.get("queue"), **options)  # type: ignore[arg-type]  # checked by `App`
                 else:
-                    plan = sources.cancel_many(where, wanted, **options)
+                    plan = app.cancel_many(where=where, **options)  # type: ignore[arg-type]  # as above
             except ConfigError as exc:  # the form is shown again, with what is wrong
                 problem = str(exc)
             else:

@@ -6,7 +6,7 @@ A value that is wrong is reported, and the other filters stay in force.
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlencode
@@ -122,9 +122,8 @@ class JobFilters:
         return [(LABELS[name], ", ".join(self.given.get(name, ()))) for name in self.names]
 
 
-def parse(parameters: Iterable[tuple[str, str]], now_ms: int, lacking: Collection[str] = ()) -> JobFilters:
-    """Return the filters of a URL's parameters. Empty values and other parameters are left out. ``lacking``: filters
-    that the status table does not have."""
+def parse(parameters: Iterable[tuple[str, str]], now_ms: int) -> JobFilters:
+    """Return the filters of a URL's parameters. Empty values and other parameters are left out."""
     given: dict[str, list[str]] = {}
     problems: dict[str, str] = {}
     for name, value in parameters:
@@ -133,8 +132,6 @@ def parse(parameters: Iterable[tuple[str, str]], now_ms: int, lacking: Collectio
     for name, values in given.items():
         if too_long := [each for each in values if len(each) > VALUE_MOST]:
             problems[name] = f"The value has {len(too_long[0])} characters; {VALUE_MOST} are possible."
-        elif name in lacking:
-            problems[name] = "The status table of this version does not have this filter."
         elif name in (*TEXTS, "since", "until", "late", "attempts_least") and len(values) > 1:
             problems[name] = f"There are {len(values)} values; one is possible."
     right = {name: values for name, values in given.items() if name not in problems}

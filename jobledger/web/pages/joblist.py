@@ -10,11 +10,12 @@ from typing import Any
 
 from jobledger.errors import JobNotFound
 from jobledger.job import JobStatus, State
+from jobledger.streams.status.store.protocol import Counted
 from jobledger.views.facts import progress
 from jobledger.views.words import duration, relative
 from jobledger.web.pages.filters import LABELS, JobFilters
 from jobledger.web.pages.render import short
-from jobledger.web.pages.sources import Counted, Number, Sources
+from jobledger.web.pages.sources import Sources
 
 #: Number of rows on a page, of examples in a preview, and of values that a field suggests.
 PAGE, EXAMPLES, CHOICES_MOST = 50, 10, 200
@@ -143,7 +144,7 @@ def job_list(sources: Sources, filters: JobFilters, after: str | None, now_ms: i
     return JobList(
         filters=filters,
         jobs=rows,
-        count=sources.count(wanted) if filters.any else Number(sum(chips.values()), True),
+        count=sources.count(wanted) if filters.any else Counted(sum(chips.values()), True),
         chips=list(chips.items()),
         chips_ignored=[LABELS[name].lower() for name in filters.names if name not in ("state", "task", "queue")],
         chips_of=f" of this {' and '.join(followed)}" if followed else "",
@@ -222,7 +223,7 @@ def preview(sources: Sources, action: str, filters: JobFilters, now_ms: int, pro
     problem = problem or refusal(filters, action)
     possible = not refusal(filters, action)
     _, wanted = scoped(filters, action, now_ms)
-    count: Counted = sources.count(wanted) if possible else Number(0, True)
+    count: Counted = sources.count(wanted) if possible else Counted(0, True)
     number = f"{count.jobs:,}{'' if count.exact else ' or more'} {'job' if count.jobs == 1 else 'jobs'}"
     words = filters.words()
     if not filters.states:

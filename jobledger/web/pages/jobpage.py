@@ -56,7 +56,7 @@ class JobPage:
     history: Outcome
     timeline: Timeline | None
     timeline_text: str
-    explanation: Outcome | None
+    explanation: Outcome
     events_table: Sequence[EventRow]
     unread: Sequence[tuple[str, str]]
     moments: Sequence[tuple[str, dt.datetime]]
@@ -129,7 +129,7 @@ def job_page(
         result=result,
         can_redrive=job.state.value in SCOPES["redrive"][0],
         can_cancel=not job.state.ended,
-        can_copy=sources.copies and job.task in sources.app.tasks,
+        can_copy=job.task in sources.app.tasks,
         copy_text="{}" if changes else json.dumps(arguments, ensure_ascii=False, indent=2),
         copy_changes=changes,
         queues=sorted(sources.app.queues),

@@ -8,8 +8,9 @@ from typing import Any
 
 from jobledger.client.commands import Standing
 from jobledger.job import State
+from jobledger.streams.status.store.protocol import QueueSummary
 from jobledger.web.pages.rates import EVERY_S, Rates
-from jobledger.web.pages.sources import QueueSummary, Sources
+from jobledger.web.pages.sources import Sources
 from jobledger.web.pages.workers import WorkerRow, worker_rows
 
 #: Number of measurements in the table beside the chart, and of queues in the table of queues.
@@ -50,7 +51,7 @@ class Overview:
     failure: float | None
     failure_all: float | None
     measured: Sequence[Sequence[float]]
-    workers: Sequence[WorkerRow] | None
+    workers: Sequence[WorkerRow]
     tasks: Sequence[str] = field(default_factory=list)
     every: float = EVERY_S
 
@@ -82,17 +83,17 @@ class Overview:
     @property
     def slots(self) -> int:
         """The number of slots of all workers."""
-        return sum(worker.slots for worker in self.workers or ())
+        return sum(worker.slots for worker in self.workers)
 
     @property
     def slots_used(self) -> int:
         """The number of jobs that the workers run."""
-        return sum(worker.running for worker in self.workers or ())
+        return sum(worker.running for worker in self.workers)
 
     @property
     def silent(self) -> int:
         """The number of workers that have not reported."""
-        return sum(worker.silent for worker in self.workers or ())
+        return sum(worker.silent for worker in self.workers)
 
 
 def overview(sources: Sources, rates: Rates) -> Overview:
@@ -104,7 +105,6 @@ def overview(sources: Sources, rates: Rates) -> Overview:
     ended = sum(numbers[state] for state in ("succeeded", "failed", "cancelled", "expired"))
     just = None if lately is None else lately["succeeded"] + lately["failed"]
     series = rates.series()
-    workers = sources.workers()
     return Overview(
         total=sum(numbers.values()),
         numbers=numbers,
@@ -115,7 +115,7 @@ def overview(sources: Sources, rates: Rates) -> Overview:
         failure=lately["failed"] / just if lately is not None and just else None,
         failure_all=numbers["failed"] / ended if ended else None,
         measured=list(zip(*series, strict=True))[-MEASURED:][::-1],
-        workers=None if workers is None else worker_rows(workers),
+        workers=worker_rows(sources.workers()),
         tasks=sorted(sources.app.tasks),
     )
 

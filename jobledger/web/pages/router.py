@@ -135,7 +135,7 @@ def _add_jobs(router: APIRouter, services: PageServices, sources: Sources, rende
     def jobs(request: Request) -> Response:
         services.require(request, "read")
         now_ms = _now_ms()
-        filters = parse(request.query_params.multi_items(), now_ms, sources.lacking)
+        filters = parse(request.query_params.multi_items(), now_ms)
         view = job_list(sources, filters, request.query_params.get("after"), now_ms)
         return renderer.page(request, "jobs.html", view=view)
 
@@ -144,7 +144,7 @@ def _add_jobs(router: APIRouter, services: PageServices, sources: Sources, rende
         services.require(request, "operate")
         check_action(action)
         now_ms = _now_ms()
-        filters = parse(request.query_params.multi_items(), now_ms, sources.lacking)
+        filters = parse(request.query_params.multi_items(), now_ms)
         return renderer.page(request, "bulk.html", view=preview(sources, action, filters, now_ms))
 
     @router.get("/jobs/{job_id}")
@@ -190,8 +190,7 @@ def _add_lists(router: APIRouter, services: PageServices, sources: Sources, rend
     @router.get("/workers")
     def workers(request: Request) -> Response:
         services.require(request, "read")
-        found = sources.workers()
-        view: dict[str, Any] = {"workers": None if found is None else worker_rows(found)}
+        view: dict[str, Any] = {"workers": worker_rows(sources.workers())}
         return renderer.page(request, "workers.html", view=view)
 
     @router.get("/dead-letters")

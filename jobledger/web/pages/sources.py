@@ -1,26 +1,20 @@
-"""Where the pages get their data: the status table, the app, the log. Every read is bounded.
-
-What an installed part does not offer is reported as None, and the page leaves it out or says so.
-"""
+"""Where the pages get their data: the status table, the app, the log. Every read is bounded."""
 
 from __future__ import annotations
 
 import datetime as dt
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any, Protocol
+from typing import Any
 
 from jobledger.app import App
 from jobledger.client.commands import Standing
-from jobledger.client.plans import PlanTable
-from jobledger.definitions.handles import JobHandle, Plan
 from jobledger.errors import JobledgerError, text_of
 from jobledger.job import JobStatus, State
-from jobledger.plan import PlanStatus
 from jobledger.schemas.events import Position, Recorded
-from jobledger.web.pages.filters import NAMES
+from jobledger.streams.status.store.protocol import Counted, ErrorGroup, LastSuccess, QueueSummary, StatusReader
+from jobledger.worker_status import WorkerStatus
 
 #: Largest number of jobs that are counted for filters that the counters cannot answer.
 COUNT_MOST = 10_000
@@ -32,126 +26,6 @@ SHARED_S, AWAY_S = 2.0, 10.0
 HISTORY_BYTES = 8_000_000
 #: Seconds that the broker has to answer when a page is made.
 ANSWER_S = 3.0
-
-
-class Counted(Protocol):
-    """The number of jobs that match filters; ``exact`` False: there may be more."""
-
-    @property
-    def jobs(self) -> int: ...
-
-    @property
-    def exact(self) -> bool: ...
-
-
-class QueueSummary(Protocol):
-    """The numbers of a queue's jobs by state. ``depth``: queued jobs. ``oldest_ms``: since when the queued job that
-    waits longest could start; None: none, or not known."""
-
-    @property
-    def queue(self) -> str: ...
-
-    @property
-    def depth(self) -> int: ...
-
-    @property
-    def scheduled(self) -> int: ...
-
-    @property
-    def retrying(self) -> int: ...
-
-    @property
-    def running(self) -> int: ...
-
-    @property
-    def succeeded(self) -> int: ...
-
-    @property
-    def failed(self) -> int: ...
-
-    @property
-    def cancelled(self) -> int: ...
-
-    @property
-    def expired(self) -> int: ...
-
-    @property
-    def oldest_ms(self) -> int | None: ...
-
-
-class ErrorGroup(Protocol):
-    """Jobs with errors of the same kind. ``job_id``: the last of them. ``first_ms``, ``last_ms``: when the first and
-    the last of them were submitted. ``tasks``, ``versions``: numbers of jobs."""
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    @property
-    def type(self) -> str: ...
-
-    @property
-    def message(self) -> str: ...
-
-    @property
-    def job_id(self) -> str: ...
-
-    @property
-    def jobs(self) -> int: ...
-
-    @property
-    def exact(self) -> bool: ...
-
-    @property
-    def first_ms(self) -> int: ...
-
-    @property
-    def last_ms(self) -> int: ...
-
-    @property
-    def tasks(self) -> Mapping[str, int]: ...
-
-    @property
-    def versions(self) -> Mapping[str, int]: ...
-
-
-class Table(PlanTable, Protocol):
-    """The read side of the status table, as the pages use it."""
-
-    def jobs(self, *, after: str | None = None, limit: int = 100, **filters: Any) -> list[JobStatus]: ...
-
-    def job(self, job_id: str) -> JobStatus: ...
-
-    def counts(self) -> Sequence[Any]: ...
-
-    def offsets(self) -> Mapping[tuple[str, int], int]: ...
-
-    def plans(self, limit: int = 100) -> list[PlanStatus]: ...
-
-    def chosen(self, limit: int | None = None, **filters: Any) -> Iterator[tuple[str, int]]: ...
-
-
-@dataclass(frozen=True)
-class Number:
-    """A number of jobs; ``exact`` False: there may be more."""
-
-    jobs: int
-    exact: bool
-
-
-@dataclass(frozen=True)
-class QueueNumbers:
-    """The numbers of a queue, from the counters alone."""
-
-    queue: str
-    depth: int = 0
-    scheduled: int = 0
-    retrying: int = 0
-    running: int = 0
-    succeeded: int = 0
-    failed: int = 0
-    cancelled: int = 0
-    expired: int = 0
-    oldest_ms: int | None = None
 
 
 @dataclass(frozen=True)
@@ -171,68 +45,41 @@ class Sources:
         self._away_until, self._away = 0.0, ""
 
     @property
-    def table(self) -> Table:
+    def table(self) -> StatusReader:
         """The status table's read side. Raises `StoreError`."""
-        table: Table = self.app.status_table()
+        table: StatusReader = self.app.status_table()
         return table
-
-    @property
-    def lacking(self) -> frozenset[str]:
-        """The filters of the page that the status table does not have."""
-        from jobledger.streams.status.store.protocol import Filters
-
-        in_table = {"since": "since_ms", "until": "until_ms", "late": "late_ms"}
-        return frozenset(name for name in NAMES if in_table.get(name, name) not in Filters.__annotations__)
 
     # -- from the status table ------------------------------------------------------------------------------------
 
     def count(self, filters: Mapping[str, Any], limit: int = COUNT_MOST) -> Counted:
         """Return how many jobs match the table's filters, counted up to ``limit``."""
-        table = self.table
-        if (count := getattr(table, "count", None)) is not None:
-            counted: Counted | int = count(limit, **filters)
-            return Number(counted, counted < limit) if isinstance(counted, int) else counted
-        number = sum(1 for _ in islice(table.chosen(limit + 1, **filters), limit + 1))
-        return Number(min(number, limit), number <= limit)
+        return self.table.count(limit, **filters)
 
     def queues(self) -> list[QueueSummary]:
         """Return each queue with its numbers, by name; also those queues of the app that have no job yet."""
-        table = self.table
-        if (queues := getattr(table, "queues", None)) is not None:
-            found: list[QueueSummary] = list(queues())
-        else:
-            numbers: dict[str, dict[str, int]] = {}
-            for each in table.counts():
-                states = numbers.setdefault(each.queue, {})
-                name = "depth" if each.state is State.QUEUED else each.state.value
-                states[name] = states.get(name, 0) + each.jobs
-            found = [QueueNumbers(queue, **states) for queue, states in numbers.items()]
-        known = {each.queue for each in found}
-        found += [QueueNumbers(name) for name in self.app.queues if name not in known]
-        return sorted(found, key=lambda each: each.queue)
+        summaries = self.table.queues()
+        known = {each.queue for each in summaries}
+        summaries += [QueueSummary(name, *[0] * len(State)) for name in self.app.queues if name not in known]
+        return sorted(summaries, key=lambda each: each.queue)
 
-    def errors(self, since_ms: int | None) -> list[ErrorGroup] | None:
-        """Return the groups of errors, the one with the last job first; None: this version has none."""
-        errors = getattr(self.table, "errors", None)
-        return None if errors is None else list(errors(since_ms, GROUPS_MOST))
+    def errors(self, since_ms: int | None) -> list[ErrorGroup]:
+        """Return the groups of errors, the one with the last job first."""
+        return self.table.errors(since_ms, GROUPS_MOST)
 
-    def last_success(self, tasks: Sequence[str]) -> Mapping[str, Any]:
+    def last_success(self, tasks: Sequence[str]) -> Mapping[str, LastSuccess]:
         """Return the last success of each task, as far as known."""
-        last_success = getattr(self.table, "last_success", None)
-        found: Mapping[str, Any] = {} if last_success is None or not tasks else last_success(*tasks)
-        return found
+        return self.table.last_success(*tasks) if tasks else {}
 
-    def workers(self) -> list[Any] | None:
-        """Return the workers by their last reports; None: this version has no reports."""
-        workers = getattr(self.app, "workers", None)
-        return None if workers is None else list(workers())
+    def workers(self) -> list[WorkerStatus]:
+        """Return the workers by their last reports."""
+        return self.app.workers()
 
     # -- from the log ---------------------------------------------------------------------------------------------
 
-    def explain(self, job_id: str) -> Outcome | None:
-        """Return why a job is where it is; None: this version cannot say."""
-        explain = getattr(self.app, "explain", None)
-        return None if explain is None else self.from_log(lambda: explain(job_id))
+    def explain(self, job_id: str) -> Outcome:
+        """Return why a job is where it is."""
+        return self.from_log(lambda: self.app.explain(job_id))
 
     def history(self, job: JobStatus) -> Outcome:
         """Return a job's events, and the positions that cannot be read, each with the reason."""
@@ -278,26 +125,6 @@ class Sources:
             return Outcome(read())
         except JobledgerError as exc:
             return Outcome(problem=text_of(exc))
-
-    # -- actions --------------------------------------------------------------------------------------------------
-
-    def cancel_many(self, where: Mapping[str, Any], filters: Mapping[str, Any], **options: Any) -> Plan:
-        """Make a plan that cancels jobs. ``where``, ``filters``: the same conditions for the app and for the table."""
-        cancel_many = getattr(self.app, "cancel_many", None)
-        if cancel_many is not None:
-            plan: Plan = cancel_many(where=where, **options)
-            return plan
-        return self.app.client.plans.make("cancel", self.table.chosen(**filters), where, **options)
-
-    @property
-    def copies(self) -> bool:
-        """Whether a changed copy of a job can be submitted."""
-        return hasattr(self.app, "copy")
-
-    def copy(self, job_id: str, **options: Any) -> JobHandle[Any]:
-        """Submit a changed copy of a job; see `App.copy`."""
-        copy: Callable[..., JobHandle[Any]] = getattr(self.app, "copy")  # noqa: B009  # not in every version
-        return copy(job_id, **options)
 
 
 def ms_of(moment: dt.datetime | None) -> int | None:

@@ -14,7 +14,8 @@ from jobledger.job import State
 from jobledger.plan import PlanStatus
 from jobledger.process.wording import counted
 from jobledger.schemas.events import DeadLettered, Recorded, RecordRejected
-from jobledger.web.pages.sources import ErrorGroup, Outcome, Sources
+from jobledger.streams.status.store.protocol import ErrorGroup
+from jobledger.web.pages.sources import Outcome, Sources
 
 #: Number of plans and of dead letters on a page.
 PLANS_MOST, LETTERS_MOST = 100, 50
@@ -163,9 +164,9 @@ def plan_page(sources: Sources, plan_id: str, *, new: bool, said: str = "") -> P
 
 @dataclass(frozen=True)
 class Errors:
-    """The page of errors. ``groups``: None if this version has none. ``successes``: the last success of each task."""
+    """The page of errors. ``successes``: the last success of each task."""
 
-    groups: Sequence[ErrorGroup] | None
+    groups: Sequence[ErrorGroup]
     successes: Mapping[str, Any]
     period: str
     full: bool
@@ -176,8 +177,8 @@ class Errors:
 def errors(sources: Sources, period: str, since_ms: int | None, most: int, problem: str = "") -> Errors:
     """Return the page of errors. Raises `StoreError`."""
     groups = sources.errors(since_ms)
-    tasks = sorted({task for group in groups or () for task in group.tasks})
-    return Errors(groups, sources.last_success(tasks), period, groups is not None and len(groups) >= most, problem)
+    tasks = sorted({task for group in groups for task in group.tasks})
+    return Errors(groups, sources.last_success(tasks), period, len(groups) >= most, problem)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+
+from jobledger.worker_status import WorkerState, WorkerStatus
 
 #: Number of running jobs that are shown of a worker.
 JOBS_MOST = 5
@@ -28,18 +29,18 @@ class WorkerRow:
     reported_at: dt.datetime | None
 
 
-def worker_rows(workers: Iterable[Any], now: dt.datetime | None = None) -> list[WorkerRow]:
-    """Return a row for each worker's status (`jobledger.worker_status.WorkerStatus`), the silent ones first."""
+def worker_rows(workers: Iterable[WorkerStatus], now: dt.datetime | None = None) -> list[WorkerRow]:
+    """Return a row for each worker, the silent ones first."""
     moment = now or dt.datetime.now(dt.UTC)
     rows = []
     for each in workers:
-        state = str(getattr(each.state(moment), "value", each.state(moment)))
+        state = each.state(moment)
         rows.append(
             WorkerRow(
                 each.worker,
                 each.version,
-                state,
-                state != "alive",
+                state.value,
+                state is WorkerState.SILENT,
                 list(each.lanes),
                 each.slots,
                 each.running,
