@@ -290,7 +290,8 @@ class _Reading:
     def _poll(self) -> list[Message]:
         assert self._client is not None
         messages = []
-        for message in self._client.consume(POLL, POLL_S):
+        first = self._client.poll(POLL_S)  # not `consume`, which would wait for the whole number
+        for message in [] if first is None else [first, *self._client.consume(POLL - 1, 0)]:
             error = message.error()
             if error is None:
                 messages.append(message)
