@@ -20,9 +20,11 @@ from jobledger.streams.status.store import Changes, open_store
 from jobledger.streams.status.store.sqlite import SqliteStore
 
 NAMESPACE = "shop"
-SUBMITTED = ev.JobSubmitted(ev.JobSpec(b'{"a": 1}', {"tenant": "acme"}))
-STARTED = ev.JobStarted("w:1", "v7", {}, "shop.jobs.default", 0)
-FAILED = ev.JobFailedFact("exhausted", ev.ErrorInfo("builtins.ValueError", "<script>alert(1)</script>", "trace"), 5)
+SUBMITTED: ev.Fact = ev.JobSubmitted(ev.JobSpec(b'{"a": 1}', {"tenant": "acme"}))
+STARTED: ev.Fact = ev.JobStarted("w:1", "v7", {}, "shop.jobs.default", 0)
+FAILED: ev.Fact = ev.JobFailedFact(
+    "exhausted", ev.ErrorInfo("builtins.ValueError", "<script>alert(1)</script>", "trace"), 5
+)
 PLAN = PlanStatus(
     "plan-1",
     *("redrive", '{"task": ["add"]}', None, None, "ann", "mended", 1_000),

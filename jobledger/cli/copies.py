@@ -9,10 +9,13 @@ import typer
 from jobledger.cli import completion, output
 from jobledger.cli.commands import Wrong, judged, pairs_of, words_of
 from jobledger.cli.jobs import OneJob, whole_id
-from jobledger.cli.jobs import app as group
+from jobledger.cli.jobs import app as jobs_group
 from jobledger.cli.loading import load_app
 from jobledger.cli.options import AppOption, Bootstrap, By, Json, Reason, StatusUrl, repeatable
 from jobledger.cli.submit import arguments_of
+
+#: The group of `jobs`, with the command of this module.
+group = jobs_group
 
 
 @group.command("copy")

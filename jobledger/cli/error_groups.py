@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +11,7 @@ from jobledger.cli.commands import CommandGroup, moment_ms, words_of
 from jobledger.cli.loading import find_app
 from jobledger.cli.options import AppOption, AppWord, Json, Namespace, StatusUrl, moment
 from jobledger.cli.output import Cell
+from jobledger.views.groups import group_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -55,27 +56,6 @@ def list_errors(
     output.print_table(headings, rows, optional=("first", "versions", "last success", "tasks"), empty="no errors")
     if len(groups) == limit:
         output.console(stderr=True).print(f"only the last {limit} groups; use --limit for more", style="dim")
-
-
-def group_json(group: ErrorGroup, successes: Mapping[str, LastSuccess]) -> dict[str, Any]:
-    """Return a group for JSON output. ``successes``: the last success of each task."""
-    return {
-        "fingerprint": group.fingerprint,
-        "type": group.type,
-        "message": group.message,
-        "job_id": group.job_id,
-        "jobs": group.jobs,
-        "exact": group.exact,
-        "first_seen": output.iso(group.first_ms * 1000),
-        "last_seen": output.iso(group.last_ms * 1000),
-        "tasks": group.tasks,
-        "versions": group.versions,
-        "last_success": {
-            task: {"version": known.version, "ended_at": output.iso(known.ended_ms * 1000), "job_id": known.job_id}
-            for task in group.tasks
-            if (known := successes.get(task)) is not None
-        },
-    }
 
 
 def _row(group: ErrorGroup, successes: Mapping[str, LastSuccess]) -> list[Cell]:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from jobledger.views import words
 from jobledger.views.values import jsonable
-from jobledger.views.words import HIDDEN, printable, relative
+from jobledger.views.words import HIDDEN
 
 if TYPE_CHECKING:
     import datetime as dt
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 #: The formats of values that commands use through this module.
-clock, duration, shorten = words.clock, words.duration, words.shorten
+clock, duration, relative = words.clock, words.duration, words.relative
+shorten, printable = words.shorten, words.printable
 
 
 class Exit(IntEnum):

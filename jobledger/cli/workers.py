@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +12,7 @@ from jobledger.cli.commands import CommandGroup, words_of
 from jobledger.cli.loading import find_app
 from jobledger.cli.options import AppOption, AppWord, Bootstrap, Json, Namespace, StatusUrl
 from jobledger.cli.output import Cell
+from jobledger.views.groups import worker_json
 
 if TYPE_CHECKING:
     from jobledger.worker_status import WorkerStatus
@@ -55,12 +56,6 @@ def list_workers(
     )
     optional = ("host", "pid", "memory", "version")
     output.print_table(headings, [_row(status, now) for status in found], optional=optional, empty="no workers")
-
-
-def worker_json(status: WorkerStatus, now: dt.datetime) -> dict[str, Any]:
-    """Return a worker for JSON output."""
-    shown: dict[str, Any] = output.jsonable(status)
-    return {**shown, "queues": list(status.queues), "state": status.state(now).value}
 
 
 def _row(status: WorkerStatus, now: dt.datetime) -> list[Cell]:

@@ -55,7 +55,7 @@ def _describe(fact: object, moment: Callable[[int], str]) -> str:
         case e.JobSubmitted(spec=e.JobSpec(links=e.JobLinks(copy_of=str(original)) as links) as spec) as fact:
             who = "" if links.copied_by is None else f" by {links.copied_by}"
             why = "" if links.copy_reason is None else f": {links.copy_reason}"
-            return f"copy of {original}{who}{why} {_condition(fact.delay_ms, fact.due_at)}{_spec(spec)}"
+            return f"copy of {original}{who}{why} {_condition(fact.delay_ms, fact.due_at, moment)}{_spec(spec)}"
         case (
             e.JobSubmitted(spec=spec, delay_ms=delay_ms, due_at=due_at)
             | e.ReleaseRequested(spec=spec, delay_ms=delay_ms, due_at=due_at)

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jobledger.app import App
 from jobledger.errors import ConfigError
-from jobledger.web import control, events, jobs, plans, problems, system
+from jobledger.web import control, events, insight, jobs, plans, problems, system
 from jobledger.web.access import ROUTES, Access, Guard, Permit, TrustedProxy, UserOf, admitted
 from jobledger.web.dashboard import RULES, Dashboard, add_dashboard
 from jobledger.web.documents import describe, parameters
@@ -37,7 +37,7 @@ HEADERS: Mapping[str, str] = {
 _PATTERNS = {key: re.compile(re.sub(r"\\\{\w+\\\}", "[^/]+", re.escape(key.partition(" ")[2]))) for key in ROUTES}
 
 #: The routers of the API.
-ROUTERS = (system.router, jobs.router, plans.router, control.router, events.router)
+ROUTERS = (system.router, jobs.router, insight.router, plans.router, control.router, events.router)
 
 
 def create_app(

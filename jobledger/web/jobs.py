@@ -11,10 +11,11 @@ import msgspec
 from fastapi import APIRouter, Depends, Header, Query, Request
 from starlette.responses import Response
 
-from jobledger.app import REDRIVEN, App, JobFilter, filters_of
+from jobledger.app import App, JobFilter, filters_of
 from jobledger.definitions.task import JobRequest
 from jobledger.errors import BadArguments, ConfigError, JobNotFound, StatusTimeout, StoreNotFound, text_of
 from jobledger.job import JobStatus, State
+from jobledger.plan import SCOPES
 from jobledger.schemas.events import Position
 from jobledger.schemas.ids import derived_id
 from jobledger.views.jobs import args_json, event_json, status_json
@@ -205,7 +206,7 @@ async def redrive(request: Request, user: Caller, job_id: str, integers: Integer
     text = await body_of(request, SMALL_BODY)
     wanted = read_as(models.Redrive, text) if text else models.Redrive()
     status: JobStatus = await shared.table(lambda table: table.job(job_id))
-    if status.state not in REDRIVEN:
+    if status.state not in SCOPES["redrive"].states:
         raise Problem(
             409,
             f"job {status.job_id} is {status.state.value}: only jobs that failed, were cancelled or expired run again",

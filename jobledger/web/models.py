@@ -198,6 +198,106 @@ class Timeline(_Answer):
     events: list[dict[str, Any]]
 
 
+class Cause(_Answer):
+    """Why a job is where it is, as a word of a fixed list and as a sentence. ``since``: since when."""
+
+    cause: str
+    since: str | None
+    detail: str
+
+
+class Explanation(_Answer):
+    """Why a job is where it is, the most decisive cause first. ``likely_start``: when the next attempt probably starts;
+    ``likely_start_note``: how that time was found, or why it cannot be said."""
+
+    job_id: str
+    state: str
+    causes: list[Cause]
+    likely_start: str | None
+    likely_start_note: str
+
+
+class LastSuccess(_Answer):
+    """The last job of a task that succeeded."""
+
+    version: str | None
+    ended_at: str
+    job_id: str
+
+
+class ErrorGroup(_Answer):
+    """Failed and retrying jobs with errors of the same kind. ``job_id``: the job that was submitted last. ``exact``
+    false: there are more jobs. ``first_seen``, ``last_seen``: times of submissions. ``tasks``, ``versions``: numbers of
+    jobs."""
+
+    fingerprint: str
+    type: str
+    message: str
+    job_id: str
+    jobs: int
+    exact: bool
+    first_seen: Any
+    last_seen: Any
+    tasks: dict[str, int]
+    versions: dict[str, int]
+    last_success: dict[str, LastSuccess]
+
+
+class ErrorGroups(_Answer):
+    """Groups of errors."""
+
+    errors: list[ErrorGroup]
+
+
+class Worker(_Answer):
+    """A worker as its last report says. ``jobs``: the jobs that have run for the longest time, with their starts."""
+
+    worker: str
+    host: str
+    pid: int
+    version: str | None
+    jobledger: str
+    started_at: str
+    reported_at: str
+    lanes: list[str]
+    more_lanes: int
+    tasks: list[str]
+    more_tasks: int
+    slots: int
+    running: int
+    jobs: dict[str, str]
+    memory_bytes: int | None
+    partitions: int
+    queues: list[str]
+    state: Literal["alive", "silent"]
+
+
+class Workers(_Answer):
+    """All workers that report, and for ten minutes those that no longer do."""
+
+    workers: list[Worker]
+
+
+class DeadLetter(_Answer):
+    """A dead letter. ``job_id`` and ``task`` are null for a record that is no job; ``key`` and ``value`` are then the
+    beginning of the record."""
+
+    job_id: str | None
+    task: str | None
+    what: str
+    why: str
+    key: str | None
+    value: str | None
+    appended_at: Any
+    position: str
+
+
+class DeadLetters(_Answer):
+    """The last dead letters."""
+
+    letters: list[DeadLetter]
+
+
 class Plan(_Answer):
     """A plan: an action on many jobs. ``position``: from which position in the log on it is carried out."""
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from jobledger.app import App, filters_of
 from jobledger.definitions.handles import Plan
-from jobledger.errors import ConfigError, PlanNotFound
-from jobledger.job import State
+from jobledger.errors import PlanNotFound
 from jobledger.plan import PlanState, PlanStatus
 from jobledger.views.jobs import plan_json
 from jobledger.web import models
@@ -72,22 +69,20 @@ async def make(request: Request, user: Caller, integers: Integers = "string") ->
     if wanted.where is not None and wanted.ids is not None:
         raise Problem(422, "give where or ids, not both")
     where = None if wanted.where is None else _filter(wanted.where)
+    asked: dict[str, Any] = {
+        "where": where,
+        "ids": wanted.ids,
+        "rate": wanted.rate,
+        "dry_run": wanted.dry_run,
+        "by": user.name,
+        "reason": wanted.reason,
+    }
     if wanted.action == "redrive":
-        plan = await shared.change(
-            lambda: app.redrive(
-                where=where,  # type: ignore[arg-type]  # the names and types are those of `JobFilter`
-                ids=wanted.ids,
-                queue=wanted.queue,
-                rate=wanted.rate,
-                dry_run=wanted.dry_run,
-                by=user.name,
-                reason=wanted.reason,
-            )
-        )
+        plan = await shared.change(lambda: app.redrive(queue=wanted.queue, **asked))
     else:
         if wanted.queue is not None:
             raise Problem(422, f"queue={wanted.queue!r}: cancelled jobs go to no queue")
-        plan = await shared.change(lambda: _cancel(app, wanted, where, user.name))
+        plan = await shared.change(lambda: app.cancel_many(**asked))
     return made(request, plan, integers)
 
 
@@ -147,30 +142,3 @@ def _filter(where: models.Where) -> dict[str, Any]:
     if where.since is not None:
         given["since"] = moment_of(where.since, "since")
     return {name: value for name, value in given.items() if value not in (None, [], {})}
-
-
-def _cancel(app: App, wanted: models.NewPlan, where: Mapping[str, Any] | None, by: str) -> Plan:
-    """Make a plan that cancels jobs which have not ended. Raises `ConfigError`, `JobNotFound` and the errors of the
-    log."""
-    table = app.status_table()
-    jobs: Iterable[tuple[str, int]]
-    conditions: dict[str, Any] = dict(where or {})
-    if wanted.ids is not None:
-        ids = list(dict.fromkeys(wanted.ids))
-        known = table.statuses(ids)
-        if unknown := [job_id for job_id in ids if job_id not in known]:
-            raise table.unknown(unknown[0])
-        jobs = [(job_id, known[job_id].run) for job_id in ids]
-    else:
-        if not conditions:
-            raise ConfigError("which jobs? Give where with at least one filter, or ids")
-        conditions = {"state": [state for state in State if not state.ended], **conditions}
-        filters = filters_of(**conditions)
-        states = [filters["state"]] if isinstance(filters["state"], str) else filters["state"]
-        if ended := [str(state) for state in states if State(state).ended]:
-            raise ConfigError(f"state={ended[0]!r}: jobs in this state have ended and cannot be cancelled")
-        jobs = table.chosen(**filters)
-    plans = app.client.plans
-    if wanted.dry_run:
-        return plans.preview(jobs)
-    return plans.make("cancel", jobs, conditions, rate=wanted.rate, by=by, reason=wanted.reason)

@@ -362,7 +362,7 @@ def test_jobs_are_cancelled_by_id_and_by_their_properties(shop: Shop, monkeypatc
     both = cancel("--where", "task=add", "--where", "task=send_mail", "--where", "state=scheduled", "--dry-run")
     assert set(both["examples"]) == {acme, other, added}
     narrow = ("--where", "tag.tenant=acme", "--where", "tag.kind=none")
-    nothing = {"plan": None, "matched": 0, "examples": []}
+    nothing: dict[str, Any] = {"plan": None, "matched": 0, "examples": []}
     assert cancel(*narrow) == nothing
     asking = ["jobs", "cancel", "--namespace", shop.namespace, "--where", "task=add"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("n\n"))

@@ -61,7 +61,7 @@ class Bench:
         wait_until(lambda: made.active, 20, "the materializer becoming active")
         self.reader = open_reader(url, namespace)
 
-    def maintenance(self, **cadence: float) -> Maintenance:
+    def maintenance(self, **cadence: Any) -> Maintenance:
         """Create the maintenance with the cadence of the test."""
         return Maintenance(self.names, self.settings, ["mail"], self.reader, cadence=Cadence(**cadence))
 

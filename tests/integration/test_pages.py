@@ -202,12 +202,13 @@ def fail(app: App, url: str) -> str:
     writer = LogWriter(app.settings, app.names, linger_ms=0.0)
     try:
         known: list[tuple[ev.Fact, ev.Position]] = [(ev.JobSubmitted(ev.JobSpec(b'{"order":7}')), handle.position)]
-        for fact in (started, ev.JobFailedFact("exhausted", error, 5)):
+        each: ev.Fact
+        for each in (started, ev.JobFailedFact("exhausted", error, 5)):
             event = ev.JobEvent(
-                str(uuid_utils.uuid7()), handle.job_id, 1, 1, 1, 0, "charge", "default", None, None, "test", None, fact
+                str(uuid_utils.uuid7()), handle.job_id, 1, 1, 1, 0, "charge", "default", None, None, "test", None, each
             )
             (position,) = writer.send([Outgoing(app.names.lifecycle, codec.encode(event), handle.job_id)])
-            known.append((fact, position))
+            known.append((each, position))
     finally:
         writer.close()
     life = None
@@ -228,4 +229,4 @@ def facts(app: App) -> list[ev.Fact]:
 
     decode = decoder(app.settings, app.names).decode
     with LogReader(app.settings) as reader:
-        return [decode(message.value()).fact for message in reader.read(app.names.plans, 0, 0)]  # type: ignore[arg-type]  # bytes
+        return [decode(message.value()).fact for message in reader.read(app.names.plans, 0, 0)]

@@ -56,7 +56,7 @@ def test_no_request_from_the_document_breaks_the_service(app: App) -> None:
     schema = schemathesis.openapi.from_asgi("/api/v1/openapi.json", api)
     asked = 0
     for result in schema.get_all_operations():
-        operation = result.ok()
+        operation = result.ok()  # type: ignore[union-attr]  # an operation that is not valid raises
         if operation.path.endswith("/events"):
             continue
         asked += 1

@@ -41,7 +41,7 @@ from jobledger.streams.status.store.rows import key_text
 from jobledger.streams.status.store.sqlite import SqliteStore
 from jobledger.views import facts
 from jobledger.views.jobs import fact_json, status_json
-from jobledger.views.values import iso, jsonable
+from jobledger.views.values import NESTED_MOST, iso, jsonable
 
 UUID = "00000000-0000-7000-8000-000000000000"
 
@@ -798,7 +798,7 @@ def test_values_that_cannot_be_shown_are_replaced() -> None:
     assert iso(0) == "1970-01-01T00:00:00+00:00"
     assert jsonable(b"[" * 20_000 + b"]" * 20_000) == "[" * 20_000 + "]" * 20_000
     deep = jsonable(b"[" * 300 + b"]" * 300)
-    for _ in range(output.NESTED_MOST + 1):
+    for _ in range(NESTED_MOST + 1):
         (deep,) = deep
     assert deep == "…"
     assert output.printable("a\x1b[2J\x7f\x9b\u202eb\nc\td") == "a␛[2J␡\ufffd\ufffdb\nc\td"

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from jobledger import job as fold
-from jobledger.app import REDRIVEN
 from jobledger.cli.commands import Wrong
 from jobledger.cli.conditions import NAMES, conditions_of, together
 from jobledger.cli.main import main
 from jobledger.cli.output import Exit
+from jobledger.plan import SCOPES
 from jobledger.schemas import events as ev
 from jobledger.schemas.codec import Decoder
 from jobledger.streams.status.row_folder import RowFolder
@@ -53,7 +53,7 @@ def test_conditions_become_filters() -> None:
 def test_wrong_conditions_are_refused(texts: list[str], message: str) -> None:
     """The error names the condition, and what is possible."""
     with pytest.raises(Wrong) as caught:
-        conditions_of(texts, REDRIVEN, "no")
+        conditions_of(texts, SCOPES["redrive"].states, "no")
     assert message in caught.value.format_message()
 
 

@@ -9,7 +9,6 @@ import msgspec
 import pytest
 
 from jobledger import App, Queue, job
-from jobledger.cli import facts
 from jobledger.client.copies import copy_of
 from jobledger.client.whole_jobs import Whole
 from jobledger.definitions.copy_options import CopyOptions
@@ -20,6 +19,7 @@ from jobledger.schemas import events as ev
 from jobledger.schemas.event_factory import submission
 from jobledger.schemas.fast_path import glance
 from jobledger.streams.status.store.rows import COLUMNS, life_of_row, row
+from jobledger.views import facts
 
 HUGE = 2**70
 app = App("copies", queues=[Queue("mail", priorities=True), "slow"], default_queue=None)

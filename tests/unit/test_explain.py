@@ -79,7 +79,7 @@ def kinds(explained: Explanation) -> list[str]:
 
 
 SLOW = Pace(60, 60, 60.0)  # a job a second
-NOTHING_BEFORE = {"group": HERE, "place": Place(AT), "pace": SLOW}
+NOTHING_BEFORE: dict[str, Any] = {"group": HERE, "place": Place(AT), "pace": SLOW}
 MAIL_LIMIT = Limit("queue", "mail", 1.0, None, "by ann: their maintenance", T - 5_000)
 #: What was observed, the causes, and a text in the first of them.
 CASES: list[tuple[str, Situation, list[str], str]] = [

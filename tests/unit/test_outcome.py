@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from jobledger.consumers.state.outcome import (
     MESSAGE_LIMIT,
     TRACEBACK_LIMIT,
-    UNKNOWN_TASK_TAG,
     Failed,
     Retried,
     Snoozed,
@@ -24,6 +23,7 @@ from jobledger.consumers.state.outcome import (
 )
 from jobledger.definitions.retry import Reject, Retry, RetryLater, Snooze
 from jobledger.errors import TaskTimedOut, type_of
+from jobledger.schemas.events import UNKNOWN_TASK_TAG
 from tests.evil import EXCEPTIONS
 
 PLAIN = Retry(max_attempts=3, initial=10.0, factor=2.0, cap=300.0, jitter=False, never=(KeyError,))

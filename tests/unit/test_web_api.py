@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import datetime as dt
 import json
 import sqlite3
 import uuid
@@ -22,12 +23,15 @@ from jobledger.errors import JobledgerError
 from jobledger.schemas import events as ev
 from jobledger.schemas.events import Position
 from jobledger.schemas.ids import derived_id
+from jobledger.streams.status.store import Changes
 from jobledger.web import answers, create_app, jobs, problems, services
 from jobledger.web.access import API
 from jobledger.web.paging import position_of, position_text
+from jobledger.worker_status import WorkerStatus
 from tests.web import FAILED, STARTED, SUBMITTED, Table, build, client
 
-ODD, EVEN = [SUBMITTED, STARTED, FAILED], [SUBMITTED, STARTED, ev.JobSucceeded(b'{"n": 9007199254740993}', 5)]
+ODD: list[ev.Fact] = [SUBMITTED, STARTED, FAILED]
+EVEN: list[ev.Fact] = [SUBMITTED, STARTED, ev.JobSucceeded(b'{"n": 9007199254740993}', 5)]
 
 
 @pytest.fixture
@@ -458,6 +462,50 @@ def test_a_query_that_does_not_end_is_given_up(api: FastAPI, monkeypatch: pytest
     alive, slow = asyncio.run(ask_both())
     assert alive.status_code == 200
     assert problem(slow, 503) == "the status table did not answer within 0.2 s"
+
+
+# -- why, errors, workers, dead letters ----------------------------------------------------------------------------
+
+
+def test_an_explanation_without_a_broker_says_what_could_not_be_read(api: FastAPI, table: Table) -> None:
+    """The causes that the table shows are there; an unknown job is a 404."""
+    table.write({"job-1": ODD})
+    explained = ask(api, "GET", "/jobs/job-1/explain").json()
+    assert (explained["job_id"], explained["state"]) == ("job-1", "failed")
+    assert {cause["cause"] for cause in explained["causes"]} >= {"ended"}
+    assert "nobody" in problem(ask(api, "GET", "/jobs/nobody/explain"), 404)
+
+
+def test_errors_are_listed_in_groups_with_the_last_success_of_their_tasks(api: FastAPI, table: Table) -> None:
+    """The group has the fingerprint by which its jobs can be listed and redriven."""
+    table.write({"job-1": ODD, "job-2": ODD, "job-3": EVEN})
+    (group,) = ask(api, "GET", "/errors").json()["errors"]
+    assert (group["type"], group["jobs"], group["exact"], group["tasks"]) == (
+        "builtins.ValueError",
+        2,
+        True,
+        {"add": 2},
+    )
+    assert group["last_success"]["add"]["job_id"] == "job-3"
+    listed = ask(api, "GET", f"/jobs?fingerprint={group['fingerprint']}&args=false").json()["jobs"]
+    assert {job["job_id"] for job in listed} == {"job-1", "job-2"}
+    assert ask(api, "GET", "/errors?since=2300-01-01T00:00:00Z").json() == {"errors": []}
+    assert "since" in problem(ask(api, "GET", "/errors?since=yesterday"), 422)
+
+
+def test_workers_are_listed_by_their_last_reports(api: FastAPI, table: Table) -> None:
+    """A worker whose last report is old is silent."""
+    moment = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
+    worker = WorkerStatus("host:1", "host", 1, "v7", "0.1.0", moment, moment, lanes=("default",), slots=4, running=1)
+    assert ask(api, "GET", "/workers").json() == {"workers": []}
+    table.store.write(Changes(workers={"host:1": worker}))
+    (shown,) = ask(api, "GET", "/workers").json()["workers"]
+    assert (shown["worker"], shown["state"], shown["queues"], shown["slots"]) == ("host:1", "silent", ["default"], 4)
+
+
+def test_dead_letters_need_the_broker(api: FastAPI, table: Table) -> None:
+    """They are read from the log."""
+    assert "did not answer" in problem(ask(api, "GET", "/dead-letters"), 503)
 
 
 # -- the document --------------------------------------------------------------------------------------------------

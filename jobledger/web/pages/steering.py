@@ -9,18 +9,16 @@ from typing import Any
 
 from jobledger.client.commands import Standing
 from jobledger.definitions.policy import Limits
-from jobledger.errors import PlanNotFound, RegistryNeeded, SchemaError
+from jobledger.errors import PlanNotFound
 from jobledger.job import State
 from jobledger.plan import PlanStatus
 from jobledger.process.wording import counted
-from jobledger.schemas.events import DeadLettered, Recorded, RecordRejected
 from jobledger.streams.status.store.protocol import ErrorGroup
+from jobledger.views.letters import Letter, last_letters
 from jobledger.web.pages.sources import Outcome, Sources
 
 #: Number of plans and of dead letters on a page.
 PLANS_MOST, LETTERS_MOST = 100, 50
-#: Number of bytes of a rejected record, and of characters of an error, that are shown.
-RAW_MOST, WHY_MOST = 400, 500
 #: The periods of the page of errors.
 PERIODS = (("1h", "1 hour"), ("24h", "24 hours"), ("7d", "7 days"), ("all", "All"))
 
@@ -116,6 +114,7 @@ def _row(
     standing: Standing | None,
     declared: bool,
 ) -> ControlRow:
+    queued, running, retrying, failed = numbers
     limits = standing.limits if standing is not None and standing.limits is not None else in_code
     parts = []
     if limits.rate is not None:
@@ -125,7 +124,10 @@ def _row(
     return ControlRow(
         name,
         queue,
-        *numbers,
+        queued,
+        running,
+        retrying,
+        failed,
         oldest_ms,
         ", ".join(parts),
         None if standing is None else standing.limited,
@@ -182,20 +184,6 @@ def errors(sources: Sources, period: str, since_ms: int | None, most: int, probl
 
 
 @dataclass(frozen=True)
-class Letter:
-    """A dead letter. ``job_id``: of a failed job; empty: a rejected record. ``raw``: the begin of its bytes."""
-
-    job_id: str
-    task: str
-    what: str
-    why: str
-    key: str
-    raw: str
-    at: int
-    position: str
-
-
-@dataclass(frozen=True)
 class Letters:
     """The page of dead letters. ``most``: how many are shown."""
 
@@ -207,42 +195,6 @@ class Letters:
 
 def letters(sources: Sources) -> Letters:
     """Return the last dead letters, the newest first: at most `LETTERS_MOST` records of each partition are read."""
-    topic = sources.app.names.dead_letter
-    outcome: Outcome = sources.from_log(lambda: _last(sources, topic))
-    return Letters(outcome.value or [], topic, outcome.problem)
-
-
-def _last(sources: Sources, topic: str) -> list[Letter]:
-    from jobledger.kafka.clients import partitions_of, position_of
-    from jobledger.log.reading import LogReader, recorded
-    from jobledger.log.schema_lookup import decoder
-
-    settings = sources.app.settings
-    decode = decoder(settings, sources.app.names).decode
-    found: list[Letter] = []
-    with LogReader(settings) as reader:
-        for partition in range(partitions_of(settings, topic)):
-            low, high = reader.bounds(topic, partition)
-            for message in reader.read(topic, partition, max(low, high - LETTERS_MOST), high):
-                try:
-                    found.append(letter(recorded(message, decode)))
-                except (SchemaError, RegistryNeeded) as exc:
-                    at = message.timestamp()[1]
-                    found.append(Letter("", "", "unreadable record", str(exc), "", "", at, str(position_of(message))))
-            found.sort(key=lambda each: each.at, reverse=True)
-            del found[LETTERS_MOST:]
-    return found
-
-
-def letter(record: Recorded) -> Letter:
-    """Return a record of the topic of dead letters as it is shown."""
-    event, fact, at, position = record.event, record.event.fact, record.appended_ms, str(record.position)
-    if isinstance(fact, DeadLettered):
-        why = f"{fact.reason}: {fact.error.type}: {fact.error.message}"[:WHY_MOST]
-        return Letter(event.job_id, event.task, "job", why, "", "", at, position)
-    if isinstance(fact, RecordRejected):
-        what = f"rejected record {fact.topic}[{fact.partition}]@{fact.offset}"
-        raw = "" if fact.raw_value is None else fact.raw_value[:RAW_MOST].decode("utf-8", "backslashreplace")
-        key = "" if fact.raw_key is None else fact.raw_key[:80].decode("utf-8", "backslashreplace")
-        return Letter("", "", what, fact.error[:WHY_MOST], key, raw, at, position)
-    return Letter(event.job_id, event.task, "record", type(fact).__name__, "", "", at, position)
+    app = sources.app
+    outcome: Outcome = sources.from_log(lambda: last_letters(app.settings, app.names, LETTERS_MOST))
+    return Letters(outcome.value or [], app.names.dead_letter, outcome.problem)

@@ -7,7 +7,7 @@ known, never as zero. The functions need an open connection; `SqlReader` opens i
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Unpack
 
 from sqlalchemy import Connection, Row, and_, case, func, literal, select, tuple_, union_all
@@ -74,9 +74,14 @@ def queues(db: Connection) -> list[QueueSummary]:
             numbers[queue][state] = int(number)
     oldest = _oldest(db, [queue for queue, states in numbers.items() if states.get(State.QUEUED)])
     return [
-        QueueSummary(queue, *(states.get(each.value, 0) for each in State), oldest.get(queue))
+        QueueSummary(queue=queue, oldest_ms=oldest.get(queue), **_by_state(states))
         for queue, states in sorted(numbers.items())
     ]
+
+
+def _by_state(states: Mapping[str, int]) -> dict[str, int]:
+    """Return the numbers of a `QueueSummary`, by its fields."""
+    return {"depth" if state is State.QUEUED else state.value: states.get(state.value, 0) for state in State}
 
 
 def _oldest(db: Connection, waiting: Collection[str]) -> dict[str, int]:
