@@ -23,7 +23,7 @@ def doctor(
     words: AppWord = None,
     app: AppOption = None,
     namespace: Namespace = None,
-    timeout: Annotated[float, timespan("How long all checks together may take.")] = 30.0,
+    timeout: Annotated[float, timespan("How long all checks together may take.")] = 60.0,
     bootstrap: Bootstrap = None,
     status_url: StatusUrl = None,
     as_json: Json = False,

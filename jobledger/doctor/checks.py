@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 LOG = get_logger("jobledger.doctor")
 
 #: Seconds for all checks that run at the same time.
-TIME_MOST_S = 30.0
+TIME_MOST_S = 60.0
 #: Seconds for one request to a broker.
 REQUEST_S = 5.0
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
 
+import psycopg
 import pytest
 import sqlalchemy
 
@@ -15,9 +16,11 @@ from jobledger.fingerprint import fingerprint
 from jobledger.job import Life, State
 from jobledger.schemas import events as ev
 from jobledger.streams.status.store import StatusReader, Store, open_reader, summaries
+from jobledger.streams.status.store.postgres import PostgresStore
 from jobledger.streams.status.store.protocol import Counted, LastSuccess, QueueSummary
 from jobledger.streams.status.store.sqlite import SqliteStore
 from tests.contract.test_store import BACKENDS, BAD, NAMESPACE, SPEC, Backend, life, write
+from tests.postgres import Databases
 
 OTHER = ev.ErrorInfo("builtins.KeyError", "'x'", "trace")
 SUBMITTED = ev.JobSubmitted(SPEC)
@@ -282,3 +285,36 @@ def test_sqlite_summaries_use_their_indexes(tmp_path: Any) -> None:
     # Only the rows of a group and of the counters, which are few, are grouped.
     assert [line for line in queues.splitlines() if "TEMP" in line] == ["USE TEMP B-TREE FOR GROUP BY"]
     assert {line.strip() for line in errors.splitlines() if "TEMP" in line} == {"USE TEMP B-TREE FOR GROUP BY"}
+
+
+def test_postgres_summaries_use_their_indexes(postgres: Databases) -> None:
+    """No summary and no new filter reads all jobs, if the server knows how many there are."""
+    plans: list[str] = []
+
+    def explain(connection: object, cursor: psycopg.Cursor[tuple[str]], sql: str, params: Any, *_: object) -> None:
+        if "set_config" not in sql:
+            with cursor.connection.cursor() as asking:
+                plans.append("\n".join(line for (line,) in asking.execute("EXPLAIN " + sql, params)))
+
+    with postgres.database() as url, PostgresStore(url, NAMESPACE) as store:
+        assert store.acquire()
+        for begin in range(0, 6_000, 2_000):
+            numbers = range(begin, begin + 2_000)
+            write(store, {f"{n:06}": life(SUBMITTED, ev.JobSucceeded(), ms=n) for n in numbers})
+        errors = [ev.ErrorInfo(f"Error{n}", "", "") for n in range(10)]
+        write(store, {f"failed {n:04}": failed(n, errors[n % 10]) for n in range(2_000)})
+        write(store, {f"queued {n:04}": life(SUBMITTED, ms=n) for n in range(500)})
+        postgres.execute("ANALYZE", url)
+        with closing(open_reader(url, NAMESPACE)) as reader:
+            sqlalchemy.event.listen(reader._engine, "before_cursor_execute", explain)  # type: ignore[attr-defined]
+            assert len(reader.errors()) == 10
+            steps, *others = plans
+            assert "jobs_by_error" in steps
+            assert "jobs_by_error" in others[0]
+            assert len(reader.queues()) == 1
+            reader.jobs(id_prefix="0001")
+            reader.jobs(attempts_least=2)
+            reader.last_success("send")
+            reader.count(fingerprint=fingerprint(errors[0]))
+            reader.count(state="queued", since_ms=100)
+    assert [plan for plan in plans if "Seq Scan on jobs" in plan] == []
