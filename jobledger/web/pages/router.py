@@ -75,7 +75,7 @@ def make_router(services: PageServices, rates: Rates | None = None) -> APIRouter
 
 def rates_of(app: App) -> Rates:
     """Return what measures the throughput of an app, from the counters of its status table."""
-    return Rates(lambda: app.status_table().counts_by_state())  # type: ignore[no-any-return]  # imported late
+    return Rates(lambda: app.status_table().counts_by_state())
 
 
 def _own(request: Request, address: str | None) -> str | None:
