@@ -202,19 +202,19 @@ def fail(app: App, url: str) -> str:
     writer = LogWriter(app.settings, app.names, linger_ms=0.0)
     try:
         known: list[tuple[ev.Fact, ev.Position]] = [(ev.JobSubmitted(ev.JobSpec(b'{"order":7}')), handle.position)]
-        each: ev.Fact
-        for each in (started, ev.JobFailedFact("exhausted", error, 5)):
+        outcome: tuple[ev.Fact, ...] = (started, ev.JobFailedFact("exhausted", error, 5))
+        for fact in outcome:
             event = ev.JobEvent(
-                str(uuid_utils.uuid7()), handle.job_id, 1, 1, 1, 0, "charge", "default", None, None, "test", None, each
+                str(uuid_utils.uuid7()), handle.job_id, 1, 1, 1, 0, "charge", "default", None, None, "test", None, fact
             )
             (position,) = writer.send([Outgoing(app.names.lifecycle, codec.encode(event), handle.job_id)])
-            known.append((each, position))
+            known.append((fact, position))
     finally:
         writer.close()
     life = None
-    for number, (fact, at) in enumerate(known):
+    for number, (told, at) in enumerate(known):
         place = (1_764_547_200_000 + number, at.topic, at.partition, at.offset)
-        life = join(life, of(1, 1, 1, "charge", "default", None, fact, place))
+        life = join(life, of(1, 1, 1, "charge", "default", None, told, place))
     assert life is not None
     with open_store(url, app.names.namespace) as store:
         store.acquire()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -43,11 +43,9 @@ def app(url: str) -> Iterator[App]:
         yield made
 
 
-def get(
-    app: App, path: str, status: int = 200, role: Role = Role.ADMIN, headers: Mapping[str, str] | None = None
-) -> str:
-    """Return a page."""
-    answer = ask(pages(app, role), "GET", path, headers=headers)
+def get(app: App, path: str, status: int = 200, role: Role = Role.ADMIN, *, part: bool = False) -> str:
+    """Return a page, or the part of it for which htmx asks."""
+    answer = ask(pages(app, role), "GET", path, headers={"HX-Request": "true"} if part else {})
     assert answer.status_code == status, answer.text[:500]
     return answer.text
 
@@ -370,11 +368,11 @@ def test_a_part_of_a_page_is_sent_only_if_it_has_changed(app: App) -> None:
     path = f"/jobs/{failed(app).job_id}"
     seen = re.search(r'name="seen" value="(\w+)"', get(app, path))
     assert seen is not None
-    part = get(app, path, headers={"HX-Request": "true"})
+    part = get(app, path, part=True)
     assert "<html" not in part
     assert 'id="timeline"' in part
     assert ask(pages(app), "GET", f"{path}?seen={seen[1]}", headers={"HX-Request": "true"}).status_code == 204
-    assert "<h2" in get(app, "/jobs", headers={"HX-Request": "true"})
+    assert "<h2" in get(app, "/jobs", part=True)
 
 
 def test_pages_work_below_a_prefix(url: str) -> None:

@@ -94,11 +94,13 @@ def route_class(show: Show) -> type[APIRoute]:
                             return show(request, status, title, text_of(exc), advice)
                     raise
                 except Exception as exc:
+                    # Of Starlette, or a problem of the application.
                     code = getattr(exc, "status_code", None) or getattr(exc, "status", None)
                     if not isinstance(code, int) or code == 401 or not hasattr(exc, "detail"):
                         raise
-                    title = TITLES.get(code, "This cannot be done now")
-                    return show(request, status, title, str(getattr(exc, "detail", "")), "")
+                    return show(
+                        request, code, TITLES.get(code, "This cannot be done now"), str(getattr(exc, "detail", "")), ""
+                    )
 
             return handled
 

@@ -10,7 +10,6 @@ from typing import Any
 from jobledger.client.commands import Standing
 from jobledger.definitions.policy import Limits
 from jobledger.errors import PlanNotFound
-from jobledger.job import State
 from jobledger.plan import PlanStatus
 from jobledger.process.wording import counted
 from jobledger.streams.status.store.protocol import ErrorGroup
@@ -90,12 +89,11 @@ def _tasks(sources: Sources, standing: Mapping[tuple[str, str], Standing]) -> li
     for kind, name in standing:
         if kind == "task":
             numbers.setdefault(name, {})
-    wanted = (State.QUEUED, State.RUNNING, State.RETRYING, State.FAILED)
     return [
         _row(
             name,
             queue_of.get(name),
-            tuple(states.get(state.value, 0) for state in wanted),
+            (states.get("queued", 0), states.get("running", 0), states.get("retrying", 0), states.get("failed", 0)),
             None,
             app.tasks[name].policy.limits if name in app.tasks else Limits(),
             standing.get(("task", name)),
@@ -108,7 +106,7 @@ def _tasks(sources: Sources, standing: Mapping[tuple[str, str], Standing]) -> li
 def _row(
     name: str,
     queue: str | None,
-    numbers: Sequence[int],
+    numbers: tuple[int, int, int, int],
     oldest_ms: int | None,
     in_code: Limits,
     standing: Standing | None,
