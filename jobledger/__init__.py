@@ -56,10 +56,11 @@ from jobledger.errors import (
 from jobledger.explain import Cause, Explanation
 from jobledger.job import JobStatus, State
 from jobledger.plan import PlanState, PlanStatus
+from jobledger.process.version import VERSION
 from jobledger.schemas.events import Position, Recorded
 from jobledger.worker_status import WorkerState, WorkerStatus
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 # A library writes no log lines until the application configures logging.
 logging.getLogger("jobledger").addHandler(logging.NullHandler())

@@ -19,7 +19,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
 
-from jobledger import __version__
 from jobledger.config import Settings
 from jobledger.consumers.isolation import fork_server
 from jobledger.consumers.isolation.app_target import find_target
@@ -72,6 +71,7 @@ from jobledger.process.extras import missing
 from jobledger.process.identity import now_us, source
 from jobledger.process.logger import get_logger, loop_error
 from jobledger.process.retrying import retry_until
+from jobledger.process.version import VERSION
 from jobledger.process.wording import counted
 from jobledger.schemas.events import WorkerReported
 
@@ -382,7 +382,7 @@ class Worker:
         started_at = now_us() - int((time.monotonic() - self.started_at) * 1e6)
         tasks = list(self.registry.tasks)
         about = About(
-            *(host, int(pid), settings.version, __version__, started_at),
+            *(host, int(pid), settings.version, VERSION, started_at),
             *(self.lanes, tasks, self.options.concurrency),
         )
         builder = ReportBuilder(about)

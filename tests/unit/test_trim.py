@@ -161,7 +161,7 @@ def test_a_process_that_is_started_again_every_hour_trims(monkeypatch: pytest.Mo
     """The first round follows soon after the start."""
     monkeypatch.setattr(maintenance_module, "FIRST_S", 0.1)
     maintenance = Maintenance(Names("shop"), Settings(bootstrap="127.0.0.1:1"), [], cast(Any, None))
-    for name in ("watch", "check_commits", "forget_cancels"):
+    for name in ("watch", "check_commits", "trim_plans", "forget_cancels", "remove_rows", "remove_workers"):
         monkeypatch.setattr(maintenance, name, lambda: None)
     stop, trimmed = threading.Event(), threading.Event()
     monkeypatch.setattr(maintenance, "trim", trimmed.set)
