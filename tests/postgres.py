@@ -53,11 +53,12 @@ class Databases:
 
     @contextmanager
     def database(self) -> Iterator[str]:
-        """Yield the URL of an empty database, which is dropped at the end of the block."""
+        """Yield the URL of an empty database, which is dropped at the end of the block. A connection to it may take
+        `CONNECT_TIMEOUT_S`, not the product's 5 s: on a busy machine the server itself may need longer."""
         name = f"jl_{uuid.uuid4().hex[:12]}"
         self.execute(f'CREATE DATABASE "{name}"')
         try:
-            yield self.at(database=name)
+            yield self.at(database=name, query={"connect_timeout": str(CONNECT_TIMEOUT_S)})
         finally:
             self.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
 
