@@ -40,6 +40,7 @@ from jobledger import JobledgerError
 from jobledger.errors import StoreNotFound
 from jobledger.kafka.clients import admin
 from jobledger.kafka.embedded import EmbeddedKafka
+from jobledger.kafka.embedded.ports import bindable
 from jobledger.kafka.topics import ensure
 from jobledger.log.reading import LogReader, high_watermarks
 
@@ -50,6 +51,8 @@ TARGET = "examples.airports.app:app"
 #: Seconds after which the demo gives up if no job has ended in this time.
 STALL_S = 60.0
 READY_S = 60.0
+#: The port of the dashboard is the first free one from here on.
+PAGE_PORT = 8420
 POLL_S = 0.1
 
 
@@ -61,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1, help="decides how the third party fails (default: 1)")
     parser.add_argument("--home", type=Path, default=Path(".demo"), help="folder of the run (default: .demo)")
     parser.add_argument("--svg", type=Path, help="save what was shown as a picture")
+    parser.add_argument("--stay", action="store_true", help="then show the jobs in a browser, until Ctrl-C")
     options = parser.parse_args(argv)
     screen = Screen(picture=options.svg is not None)
     for each in (signal.SIGTERM, signal.SIGHUP):
@@ -133,7 +137,10 @@ def _story(
     _start_jobledger(screen, processes, app, options.concurrency)
     _import(screen, processes, app, rows)
     checks, example = _account(screen, app, place, rows, api)
-    return checks + _rebuild(screen, processes, app, api), example
+    checks += _rebuild(screen, processes, app, api)
+    if options.stay:
+        _stay(screen, processes)
+    return checks, example
 
 
 def _start_broker(screen: Screen, stack: ExitStack, place: Place) -> str:
@@ -292,6 +299,33 @@ def _rebuild(screen: Screen, processes: Processes, app: App, api: str) -> list[C
     screen.print()
     screen.checks(checks)
     return checks
+
+
+def _stay(screen: Screen, processes: Processes) -> None:
+    """Show the dashboard until Ctrl-C."""
+    screen.heading("The dashboard")
+    with screen.step("page") as step:
+        address = f"127.0.0.1:{next(filter(bindable, range(PAGE_PORT, PAGE_PORT + 1_000)))}"
+        jobledger = [sys.executable, "-m", "jobledger"]
+        processes.start("streams", [*jobledger, "streams", TARGET])  # stopped for the rebuild
+        processes.start("web", [*jobledger, "web", TARGET, "--listen", address])
+        _wait(processes, lambda: _answers(f"http://{address}/api/v1/readyz"), READY_S, "the page was not ready")
+        step.result = f"http://{address} shows all of these jobs; Ctrl-C ends the demo"
+    try:
+        while True:
+            processes.check()
+            time.sleep(POLL_S)
+    except KeyboardInterrupt:
+        screen.print()
+
+
+def _answers(url: str) -> bool:
+    """Return whether a server answers at this address, and is ready."""
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
 
 
 def _abreast(app: App) -> bool:
