@@ -1,7 +1,7 @@
-"""The causes for which a job is where it is, and the rules that see them. Pure: no Kafka, no database, no clock.
+"""The causes for which a job is where it is, and the rules that find them. Pure: no Kafka, no database, no clock.
 
-Each rule looks at a `jobledger.situation.Situation` and yields the causes that it sees; `RULES` has the rules of each
-state. `jobledger.explain` makes an explanation of them.
+Each rule examines a `jobledger.situation.Situation` and yields the causes that it finds; `RULES` has the rules of each
+state. `jobledger.explain` makes an explanation from the causes.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _HIDDEN = ("Cc", "Cf", "Cs")
 
 
 class CauseKind(enum.StrEnum):
-    """Why a job is where it is. The members are in the order in which an explanation lists them: first what could make
-    the rest untrue, then what holds the job the longest."""
+    """Why a job is where it is. The members are in the order in which an explanation lists them: first causes that
+    could make the other causes untrue, then the causes that hold the job the longest."""
 
     #: The job's run has ended.
     ENDED = "ended"
@@ -83,7 +83,7 @@ class CauseKind(enum.StrEnum):
 
 
 class SeenCause(NamedTuple):
-    """A cause as a rule sees it; ``since_ms``: as `Cause.since`."""
+    """A cause that a rule has found; ``since_ms``: as `Cause.since`, in milliseconds."""
 
     kind: CauseKind
     since_ms: int | None
@@ -347,7 +347,8 @@ def _limits(s: Situation, life: Life, seen: Visible) -> Seen:
 
 
 def reached_limit(limit: Limit, s: Situation) -> str | None:
-    """Return how the limit is reached; empty if it is not reached, None if that is not known."""
+    """Return a sentence that says how the limit is reached; empty if the limit is not reached, None if that is not
+    known."""
     known = True
     if limit.concurrency is not None:
         if limit.running is None:
@@ -440,7 +441,7 @@ RULES: Mapping[State, tuple[Rule, ...]] = {
     **dict.fromkeys((State.SUCCEEDED, State.FAILED, State.CANCELLED, State.EXPIRED), (_ended, _plans)),
 }
 
-#: What holds a queued job. Without any of these the job waits for a free place.
+#: The causes that hold a queued job. If there is none of them, the job waits for a free place.
 HOLDING = {
     CauseKind.CANCEL_REQUESTED,
     CauseKind.QUEUE_PAUSED,

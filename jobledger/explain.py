@@ -1,4 +1,4 @@
-"""Why a job is where it is, in words and as data. Pure: no Kafka, no database, no clock.
+"""Why a job is where it is, as sentences and as data. Pure: no Kafka, no database, no clock.
 
 `explain` turns a `jobledger.situation.Situation`, which `jobledger.client.explaining` gathers, into an `Explanation`.
 `jobledger.causes` has the rules. The order of `CauseKind` is the order of the causes.
@@ -31,9 +31,9 @@ class Cause(msgspec.Struct, frozen=True):
 class Explanation(msgspec.Struct, frozen=True):
     """Why a job is where it is.
 
-    ``state``: its state, or ``unknown``. ``causes``: the most decisive first; each kind at most once. ``likely_start``:
-    when the next attempt probably starts; None if this cannot be said. ``likely_start_note``: how that time was found,
-    or why it cannot be said.
+    ``state``: the job's state, or ``unknown``. ``causes``: the most decisive first; each kind at most once.
+    ``likely_start``: when the next attempt probably starts; None: not known. ``likely_start_note``: how that time was
+    computed, or why it is not known.
     """
 
     job_id: str
@@ -67,7 +67,7 @@ _ORDER = {kind: number for number, kind in enumerate(CauseKind)}
 
 # -- the likely start ---------------------------------------------------------------------------------------------------
 
-#: The causes as long as which nobody can say when the job starts, each with the reason.
+#: The causes with which the start of the job cannot be estimated, each with the reason.
 _OPEN_ENDED = {
     CauseKind.TABLE_BEHIND: "the status table is behind, so the job may have started",
     CauseKind.CANCEL_REQUESTED: "a cancel was requested, so the job does not start",
@@ -82,8 +82,8 @@ _OPEN_ENDED = {
 
 
 def _likely(s: Situation, life: Life | None, seen: Visible | None, kinds: set[CauseKind]) -> tuple[int | None, str]:
-    """Return when the next attempt probably starts, in ms, and how this was found; or None and why it cannot be
-    said."""
+    """Return when the next attempt probably starts, in ms, and how this time was computed; or None, and why it is not
+    known."""
     if life is None or seen is None:
         return None, "the job is not known"
     if seen.state.ended:

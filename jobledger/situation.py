@@ -19,7 +19,7 @@ Scope = Literal["queue", "task"]
 
 
 class Pause(msgspec.Struct, frozen=True):
-    """A queue or a task is paused. ``said``: by whom, and why (``by ann: their maintenance``)."""
+    """A queue or a task is paused. ``said``: author and reason (``by ann: their maintenance``)."""
 
     scope: Scope
     name: str
@@ -30,10 +30,10 @@ class Pause(msgspec.Struct, frozen=True):
 class Limit(msgspec.Struct, frozen=True):
     """The limits in force of a queue or a task, for all workers together.
 
-    ``rate``: starts a second; ``concurrency``: jobs at once. ``said``: who set them at run time, and why; None: they
-    are in the code. ``partitions``: among how many partitions the limits are divided. ``owned``: how many of these the
-    owner of the job's partition has. ``running``: the number of jobs that run now, and ``running_here``: of those, the
-    jobs of partitions of that owner. None: not known.
+    ``rate``: starts a second; ``concurrency``: jobs at once. ``said``: author and reason, if they were set at run
+    time; None: they are in the code. ``partitions``: the number of partitions among which the limits are divided.
+    ``owned``: the number of these partitions that the owner of the job's partition has. ``running``: the number of jobs
+    that run now; ``running_here``: the number of those in partitions of that owner. None: not known.
     """
 
     scope: Scope
@@ -119,22 +119,22 @@ class Coordinator(msgspec.Struct, frozen=True):
 
 class Lag(msgspec.Struct, frozen=True):
     """How far the status table is behind the partitions that have the job's facts. ``since_ms``: when the oldest record
-    was appended that the table has not read."""
+    that the table has not read was appended."""
 
     records: int
     since_ms: int | None = None
 
 
 class Cancel(msgspec.Struct, frozen=True):
-    """A cancel of the job's run was requested. ``said``: by whom, and why."""
+    """A cancel of the job's run was requested. ``said``: author and reason."""
 
     said: str
     since_ms: int
 
 
 class PlanWait(msgspec.Struct, frozen=True):
-    """The job is listed in a plan that has not reached it. ``said``: who made the plan, and why. ``steered``: who paused
-    or resumed it last, and why."""
+    """The job is listed in a plan that has not reached it. ``said``: author and reason of the plan. ``steered``: author
+    and reason of the last pause or resume."""
 
     plan: str
     action: str
@@ -150,8 +150,8 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
     ``now_ms``: the time of this machine's clock. ``life``: the job in the status table; None: the table does not know
     the job, or ``table_error`` says why it cannot be read. ``awaited``: the position that the table must reach to know
     the job, if the caller knows it. ``knows_task``: whether the app's code has the job's task; None: there is no code.
-    ``gates``: the options of the task by which each
-    worker for itself may hold jobs back, which only the worker knows. ``unread``: the sources that could not be read,
+    ``gates``: the options of the task by which a
+    worker may hold jobs back on its own; whether it does so now, only the worker knows. ``unread``: the sources that could not be read,
     each with the reason.
     """
 

@@ -15,8 +15,8 @@ from jobledger.errors import ConfigError
 #: The states whose rows can be removed: those that end a run. (`jobledger.job` has them, too; the audit, which reads
 #: settings, must not import that module.)
 STATES = ("succeeded", "failed", "cancelled", "expired")
-#: The shortest time in seconds for which a row is kept. Whoever waits for a job sees its outcome within this time,
-#: workers remember releases, and the status table reads the records that were written before an outcome.
+#: The shortest time in seconds for which a row is kept. Within this time a caller that waits for a job reads
+#: its outcome, workers remember the job's releases, and the table reads the records from before the outcome.
 LEAST_S = 3600.0
 #: The longest time in seconds: a hundred years.
 MOST_S = 100 * 366 * 86_400.0
@@ -69,5 +69,5 @@ def _shown(span: object) -> str:
 
 
 def limits(spans: Mapping[str, float], now_ms: int) -> dict[str, int]:
-    """Return for each state the time in ms of the broker's clock: rows of jobs that ended before it go."""
+    """Return for each state a time in ms of the broker's clock: rows of jobs that ended before this time are removed."""
     return {state: now_ms - math.ceil(seconds * 1000) for state, seconds in spans.items()}

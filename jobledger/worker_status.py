@@ -1,4 +1,4 @@
-"""What is known of a worker from its last report. Pure: no Kafka, no Avro, no database, no clock.
+"""The status of a worker, from its last report. Pure: no Kafka, no Avro, no database, no clock.
 
 A worker reports about itself every `REPORT_EVERY_S` seconds (`jobledger.schemas.events.WorkerReported`), and its last
 report replaces the reports before it. A worker that ends without an error removes its report.
@@ -33,8 +33,8 @@ class WorkerStatus(msgspec.Struct, frozen=True):
     known; ``jobledger``: that of Jobledger. ``started_at``: when the worker was started, on its own clock. ``lanes``:
     the lanes that it serves; ``tasks``: the first tasks that it knows, by name. ``more_lanes``, ``more_tasks``: how many
     are left out, because the report would be too large. ``slots``: how many jobs the worker may run at once;
-    ``running``: how many it runs; ``jobs``: of those that have run for the longest time, at most 20, the id and when
-    the present attempt began, on the worker's clock.
+    ``running``: how many jobs it runs; ``jobs``: at most 20 of these, those that have run for the longest time, each with
+    its id and when the present attempt began, on the worker's clock.
     ``memory_bytes``: of the worker's process, without child processes; None: not known. ``partitions``: how many
     partitions of work topics it owns. ``reported_at``: the broker's append time of the report.
     """

@@ -22,7 +22,7 @@ _TEXT_EXTRA, _JOB_EXTRA = 2, 12
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """What does not change while a worker runs.
+    """The values that do not change while a worker runs.
 
     ``host``, ``pid``: of its process. ``version``: that of the app's code; ``jobledger``: that of Jobledger.
     ``started_at``: in µs since the epoch. ``lanes``, ``tasks``: all that the worker serves and knows. ``slots``: how
@@ -40,7 +40,7 @@ class About:
 
 
 class ReportBuilder:
-    """Builds the reports of one worker. What does not change is cut to its limits once."""
+    """Builds the reports of one worker. The values that do not change are cut to their limits once."""
 
     def __init__(self, about: About) -> None:
         self._about = about
@@ -53,8 +53,8 @@ class ReportBuilder:
     ) -> WorkerReported:
         """Return the report of one moment.
 
-        ``running``: the jobs that the worker runs. ``memory_bytes``: of its process, if this is known. ``partitions``:
-        how many it owns. ``now``, ``now_us``: the present time by `time.monotonic`, and in µs since the epoch.
+        ``running``: the jobs that the worker runs. ``memory_bytes``: of its process; None: not known. ``partitions``:
+        how many partitions it owns. ``now``, ``now_us``: the present time by `time.monotonic`, and in µs since the epoch.
         """
         about = self._about
         return WorkerReported(

@@ -1,9 +1,9 @@
-"""Reports every few seconds what this worker does, on the compacted topic ``<ns>.workers``.
+"""Sends this worker's report every few seconds to the compacted topic ``<ns>.workers``.
 
-A report is of no importance for any job: it is dropped rather than waited for, and no error of it leaves this module.
-The reports have a producer of their own. If a cluster refuses them, or their partition has no leader, this neither
-delays a fact, nor makes a stop of the worker wait, nor counts as an unacknowledged record of a job. At most one report
-is under way, so nothing piles up while no broker is available.
+No job depends on a report: no other thread waits for the acknowledgement of a report, and an error of a report is only
+logged. The reports have a producer of their own. So if a cluster refuses the reports, or their partition has no leader, no
+fact is delayed, a worker that stops waits at most `FAREWELL_S` seconds, and no record of a job counts as unacknowledged.
+At most one report is unacknowledged at a time, so reports do not accumulate while no broker is available.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from jobledger.worker_status import REPORT_EVERY_S
 
 LOG = get_logger("jobledger.worker")
 
-#: Seconds in which a report must be acknowledged, before it is given up.
+#: Seconds within which a report must be acknowledged; after that it is dropped.
 REPORT_TIMEOUT_S = 10.0
 #: Seconds between two attempts while the topic is missing, or this worker may not write to it. While no broker is
 #: available, the next attempt follows after `REPORT_EVERY_S`.
@@ -39,7 +39,7 @@ AGAIN_S = 60.0
 FAREWELL_S = 1.5
 #: Share by which the time between two reports varies, so that workers started together do not report together.
 JITTER = 0.1
-#: Seconds of one poll: after this time the thread notices that the worker ends.
+#: Seconds of one poll: within this time the thread notices that the worker ends.
 _POLL_S = 0.1
 
 
@@ -130,7 +130,7 @@ class WorkerReporter(threading.Thread):
         self._error = error
 
     def _await_answer(self, seconds: float, *, until_finished: bool) -> None:
-        """Wait until nothing is under way, for up to ``seconds``."""
+        """Wait until no report is unacknowledged, for up to ``seconds``."""
         deadline = time.monotonic() + seconds
         while self._producer is not None and self._under_way and time.monotonic() < deadline:
             if until_finished and self._finished.is_set():
@@ -151,7 +151,7 @@ class WorkerReporter(threading.Thread):
         return REPORT_EVERY_S if isinstance(problem, BrokerUnavailable) else AGAIN_S
 
     def _close(self) -> None:
-        """Drop what is under way, and close the connections."""
+        """Drop unacknowledged reports, and close the connections."""
         if self._producer is not None:
             with suppress(KafkaException):  # the producer has failed permanently
                 self._producer.purge()

@@ -1,4 +1,5 @@
-"""Copies of jobs with changed arguments: a new job, with the rest taken from the original. Submits nothing itself."""
+"""Copies of jobs with changed arguments: a copy is a new job that has everything else from the original. Submits nothing
+itself."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from jobledger.schemas.events import JobLinks, JobSubmitted, users_tags
 
 
 def original(settings: Settings, names: Names, table: Any, job_id: str) -> Whole:
-    """Return the record of a job with its arguments, and the job in it. ``table``: the status table's read side.
+    """Return the record of a job that has its arguments, and the job's specification in it. ``table``: the status table's read side.
 
     Raises `JobNotFound` if the table does not know the job, or if the log no longer has the arguments, and the errors
     of the broker.
@@ -54,7 +55,7 @@ def copy_of(whole: Whole, task_of: Callable[[str], Task[Any, Any]], **options: U
     )
     queue, key, priority, tags = options.get("queue"), options.get("key"), options.get("priority"), options.get("tags")
     queue = event.queue if queue is None else queue
-    # An expiry as a time belonged to the original: without one in milliseconds the task's own applies.
+    # An expiry that is a point in time belonged to the original. Without an expiry in milliseconds, the task's own applies.
     expires_in_ms = spec.expires_in_ms if isinstance(event.fact, JobSubmitted) else None
     bound = task.using(
         queue=queue,

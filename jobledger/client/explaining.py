@@ -1,8 +1,8 @@
-"""Gathers what is known about one job at this moment, for `jobledger.explain`: from the status table, the log, the
-consumer groups and the app's code. Writes nothing.
+"""Gathers the facts about one job at this moment, for `jobledger.explain`, from the status table, the log, the consumer
+groups and the app's code. Writes nothing.
 
-No source is necessary except the status table. A source that cannot be read, or for which no time is left, becomes a
-note in the explanation, and not an error.
+No source is necessary except the status table. A source that cannot be read, or for which no time is left, is named in
+the explanation, and does not raise an error.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ T = TypeVar("T")
 LOG_S = 5.0
 #: Seconds that the broker has to answer at all.
 ANSWER_S = 3.0
-#: Seconds for which the table is given time to read the submission of a handle's job.
+#: Seconds to wait until the table has read the submission of a handle's job.
 TABLE_S = 2.0
 #: Maximum number of jobs of a key, of a tenant, or that run, which are read from the status table.
 ROWS_MOST = 1_000
@@ -75,7 +75,7 @@ class Explainer:
         """Return why the job is where it is. Takes some seconds at most.
 
         ``at_least``: the position of the submission, if it is known. If the status table has not read it, the state is
-        ``unknown``, and the cause says how far the table is behind. Raises `JobNotFound` for another job that the table
+        ``unknown``, and the cause says how far the table is behind. Raises `JobNotFound` for any other job that the table
         does not know.
         """
         check_utf8("job id", job_id)
@@ -97,7 +97,7 @@ class Explainer:
 
 
 class _Inquiry:
-    """One explanation in the making: the facts that were observed so far, and the time that is left."""
+    """The work on one explanation: the facts that were observed so far, and the time that is left."""
 
     def __init__(
         self, settings: Settings, names: Names, table: Table, registry: TaskRegistry | None, job_id: str
@@ -120,7 +120,8 @@ class _Inquiry:
         """Return the situation of a job that the table knows."""
         seen = project(life)
         self._look(life, seen)
-        # The job may have gone on meanwhile. Then the facts about its former record are not about its present one.
+        # The job may have been released again meanwhile. Then the facts about its former work record do not hold for its
+        # present one.
         present = self._try("the status table", lambda: self._table.lives_of([self._job_id]).get(self._job_id)) or life
         if released_at(present) != released_at(life):
             for name in ("place", "key_holder", "lease", "tenant"):
@@ -356,7 +357,7 @@ class _Inquiry:
         )
 
     def _partitions(self, work: Position) -> int:
-        """Return among how many partitions the limits of the record's queue are divided."""
+        """Return the number of partitions among which the limits of the record's queue are divided."""
         known = self._queue(work)
         if known is not None and known.partitions is not None:
             return known.partitions * len(known.levels)

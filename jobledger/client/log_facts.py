@@ -1,4 +1,4 @@
-"""What the log and the consumer groups say about one job at this moment, for an explanation. Reads; writes nothing.
+"""Facts about one job at this moment from the log and the consumer groups, for an explanation. Writes nothing.
 
 Every function reads a bounded number of records, and takes the seconds that it may wait for the broker. All raise
 `BrokerUnavailable`, `TopicMissing` or `AccessDenied`.
@@ -52,17 +52,17 @@ _SETTLING = (
 
 class Membership(NamedTuple):
     """A group, and the partitions that the owner of one partition has. ``owned`` None: the partition has no owner, or
-    is not known."""
+    the partition is not known."""
 
     group: Group
     owned: frozenset[tuple[str, int]] | None
 
 
 def membership(settings: Settings, name: str, at: tuple[str, int] | None, timeout: float) -> Membership:
-    """Return who is in a consumer group, and whether a member has the partition ``at``.
+    """Return the number of members of a consumer group, and whether a member has the partition ``at``.
 
-    A report of the worker itself would say more: whether the job still runs there, and how many places are free. When
-    workers write such reports, this function is the place to use them.
+    The reports of workers are not used here. They could show more: whether the job still runs on a worker, and how many
+    places of the worker are free.
     """
     client = admin(settings)  # kept in a variable: without the client its answers are lost
     try:
@@ -203,8 +203,8 @@ def plans_with(
     job: tuple[str, int],
     timeout: float,
 ) -> tuple[list[PlanWait], bool]:
-    """Return those of these plans, which have not ended, that list the job's run in a part that was not carried out
-    yet, and whether all of their parts were read. ``job``: id and run."""
+    """Return those of these plans that have not ended and that list the job's run in a part that was not carried out
+    yet; and whether all of their parts were read. ``job``: id and run."""
     active = {plan.plan: plan for plan in plans if not plan.state.ended}
     waits: dict[str, PlanWait] = {}
     if not active:

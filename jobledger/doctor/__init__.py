@@ -1,6 +1,6 @@
-"""Finds out what is wrong with an app, its cluster, its status table and this machine, and how to fix it.
+"""Finds problems of an app, its cluster, its status table and this machine, and says how to fix them.
 
-This package changes nothing. It writes one kind of record: the schema of Jobledger's events, which every process writes
+This package repairs nothing. It writes one kind of record: the schema of Jobledger's events, which every process writes
 at its start. Each check is a small function of one of the modules; `examination` has the table of all checks.
 """
 

@@ -25,20 +25,20 @@ from jobledger.schemas import codec
 if TYPE_CHECKING:
     from confluent_kafka import KafkaError, Message
 
-#: Seconds for an answer, above which a broker counts as slow.
+#: A broker counts as slow if its answer takes longer than this many seconds.
 SLOW_S = 1.0
 #: Seconds by which the clocks may differ.
 SKEW_MOST_S = 2.0
-#: Number of records that are written to compare the clocks. The smallest difference counts.
+#: Number of records that are written to compare the clocks. The smallest difference is used.
 _SAMPLES = 3
-#: The least supported version of a broker. A broker does not report its version. But these settings tell it: the first
-#: came with the consumer groups of KIP-848, and 4.0 removed the second.
+#: The least supported version of a broker. A broker does not report its version, but the version follows from these
+#: settings: the first one exists since the consumer groups of KIP-848, and 4.0 removed the second one.
 LEAST_BROKER = "4.0"
 _SINCE_3_7, _UNTIL_3_9 = "group.consumer.session.timeout.ms", "zookeeper.connect"
 
 
 def reachable(subject: Subject) -> Finding:
-    """Check whether a broker answers and accepts the login, and how fast."""
+    """Check whether a broker answers and accepts the login, and how fast it answers."""
     settings = subject.settings
     address = settings.resolve_bootstrap()
     began = time.monotonic()

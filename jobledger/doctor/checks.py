@@ -1,4 +1,4 @@
-"""What a check is, what it gets, and how several checks run at the same time, each within a time limit."""
+"""A check, its subject and its result; and how several checks run at the same time, together within a time limit."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 
 LOG = get_logger("jobledger.doctor")
 
-#: Seconds for all checks that run at the same time.
+#: Seconds for all checks together.
 TIME_MOST_S = 60.0
 #: Seconds for one request to a broker.
 REQUEST_S = 5.0
 
 
 class Check(msgspec.Struct, frozen=True):
-    """The result of one check. ``detail``: what was found. ``fix``: one sentence that names a command or a setting; None
+    """The result of one check. ``detail``: the finding. ``fix``: one sentence that names a command or a setting; None
     if ``ok``."""
 
     name: str
@@ -49,7 +49,7 @@ class Check(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What a check found. ``fix``: None: nothing needs a fix."""
+    """The finding of a check. ``fix`` None: nothing needs a fix."""
 
     detail: str
     fix: str | None = None
@@ -57,7 +57,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What is examined: an app, or only a namespace without tasks."""
+    """The subject of the checks: an app, or only a namespace without tasks."""
 
     app: App
 
@@ -87,7 +87,7 @@ class Examination:
     after: str | None = None
 
 
-#: What fixes an error, by its class. The message of an error often names a better remedy; it is the check's detail.
+#: The fix of each class of errors. The message of an error, which is the check's detail, often names a better fix.
 _FIXES: Sequence[tuple[type[JobledgerError], str]] = (
     (TopicMissing, "Run `jobledger topics apply MODULE:APP`."),
     (NotAuthenticated, "Correct the login and the certificates in JOBLEDGER_KAFKA__*."),
@@ -100,7 +100,7 @@ _OTHER_FIX = "Run `jobledger --traceback doctor MODULE:APP`, and look at the log
 
 
 def made(examination: Examination, subject: Subject | None) -> Check:
-    """Make one check. An error is a result, too."""
+    """Make one check. An error of the check becomes its result."""
     try:
         finding = examination.look(subject)
     except NotAuthenticated as exc:
@@ -126,8 +126,9 @@ def all_made(
 ) -> list[Check]:
     """Make the checks at the same time, and return their results in the order of ``examinations``.
 
-    A check that depends on another one is made after it, and not at all if the other one failed. A check that takes
-    longer than ``time_most`` seconds is given up, and reported; its thread may continue to run.
+    A check that depends on another one is made after it; if the other one failed, the check is not made and counts as
+    failed. After ``time_most`` seconds the checks that have not ended are reported as failed; their threads may continue
+    to run.
     """
     results: dict[str, Check] = {}
     answers: queue.SimpleQueue[Check] = queue.SimpleQueue()

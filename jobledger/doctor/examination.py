@@ -18,8 +18,8 @@ MACHINE: Sequence[Examination] = (
     Examination("settings", machine.settings),
 )
 
-#: Checks of an app, its cluster and its status table, in the order in which they are shown. ``BROKER`` and ``TABLE`` are
-#: the checks without which others cannot be made.
+#: Checks of an app, its cluster and its status table, in the order in which they are shown. If the
+#: check ``BROKER`` or ``TABLE`` fails, the checks that depend on it are not made.
 BROKER, TABLE = "broker", "table"
 APP: Sequence[Examination] = (
     Examination("extras", machine.extras),
@@ -42,9 +42,9 @@ APP: Sequence[Examination] = (
 def examine(app: App, *, time_most: float = TIME_MOST_S) -> list[Check]:
     """Examine an app, its cluster, its status table and this machine.
 
-    The checks do not depend on each other, except that most checks of a cluster are left out if no broker answers. They
-    run at the same time, and together take at most ``time_most`` seconds. Opens connections of its own, and raises no
-    error of a check.
+    The checks run at the same time, and together take at most ``time_most`` seconds. If no broker answers or the table
+    cannot be read, the checks that need it are not made, and count as failed. Uses connections of its own. An error of a
+    check is not raised, but becomes its result.
     """
     return all_made([*MACHINE, *APP], Subject(app), time_most)
 

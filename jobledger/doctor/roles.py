@@ -18,8 +18,8 @@ from jobledger.log.group_offsets import Committed, group_offsets
 from jobledger.log.reading import LogReader
 from jobledger.process.wording import counted
 
-#: Seconds within which a process that is behind must make progress, and seconds between two looks. The coordinator
-#: commits each second.
+#: Seconds within which a process that is behind must make progress, and seconds between two measurements. The
+#: coordinator commits each second.
 PROGRESS_S, LOOK_S = 12.0, 0.5
 #: The states of a group without members.
 _EMPTY = (ConsumerGroupState.EMPTY, ConsumerGroupState.DEAD)
@@ -122,8 +122,8 @@ def _behind(subject: Subject, topic: str, commits: Mapping[tuple[str, int], Comm
 
 
 def progress(behind: Callable[[], Offsets]) -> tuple[int, bool]:
-    """Return how many records a process is behind, and whether it makes progress: within `PROGRESS_S` seconds it is up
-    to date once, or less far behind in a partition."""
+    """Return how many records a process is behind, and whether it makes progress: within `PROGRESS_S` seconds it is
+    up to date once, or has fewer records left in a partition."""
     first = behind()
     deadline = time.monotonic() + PROGRESS_S
     now = first

@@ -1,4 +1,4 @@
-"""Checks of the status table: whether it can be read, who writes it, and how far behind it is."""
+"""Checks of the status table: whether it can be read, whether a materializer writes it, and how far it is behind the log."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _START = "Start `jobledger streams MODULE:APP`."
 
 
 def _opened(subject: Subject) -> StatusReader:
-    """Open the table. The app's own reader is not used: `App.close` may close it while a check is given up."""
+    """Open the table. The app's own reader is not used: `App.close` may close it while a check that has timed out still runs."""
     namespace = subject.names.namespace
     return open_reader(subject.settings.resolve_status_url(namespace), namespace)
 

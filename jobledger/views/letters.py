@@ -20,7 +20,7 @@ RAW_MOST, KEY_MOST, WHY_MOST = 400, 80, 500
 class Letter:
     """A record of the topic of dead letters.
 
-    ``job_id``, ``task``: of a failed job; empty for any other record. ``what``: what the record is about. ``why``: the
+    ``job_id``, ``task``: of a failed job; empty for a rejected record. ``what``: the subject of the record. ``why``: the
     error. ``key``, ``raw``: the beginning of a rejected record's key and value, as text. ``at``: append time, in ms of the
     broker's clock.
     """

@@ -1,4 +1,4 @@
-"""What only the log has of a job: its arguments, and its facts one by one. Reads the log; writes nothing."""
+"""The parts of a job that only the log has: its arguments, and its facts one by one. Reads the log; writes nothing."""
 
 from __future__ import annotations
 

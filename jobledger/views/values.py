@@ -1,6 +1,6 @@
 """Values as JSON builtins. The values may come from a log that anybody can write to, so every value has a JSON form.
 
-This module imports only what every command needs anyway, so that `jobledger --help` stays quick.
+This module imports only what every command needs anyway, so that `jobledger --help` stays fast.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Values as text for people, wherever they are read: in a terminal or on a page. Imports only what every command needs.
+"""Values as text for people, in a terminal or on a page. Imports only what every command needs.
 
 The text may come from a log that anybody can write to. So the characters that control a terminal, or that change the
 direction of writing, are replaced by visible ones, and a time outside the calendar is shown as a number.

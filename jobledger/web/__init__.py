@@ -1,7 +1,8 @@
 """The HTTP API and the dashboard, as an ASGI app: jobs, plans, queues and tasks over HTTP, and a stream of events.
 
-This package owns who may do what over HTTP, and the form of requests and answers. It reads the status table and the
-log, and changes something only through the app: it writes no records itself, and does not know the command line.
+This package owns the users and roles of HTTP, and the form of requests and answers. It reads the status table and the
+log, and changes something only through the app: the package writes no records itself, and does not use the command
+line.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Who asks, and what they may do. `ROUTES` is the one table of roles; a route that is not in a table is refused.
+"""The user of a request, and what the user may do. `ROUTES` is the table of roles of the API; a route that is in no table
+is refused.
 
-Ways in, in this order: a token (from a browser as the password of any name), a header of a trusted proxy, a function of
-the app that mounts the API, or, for a service that only this machine can reach, this machine's user.
+The logins, in this order: a token (from a browser as the password of any name), a header of a trusted proxy, a function
+of the app that mounts the API, or, for a service that only this machine can reach, this machine's user.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ API = "/api/v1"
 
 
 class Role(IntEnum):
-    """What a user may do. A role includes the ones below it."""
+    """What a user may do. Each role includes the roles before it."""
 
     READ = 1
     OPERATE = 2
@@ -47,7 +48,7 @@ def role_of(text: str) -> Role:
 
 @dataclass(frozen=True, slots=True)
 class User:
-    """A user. ``name``: the author of what the user does, in the log. Raises `ConfigError` for a name that the log
+    """A user. ``name``: the log has it as the author of the user's actions. Raises `ConfigError` for a name that the log
     does not accept."""
 
     name: str
@@ -61,8 +62,8 @@ class User:
 #: thread.
 UserOf = Callable[[Request], "User | Awaitable[User | None] | None"]
 #: Returns whether a user may do something that the user's role allows: ``permit(user, action, target)``. ``action``: a
-#: name in `ROUTES`. ``target``: the job's id, the plan's id, or the name of the queue or task; None: no single one. It
-#: may be ``async``; a plain function runs in a thread.
+#: name in `ROUTES`. ``target``: the job's id, the plan's id, or the name of the queue or task; None: the action has no
+#: single target. It may be ``async``; a plain function runs in a thread.
 Permit = Callable[[User, str, "str | None"], "bool | Awaitable[bool]"]
 
 
@@ -75,7 +76,7 @@ class Action(NamedTuple):
     in_body: bool = False
 
 
-#: The action of each route of the API; None: also without a user.
+#: The action of each route of the API; None: the route needs no user.
 ROUTES: Mapping[str, Action | None] = {
     f"{method} {API}{path}": action
     for method, path, action in (
@@ -125,7 +126,8 @@ class TrustedProxy:
 
     ``header``: the name of the header. ``addresses``: the proxy's addresses or networks (``10.0.0.0/24``); from any
     other address the header is ignored. ``role``: the role of the users. ``role_header``: a header in which the proxy
-    names the role instead. The proxy must remove both headers from what it receives. Raises `ConfigError`.
+    names the role instead. The proxy must remove both headers from the requests that it receives. Raises
+    `ConfigError`.
     """
 
     def __init__(
@@ -165,7 +167,7 @@ class TrustedProxy:
 
 @dataclass(frozen=True)
 class Access:
-    """The ways in, and the rules. ``local``: only this machine can reach the service, so its user needs no token.
+    """The logins, and the rules. ``local``: only this machine can reach the service, so its user needs no token.
     ``origins``: see `jobledger.web.origin.refusal`."""
 
     tokens: Tokens | None = None
@@ -177,7 +179,7 @@ class Access:
 
 
 class Guard:
-    """Decides about each request: who asks, and whether they may. ``routes``: tables like `ROUTES`."""
+    """Finds the user of each request, and decides whether the user may make it. ``routes``: tables like `ROUTES`."""
 
     def __init__(self, access: Access, *routes: Mapping[str, Action | None]) -> None:
         if access.tokens is None and access.proxy is None and access.user is None and not access.local:
@@ -191,7 +193,7 @@ class Guard:
 
     @property
     def asks_for_tokens(self) -> bool:
-        """Whether a token is a way in."""
+        """Whether users may log in with a token."""
         return self._access.tokens is not None
 
     def action(self, method: str, path: str) -> Action | None:
@@ -227,7 +229,7 @@ class Guard:
             raise Problem(403, f"{user.name} is not permitted {what}")
 
     async def _who(self, request: Request) -> tuple[User, bool]:
-        """Return the user, and whether a token says so: no browser sends a token along by itself."""
+        """Return the user, and whether the request has a bearer token: no browser adds such a token by itself."""
         access, user = self._access, None
         scheme, _, text = request.headers.get("authorization", "").partition(" ")
         if access.tokens is not None and scheme.lower() in ("bearer", "basic"):
@@ -239,7 +241,7 @@ class Guard:
                 raise Problem(503, "the service cannot read its file of tokens", headers={"Retry-After": "30"}) from exc
             if user is None:
                 raise _unknown("the token is not known, or was revoked")
-            # A browser sends a password along with requests that other sites cause.
+            # A browser adds a password also to requests that other sites cause.
             return user, not basic
         if access.proxy is not None:
             user = access.proxy.user(request)
@@ -283,7 +285,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _check_host(request: Request) -> None:
-    """Refuse a request that came through another name. A page of a foreign site can let its own name lead to this
+    """Refuse a request whose header ``Host`` is not a loopback name. The name of another site can resolve to this
     machine (DNS rebinding), and a browser then treats this service as a part of that site."""
     host = request.headers.get("host", "")
     name = host.rpartition("]")[0].removeprefix("[") if host.startswith("[") else host.partition(":")[0]

@@ -1,7 +1,7 @@
 """Request bodies and answers as JSON, with integers that stay exact.
 
 JavaScript reads numbers as floats, so an integer beyond ±(2⁵³ - 1) would change. By default such an integer is written as
-text; a client that reads integers exactly asks for numbers. Requests are read exactly.
+text; a client that reads integers exactly asks for numbers. The integers of requests are read exactly.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 #: The largest integer such that it and all smaller ones are exact in JavaScript.
 SAFE_MOST = 2**53 - 1
-#: Largest body of a request about one job's or plan's state, in bytes.
+#: Largest body of a request about one job, plan, queue or task, in bytes.
 SMALL_BODY = 64 * 1024
 
 Integers = Annotated[
@@ -84,7 +84,7 @@ async def body_of(request: Request, most: int) -> bytes:
 
 
 def read_as(kind: type[T], body: bytes) -> T:
-    """Return a body as a value of this type. Raises `Problem` that says where it does not fit."""
+    """Return a body as a value of this type. Raises a `Problem` that says which part is wrong."""
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as exc:

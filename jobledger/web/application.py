@@ -1,4 +1,4 @@
-"""The ASGI app: routes, headers of answers, and what happens at its start and its end."""
+"""The ASGI app: routes, headers of answers, and what is closed at its end."""
 
 from __future__ import annotations
 
@@ -58,9 +58,9 @@ def create_app(
     of a request, or None. ``permit(user, action, target)``: returns whether a user may do something that the user's
     role allows. ``tokens``: bearer tokens. ``proxy``: a proxy that names the user in a header. ``local``: everybody who
     reaches the service is this machine's user, as an admin; only for a server that listens on a loopback address.
-    ``origins``: origins such as ``https://jobs.example.org`` of pages that may change something, beside the address in
-    the header ``Host``. ``dashboard``: options of the pages; None: no pages. Raises `ConfigError` if nothing says who
-    asks.
+    ``origins``: origins such as ``https://jobs.example.org``, in addition to the address in the header ``Host``, whose
+    pages may change something. ``dashboard``: options of the pages; None: no pages. Raises `ConfigError` if there is no
+    login.
 
     The API uses the app's connections; close them with `App.close` after the server has stopped.
     """
@@ -126,8 +126,8 @@ async def _known_parameters(request: Request) -> None:
 
 
 class _Edge:
-    """Tells the routes the path at which clients find them, and adds `HEADERS` to every answer that does not have
-    them."""
+    """Sets the path at which clients find the routes, and adds each of `HEADERS` to every answer that does not have
+    it."""
 
     def __init__(self, app: ASGIApp, prefix: str) -> None:
         self._app, self._prefix = app, prefix

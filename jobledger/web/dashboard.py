@@ -1,4 +1,4 @@
-"""Joins the pages with the API: the same users, the same roles, the same checks of where a request comes from."""
+"""Joins the pages with the API: the same users, the same roles, the same check of a request's origin."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ RULES: Mapping[str, Action | None] = {
 
 
 def add_dashboard(api: FastAPI, app: App, guard: Guard, prefix: str, options: Dashboard) -> Callable[[], None]:
-    """Add the pages to the API. The guard's tables must have `RULES`. Return a function that ends what the pages do
-    beside requests."""
+    """Add the pages to the API. The guard's tables must have `RULES`. Return a function that stops the thread of
+    the pages."""
 
     async def admitted(request: Request) -> None:
         try:

@@ -1,4 +1,4 @@
-"""The route of events: what happens to jobs, as server-sent events."""
+"""The route of events: facts of jobs, as server-sent events."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ from jobledger.web.services import services
 
 #: Largest number of streams of a process.
 LISTENERS_MOST = 2_000
-#: Seconds between two comments that keep a stream open, and seconds after which a client that takes nothing is dropped.
+#: Seconds between two comments that keep a stream open, and seconds after which a client that reads nothing is
+#: disconnected.
 HEARTBEAT_S, SEND_S = 15, 60.0
 #: Number of events, and of bytes, that are sent at once.
 EVENTS_AT_ONCE, BYTES_AT_ONCE = 64, 16 * 1024
-#: Number of clients that came back and are still being sent what they missed.
+#: Largest number of clients at a time that connected again and to which missed events are still being sent.
 MISSED_AT_ONCE = 16
 
 _REASONS = {
@@ -58,10 +59,10 @@ async def events(
     tag: Annotated[list[str], Query(max_length=VALUES_MOST, description="All of these tags, each NAME=VALUE.")] = [],  # noqa: B006
     last_event_id: Annotated[str | None, Header(description="The id of the last event: continue after it.")] = None,
 ) -> Response:  # fmt: skip
-    """Stream what happens to jobs from now on, as server-sent events.
+    """Stream the facts of jobs from now on, as server-sent events.
 
     Each event `job` has the fact, the job and its state after it, and an id with which a client can continue. After an
-    event `gap` the client must read again what it shows. An event may come twice after a client has come back.
+    event `gap` the client must read again what it shows. An event may come twice after a client has connected again.
     """
     feed = services(request).feed
     if feed.listeners >= LISTENERS_MOST:
@@ -85,8 +86,8 @@ async def events(
 async def _missed(
     request: Request, feed: Feed, listener: Listener, event_id: str | None
 ) -> tuple[list[Happening], bool]:
-    """Return the events since the last one that the client has, as far as the ring does not have them; and whether
-    events are missing."""
+    """Return the events since the last one that the client has, if they are not in the ring; and whether events are
+    missing."""
     if event_id is None:
         return [], False
     place = place_of(event_id)
@@ -98,15 +99,15 @@ async def _missed(
         return [], False
     if _Stream.catching_up >= MISSED_AT_ONCE:
         return [], True
-    # The listener's place and these ends belong together: nothing was published in between.
+    # The listener's place and these ends are of the same moment: nothing was published in between.
     missed = await services(request).log(feed.missed, *place, feed.ends)
     return missed or [], missed is None
 
 
 class _Stream(EventSourceResponse):
-    """The response: first what was missed, then what happens."""
+    """The response: first the missed events, then the new ones."""
 
-    #: Number of streams that still hold what was missed.
+    #: Number of streams that have not sent all missed events yet.
     catching_up = 0
 
     def __init__(self, feed: Feed, listener: Listener, wanted: Filter, missed: list[Happening], gap: bool) -> None:
@@ -148,7 +149,7 @@ class _Stream(EventSourceResponse):
                 await self._listener.wake.wait()
 
     def _joined(self, taken: list[Happening]) -> list[bytes]:
-        """Return the wanted ones of these events, joined to chunks of about `BYTES_AT_ONCE`."""
+        """Return those of these events that the client wants, joined to chunks of about `BYTES_AT_ONCE`."""
         chunks: list[bytes] = []
         parts: list[bytes] = []
         size = 0

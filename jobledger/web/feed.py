@@ -1,8 +1,8 @@
-"""What happens to jobs, from the end of the log, for any number of event streams: one reader for each process.
+"""New facts of jobs, from the end of the log, for any number of event streams: one reader for each process.
 
-A thread reads the log while anybody listens. The last events are kept in one ring for all listeners; a listener is only
-a place in it. So the memory does not depend on how slow listeners are: one that falls behind the ring loses events, and
-is told so.
+A thread reads the log while there are listeners. The last events are in one ring buffer for all listeners; a listener
+has only a place in this ring. So the memory does not depend on how slow listeners are: a listener whose next event is no
+longer in the ring loses events, and `Feed.take` says so.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ POLL, POLL_S = 500, 0.1
 TAGS_MOST = 20_000
 #: Seconds between two checks for new partitions.
 REFRESH_S = 10.0
-#: Number of records that are read again for a listener that comes back.
+#: Largest number of records that are read again for a listener that connects again.
 MISSED_MOST = 2_000
 
 
@@ -158,7 +158,7 @@ class Feed:
                     gone = position.offset < low
                 else:
                     start = reader.offset_at(topic, number, appended_ms)
-                    gone = 0 < low == start < end  # what was deleted may have been later than the time
+                    gone = 0 < low == start < end  # deleted records may have been appended after this time
                 total += max(0, end - start)
                 if gone or total > MISSED_MOST:
                     return None
@@ -173,7 +173,7 @@ class Feed:
     # -- called in the reading thread -----------------------------------------------------------------------------
 
     def event(self, message: Message) -> Happening | None:
-        """Return the event of a record; None if the record is none that streams show."""
+        """Return the event of a record; None if streams do not show such a record."""
         try:
             record = recorded(message, self._decode)
         except (SchemaError, ConfigError):  # the materializer and `jobledger events` report such records
@@ -221,7 +221,7 @@ class Feed:
                 listener.wake.set()
 
     def failed(self, reading: _Reading, error: JobledgerError) -> None:
-        """End all streams, because the log cannot be read any more. Clients come back, and the log is opened anew."""
+        """End all streams, because the log cannot be read any more. Clients connect again, and the log is then opened again."""
         if reading is not self._reading:
             return
         LOG.error("the event streams end: %s", text_of(error))
@@ -328,7 +328,7 @@ class _Reading:
             self._tags.popitem(last=False)
 
     def _tell(self, function: Callable[..., None], *args: Any) -> None:
-        """Call a function on the event loop, if this still runs."""
+        """Call a function on the event loop, if the loop still runs."""
         try:
             self._loop.call_soon_threadsafe(function, *args)
         except RuntimeError:  # the loop was closed: nobody listens any more
@@ -352,7 +352,7 @@ class _Reading:
         try:
             topics = self._client.list_topics(timeout=10.0).topics
         except KafkaException as exc:
-            if self._next:  # a passing outage: the topics that are known are read on
+            if self._next:  # a short outage: continue with the known partitions
                 return list(self._next)
             raise translate(exc.args[0], settings, "asking for topics") from exc
         wanted = [names.lifecycle, names.coordination, *map(names.jobs, self._feed._app.lanes)]

@@ -59,8 +59,8 @@ class Happening:
 
 @dataclass(frozen=True)
 class Filter:
-    """What a listener wants; None: everything. An event must match all of them. An event whose tags are not known
-    matches every filter by tags: a listener gets too much rather than too little."""
+    """What a listener wants; None: everything. An event must match all conditions. An event whose tags are not known
+    matches every filter by tags, so that no wanted event is missing."""
 
     jobs: frozenset[str] | None = None
     tasks: Collection[str] | None = None
@@ -80,7 +80,7 @@ class Filter:
 
 
 def happening_of(record: Recorded) -> Happening | None:
-    """Return a record as it is shown; None if it is none that streams show."""
+    """Return a record as streams show it; None if streams do not show such a record."""
     fact = record.event.fact
     if type(fact) not in _STATES:
         return None

@@ -1,4 +1,4 @@
-"""The routes that say why: explanations, groups of errors, workers, dead letters."""
+"""The routes that help to find a cause: explanations, groups of errors, workers, dead letters."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ async def errors(
     limit: Limit = LIMIT,
     at_least: AtLeast = None,
 ) -> Response:
-    """List the errors of failed and retrying jobs, in groups of the same kind; the group with the last submission comes
-    first."""
+    """List the errors of failed and retrying jobs, in groups of the same kind; the group whose last job was submitted
+    last comes first."""
     shared = services(request)
     await shared.reached(position_of(at_least))
     since_ms = None if since is None else round(moment_of(since, "since").timestamp() * 1000)

@@ -30,7 +30,7 @@ from jobledger.web.services import Services, services
 
 #: Longest time that a request waits for the end of a job, in seconds.
 WAIT_MOST = 60.0
-#: Bytes of a request beside the arguments, and of the largest batch.
+#: Largest number of bytes of a request in addition to the arguments, and of a batch.
 OVERHEAD, BATCH_BYTES = 64 * 1024, 16 * 1024 * 1024
 #: Largest number to which jobs are counted by filters for which the table has no counters.
 COUNT_MOST = 10_000
@@ -134,7 +134,8 @@ async def count(
     at_least: AtLeast = None,
     integers: Integers = "string",
 ) -> Response:
-    """Count jobs. By states, tasks and queues the number is exact; by other filters it is counted up to 10,000."""
+    """Count jobs. With only the filters `state`, `task` and `queue` the number is exact; with others, jobs are counted up to
+    10,000."""
     shared = services(request)
     await shared.reached(position_of(at_least))
     if chosen.keys() <= {"state", "task", "queue"}:

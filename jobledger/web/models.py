@@ -42,20 +42,20 @@ class Batch(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Reason(msgspec.Struct, forbid_unknown_fields=True):
-    """Why something is done; kept in the log."""
+    """The reason of an action, which is written to the log."""
 
     reason: str | None = None
 
 
 class Cancel(msgspec.Struct, forbid_unknown_fields=True):
-    """A cancel. ``run``: the run to cancel; None: the present one."""
+    """A cancel. ``run``: the run to cancel; None: the present run."""
 
     reason: str | None = None
     run: Annotated[int, msgspec.Meta(ge=1, lt=1 << 31)] | None = None
 
 
 class Redrive(msgspec.Struct, forbid_unknown_fields=True):
-    """A redrive of one job. ``queue``: the queue in which it runs; None: its own."""
+    """A redrive of one job. ``queue``: the queue in which the job runs; None: its own queue."""
 
     reason: str | None = None
     queue: str | None = None
@@ -183,8 +183,8 @@ class JobPage(_Answer):
 
 
 class Count(_Answer):
-    """Number of jobs. ``exact`` false: there are at least this many. ``states``: the numbers by state, if only states,
-    tasks and queues are asked for."""
+    """Number of jobs. ``exact`` false: there are at least this many. ``states``: the numbers by state, if the only filters
+    are states, tasks and queues."""
 
     count: int
     exact: bool
@@ -199,7 +199,7 @@ class Timeline(_Answer):
 
 
 class Cause(_Answer):
-    """Why a job is where it is, as a word of a fixed list and as a sentence. ``since``: since when."""
+    """One cause for which a job is where it is: a word of a fixed list, and a sentence. ``since``: since when it holds."""
 
     cause: str
     since: str | None
@@ -208,7 +208,7 @@ class Cause(_Answer):
 
 class Explanation(_Answer):
     """Why a job is where it is, the most decisive cause first. ``likely_start``: when the next attempt probably starts;
-    ``likely_start_note``: how that time was found, or why it cannot be said."""
+    ``likely_start_note``: how that time was computed, or why there is none."""
 
     job_id: str
     state: str
@@ -273,14 +273,14 @@ class Worker(_Answer):
 
 
 class Workers(_Answer):
-    """All workers that report, and for ten minutes those that no longer do."""
+    """All workers that report, and workers whose last report is at most about ten minutes old."""
 
     workers: list[Worker]
 
 
 class DeadLetter(_Answer):
-    """A dead letter. ``job_id`` and ``task`` are null for a record that is no job; ``key`` and ``value`` are then the
-    beginning of the record."""
+    """A dead letter. ``job_id`` and ``task`` are null for a rejected record; ``key`` and ``value`` are then the beginning
+    of the record."""
 
     job_id: str | None
     task: str | None
@@ -299,7 +299,8 @@ class DeadLetters(_Answer):
 
 
 class Plan(_Answer):
-    """A plan: an action on many jobs. ``position``: from which position in the log on it is carried out."""
+    """A plan: an action on many jobs. ``position``: the position of the fact that made the list of jobs
+    complete; null: the list is not complete."""
 
     plan: str
     action: str
@@ -321,7 +322,7 @@ class Plan(_Answer):
 
 
 class PlanPage(_Answer):
-    """A page of plans, the last one first."""
+    """A page of plans, newest first."""
 
     plans: list[Plan]
     next: str | None
@@ -345,7 +346,7 @@ class Steered(_Answer):
 
 
 class Queue(_Answer):
-    """A queue, its limits and the commands in force. ``paused``, ``limited``: by whom, and why."""
+    """A queue, its limits and the commands in force. ``paused``, ``limited``: author and reason of the command."""
 
     queue: str
     partitions: int | None

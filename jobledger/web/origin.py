@@ -1,5 +1,5 @@
-"""Whether a request that changes something comes from the page itself. A browser sends the user's login along with the
-requests of every site, so a foreign page must not be able to use it. Pure."""
+"""Whether a request that changes something comes from the service's own page. A browser adds the user's login also to
+requests that pages of other sites cause, and these requests must be refused. Pure."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _PORTS = {"http": 80, "https": 443}
 def refusal(method: str, headers: Mapping[str, str], allowed: Collection[str] = ()) -> str | None:
     """Return why a request is refused as one of another site; None if it is not refused.
 
-    ``headers``: by lower-case names. ``allowed``: further origins, such as ``https://jobs.example.org``, that are the
-    page itself: behind a proxy the header ``Host`` may differ from what the browser shows. A request without any of the
+    ``headers``: by lower-case names. ``allowed``: further origins of the service's own pages, such as
+    ``https://jobs.example.org``: behind a proxy the header ``Host`` may differ from the address in the browser. A request without any of the
     headers that browsers send about the origin is not from a browser, and is not refused.
     """
     if method in SAFE:

@@ -1,4 +1,4 @@
-"""The parameters of lists: filters, the page's size and beginning, links to the next page, and positions in the log."""
+"""The parameters of lists: filters, size and beginning of a page, links to the next page, and positions in the log."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ AtLeast = Annotated[
 
 
 def position_of(text: str | None) -> Position | None:
-    """Return a position as a client writes it: ``topic:partition:offset``, or ``topic[partition]@offset`` as elsewhere.
-    Raises `Problem`."""
+    """Return a position as a client writes it: ``topic:partition:offset``, or ``topic[partition]@offset`` as in other
+    outputs of Jobledger. Raises `Problem`."""
     if text is None:
         return None
     found = _POSITION.fullmatch(text)
@@ -108,7 +108,7 @@ def moment_of(text: str, what: str) -> dt.datetime:
 
 
 def link(request: Request, path: str, query: Mapping[str, str] | None = None) -> str:
-    """Return an address of this service, as the client must ask for it. ``path``: begins with a slash, and follows the
+    """Return an address of this service, as a client must request it. ``path``: begins with a slash, and follows the
     prefix."""
     base = str(request.scope.get("root_path", "")).rstrip("/")
     return f"{base}{path}" + (f"?{urlencode(query)}" if query else "")

@@ -35,7 +35,7 @@ async def list_plans(
     at_least: AtLeast = None,
     integers: Integers = "string",
 ) -> Response:
-    """List plans, the last one first."""
+    """List plans, newest first."""
     shared = services(request)
     await shared.reached(position_of(at_least))
     try:
@@ -58,8 +58,8 @@ async def list_plans(
     openapi_extra=body(models.NewPlan),
 )
 async def make(request: Request, user: Caller, integers: Integers = "string") -> Response:
-    """Make a plan: run jobs again, or cancel them. The jobs are those that match now. Their list is in the log before
-    anything is done, and the stream processor carries it out.
+    """Make a plan: run jobs again, or cancel them. The jobs are those that match now. The list of the jobs is in the log
+    before anything is done, and the stream processor carries the plan out.
 
     Without a filter and without ids the answer is 422, never a plan for all jobs.
     """

@@ -1,4 +1,4 @@
-"""Errors as problem documents (RFC 9457). `TABLE` says for every error of Jobledger which status it has."""
+"""Errors as problem documents (RFC 9457). `TABLE` has the status of every error of Jobledger."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ _TITLES = {
 
 
 class Problem(Exception):
-    """An answer that is a problem. ``detail``: the sentence for people. ``kind``: the end of the problem's type; None:
+    """An answer that is a problem. ``detail``: a sentence for people. ``kind``: the end of the problem's type; None:
     derived from the title. ``more``: further members of the document."""
 
     def __init__(

@@ -1,7 +1,7 @@
-"""What the routes of one app share: the app, who may do what, and bounded access to the status table and the log.
+"""What the routes of one app share: the app, the guard of its routes, and bounded access to the status table and the log.
 
-Nothing here runs on the event loop that could block it: queries and reads run in threads, of which there is a limited
-number, and whose callers wait for a limited time.
+No blocking call runs on the event loop: queries and reads run in a limited number of threads, and their callers wait for
+a limited time.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ AWAY_S = 3.0
 RECORDS_BYTES = 8 * 1024 * 1024
 #: Seconds for which requests share an answer that needs a read of the log.
 SHARED_S = 1.0
-#: Seconds that a request with ``at_least`` waits, and seconds between two looks.
+#: Seconds that a request with ``at_least`` waits, and seconds between two checks of the status table.
 AT_LEAST_S, LOOK_S = 10.0, 0.02
 
 
@@ -54,7 +54,7 @@ class Threads:
         self._limiter: anyio.CapacityLimiter | None = None
 
     async def run(self, function: Callable[[*Ts], T], *args: *Ts) -> T:
-        """Return the function's result. Raises `Problem` 503 if the time is over; the call itself then continues."""
+        """Return the function's result. Raises `Problem` 503 when the time is over; the call itself then continues."""
         if self._limiter is None:
             self._limiter = anyio.CapacityLimiter(self._count)
         try:
@@ -127,7 +127,7 @@ class Records:
 
 
 class Remembered:
-    """A result that is computed at most once in ``seconds``. Callers that come meanwhile share one computation."""
+    """A result that is computed at most once in ``seconds``. Callers that wait at the same time share one computation."""
 
     def __init__(self, seconds: float, compute: Callable[[], Awaitable[Any]]) -> None:
         self._seconds, self._compute = seconds, compute
@@ -145,7 +145,7 @@ class Remembered:
             return self._value
 
     def forget(self) -> None:
-        """Compute the result anew at the next call."""
+        """Compute the result again at the next call."""
         self._until = 0.0
 
 
@@ -188,7 +188,7 @@ class Services:
             await anyio.sleep(LOOK_S)
 
     async def _checked(self) -> tuple[str | None, str | None]:
-        """Return why the status table cannot be read, and why Kafka does not answer; None: it can, and it does."""
+        """Return why the status table cannot be read, and why Kafka does not answer; None for each that can be reached."""
         table: str | None = None
         try:
             await self.table(lambda reader: reader.offsets())

@@ -1,4 +1,4 @@
-"""The routes about the service itself: whether it runs, whether it can answer, who asks, and the OpenAPI document."""
+"""The routes about the service itself: whether it runs, whether it is ready, the user, and the OpenAPI document."""
 
 from __future__ import annotations
 

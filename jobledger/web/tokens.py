@@ -1,4 +1,4 @@
-"""The file of tokens: who may use the HTTP API, with which role. The file has no token, only a hash of each.
+"""The file of tokens: users of the HTTP API with their roles. The file has no token, only a hash of each.
 
 A token is 256 random bits, so a plain SHA-256 is enough: a slow hash protects secrets that can be guessed.
 """
@@ -46,7 +46,8 @@ class _Document(msgspec.Struct):
 
 
 class TokenFile:
-    """The tokens in a file. The file is read again when it has changed, so an added or revoked token counts at once.
+    """The tokens in a file. The file is read again when it has changed, so an added token is accepted, and a revoked one
+    refused, at once.
 
     ``path``: the file; `add` creates it. Every method raises `ConfigError` for a file that cannot be used.
     """
@@ -61,7 +62,7 @@ class TokenFile:
         self._refresh()
 
     def user_of(self, text: str) -> User | None:
-        """Return whose token this is; None if the file does not have it."""
+        """Return the user of this token; None if the file does not have the token."""
         self._refresh()
         prefix, _, rest = text.partition("_")
         number, _, secret = rest.partition("_")
@@ -144,7 +145,8 @@ class TokenFile:
         return document
 
     def _write(self, document: _Document) -> None:
-        """Replace the file at once, so that a reader sees the old or the new tokens, and a crash leaves one of them."""
+        """Replace the file in one step, so that a reader, and the next process after a crash, find either the old or the new
+        tokens."""
         beside = self.path.with_name(f".{self.path.name}.{secrets.token_hex(8)}")
         handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:

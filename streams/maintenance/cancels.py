@@ -1,5 +1,5 @@
-"""Finds cancels of runs that have ended. These cancels are removed from the control topic, so that workers need not
-keep them for ever."""
+"""Finds cancels of runs that have ended, and cancels of jobs whose rows were removed. These cancels are removed from the
+control topic, so that workers need not keep them for ever."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether the status table has read the log up to now. Who acts on the table must know this first."""
+"""Whether the status table has read the log up to now. The parts that act on the table check this first."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Periodic maintenance beside the active materializer: the watchdog, the commit check, trimming, and the removal of
-old cancels and of workers that are gone.
+"""Periodic maintenance in the process of the active materializer: the watchdog, the commit check, trimming, and the
+removal of old cancels, of old rows and of workers that are gone. (`jobledger.streams.maintenance.plans` carries out the
+plans.)
 
 * The **watchdog** finds jobs that are due and were not released, and asks the coordinator to check them
   (`ReleaseOverdue`); the coordinator decides. The watchdog first reads the ends of the topics. It acts only if the
@@ -9,15 +10,15 @@ old cancels and of workers that are gone.
 * **Trimming** deletes records past the retention age that every reader has read (`jobledger.streams.maintenance.trim`).
   Readers are workers, the coordinator, the status table, projections of facts in the same database, and the groups of
   `App.lifecycle`.
-* **Rows** of jobs that ended some time ago are removed from the status table
-  (`jobledger.streams.maintenance.table_rows`).
+* **Rows** of jobs that ended before the retention of the table are removed by the materializer, when this module asks
+  for it (`jobledger.streams.maintenance.table_rows`).
 * The facts of **plans** that ended before the retention age are deleted, too
   (`jobledger.streams.maintenance.plan_trimming`).
 * **Cancels** of runs that have ended are removed from the control topic (`jobledger.streams.maintenance.cancels`).
 * **Workers** that are gone are removed from the status table, and their reports from the topic
   (`jobledger.streams.maintenance.workers`).
 
-Only the process whose materializer holds the lease of the status table does this work.
+Only the process whose materializer holds the table lease does this work.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ class Cadence:
 
 class Maintenance:
     """Runs the maintenance of one namespace. ``active``: returns whether this process's materializer is the store's
-    writer; if it is not, rounds are skipped. ``remover``, ``forget_workers``: those of this
+    writer; if it is not, rounds are skipped. ``remover``, ``forget_workers``: of this process's
     materializer; without a remover no rows are removed."""
 
     def __init__(
@@ -302,7 +303,7 @@ class Maintenance:
     # -- rows of ended jobs ---------------------------------------------------------------------------------------
 
     def remove_rows(self) -> bool:
-        """Ask the materializer to remove the rows past their retention; return whether it was asked."""
+        """Ask the materializer to remove the rows past their retention; return whether it accepted the order."""
         if self._remover is None or self._remover.busy or not self.cadence.table_retention:
             return False
         order = table_rows.order(

@@ -1,4 +1,4 @@
-"""Finds how far the topic of plans may be trimmed. Deletes nothing itself.
+"""Computes how far the topic of plans may be trimmed. Deletes nothing itself.
 
 All facts of all plans are in one partition, in which the facts of several plans may be mixed. So the partition is
 trimmed up to the first fact of the oldest plan that is still needed. A plan is needed while it has not ended, and until

@@ -5,15 +5,15 @@ ended. After each part this process writes `PlanAdvanced`. If the process dies b
 part out again. The status table then shows which jobs of the part were redriven already; a second request to cancel a
 job changes nothing.
 
-What is done with a job depends on its state in the status table. So the table must have read what was done before:
-before the first part in this process, everything that an earlier process wrote; before each part, what other plans have
-sent. A plan is done only when the table has read all that the plan has sent.
+The action on a job depends on the job's state in the status table. So the table must first have read earlier records:
+before the first part in this process, everything that an earlier process wrote; before each part, the records that other
+plans have sent. A plan is done only when the table has read all records that the plan has sent.
 
 A job is redriven by a submission of its next run on the coordination topic. The coordinator releases this run at once,
 and drops a second submission of the same run. A job is cancelled by a `CancelRequested`, as `App.cancel` writes it. The
-job counts as done when the log has acknowledged this request; how the job ends is another matter.
+job counts as done when the log has acknowledged this request; how the job ends then is not counted.
 
-Only the process whose materializer holds the lease of the status table does this work.
+Only the process whose materializer holds the table lease does this work.
 """
 
 from __future__ import annotations
@@ -61,16 +61,16 @@ from jobledger.streams.status.store.rows import KEY_MOST, is_changed
 
 LOG = get_logger("jobledger.plans")
 
-#: Seconds between two looks at the plans topic.
+#: Seconds between two reads of the plans topic.
 TICK_S = 0.25
-#: Maximum number of records that are sent before their acknowledgements are awaited.
+#: Maximum number of records that are sent before the process waits for their acknowledgements.
 AT_ONCE = 500
 #: Seconds that a plan waits for the status table in one round.
 PATIENCE_S = 5.0
 
 
 class Verdict(Enum):
-    """What is to be done with a job of a plan."""
+    """The decision about a job of a plan."""
 
     ACT = auto()
     DONE = auto()  # the plan has acted already
@@ -79,7 +79,7 @@ class Verdict(Enum):
 
 
 def judge(plan: PlanStatus, job: PlannedJob, life: Life | None) -> Verdict:
-    """Return what is to be done with a job, by its state in the status table."""
+    """Return the decision about a job of a plan, by the job's state in the status table."""
     if life is None:
         return Verdict.UNKNOWN
     if plan.action == "redrive":
@@ -252,7 +252,7 @@ class PlanRunner:
         while part.records:
             size = AT_ONCE if plan.rate is None else min(AT_ONCE, self._allowed(plan_id, plan.rate))
             if size == 0:
-                return False  # the rate allows no more for now: other plans are next
+                return False  # the rate allows no more jobs for now: continue with other plans
             some, part.records = part.records[:size], part.records[size:]
             try:
                 sent = self._open_writer().send([record for records in some for record in records])

@@ -1,9 +1,9 @@
 """Decides when rows of ended jobs are removed from the status table; the materializer removes them
 (`jobledger.streams.status.remover`).
 
-Rows go only if the table has read everything that is in the log, on every topic with facts of jobs: otherwise an outcome
-could be known before its submission, and the submission would begin a row again that never ends. As long as a plan has
-not ended, no row goes, because the plan may name its job.
+Rows are removed only if the table has read everything that is in the log, on every topic with facts of jobs and plans.
+Otherwise the table could know an outcome before the submission; after the removal, the submission would create a row that
+stays queued for ever. As long as a plan has not ended, no row is removed, because the plan may name its job.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def order(
     now_ms: int,
     patience: float,
 ) -> Order | None:
-    """Return what is to be removed now; None if nothing may be removed.
+    """Return the order to remove rows now; None if no row may be removed.
 
     ``spans``: seconds for which rows are kept, by state. ``patience``: seconds to wait until the table has read the log.
     Raises `BrokerUnavailable`, `TopicMissing`, `AccessDenied`, `StoreError`.
@@ -59,18 +59,18 @@ def order(
 
 
 def plans_that_hold(plans: Sequence[PlanStatus], now_ms: int) -> list[PlanStatus]:
-    """Return those of these open plans that may still act on jobs. The caller of a plan that has been listed for a day
-    has died."""
+    """Return those of these open plans for which no row may be removed. If a plan has been in the state ``listing`` for a day,
+    its caller has died, and the plan is left out."""
     return [plan for plan in plans if plan.state is not PlanState.LISTING or plan.opened_ms >= now_ms - LISTING_MOST_MS]
 
 
 def topics_with_facts(settings: Settings, names: Names) -> list[str]:
-    """Return the lifecycle and coordination topics, and every work topic of the namespace that exists, also of queues
-    that the app no longer declares. Raises `BrokerUnavailable`."""
+    """Return the topics of lifecycle, coordination and plans, and every work topic of the namespace that exists, also of
+    queues that the app no longer declares. Raises `BrokerUnavailable`."""
     try:
         present = admin(settings).list_topics(timeout=REQUEST_TIMEOUT_S).topics
     except KafkaException as exc:
         raise translate(exc.args[0], settings, "asking for topics") from exc
     work = sorted(topic for topic in present if names.queue_of(topic) is not None)
-    plans = [names.plans] if names.plans in present else []  # an app of an earlier version has no plans
+    plans = [names.plans] if names.plans in present else []  # topics of an earlier version: there is no topic of plans
     return [names.lifecycle, names.coordination, *plans, *work]

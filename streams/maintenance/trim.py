@@ -1,4 +1,4 @@
-"""Calculates how far each partition may be trimmed, from offsets, commits and unfinished jobs. Pure.
+"""Computes how far each partition may be trimmed, from offsets, commits and unfinished jobs. Pure.
 
 A record that a reader still needs is not deleted. A partition is trimmed up to the least of three offsets: the offset
 at the retention age, the offset up to which every reader has read, and the offset of the first record of any unfinished

@@ -1,7 +1,7 @@
 """Removes the reports of workers that are gone: from the topic of reports and, by way of the materializer, from the
 status table.
 
-A worker that ends without an error removes its report itself. One that was killed cannot, so its report would stay.
+A worker that ends without an error removes its report itself. A worker that was killed cannot, so its report would stay.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MOST = 1_000
 
 class GoneWorkers:
     """Removes workers that have not reported for ``after`` seconds. ``forget(before_ms)`` removes the rows of workers
-    that reported last before this time; see `Materializer.forget_workers`."""
+    whose last report is from before this time; see `Materializer.forget_workers`."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class GoneWorkers:
     def remove(self, now_ms: int, current: Callable[[Sequence[str]], bool]) -> int:
         """Remove the reports of the workers that are gone; return their number.
 
-        ``now_ms``: the present time, in ms of the broker's clock. ``current``: returns whether the status table reaches
+        ``now_ms``: the present time, in ms; compared with append times of the broker. ``current``: returns whether the status table reaches
         the present ends of topics. Without this check, a table that is behind would count every worker as gone.
         """
         before_ms = now_ms - self._after_ms
@@ -57,7 +57,7 @@ class GoneWorkers:
         return len(gone)
 
     def _bury(self, workers: Sequence[str]) -> None:
-        """Write tombstones. Without the right to do so the reports stay in their topic, and only the rows go."""
+        """Write tombstones. Without the right to do so the reports stay in their topic, and only the rows are removed."""
         if self._refused:
             return
         try:

@@ -1,7 +1,8 @@
 """Removes the rows of ended jobs from the status table, in small pieces between the batches of the materializer.
 
-The maintenance decides what goes (`jobledger.streams.maintenance.table_rows`); this module does it, in the thread of the
-table's only writer and through its lease. The work takes at most a fifth of the writer's time. It knows no log.
+The maintenance decides which rows are removed (`jobledger.streams.maintenance.table_rows`). This module removes them, in
+the thread of the table's only writer and through its lease. The removal takes at most a fifth of the writer's time. This
+module does not read the log.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from jobledger.streams.status.store.removal import Piece, Walk, walks
 
 LOG = get_logger("jobledger.materializer")
 
-#: Seconds that one piece should take: a fact is visible later by at most about this time.
+#: Seconds that one piece should take: by at most about this time, a fact is visible later.
 PIECE_S = 0.005
-#: Smallest and largest number of rows read in a piece. With fewer rows, a slow transaction would remove rows more slowly
-#: than new ones come.
+#: Smallest and largest number of rows that are read in a piece. With fewer rows, rows would be removed more slowly than
+#: new ones come. Only if the database aborts a transaction as too slow, the next piece may be smaller.
 LEAST_ROWS, MOST_ROWS = 100, 1_000
 #: After a piece, the pause is this many times as long as the piece took.
 REST = 4
@@ -32,7 +33,7 @@ LISTING_MOST_MS = 24 * 3600 * 1000
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What is to be removed: the limits by state (`jobledger.table_retention.limits`), and the time when they were
+    """The order to remove rows: the limits by state (`jobledger.table_retention.limits`), and the time when they were
     computed, in ms."""
 
     limits: Mapping[str, int]
@@ -69,7 +70,7 @@ class Remover:
         return self._order is not None
 
     def stop(self, why: str | None = None) -> None:
-        """Drop the order. Rows that are gone stay gone; the next order begins again with the oldest."""
+        """Drop the order. Removed rows are not restored; the next order begins again with the oldest rows."""
         with self._lock:
             if self._order is not None and why is not None:
                 LOG.info("the removal of old rows from the status table stops for now: %s", why)

@@ -1,4 +1,5 @@
 """The dashboard: pages that are rendered on the server, and the forms that act on jobs, queues and plans.
 
-It owns templates, static files and what the pages show. It writes nothing itself: every action is a call of the `App`.
+This package owns templates, static files and the contents of the pages. The package writes nothing itself: every action
+is a call of the app or of its client.
 """

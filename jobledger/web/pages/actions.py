@@ -1,5 +1,5 @@
-"""The forms: each is one action of the app, with its author and reason in the log. After it the browser is led to a page
-that shows what the action did.
+"""The forms: each is one action of the app, with its author and reason in the log. After the action the browser is
+redirected to a page that shows the result.
 
 The application has checked the origin of the request (the dependencies of the router).
 """
@@ -27,7 +27,7 @@ from jobledger.web.pages.render import HEADERS, Renderer, base_of, job_path
 from jobledger.web.pages.services import PageServices
 from jobledger.web.pages.sources import Sources
 
-#: What a page says after an action. The address has only the key, so nobody can make a page say something else.
+#: The message of a page after an action. The address has only the key, so no link can make a page show another text.
 SAID: Mapping[str, str] = {
     "cancel": "The cancel was requested. A waiting job is not started, and a running job is asked to stop.",
     "copy": "This is the copy. It was submitted just now.",
@@ -35,9 +35,9 @@ SAID: Mapping[str, str] = {
     "resume": "The pause has ended.",
     "limit": "The limits are set.",
     "plan": "The plan is in the log, and the stream processor carries it out.",
-    "steered": "The request is in the log. The plan follows it after its present part.",
+    "steered": "The request is in the log. It takes effect after the present part of the plan.",
 }
-#: What may be done with a plan.
+#: The actions on a plan.
 STEERS: Mapping[str, PlanState] = {
     "pause": PlanState.PAUSED,
     "resume": PlanState.RUNNING,
@@ -72,7 +72,7 @@ def _asked(
 
 
 def _led(request: Request, services: PageServices, path: str, said: str) -> Response:
-    """Lead the browser to a page. A reload of that page does not repeat the action."""
+    """Redirect the browser to a page. A reload of that page does not repeat the action."""
     sign = "&" if "?" in path else "?"
     address = f"{base_of(request, services)}{path}{sign}{urlencode({'said': said})}"
     return RedirectResponse(address, 303, headers=dict(HEADERS))
@@ -85,7 +85,7 @@ def _field(form: Mapping[str, str], name: str) -> str:
 
 
 def _job(request: Request) -> str:
-    """Return the id in the form's address, which carries any character unchanged."""
+    """Return the job's id from the form's address, in which any character is possible."""
     job_id = request.query_params.get("job")
     if not job_id:
         raise refused("the address of the form has no parameter 'job'")
@@ -117,7 +117,7 @@ def _add_jobs(router: APIRouter, services: PageServices, sources: Sources) -> No
         job_id, changes = _job(request), _object(form.get("args", "{}"))
         without: list[str] = []
         if form.get("whole"):
-            # The form had all arguments, so those that are not there any more were removed.
+            # The form had all arguments, so an argument that is missing now was removed by the user.
             known = _known_arguments(services, sources, job_id)
             without = [name for name in known if name not in changes]
         handle = app.copy(job_id, args=changes, without=without, **asked)
@@ -164,7 +164,7 @@ def _add_bulk(router: APIRouter, services: PageServices, sources: Sources, rende
                     plan = app.redrive(where=where, queue=form.get("queue"), **options)  # type: ignore[arg-type]  # checked by `App`
                 else:
                     plan = app.cancel_many(where=where, **options)  # type: ignore[arg-type]  # as above
-            except ConfigError as exc:  # the form is shown again, with what is wrong
+            except ConfigError as exc:  # the form is shown again, with this error
                 problem = str(exc)
             else:
                 return _led(request, services, f"/plans/{quote(plan.plan or '', safe='')}", "plan")
@@ -177,7 +177,7 @@ def _add_bulk(router: APIRouter, services: PageServices, sources: Sources, rende
 
 
 def check_action(action: str) -> None:
-    """Raise an HTTP error 404 for an action that is none on many jobs."""
+    """Raise an HTTP error 404 for a name that is no action on many jobs."""
     if action not in ("redrive", "cancel"):
         raise refused(f"{action!r} is not an action on many jobs", 404)
 

@@ -21,7 +21,7 @@ NAMES = ("state", *TEXTS, "tag", "since", "until", "late", "attempts_least")
 #: Largest number of characters of a value, and of tags in one filter.
 VALUE_MOST, TAGS_MOST = 500, 5
 
-#: How each filter is called on the page.
+#: The label of each filter on the page.
 LABELS: Mapping[str, str] = {
     "state": "State",
     "task": "Task",
@@ -41,8 +41,8 @@ LABELS: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class JobFilters:
-    """The filters of one request. ``given``: every value as it was written, by the filter's name. ``problems``: what is
-    wrong with a filter, by its name; such a filter is not in force. Times are milliseconds since the epoch; ``late_s``:
+    """The filters of one request. ``given``: every value as it was written, by the filter's name. ``problems``: the
+    error of each filter that is wrong, by its name; such a filter is not in force. Times are milliseconds since the epoch; ``late_s``:
     seconds."""
 
     given: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -118,7 +118,7 @@ class JobFilters:
         return urlencode([(name, value) for name, each in values.items() for value in each])
 
     def words(self) -> list[tuple[str, str]]:
-        """Return each filter in force with its label and its value, as people read them."""
+        """Return the label of each filter in force, and its value as text for people."""
         return [(LABELS[name], ", ".join(self.given.get(name, ()))) for name in self.names]
 
 

@@ -1,4 +1,4 @@
-"""The fields of a form that was sent. Bounded: a form is small."""
+"""The fields of a form that was sent, within limits of their size and number."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from jobledger.web.pages.sources import Sources
 #: Number of rows on a page, of examples in a preview, and of values that a field suggests.
 PAGE, EXAMPLES, CHOICES_MOST = 50, 10, 200
 _OPEN = tuple(state.value for state in State if not state.ended)
-#: The states that an action is about, and those that it chooses without a filter by state.
+#: The states of the jobs on which an action is possible, and the states that it chooses without a filter by state.
 SCOPES: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "redrive": (("failed", "cancelled", "expired"), ("failed",)),
     "cancel": (_OPEN, _OPEN),
@@ -74,7 +74,7 @@ class Field:
 @dataclass(frozen=True)
 class JobList:
     """The page of jobs. ``chips``: each state with the number of jobs; ``chips_ignored``: filters that these numbers do
-    not follow. ``next``: the query of the next page; None: this is the last one."""
+    not use. ``next``: the query of the next page; None: this is the last one."""
 
     filters: JobFilters
     jobs: Sequence[JobRow]
@@ -93,12 +93,12 @@ class JobList:
 
     @property
     def redrivable(self) -> bool:
-        """Whether a redrive can be about these jobs."""
+        """Whether a redrive of these jobs is possible."""
         return _scoped(self.filters, "redrive")
 
     @property
     def cancellable(self) -> bool:
-        """Whether a cancel can be about these jobs."""
+        """Whether a cancel of these jobs is possible."""
         return _scoped(self.filters, "cancel")
 
 
@@ -212,8 +212,8 @@ def _scoped(filters: JobFilters, action: str) -> bool:
 
 
 def scoped(filters: JobFilters, action: str, now_ms: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the conditions of an action for the app and for the table: with the states that the action is about, if the
-    filter names none."""
+    """Return the conditions of an action for the app and for the table. If the filter names no state, they have the default
+    states of the action."""
     states = list(filters.states) or list(SCOPES[action][1])
     return {**filters.where(), "state": states}, {**filters.table(now_ms), "state": states}
 
@@ -249,8 +249,8 @@ def preview(sources: Sources, action: str, filters: JobFilters, now_ms: int, pro
 
 
 def refusal(filters: JobFilters, action: str) -> str:
-    """Return why an action on all jobs of a filter is refused; an empty text: it is possible. A filter that cannot be
-    used must not make the action one on more jobs."""
+    """Return why an action on all jobs of a filter is refused; an empty text: it is possible. An action with a wrong
+    filter is refused, because it would include more jobs than the user meant."""
     if filters.problems:
         name, text = next(iter(filters.problems.items()))
         return f"{LABELS[name]}: {text} Nothing is done with a filter that cannot be used."

@@ -20,10 +20,10 @@ from jobledger.web.pages.services import PageServices
 from jobledger.web.pages.sources import Outcome, Sources
 from jobledger.web.pages.timeline import Timeline, draw
 
-#: Milliseconds for which the page of a job that has not ended is not made anew without a new fact.
+#: Milliseconds for which the page of a job that has not ended is not rendered again without a new fact.
 KEPT_MS = 10_000
 
-#: How facts that end an attempt are called.
+#: The names on the page of the facts that end an attempt.
 OUTCOMES: Mapping[str, str] = {
     "JobSucceeded": "succeeded",
     "JobFailed": "failed",
@@ -83,8 +83,8 @@ class JobPage:
 
 
 def key_of(job: JobStatus, now_ms: int) -> object:
-    """Return what the page of a job depends on; while it does not change, the log is not read again. The reason why a
-    job waits, and how long it runs, also depend on the time."""
+    """Return the values on which the page of a job depends; while they do not change, the log is not read again. The
+    time is one of them until the job has ended, because the causes of waiting and the duration of a run depend on it."""
     moment = None if job.state.ended else now_ms // KEPT_MS
     return (job.state, job.run, job.attempt, job.release, len(job.positions), job.positions[-1:], job.progress, moment)
 
@@ -92,7 +92,7 @@ def key_of(job: JobStatus, now_ms: int) -> object:
 def job_page(
     sources: Sources, services: PageServices, job: JobStatus, *, shown: bool, now_ms: int, said: str = ""
 ) -> JobPage:
-    """Return the page of a job: its history is read from the log. ``shown``: show arguments and results although they
+    """Return the page of a job; the job's history is read from the log. ``shown``: show arguments and results although they
     are hidden by default."""
     history = sources.history(job)
     records: list[Recorded] = history.value[0] if history.value else []
@@ -148,8 +148,8 @@ def _arguments(records: Sequence[Recorded]) -> Any:
 
 
 def _redacted(services: PageServices, task: str, value: Any) -> tuple[Any, bool]:
-    """Return a value as it may be shown, and whether the app's function has changed it. An error of that function must
-    not show the value."""
+    """Return a value as it may be shown, and whether the app's function has changed it. If that function raises an error,
+    the value is not shown."""
     if value is None or services.redact is None:
         return value, False
     try:
@@ -160,7 +160,7 @@ def _redacted(services: PageServices, task: str, value: Any) -> tuple[Any, bool]
 
 
 def _in_words(timeline: Timeline | None) -> str:
-    """Return the timeline as text, for those who do not see it."""
+    """Return the timeline as text, for screen readers."""
     if timeline is None:
         return ""
     words = {"scheduled": "was delayed for", "waited": "waited for", "ran": "ran for", "backed-off": "backed off for"}

@@ -1,4 +1,4 @@
-"""How far each role is behind the log: records that are in the log, and that the role has not committed yet."""
+"""The lag of each role: the number of records in the log that the role has not committed yet."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from jobledger.kafka.clients import partitions_of
 from jobledger.log.group_offsets import group_offsets
 from jobledger.streams.status.log_feed import bounds
 
-#: Seconds that the broker has to answer each request, and largest number of lanes that are measured.
+#: Seconds that the broker has to answer each request, and largest numbers of lanes and of topics of events that are
+#: measured.
 ANSWER_S, LANES_MOST = 5.0, 50
 
 
 @dataclass(frozen=True)
 class Lag:
-    """``role``: who reads, ``what``: which topics. ``records``: how many are not committed; None: the role has never
+    """``role``: the reader, ``what``: its topics. ``records``: how many are not committed; None: the role has never
     committed."""
 
     role: str

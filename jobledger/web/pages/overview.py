@@ -1,4 +1,4 @@
-"""What the overview shows: numbers of all queues, throughput, failure rate, workers."""
+"""The contents of the overview: numbers of all queues, throughput, failure rate, workers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jobledger.web.pages.rates import EVERY_S, Rates
 from jobledger.web.pages.sources import Sources
 from jobledger.web.pages.workers import WorkerRow, worker_rows
 
-#: Number of measurements in the table beside the chart, and of queues in the table of queues.
+#: Number of measurements in the table below the chart, and of queues in the table of queues.
 MEASURED, QUEUES_MOST = 12, 200
 
 
@@ -39,8 +39,8 @@ class QueueRow:
 
 @dataclass(frozen=True)
 class Overview:
-    """The overview. ``later``: scheduled and retrying jobs. ``failure``: the part of the jobs that ended in the last
-    minute; ``failure_all``: of all jobs that ended; None: no job ended."""
+    """The overview. ``later``: scheduled and retrying jobs. ``failure``: the share of failed jobs among those
+    that succeeded or failed in the last minute; ``failure_all``: among all jobs that ended; None: no job ended."""
 
     total: int
     numbers: Mapping[str, int]
@@ -62,7 +62,7 @@ class Overview:
 
     @property
     def later(self) -> int:
-        """The number of jobs that wait for a time."""
+        """The number of jobs that wait for their due time."""
         return self.numbers["scheduled"] + self.numbers["retrying"]
 
     @property
@@ -92,7 +92,7 @@ class Overview:
 
     @property
     def silent(self) -> int:
-        """The number of workers that have not reported."""
+        """The number of workers that are silent."""
         return sum(worker.silent for worker in self.workers)
 
 

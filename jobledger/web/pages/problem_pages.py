@@ -1,4 +1,4 @@
-"""Errors as pages: what went wrong, in the sentence of the error, and what to do."""
+"""Errors as pages: the text of the error, and what the user can do."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from jobledger.errors import (
     text_of,
 )
 
-#: For each kind of error: status, title, and what to do. The first that fits is used.
+#: For each kind of error: status, title, and advice. The first entry that fits is used.
 KINDS: tuple[tuple[type[JobledgerError], int, str, str], ...] = (
     (
         StoreNotFound,

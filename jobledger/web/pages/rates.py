@@ -1,5 +1,5 @@
 """Throughput, measured by this process: differences between counters of the status table, which a thread reads while
-somebody looks at the pages."""
+somebody looks at the overview."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from itertools import pairwise
 
 from jobledger.errors import JobledgerError
 
-#: Seconds between two reads, number of reads that are kept (an hour), and seconds after the last look at a page when
-#: the thread ends.
+#: Seconds between two reads, number of reads that are kept (an hour), and seconds from the last request for the overview
+#: to the end of the thread.
 EVERY_S, KEPT, IDLE_S = 5.0, 720, 600.0
 
 #: The series of the chart.
@@ -32,7 +32,7 @@ class Sample:
 
 class Rates:
     """Reads the counters every `EVERY_S` seconds, and keeps the last `KEPT` reads. ``read``: returns the number of jobs
-    in each state; `JobledgerError`: there is no read this time."""
+    in each state; if it raises a `JobledgerError`, this read is left out."""
 
     def __init__(self, read: Callable[[], Mapping[str, int]], clock: Callable[[], float] = time.time) -> None:
         self._read, self._clock = read, clock
@@ -77,14 +77,15 @@ class Rates:
         )
 
     def series(self) -> list[list[float]]:
-        """Return the times (seconds since the epoch) and, for each of `SERIES`, the jobs per second before each."""
+        """Return the times of the reads (seconds since the epoch) and, for each of `SERIES`, the jobs per second before each
+        read."""
         samples = list(self._samples)
         columns: list[list[float]] = [[], [], [], []]
         for before, after in pairwise(samples):
             seconds = after.at - before.at
             if seconds <= 0:
                 continue
-            # Counters go down when jobs are redriven, or deleted from the table: that is no negative throughput.
+            # Counters decrease when jobs are redriven, or their rows are removed. The throughput is then 0, not negative.
             rates = [
                 max(0, later - earlier) / seconds
                 for earlier, later in (

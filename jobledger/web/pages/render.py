@@ -1,4 +1,4 @@
-"""Turns templates and what they show into answers, with the headers of every page.
+"""Renders templates to answers, with the headers of every page.
 
 Every text is shown as text: Jinja2 escapes it, and the characters that control a terminal or the direction of writing
 become visible (`printable`).
@@ -27,7 +27,7 @@ from jobledger.views.words import duration, printable, relative
 from jobledger.web.pages.assets import assets
 from jobledger.web.pages.services import PageServices, may, role_name
 
-#: What a page may load and do: only what this server sends. No inline script or style, no other site.
+#: A page may load only files of this server. Inline scripts and styles, and other sites, are not allowed.
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
@@ -56,7 +56,8 @@ VALUE_MOST = 50_000
 
 
 def _finalized(value: Any) -> Any:
-    """Return what an expression of a template shows. Markup of templates stays; every other text is made printable."""
+    """Return the value of a template's expression as it is shown. Markup of templates is not changed; every other text is made
+    printable."""
     if value is None:
         return ""
     return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
@@ -88,7 +89,7 @@ def environment() -> Environment:
     return made
 
 
-#: The states with a sign for each, so that no state is told by its colour alone.
+#: The states with a sign for each, so that a state can be recognised without its colour.
 STATES: Mapping[str, str] = {
     "scheduled": "◷",
     "queued": "▤",
@@ -163,8 +164,8 @@ def short(text: str, most: int = 120) -> str:
 
 
 def base_of(request: Request, services: PageServices) -> str:
-    """Return the beginning of the path of every page of this request. An app in which this one is mounted, or a proxy,
-    has set ``root_path``."""
+    """Return the beginning of the path of every page. If this app is mounted in another one, or has a prefix,
+    ``root_path`` is set."""
     return str(request.scope.get("root_path") or services.prefix)
 
 
@@ -176,13 +177,13 @@ def job_path(job_id: str) -> str:
 
 
 class Renderer:
-    """Makes the answers of one app's pages."""
+    """Renders the answers of one app's pages."""
 
     def __init__(self, services: PageServices) -> None:
         self._services = services
 
     def page(self, request: Request, template: str, status: int = 200, **shown: Any) -> Response:
-        """Return a page, or for a request of htmx only its part that changes (the block ``live``)."""
+        """Return a page, or for a request of htmx only the part of the page that changes (the block ``live``)."""
         context = {**self.common(request), "status": status, **shown}
         if is_fragment(request):
             text = render_block(environment(), template, "live", context)
@@ -199,7 +200,7 @@ class Renderer:
         return digest, None
 
     def common(self, request: Request) -> dict[str, Any]:
-        """Return what every template knows."""
+        """Return the variables of every template."""
         services = self._services
         user = services.user(request)
         base = base_of(request, services)

@@ -25,8 +25,8 @@ from jobledger.web.pages.sources import GROUPS_MOST, Outcome, Sources
 from jobledger.web.pages.steering import PERIODS, PLANS_MOST, control, errors, letters, plan_page
 from jobledger.web.pages.workers import worker_rows
 
-#: The least role for each route, for the application's table of roles; None: also without a user. What a form does, and
-#: with what, is in its fields: the pages ask `PageServices.permit` themselves.
+#: The least role for each route, for the application's table of roles; None: the route needs no user. The action and the
+#: target of a form are in its fields, so the pages call `PageServices.permit` themselves.
 ROUTES: Mapping[str, str | None] = {
     "GET /static/{name}": None,
     **dict.fromkeys(
@@ -50,7 +50,7 @@ def make_router(services: PageServices, rates: Rates | None = None) -> APIRouter
     """Return the pages of an app as a router. Its paths begin with ``/``: include it without a prefix in an application
     that is served below ``services.prefix``.
 
-    The application's dependencies check who asks, and where a request comes from. The pages themselves check the role:
+    The application's dependencies check the user and the origin of a request. The pages themselves check the role:
     each page needs ``read``, each form ``operate``. ``rates``: measures the throughput; close it at the end.
     """
     renderer = Renderer(services)

@@ -1,4 +1,4 @@
-"""What the pages need from the application that serves them."""
+"""The interface between the pages and the application that serves them."""
 
 from __future__ import annotations
 
@@ -30,11 +30,12 @@ class PageServices:
     """The services of the pages.
 
     ``app``: the app whose jobs are shown. ``prefix``: the beginning of the path of every page, without a slash at its
-    end. ``user``: returns who sent a request. ``require``: raises an HTTP error 403 unless the sender of a request has
-    at least this role. ``permit``: raises an HTTP error 403 if the sender may not do an action (``jobs.cancel``) with a
-    target: a job's id, a plan's id, or the name of a queue or task; None: no single one. ``redact``: replaces what must
-    not be shown in the arguments or the result (JSON builtins) of a job of this task; None: everything may be shown. ``show_arguments``: whether arguments and results are shown at
-    once; False: only when a person asks for them. ``events_url``: the path of the event stream, below ``prefix``.
+    end. ``user``: returns the user of a request. ``require``: raises an HTTP error 403 unless this user has at least
+    this role. ``permit``: raises an HTTP error 403 if the user may not do an action (``jobs.cancel``) with a target: a
+    job's id, a plan's id, or the name of a queue or task; None: the action has no single target. ``redact``: replaces
+    data that must not be shown in the arguments or the result (JSON builtins) of a job of this task; None: everything may
+    be shown. ``show_arguments``: whether arguments and results are shown by default; False: only when a person asks for
+    them. ``events_url``: the path of the event stream, below ``prefix``.
     """
 
     app: App

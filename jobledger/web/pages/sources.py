@@ -1,4 +1,4 @@
-"""Where the pages get their data: the status table, the app, the log. Every read is bounded."""
+"""The sources of the pages' data: the status table, the app, the log. Every read is bounded."""
 
 from __future__ import annotations
 
@@ -106,12 +106,12 @@ class Sources:
         return Outcome({(each.kind, each.name): each for each in known})
 
     def forget(self) -> None:
-        """Read anew what was read before: a command has just changed it."""
+        """Read the commands in force again at the next call: a command has just changed them."""
         self._standing = (0.0, [])
 
     def from_log(self, read: Callable[[], Any]) -> Outcome:
         """Return what ``read`` returns, or why the log cannot be read. After an error the broker is not asked again for
-        `AWAY_S`, so that pages of the table stay quick."""
+        `AWAY_S`, so that pages that need only the table stay fast."""
         from jobledger.kafka.auth import check_connection
 
         if time.monotonic() < self._away_until:

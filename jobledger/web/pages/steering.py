@@ -1,4 +1,4 @@
-"""What the pages of queues, tasks, plans, errors and dead letters show."""
+"""The contents of the pages of queues, tasks, plans, errors and dead letters."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ class PlanPage:
 
 
 def plan_page(sources: Sources, plan_id: str, *, new: bool, said: str = "") -> PlanPage:
-    """Return the page of a plan. ``new``: it was made just now, so that the table may not have it. Raises
+    """Return the page of a plan. ``new``: the plan was made just now, so the table may not have it yet. Raises
     `PlanNotFound`."""
     try:
         plan = sources.table.plan(plan_id)

@@ -1,7 +1,7 @@
 """A job's timeline: its events as bars on a common time axis. Pure.
 
-A bar begins with one fact and ends with the next: the job waited until it started, ran until it ended or failed, and
-backed off until it was released again. Times are milliseconds of the broker's clock.
+A bar begins with one fact and ends with the next: the job waited until the start, ran until the end of the attempt, and
+backed off until the next release. Times are milliseconds of the broker's clock.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ WIDTH_LEAST = 0.4
 
 @dataclass
 class Bar:
-    """``kind``: ``scheduled``, ``waited``, ``ran`` or ``backed-off``. ``open``: it has not ended yet, and is drawn up
-    to now. ``x``, ``width``: percent of the axis."""
+    """``kind``: ``scheduled``, ``waited``, ``ran`` or ``backed-off``. ``open``: no fact has ended the bar yet, so it
+    is drawn up to now. ``x``, ``width``: percent of the axis."""
 
     kind: str
     start_ms: int
@@ -61,7 +61,7 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Tick:
-    """A step of the axis: percent from its begin, and seconds."""
+    """A step of the axis: percent from its beginning, and seconds."""
 
     x: float
     seconds: float
@@ -108,7 +108,7 @@ class _Builder:
 
     def __init__(self) -> None:
         self.attempts: list[Attempt] = []
-        self._waiting: tuple[str, int, Attempt] | None = None  # the kind and begin of a wait, and whose it is
+        self._waiting: tuple[str, int, Attempt] | None = None  # the kind and the beginning of a wait, and its attempt
 
     def add(self, record: Recorded) -> None:
         event, at = record.event, record.appended_ms

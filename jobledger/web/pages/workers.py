@@ -1,4 +1,4 @@
-"""What the pages show of workers, from their last reports."""
+"""The workers as the pages show them, from their last reports."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ JOBS_MOST = 5
 
 @dataclass(frozen=True)
 class WorkerRow:
-    """A worker. ``memory``: bytes; None: not known. ``silent``: it has not reported for some time."""
+    """A worker. ``memory``: bytes; None: not known. ``silent``: its last report is older than 15 s."""
 
     worker: str
     version: str | None

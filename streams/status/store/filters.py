@@ -13,7 +13,7 @@ from jobledger.streams.status.store.protocol import Filters, Wanted
 from jobledger.streams.status.store.rows import key_text, plain
 from jobledger.streams.status.store.tables import jobs, tags, unfinished
 
-#: The filters that name a column which the first revision of the table did not have.
+#: The filters by a column that the first revision of the table did not have.
 ADDED_LATER = ("key", "version", "fingerprint")
 #: The filters that the counters can answer.
 COUNTED = frozenset({"state", "task", "queue"})

@@ -1,4 +1,4 @@
-"""Which rows of ended jobs are removed from the status table, and what is known of removed rows. Pure.
+"""Which rows of ended jobs are removed from the status table, and how removed rows are recognised. Pure.
 
 A row is removed only by the table's writer, and only while the table has read everything that the log had at the time of
 the decision. So this holds for the greatest of the limits in `meta` (``removed:<state>``), and everything in this module
@@ -6,8 +6,8 @@ depends on it:
 
     Every record that was appended before this time is included in the table, or was when its row was removed.
 
-The walks read the existing indexes by the time of submission: a job cannot end before its submission, so the rows to
-remove are among those submitted before the limit.
+The walks use the existing indexes by the time of submission: a job cannot end before its submission, so the rows to
+remove are among those of jobs that were submitted before the limit.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ class Walked(NamedTuple):
 class Walk:
     """One pass over the rows of a state in the order of their submission.
 
-    ``before_ms``: rows of jobs that ended before this time go. If the state is not one that ends a job: rows all of
-    whose facts are older go. ``partial``: of these, only rows without a submission. ``after``: where the pass is.
+    ``before_ms``: rows of jobs that ended before this time are removed. If jobs in this state have not ended, rows are
+    removed if all their facts are older. ``partial``: of these, only rows without a submission are removed. ``after``:
+    the position of the pass.
     """
 
     state: State
@@ -59,24 +60,24 @@ class Walk:
         return self.state.ended
 
     def may_go(self, row: Walked) -> bool:
-        """Return whether the row goes; of a job that has not ended: whether `old` must be asked."""
+        """Return whether the row is removed; for a job that has not ended: whether `old` must decide."""
         if row.state != self.state:
             return False
         return not self.ends or (row.ended_ms is not None and row.ended_ms < self.before_ms)
 
     def old(self, life: Life) -> bool:
-        """Return whether the row of a job that has not ended goes.
+        """Return whether the row of a job that has not ended is removed.
 
-        Such a row was begun again by a late fact after its row had been removed: the table has read every record of the
-        log, but knows no submission of the job.
+        A late fact created such a row after the job's earlier row had been removed: the table has read every record of
+        the log, but has no submission of the job.
         """
         return (life.head.rank > 0 or not self.partial) and last_ms(life) < self.before_ms
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """The result of one transaction: how many rows were read, the ids of the removed rows, and where the walk is now;
-    None: at its end."""
+    """The result of one transaction: how many rows were read, the ids of the removed rows, and the position of the
+    walk; None: the walk is at its end."""
 
     read: int
     removed: Sequence[str]
@@ -84,7 +85,7 @@ class Piece:
 
 
 def walks(limits: Mapping[str, int]) -> list[Walk]:
-    """Return the walks that remove what is past these limits (`jobledger.table_retention.limits`)."""
+    """Return the walks that remove the rows past these limits (`jobledger.table_retention.limits`)."""
     if not limits:
         return []
     ended = [Walk(state, limits[state]) for state in ENDS if state in limits]
@@ -124,7 +125,7 @@ class Reread:
 
 @dataclass(frozen=True, slots=True)
 class Removed:
-    """What a table has removed, for its comparison with the log.
+    """The removals of a table, for its comparison with the log.
 
     ``limits``: by state. ``outcomes_from_ms``: before this time, outcomes may have been trimmed from the log.
     """
@@ -146,12 +147,12 @@ class Removed:
         return last_ms(log) < min(self.before_ms, self.outcomes_from_ms)
 
     def walks(self) -> list[Walk]:
-        """Return the walks over a table with all jobs of the log that find those that `lacks` names."""
+        """Return the walks over a table with all jobs of the log that find the jobs for which `lacks` is true."""
         ended = [Walk(state, self.limits[state]) for state in ENDS if state in self.limits]
         return ended + [Walk(state, min(self.before_ms, self.outcomes_from_ms), partial=False) for state in OPEN]
 
     def explains(self, table: Life, log: Life) -> bool:
-        """Return whether two different rows of a job are no difference: its earlier row was removed."""
+        """Return whether two rows of a job may differ, because the job's row, or an earlier one, was removed."""
         return self.lacks(log) or self.begun_again(table, log)
 
     def begun_again(self, table: Life, log: Life) -> bool:
@@ -170,5 +171,5 @@ class Removed:
 
 
 def to_remove(walk: Walk, rows: Sequence[Walked]) -> list[Walked]:
-    """Return the rows of a page that go or, of jobs that have not ended, may go."""
+    """Return the rows of a page that are removed or, of jobs that have not ended, may be removed."""
     return [row for row in rows if walk.may_go(row)]

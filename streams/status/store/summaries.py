@@ -1,6 +1,6 @@
 """Queries of the status table that summarise many jobs: counts, queues, groups of errors, last successes.
 
-Each query reads a bounded number of rows, however many jobs the table has. What lies beyond the bound is reported as not
+Each query reads a bounded number of rows, however many jobs the table has. Numbers beyond the bound are reported as not
 known, never as zero. The functions need an open connection; `SqlReader` opens it.
 """
 
@@ -20,12 +20,12 @@ from jobledger.streams.status.store.tables import counters, jobs, unfinished
 
 #: Maximum number of rows that a count reads while it looks for the jobs that match.
 READ_MOST = 50_000
-#: Maximum number of queued jobs that are read for the oldest of each queue, and of jobs for the last successes.
+#: Maximum number of queued jobs that are read to find the oldest of each queue, and of jobs for the last successes.
 SCAN_MOST = 10_000
-#: Number of rows that such a scan reads at first, because a few are mostly enough, and the factor by which it reads more
-#: each time.
+#: Number of rows that such a scan reads first, because these are mostly enough, and the factor by which each further read
+#: is larger.
 _SCAN_FIRST, _SCAN_FACTOR = 100, 4
-#: Maximum number of fingerprints that are looked at.
+#: Maximum number of fingerprints that are read.
 FINGERPRINTS_MOST = 2_000
 #: Maximum number of jobs of a group of errors that are counted.
 GROUP_MOST = 500
