@@ -128,10 +128,16 @@ def _serve(api: object, listen: Listen, prefix: str) -> None:
     try:
         host, port = bound.getsockname()[:2]
         logs.set_up()
-        LOG.info("serving http://%s%s", Listen(host, port), prefix)
-        # uvicorn raises the signal again when it has stopped: a stop by SIGTERM is no error.
-        with SignalHandlers([signal.SIGTERM], lambda number, frame: None):
-            uvicorn.Server(config).run(sockets=[bound])
+        server = uvicorn.Server(config)
+
+        def on_signal(number: int, frame: object) -> None:
+            server.should_exit = True
+
+        # The handler is for a signal that arrives before uvicorn has its own. uvicorn raises the signal again when it has
+        # stopped: a stop by SIGTERM is no error.
+        with SignalHandlers([signal.SIGTERM], on_signal):
+            LOG.info("serving http://%s%s", Listen(host, port), prefix)
+            server.run(sockets=[bound])
     finally:
         bound.close()
 

@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx
 import pytest
@@ -32,6 +32,12 @@ pytestmark = pytest.mark.kafka
 
 APP = Path(__file__).with_name("web_app.py")
 WAIT_S = 60 * PATIENCE
+
+
+def read_all(pipe: IO[str]) -> None:
+    """Read a pipe to its end, so that the pipe is never full, and close it."""
+    with pipe:
+        pipe.read()
 
 
 class World:
@@ -68,7 +74,7 @@ class World:
         assert web.stderr is not None
         lines = (re.search(r"serving (http://127\.0\.0\.1:\d+)", line) for line in web.stderr)
         found = next(line for line in lines if line is not None)
-        threading.Thread(target=web.stderr.read, daemon=True).start()  # so that the pipe is never full
+        threading.Thread(target=read_all, args=(web.stderr,), daemon=True).start()
         self.client = httpx.Client(
             base_url=f"{found[1]}/api/v1", headers={"Authorization": f"Bearer {token}"}, timeout=90.0
         )
