@@ -262,6 +262,35 @@ def test_what_the_app_does_not_permit_is_refused(app: App) -> None:
     assert ("alice", "queues.pause", "mail") in asked
 
 
+def test_a_page_is_refused_where_the_api_would_refuse(app: App) -> None:
+    """The app's function is asked for the actions of the API, with the job or with the task of its copy."""
+    asked = []
+
+    def permit(user: Any, action: str, target: str | None) -> bool:
+        asked.append((action, target))
+        return action == "read"
+
+    api, job = pages(app, permit=permit), failed(app)
+    for path in (
+        *(f"/jobs/{job.job_id}", f"/job?id={job.job_id}", "/jobs", "/errors", "/dead-letters"),
+        *("/queues", "/workers", "/plans", "/plans/nope", "/bulk/redrive?state=failed"),
+    ):
+        assert ask(api, "GET", path).status_code == 403, path
+    assert asked.count(("jobs.read", job.job_id)) == 2
+    assert ask(api, "POST", f"/job/copy?job={job.job_id}", data={"args": "{}"}).status_code == 403
+    assert asked[-1] == ("jobs.submit", job.task)
+    assert ask(api, "GET", "/").status_code == 200
+
+
+@pytest.mark.parametrize("page", ["//evil.example/x", "/\\evil.example/x"])
+def test_the_way_back_from_an_error_stays_on_this_site(app: App, page: str) -> None:
+    """A path with two slashes at its begin would lead to another site."""
+    referer = {"Referer": f"http://localhost:8420{page}"}
+    answer = ask(pages(app), "POST", "/control/pause", data={"reason": "x"}, headers=referer)
+    assert answer.status_code == 400
+    assert 'href="/evil.example/x"' in answer.text
+
+
 @pytest.mark.parametrize(
     ("path", "data", "status", "says"),
     [
