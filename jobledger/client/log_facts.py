@@ -61,8 +61,8 @@ class Membership(NamedTuple):
 def membership(settings: Settings, name: str, at: tuple[str, int] | None, timeout: float) -> Membership:
     """Return who is in a consumer group, and whether a member has the partition ``at``.
 
-    A report of the worker itself would say more: whether the job still runs there, and how many places are free. When
-    workers write such reports, this function is the place to use them.
+    The worker's own report (`jobledger.worker_status`) says more: whether the job still runs there, and how many places
+    are free. It is not used yet; this function is the place for it.
     """
     client = admin(settings)  # kept in a variable: without the client its answers are lost
     try:
