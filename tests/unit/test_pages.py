@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import threading
 from collections.abc import Iterator
@@ -469,6 +470,20 @@ def test_the_events_of_a_job_show_no_arguments(app: App) -> None:
     assert page.hidden
     assert page.arguments is None
     assert "4111" not in page.copy_text
+
+
+def test_a_copy_has_the_arguments_of_its_job_whatever_characters_they_have(app: App) -> None:
+    """The form sends back what the page shows, so the page must not replace a character of it."""
+    from jobledger.views.words import printable
+    from tests.unit.test_pages_timeline import record
+
+    args = {"text": "\u200f\u202e\u2028\x1b\x85 \u05d0"}
+    submitted = ev.JobSubmitted(ev.JobSpec(json.dumps(args).encode()))
+    services = PageServices(app, "", lambda r: None, lambda r, role: None)  # type: ignore[arg-type,return-value]  # not asked for
+    sources = Sources(app)
+    sources.history = lambda job: Outcome(([record(0, submitted)], []))  # type: ignore[method-assign]  # without a broker
+    page = jobpage.job_page(sources, services, failed(app), shown=True, now_ms=NOW_MS)
+    assert json.loads(printable(page.copy_text)) == args
 
 
 def test_every_template_can_be_loaded() -> None:
