@@ -454,6 +454,19 @@ def test_rates_are_the_differences_between_two_reads() -> None:
     assert measured.lately() == {"submitted": 2.2, "succeeded": 2.0, "failed": 0.0}
 
 
+def test_the_removal_of_old_rows_is_no_sign_of_failures() -> None:
+    """Reads between which the counters fell are left out. Otherwise no job would seem to succeed, and some to fail."""
+    now = [100.0]
+    counters = [{"succeeded": 1_000, "failed": 10}]
+    measured = rates.Rates(lambda: counters[0], lambda: now[0])
+    measured.sample()
+    for at, succeeded, failures in ((105.0, 1_050, 11), (110.0, 200, 12), (115.0, 250, 12)):
+        now[0], counters[0] = at, {"succeeded": succeeded, "failed": failures}
+        measured.sample()
+    assert measured.series() == [[105.0, 115.0], [10.2, 10.0], [10.0, 10.0], [0.2, 0.0]]
+    assert measured.lately() == {"submitted": 10.1, "succeeded": 10.0, "failed": 0.1}
+
+
 def test_the_events_of_a_job_show_no_arguments(app: App) -> None:
     """The table of events leaves out arguments and results, because these may have to be hidden."""
     from tests.unit.test_pages_timeline import record
