@@ -196,7 +196,7 @@ WHO: Mapping[str, str] = {
     "router": "`jobledger router`; also needs Read on topics of other programs whose events the app handles",
     "backfill": "`jobledger backfill`",
     "projection": "`jobledger projections`",
-    "reader": "`app.lifecycle(group)`, and `jobledger web`, which also needs the client's rights",
+    "reader": "`app.lifecycle(group)`, and `jobledger web`, which also needs the rights of client and web",
     "web": "`jobledger events`, `audit`, `verify`, `rebuild`, `jobs explain`; reading the status table needs no right on Kafka",
     "admin": "`jobledger topics apply`; `topics acls --apply` also needs Alter on the cluster",
 }

@@ -34,7 +34,9 @@ HEADERS: Mapping[str, str] = {
 
 
 #: The path of each route as a regular expression.
-_PATTERNS = {key: re.compile(re.sub(r"\\\{\w+\\\}", "[^/]+", re.escape(key.partition(" ")[2]))) for key in ROUTES}
+_PATTERNS = {
+    key: re.compile(re.sub(r"\\\{\w+\\\}", "[^/]+", re.escape(key.partition(" ")[2]))) for key in (*ROUTES, *RULES)
+}
 
 #: The routers of the API.
 ROUTERS = (system.router, jobs.router, insight.router, plans.router, control.router, events.router)

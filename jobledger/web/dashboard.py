@@ -11,7 +11,7 @@ from fastapi import Depends, FastAPI, Request
 
 from jobledger.app import App
 from jobledger.web.access import API, Action, Guard, Role, User, role_of
-from jobledger.web.pages.router import ROUTES, make_router, rates_of
+from jobledger.web.pages.router import OF_ONE_JOB, READS, ROUTES, make_router, rates_of
 from jobledger.web.pages.services import PageServices
 from jobledger.web.problems import Problem
 
@@ -29,13 +29,16 @@ class Dashboard:
     show_arguments: bool = True
 
 
-#: The rule for each route of the pages. The pages ask the app's `Permit` for a form themselves.
-RULES: Mapping[str, Action | None] = {
-    route: None
-    if role is None
-    else Action("read" if role == "read" else "steer", role_of(role), in_body=role != "read")
-    for route, role in ROUTES.items()
-}
+def _rule(route: str, role: str | None) -> Action | None:
+    if role is None:
+        return None
+    if role == "read":
+        return Action(READS.get(route, "read"), Role.READ, in_body=route in OF_ONE_JOB)
+    return Action("steer", role_of(role), in_body=True)
+
+
+#: The rule for each route of the pages. The pages ask the app's `Permit` themselves about one job and about a form.
+RULES: Mapping[str, Action | None] = {route: _rule(route, role) for route, role in ROUTES.items()}
 
 
 def add_dashboard(api: FastAPI, app: App, guard: Guard, prefix: str, options: Dashboard) -> Callable[[], None]:

@@ -42,6 +42,8 @@ POLL, POLL_S = 500, 0.1
 TAGS_MOST = 20_000
 #: Seconds between two checks for new partitions.
 REFRESH_S = 10.0
+#: Seconds for which the log is not opened again, after it could not be opened.
+AWAY_S = 3.0
 #: Largest number of records that are read again for a listener that connects again.
 MISSED_MOST = 2_000
 
@@ -81,6 +83,8 @@ class Feed:
         self._next, self._ends = 0, dict[Partition, int]()
         self._reading: _Reading | None = None
         self._opening: asyncio.Lock | None = None
+        self._away: JobledgerError | None = None  # why the log could not be opened
+        self._away_until = 0.0
 
     @property
     def listeners(self) -> int:
@@ -97,8 +101,15 @@ class Feed:
         self._opening = self._opening or asyncio.Lock()
         async with self._opening:
             if self._reading is None:
+                # Without a broker, each client would otherwise wait for the attempts of all clients before it.
+                if self._away is not None and time.monotonic() < self._away_until:
+                    raise self._away.with_traceback(None)
                 reading = _Reading(self, asyncio.get_running_loop())
-                self._ends = await asyncio.to_thread(reading.open)
+                try:
+                    self._ends = await asyncio.to_thread(reading.open)
+                except JobledgerError as exc:
+                    self._away, self._away_until = exc, time.monotonic() + AWAY_S
+                    raise
                 self._reading = reading
                 reading.start()
             listener = Listener(self._next, jobs, tags)

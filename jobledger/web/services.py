@@ -127,12 +127,14 @@ class Records:
 
 
 class Remembered:
-    """A result that is computed at most once in ``seconds``. Callers that wait at the same time share one computation."""
+    """A result that is computed at most once in ``seconds``. Callers that wait at the same time share one
+    computation, also if it fails: otherwise, without a broker, each caller would wait for all callers before it."""
 
     def __init__(self, seconds: float, compute: Callable[[], Awaitable[Any]]) -> None:
         self._seconds, self._compute = seconds, compute
         self._lock: anyio.Lock | None = None
         self._until, self._value = 0.0, None
+        self._error: JobledgerError | Problem | None = None
 
     async def get(self) -> Any:
         """Return the result. Raises what the computation raises."""
@@ -140,8 +142,13 @@ class Remembered:
             self._lock = anyio.Lock()
         async with self._lock:
             if time.monotonic() >= self._until:
-                self._value = await self._compute()
+                try:
+                    self._value, self._error = await self._compute(), None
+                except (JobledgerError, Problem) as exc:
+                    self._value, self._error = None, exc
                 self._until = time.monotonic() + self._seconds
+            if self._error is not None:
+                raise self._error.with_traceback(None)
             return self._value
 
     def forget(self) -> None:

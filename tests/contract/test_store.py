@@ -772,10 +772,11 @@ def test_a_table_of_the_second_revision_gets_the_table_of_workers(backend: Backe
     backend.execute("UPDATE meta SET value = '2' WHERE key = 'revision'")
     with closing(open_reader(backend.url, NAMESPACE)) as old:
         assert (old.workers(), old.plans()) == ([], [PLAN])
-    with backend.store() as store, closing(open_reader(backend.url, NAMESPACE)) as new:
-        assert store.acquire()
-        store.write(Changes(workers={"h:1": worker("h:1", 1)}))
-        assert (new.workers(), new.plans()) == ([worker("h:1", 1)], [PLAN])
+        with backend.store() as store, closing(open_reader(backend.url, NAMESPACE)) as new:
+            assert store.acquire()
+            store.write(Changes(workers={"h:1": worker("h:1", 1)}))
+            for reader in (new, old):  # also one that was opened before
+                assert (reader.workers(), reader.plans()) == ([worker("h:1", 1)], [PLAN])
 
 
 def test_jobs_are_found_by_key_version_and_error(store: Store, reader: StatusReader) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import threading
 from collections.abc import Iterator
@@ -262,6 +263,35 @@ def test_what_the_app_does_not_permit_is_refused(app: App) -> None:
     assert ("alice", "queues.pause", "mail") in asked
 
 
+def test_a_page_is_refused_where_the_api_would_refuse(app: App) -> None:
+    """The app's function is asked for the actions of the API, with the job or with the task of its copy."""
+    asked = []
+
+    def permit(user: Any, action: str, target: str | None) -> bool:
+        asked.append((action, target))
+        return action == "read"
+
+    api, job = pages(app, permit=permit), failed(app)
+    for path in (
+        *(f"/jobs/{job.job_id}", f"/job?id={job.job_id}", "/jobs", "/errors", "/dead-letters"),
+        *("/queues", "/workers", "/plans", "/plans/nope", "/bulk/redrive?state=failed"),
+    ):
+        assert ask(api, "GET", path).status_code == 403, path
+    assert asked.count(("jobs.read", job.job_id)) == 2
+    assert ask(api, "POST", f"/job/copy?job={job.job_id}", data={"args": "{}"}).status_code == 403
+    assert asked[-1] == ("jobs.submit", job.task)
+    assert ask(api, "GET", "/").status_code == 200
+
+
+@pytest.mark.parametrize("page", ["//evil.example/x", "/\\evil.example/x"])
+def test_the_way_back_from_an_error_stays_on_this_site(app: App, page: str) -> None:
+    """A path with two slashes at its begin would lead to another site."""
+    referer = {"Referer": f"http://localhost:8420{page}"}
+    answer = ask(pages(app), "POST", "/control/pause", data={"reason": "x"}, headers=referer)
+    assert answer.status_code == 400
+    assert 'href="/evil.example/x"' in answer.text
+
+
 @pytest.mark.parametrize(
     ("path", "data", "status", "says"),
     [
@@ -424,6 +454,19 @@ def test_rates_are_the_differences_between_two_reads() -> None:
     assert measured.lately() == {"submitted": 2.2, "succeeded": 2.0, "failed": 0.0}
 
 
+def test_the_removal_of_old_rows_is_no_sign_of_failures() -> None:
+    """Reads between which the counters fell are left out. Otherwise no job would seem to succeed, and some to fail."""
+    now = [100.0]
+    counters = [{"succeeded": 1_000, "failed": 10}]
+    measured = rates.Rates(lambda: counters[0], lambda: now[0])
+    measured.sample()
+    for at, succeeded, failures in ((105.0, 1_050, 11), (110.0, 200, 12), (115.0, 250, 12)):
+        now[0], counters[0] = at, {"succeeded": succeeded, "failed": failures}
+        measured.sample()
+    assert measured.series() == [[105.0, 115.0], [10.2, 10.0], [10.0, 10.0], [0.2, 0.0]]
+    assert measured.lately() == {"submitted": 10.1, "succeeded": 10.0, "failed": 0.1}
+
+
 def test_the_events_of_a_job_show_no_arguments(app: App) -> None:
     """The table of events leaves out arguments and results, because these may have to be hidden."""
     from tests.unit.test_pages_timeline import record
@@ -440,6 +483,20 @@ def test_the_events_of_a_job_show_no_arguments(app: App) -> None:
     assert page.hidden
     assert page.arguments is None
     assert "4111" not in page.copy_text
+
+
+def test_a_copy_has_the_arguments_of_its_job_whatever_characters_they_have(app: App) -> None:
+    """The form sends back what the page shows, so the page must not replace a character of it."""
+    from jobledger.views.words import printable
+    from tests.unit.test_pages_timeline import record
+
+    args = {"text": "\u200f\u202e\u2028\x1b\x85 \u05d0"}
+    submitted = ev.JobSubmitted(ev.JobSpec(json.dumps(args).encode()))
+    services = PageServices(app, "", lambda r: None, lambda r, role: None)  # type: ignore[arg-type,return-value]  # not asked for
+    sources = Sources(app)
+    sources.history = lambda job: Outcome(([record(0, submitted)], []))  # type: ignore[method-assign]  # without a broker
+    page = jobpage.job_page(sources, services, failed(app), shown=True, now_ms=NOW_MS)
+    assert json.loads(printable(page.copy_text)) == args
 
 
 def test_every_template_can_be_loaded() -> None:

@@ -464,6 +464,24 @@ def test_a_query_that_does_not_end_is_given_up(api: FastAPI, monkeypatch: pytest
     assert problem(slow, 503) == "the status table did not answer within 0.2 s"
 
 
+def test_callers_that_wait_for_one_answer_share_its_failure() -> None:
+    """Without a broker they do not try one after the other."""
+    calls = []
+
+    async def fails() -> None:
+        calls.append(1)
+        await asyncio.sleep(0)
+        raise errors.BrokerUnavailable("away")
+
+    async def several() -> list[Any]:
+        remembered = services.Remembered(60.0, fails)
+        return list(await asyncio.gather(*(remembered.get() for _ in range(3)), return_exceptions=True))
+
+    found = asyncio.run(several())
+    assert [type(each) for each in found] == [errors.BrokerUnavailable] * 3
+    assert len(calls) == 1
+
+
 # -- why, errors, workers, dead letters ----------------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobledger import App
+from jobledger import App, BrokerUnavailable
 from jobledger.job import State
 from jobledger.schemas import events as ev
 from jobledger.schemas.event_factory import standalone
@@ -150,6 +150,26 @@ def test_the_log_is_read_while_somebody_listens(made: Feed) -> None:
         third = await made.join()
         assert made.take(third, 10) == ([], False)
         made.leave(third)
+
+    asyncio.run(run())
+
+
+def test_a_log_that_cannot_be_opened_is_not_tried_by_each_listener(made: Feed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Listeners that wait for the first attempt share its failure; some seconds later the log is tried again."""
+    tries = []
+
+    def fails(self: _Still) -> dict[tuple[str, int], int]:
+        tries.append(1)
+        raise BrokerUnavailable("away")
+
+    async def run() -> None:
+        with monkeypatch.context() as patched:
+            patched.setattr(_Still, "open", fails)
+            found = await asyncio.gather(*(made.join() for _ in range(3)), return_exceptions=True)
+        assert [type(each) for each in found] == [BrokerUnavailable] * 3
+        assert len(tries) == 1
+        made._away_until = 0.0
+        made.leave(await made.join())
 
     asyncio.run(run())
 

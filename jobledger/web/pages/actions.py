@@ -113,8 +113,10 @@ def _add_jobs(router: APIRouter, services: PageServices, sources: Sources) -> No
 
     @router.post("/job/copy")
     def copy(request: Request, form: Form) -> Response:
-        asked = _asked(request, services, form, "jobs.submit")
-        job_id, changes = _job(request), _object(form.get("args", "{}"))
+        job_id = _job(request)
+        services.require(request, ROLE)  # before the table says whether there is such a job
+        asked = _asked(request, services, form, "jobs.submit", sources.table.job(job_id).task)
+        changes = _object(form.get("args", "{}"))
         without: list[str] = []
         if form.get("whole"):
             # The form had all arguments, so an argument that is missing now was removed by the user.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime as dt
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +14,7 @@ from jobledger.views.facts import describe, progress
 from jobledger.views.values import jsonable
 from jobledger.views.words import duration
 from jobledger.web.pages.joblist import SCOPES
-from jobledger.web.pages.render import utc
+from jobledger.web.pages.render import utc, whole_json
 from jobledger.web.pages.services import PageServices
 from jobledger.web.pages.sources import Outcome, Sources
 from jobledger.web.pages.timeline import Timeline, draw
@@ -130,7 +129,7 @@ def job_page(
         can_redrive=job.state.value in SCOPES["redrive"][0],
         can_cancel=not job.state.ended,
         can_copy=job.task in sources.app.tasks,
-        copy_text="{}" if changes else json.dumps(arguments, ensure_ascii=False, indent=2),
+        copy_text="{}" if changes else whole_json(arguments),
         copy_changes=changes,
         queues=sorted(sources.app.queues),
         events=urlencode({"job_id": job.job_id}),

@@ -6,7 +6,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -77,23 +77,10 @@ class Rates:
         )
 
     def series(self) -> list[list[float]]:
-        """Return the times of the reads (seconds since the epoch) and, for each of `SERIES`, the jobs per second before each
-        read."""
-        samples = list(self._samples)
+        """Return the times (seconds since the epoch) and, for each of `SERIES`, the jobs per second before each."""
         columns: list[list[float]] = [[], [], [], []]
-        for before, after in pairwise(samples):
-            seconds = after.at - before.at
-            if seconds <= 0:
-                continue
-            # Counters decrease when jobs are redriven, or their rows are removed. The throughput is then 0, not negative.
-            rates = [
-                max(0, later - earlier) / seconds
-                for earlier, later in (
-                    (before.total, after.total),
-                    (before.succeeded, after.succeeded),
-                    (before.failed, after.failed),
-                )
-            ]
+        for before, after in _measured(list(self._samples)):
+            rates = [number / (after.at - before.at) for number in _numbers(before, after)]
             for column, value in zip(columns, (after.at, *rates), strict=True):
                 column.append(round(value, 3))
         return columns
@@ -101,9 +88,25 @@ class Rates:
     def lately(self, seconds: float = 60.0) -> Mapping[str, float] | None:
         """Return the jobs per second of each of `SERIES` over the last ``seconds``; None: not measured yet."""
         samples = [each for each in self._samples if each.at >= self._clock() - seconds - EVERY_S]
-        if len(samples) < 2:
+        pairs = _measured(samples)
+        if not pairs:
             return None
-        first, last = samples[0], samples[-1]
-        span = max(last.at - first.at, 0.001)
-        numbers = (last.total - first.total, last.succeeded - first.succeeded, last.failed - first.failed)
-        return {name: max(0, number) / span for name, number in zip(SERIES, numbers, strict=True)}
+        span = sum(after.at - before.at for before, after in pairs)
+        numbers = [sum(some) for some in zip(*(_numbers(*pair) for pair in pairs), strict=True)]
+        return {name: number / span for name, number in zip(SERIES, numbers, strict=True)}
+
+
+def _measured(samples: Sequence[Sample]) -> list[tuple[Sample, Sample]]:
+    """Return the pairs of successive reads that say something: when rows of ended jobs were removed between two reads
+    (`jobledger.table_retention`), their differences do not tell how many jobs ended."""
+    return [
+        (before, after)
+        for before, after in pairwise(samples)
+        if after.at > before.at and after.total >= before.total and after.succeeded >= before.succeeded
+    ]
+
+
+def _numbers(before: Sample, after: Sample) -> tuple[int, int, int]:
+    """Return how many jobs were submitted, succeeded and failed between two reads. A redrive takes a job away from the
+    failed ones: that is no negative number."""
+    return after.total - before.total, after.succeeded - before.succeeded, max(0, after.failed - before.failed)

@@ -150,11 +150,18 @@ def ago(value: dt.datetime | int | None) -> str:
 
 
 def json_text(value: Any) -> str:
-    """Format a value as JSON with indents, of at most `VALUE_MOST` characters. Characters that control the direction of
-    writing are written as escapes, so that the text can be copied."""
-    text = json.dumps(jsonable(value), ensure_ascii=False, indent=2)
-    text = "".join(c if printable(c) == c else json.dumps(c)[1:-1] for c in text)
+    """Format a value as `whole_json` does, with at most `VALUE_MOST` characters."""
+    text = whole_json(value)
     return text if len(text) <= VALUE_MOST else text[:VALUE_MOST] + f"\n… {len(text) - VALUE_MOST:,} characters more"
+
+
+def whole_json(value: Any) -> str:
+    """Format a value as JSON with indents. Characters that a page would replace, such as those that control the direction
+    of writing, are written as escapes: the text can be copied, or sent back by a form, and is still the same value."""
+    text = json.dumps(jsonable(value), ensure_ascii=False, indent=2)
+    if printable(text) == text:
+        return text
+    return "".join(c if printable(c) == c else json.dumps(c)[1:-1] for c in text)
 
 
 def short(text: str, most: int = 120) -> str:

@@ -45,6 +45,16 @@ ROUTES: Mapping[str, str | None] = {
     ),
 }
 
+#: The pages that show what a route of the API shows, with the action of that route. The others show only numbers.
+READS: Mapping[str, str] = {
+    **dict.fromkeys(("GET /jobs", "GET /errors", "GET /dead-letters"), "jobs.read"),
+    "GET /queues": "queues.read",
+    "GET /workers": "workers.read",
+    **dict.fromkeys(("GET /plans", "GET /plans/{plan_id}"), "plans.read"),
+}
+#: The page of one job, whose id may be in a parameter: the page asks `PageServices.permit` for ``jobs.read`` itself.
+OF_ONE_JOB = ("GET /jobs/{job_id}", "GET /job")
+
 
 def make_router(services: PageServices, rates: Rates | None = None) -> APIRouter:
     """Return the pages of an app as a router. Its paths begin with ``/``: include it without a prefix in an application
@@ -79,11 +89,18 @@ def rates_of(app: App) -> Rates:
 
 
 def _own(request: Request, address: str | None) -> str | None:
-    """Return the path of an address of this site; None for another site's address."""
+    """Return the path of an address of this site; None for another site's address. A path never begins with two
+    slashes: a browser would take it for the address of another site."""
     if address is None:
         return None
     start = f"{request.url.scheme}://{request.headers.get('host', '')}/"
-    return "/" + address[len(start) :] if address.startswith(start) else None
+    return "/" + address[len(start) :].lstrip("/\\") if address.startswith(start) else None
+
+
+def _permit(services: PageServices, request: Request, action: str, target: str | None) -> None:
+    """Raise an HTTP error 403 if the app does not permit this."""
+    if services.permit is not None:
+        services.permit(request, action, target)
 
 
 def _said(request: Request) -> str:
@@ -143,6 +160,7 @@ def _add_jobs(router: APIRouter, services: PageServices, sources: Sources, rende
     def bulk(request: Request, action: str) -> Response:
         services.require(request, "operate")
         check_action(action)
+        _permit(services, request, "plans.make", None)
         now_ms = _now_ms()
         filters = parse(request.query_params.multi_items(), now_ms)
         return renderer.page(request, "bulk.html", view=preview(sources, action, filters, now_ms))
@@ -157,6 +175,7 @@ def _add_jobs(router: APIRouter, services: PageServices, sources: Sources, rende
 
     def _job(request: Request, job_id: str) -> Response:
         services.require(request, "read")
+        _permit(services, request, "jobs.read", job_id)
         status = sources.table.job(job_id)
         seen, answer = renderer.unchanged(request, key_of(status, _now_ms()))
         if answer is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime as dt
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -125,8 +124,3 @@ class Sources:
             return Outcome(read())
         except JobledgerError as exc:
             return Outcome(problem=text_of(exc))
-
-
-def ms_of(moment: dt.datetime | None) -> int | None:
-    """Return a moment in milliseconds since the epoch."""
-    return None if moment is None else round(moment.timestamp() * 1000)

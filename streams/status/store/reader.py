@@ -98,6 +98,15 @@ class SqlReader:
             rows: dict[str, str] = {row.key: row.value for row in db.execute(select(meta.c.key, meta.c.value))}
         self._revision = judge(rows, self._url, self._namespace)
 
+    def _has(self, revision: int) -> bool:
+        """Return whether the table has this revision. A materializer may have brought the table to it since this reader
+        was opened, for example in a service that was upgraded first."""
+        if self._revision < revision:
+            with self._reading() as db:
+                value = db.execute(select(meta.c.value).where(meta.c.key == "revision")).scalar() or "1"
+            self._revision = int(value) if value.isdecimal() else 1
+        return self._revision >= revision
+
     def job(self, job_id: str) -> JobStatus:
         """Return one job's status. Raises `JobNotFound`."""
         with self._reading() as db:
@@ -149,7 +158,7 @@ class SqlReader:
 
     def _need(self, *columns: str) -> None:
         """Raise `StoreError` if the table does not have these columns, which revision 2 added."""
-        if columns and self._revision < 2:
+        if columns and not self._has(2):
             raise StoreError(
                 f"the status table {self._url} was written by an earlier version, and has no column {columns[0]!r}: "
                 "start `jobledger streams` of this version once, which adds it"
@@ -171,7 +180,7 @@ class SqlReader:
 
     def plans(self, limit: int = 100, *, after: str | None = None) -> list[PlanStatus]:
         """Return a page of the plans, the last one first. A table of revision 1 has none."""
-        if self._revision < 2:
+        if not self._has(2):
             return []
         order = (plans.c.opened_ms, plans.c.plan)
         query = select(plans.c.slots).order_by(*(column.desc() for column in order)).limit(limit)
@@ -182,7 +191,7 @@ class SqlReader:
 
     def open_plans(self) -> list[PlanStatus]:
         """Return the plans that have not ended, the last one first. A table of revision 1 has none."""
-        if self._revision < 2:
+        if not self._has(2):
             return []
         open_ = [state.value for state in PlanState if not state.ended]
         query = select(plans.c.slots).where(plans.c.state.in_(open_)).order_by(plans.c.opened_ms.desc(), plans.c.plan)
@@ -192,7 +201,7 @@ class SqlReader:
     def plan(self, plan_id: str) -> PlanStatus:
         """Return one plan. Raises `PlanNotFound`."""
         row = None
-        if self._revision > 1:
+        if self._has(2):
             with self._reading() as db:
                 row = db.execute(select(plans.c.slots).where(plans.c.plan == key_text(plan_id))).first()
         if row is None:
@@ -202,7 +211,7 @@ class SqlReader:
     def workers(self, limit: int = 1_000, *, before_ms: int | None = None) -> list[WorkerStatus]:
         """Return the workers that reported last, in order of their ids; see `StatusReader.workers`. A table of revision
         2 or less has none."""
-        if self._revision < 3:
+        if not self._has(3):
             return []
         query = select(workers.c.slots).order_by(workers.c.reported_ms.desc(), workers.c.worker).limit(limit)
         if before_ms is not None:
@@ -239,6 +248,7 @@ class SqlReader:
 
     def about(self) -> About:
         """Return facts about the table; see `StatusReader.about`."""
+        self._has(REVISION)
         with self._reading() as db:
             return about(db, self._revision, self._schema)
 
@@ -320,6 +330,7 @@ class SqlReader:
     def rows(self) -> Iterator[JobRow]:
         """Yield every job's row with the columns of `COLUMNS`, in order of ids, from one snapshot."""
         # A table of an earlier revision does not have all columns.
+        self._has(REVISION)
         lacking = {name for number, added in ADDED.items() if number > self._revision for name in added.columns}
         query = select(*(null() if name in lacking else jobs.c[name] for name in COLUMNS)).order_by(jobs.c.job_id)
         with self._reading(walk=True) as db:
