@@ -23,14 +23,18 @@ from jobledger.definitions.task_registry import TaskRegistry
 from jobledger.errors import JobledgerError, JobNotFound, StoreError, text_of
 from jobledger.explain import Explanation, explain
 from jobledger.job import JobStatus, Life, State, Visible, project, released_at
+from jobledger.kafka import acls
 from jobledger.kafka.auth import check_connection
 from jobledger.kafka.clients import partitions_of
 from jobledger.kafka.topic_names import Names, check_utf8
 from jobledger.log.reading import LogReader
 from jobledger.log.schema_lookup import decoder
 from jobledger.plan import PlanStatus
+from jobledger.process.logger import get_logger
 from jobledger.schemas.events import CancelRequested, JobEvent, Position
 from jobledger.situation import Cancel, KeyHolder, Lag, Limit, Pause, Scope, Situation, Tenant
+
+LOG = get_logger("jobledger.client")
 
 T = TypeVar("T")
 
@@ -70,6 +74,7 @@ class Explainer:
         self, settings: Settings, names: Names, table: Callable[[], Any], registry: TaskRegistry | None
     ) -> None:
         self._settings, self._names, self._table, self._registry = settings, names, table, registry
+        self._rights_checked = False
 
     def explain(self, job_id: str, at_least: Position | None = None) -> Explanation:
         """Return why the job is where it is. Takes some seconds at most.
@@ -87,6 +92,9 @@ class Explainer:
         except StoreError as exc:
             return explain(Situation(job_id=job_id, now_ms=_now_ms(), table_error=text_of(exc)))
         inquiry = _Inquiry(self._settings, self._names, table, self._registry, job_id)
+        if not self._rights_checked and inquiry.answers():
+            check_rights(self._settings, self._names)
+            self._rights_checked = True
         return explain(inquiry.situation(life) if life is not None else inquiry.unknown(at_least))
 
     def _life(self, table: Table, job_id: str, at_least: Position | None) -> Life | None:
@@ -94,6 +102,15 @@ class Explainer:
         while at_least is not None and not table.reached(at_least) and time.monotonic() < deadline:
             time.sleep(0.05)
         return table.lives_of([job_id]).get(job_id)
+
+
+def check_rights(settings: Settings, names: Names) -> None:
+    """Log which topics this user may not read, so that explanations lack what is there. For such a user the broker
+    reports these topics as missing. Does not raise an error: a cluster that does not report rights is not checked."""
+    try:
+        acls.check(settings.acting_as("web"), names.namespace, [names.control, names.plans])
+    except (JobledgerError, KafkaException) as exc:
+        LOG.warning("the rights for explanations could not be checked: %s", text_of(exc))
 
 
 class _Inquiry:
@@ -107,11 +124,12 @@ class _Inquiry:
         self._job_id, self._now_ms = job_id, _now_ms()
         self._deadline = time.monotonic() + LOG_S
         self._unread: list[str] = []
+        self._answered: bool | None = None  # None: not asked yet
         self._facts: dict[str, Any] = {}
 
     def unknown(self, awaited: Position | None) -> Situation:
         """Return the situation of a job that the table has not read."""
-        if self._answers():
+        if self.answers():
             with LogReader(self._settings) as log:
                 self._note("lag", "how far the status table is behind", lambda: self._lag(log, [awaited]))
         return self._made(life=None, awaited=awaited)
@@ -134,7 +152,7 @@ class _Inquiry:
             return
         if not seen.state.ended:
             self._code(seen)
-        if not self._answers():
+        if not self.answers():
             return
         try:
             decode = self._decoding()
@@ -390,14 +408,16 @@ class _Inquiry:
 
     # -- time and errors ----------------------------------------------------------------------------------------------
 
-    def _answers(self) -> bool:
+    def answers(self) -> bool:
         """Return whether the broker answers. Without this check each source would wait for itself."""
-        try:
-            check_connection(self._settings, min(ANSWER_S, self._left()))
-        except (JobledgerError, KafkaException) as exc:
-            self._unread.append(f"the log cannot be read: {text_of(exc)}")
-            return False
-        return True
+        if self._answered is None:
+            self._answered = True
+            try:
+                check_connection(self._settings, min(ANSWER_S, self._left()))
+            except (JobledgerError, KafkaException) as exc:
+                self._unread.append(f"the log cannot be read: {text_of(exc)}")
+                self._answered = False
+        return self._answered
 
     def _decoding(self) -> log_facts.Decode:
         """Return a function that decodes a record, and raises `TimeoutError` if no time is left: so all reading ends

@@ -23,7 +23,7 @@ from jobledger import App, Settings
 from jobledger.consumers.router.backfill import Backfill, BackfillPlan
 from jobledger.consumers.router.router import Router
 from jobledger.consumers.worker.worker import Worker, WorkerOptions
-from jobledger.errors import JobledgerError, NotAuthorized
+from jobledger.errors import JobledgerError, NotAuthorized, TopicMissing
 from jobledger.kafka import acls, topics, topology
 from jobledger.kafka.acls import TABLE, Right
 from jobledger.kafka.clients import admin as admin_client
@@ -260,6 +260,7 @@ def explain(app: App, refused: list[JobledgerError]) -> None:
     """Read what an explanation needs besides the log."""
     from jobledger.client import log_facts
     from jobledger.client.commands import in_force
+    from jobledger.client.explaining import check_rights
     from jobledger.log.reading import LogReader
     from jobledger.log.schema_lookup import decoder
     from jobledger.plan import PlanStatus
@@ -275,8 +276,9 @@ def explain(app: App, refused: list[JobledgerError]) -> None:
         for look in looks:
             try:
                 look()
-            except NotAuthorized as exc:
+            except (NotAuthorized, TopicMissing) as exc:  # such a topic looks as if it were missing
                 refused.append(exc)
+    check_rights(app.settings, names)
 
 
 def admin(world: World, refused: list[JobledgerError]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def app(broker: str, tmp_path: Path) -> Iterator[App]:
         table.write({"job-1": [SUBMITTED, STARTED], "job-2": [SUBMITTED, STARTED, FAILED], "job-3": [SUBMITTED]})
         table.plan()
         made = build(table.url, broker)
-        made.settings = made.settings.with_bootstrap(broker)
+        made.settings = replace(made.settings.with_bootstrap(broker), submit_timeout=60.0)
         ensure(made, made.settings)
         yield made
         made.close()
