@@ -397,6 +397,16 @@ def test_every_answer_has_the_headers_of_a_careful_service(api: FastAPI) -> None
     assert ask(api, "GET", "/jobs").headers["cache-control"] == "no-store"
 
 
+def test_a_path_writes_no_line_of_its_own_into_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Line ends, and the characters that control a terminal, are shown as pictures."""
+    with closing(build(f"sqlite:///{tmp_path}/none.db")) as app:
+        answer = ask(create_app(app, local=True), "GET", "/jobs/x%0AERROR%20forged%0D%1B%5B2J%E2%80%A8%09")
+    assert answer.status_code == 503
+    (line,) = (each.getMessage() for each in caplog.records if each.name == "jobledger.web")
+    assert "/jobs/x␊ERROR forged␍␛[2J\ufffd␉: StoreNotFound" in line
+    assert line.isprintable()
+
+
 def test_a_table_that_is_missing_foreign_newer_or_broken_is_a_503(table: Table, tmp_path: Path) -> None:
     """The problem has the sentence of the error, readiness fails, and liveness does not."""
     urls = {
