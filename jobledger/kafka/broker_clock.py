@@ -61,6 +61,11 @@ class BrokerClock:
         return int(self.ms() * 1000)
 
     @property
+    def known(self) -> bool:
+        """Whether there is an observation. Without one, the time is that of this machine."""
+        return self._now is not None or self._before is not None
+
+    @property
     def ahead_s(self) -> float:
         """Upper bound of the seconds by which this machine's clock is ahead of the broker's; negative if it is behind;
         0 before the first record."""

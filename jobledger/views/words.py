@@ -20,6 +20,7 @@ _PICTURES = {
     0x7F: 0x2421,
     **dict.fromkeys((*HIDDEN, *range(0xD800, 0xE000)), 0xFFFD),
 }
+_LINE_PICTURES = {0x09: 0x2409, 0x0A: 0x240A}
 
 
 def printable(text: str) -> str:
@@ -27,6 +28,12 @@ def printable(text: str) -> str:
     pictures (``␛``). All others become ``�``, also changes of the writing direction and halves of surrogate pairs.
     Newlines and tabs stay."""
     return text.translate(_PICTURES)
+
+
+def one_line(text: str) -> str:
+    """Return ``text`` as `printable` does, and with the pictures of newlines and tabs: for a line of a log, which a text
+    from outside must not end."""
+    return printable(text).translate(_LINE_PICTURES)
 
 
 def duration(seconds: float) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import Annotated
 
+import anyio
 import msgspec
 from fastapi import APIRouter, Header, Query, Request
 from sse_starlette import EventSourceResponse
@@ -12,6 +15,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from jobledger.job import State
+from jobledger.process.logger import get_logger
+from jobledger.views.words import one_line
 from jobledger.web.access import API, Caller
 from jobledger.web.documents import problems
 from jobledger.web.feed import Feed, Listener
@@ -20,10 +25,12 @@ from jobledger.web.paging import VALUES_MOST, tags_of
 from jobledger.web.problems import Problem
 from jobledger.web.services import services
 
+LOG = get_logger("jobledger.web")
+
 #: Largest number of streams of a process.
 LISTENERS_MOST = 2_000
 #: Seconds between two comments that keep a stream open, and seconds after which a client that reads nothing is
-#: disconnected.
+#: disconnected. At each heartbeat the user is checked again.
 HEARTBEAT_S, SEND_S = 15, 60.0
 #: Number of events, and of bytes, that are sent at once.
 EVENTS_AT_ONCE, BYTES_AT_ONCE = 64, 16 * 1024
@@ -63,6 +70,7 @@ async def events(
 
     Each event `job` has the fact, the job and its state after it, and an id with which a client can continue. After an
     event `gap` the client must read again what it shows. An event may come twice after a client has connected again.
+    The stream ends when the login is no longer valid.
     """
     feed = services(request).feed
     if feed.listeners >= LISTENERS_MOST:
@@ -80,7 +88,17 @@ async def events(
     except BaseException:
         feed.leave(listener)
         raise
-    return _Stream(feed, listener, wanted, missed, gap)
+    return _Stream(feed, listener, wanted, missed, gap, partial(_still_allowed, request))
+
+
+async def _still_allowed(request: Request) -> bool:
+    """Return whether the user of this request may still make it: tokens are revoked, and roles change."""
+    try:
+        await services(request).guard.admit(request)
+    except Problem as problem:
+        LOG.info("a stream of events ends, because its user is refused now: %s", one_line(problem.detail))
+        return False
+    return True
 
 
 async def _missed(
@@ -105,12 +123,22 @@ async def _missed(
 
 
 class _Stream(EventSourceResponse):
-    """The response: first the missed events, then the new ones."""
+    """The response: first the missed events, then the new ones. ``allowed``: returns whether the user may still get
+    them; asked every `HEARTBEAT_S`."""
 
     #: Number of streams that have not sent all missed events yet.
     catching_up = 0
 
-    def __init__(self, feed: Feed, listener: Listener, wanted: Filter, missed: list[Happening], gap: bool) -> None:
+    def __init__(
+        self,
+        feed: Feed,
+        listener: Listener,
+        wanted: Filter,
+        missed: list[Happening],
+        gap: bool,
+        allowed: Callable[[], Awaitable[bool]],
+    ) -> None:
+        self._allowed = allowed
         self._feed, self._listener, self._wanted = feed, listener, wanted
         self._missed, self._gap = missed, gap
         _Stream.catching_up += bool(missed)
@@ -136,7 +164,12 @@ class _Stream(EventSourceResponse):
             for chunk in self._joined(self._missed[start : start + EVENTS_AT_ONCE]):
                 yield chunk
         self._caught_up()
+        check_at = time.monotonic() + HEARTBEAT_S
         while True:
+            if time.monotonic() >= check_at:
+                if not await self._allowed():
+                    return
+                check_at = time.monotonic() + HEARTBEAT_S
             self._listener.wake.clear()
             taken, lost = self._feed.take(self._listener, EVENTS_AT_ONCE)
             if lost:
@@ -146,7 +179,8 @@ class _Stream(EventSourceResponse):
             if not self._feed.running:
                 return
             if not taken:
-                await self._listener.wake.wait()
+                with anyio.move_on_after(check_at - time.monotonic()):
+                    await self._listener.wake.wait()
 
     def _joined(self, taken: list[Happening]) -> list[bytes]:
         """Return those of these events that the client wants, joined to chunks of about `BYTES_AT_ONCE`."""

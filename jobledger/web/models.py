@@ -71,7 +71,7 @@ class NewLimits(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Where(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
-    """The filters of a plan; a job must match all of them. ``late``: seconds. ``since``: ISO 8601."""
+    """The filters of a plan; a job must match all of them. ``late``: seconds. ``since``, ``until``: ISO 8601."""
 
     state: State | list[State] | None = None
     task: str | list[str] | None = None
@@ -82,6 +82,9 @@ class Where(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     error: str | list[str] | None = None
     fingerprint: str | list[str] | None = None
     since: str | None = None
+    until: str | None = None
+    id_prefix: Annotated[str, msgspec.Meta(min_length=1)] | None = None
+    attempts_least: Annotated[int, msgspec.Meta(ge=1, lt=1 << 31)] | None = None
     late: float | None = None
 
 

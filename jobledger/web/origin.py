@@ -26,7 +26,7 @@ def refusal(method: str, headers: Mapping[str, str], allowed: Collection[str] = 
     if site is not None and site not in ("same-origin", "none"):
         return f"a page of another site sent this request (Sec-Fetch-Site: {site[:50]})"
     source = origin if origin is not None else headers.get("referer")
-    if source is None or (origin is None and source in allowed):
+    if source is None or (origin is None and _origin(source) in allowed):
         return None
     host = headers.get("host", "")
     if (wanted := _host(source)) is None or wanted != _with_scheme(source, host):
@@ -35,6 +35,16 @@ def refusal(method: str, headers: Mapping[str, str], allowed: Collection[str] = 
             "(create_app: origins=) if a proxy changes the header Host"
         )
     return None
+
+
+def _origin(url: str) -> str:
+    """Return the origin of a page's address, as the header ``Origin`` has it: the header ``Referer`` has the whole
+    address."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return ""
+    return f"{parts.scheme}://{parts.netloc}"
 
 
 def _host(url: str) -> tuple[str, int | None] | None:

@@ -64,6 +64,9 @@ def filters(
     error: Annotated[list[str], Query(max_length=VALUES_MOST, description="Any of these types of errors.")] = [],  # noqa: B006
     fingerprint: Annotated[list[str], Query(max_length=VALUES_MOST, description="Any of these fingerprints of errors.")] = [],  # noqa: B006
     since: Annotated[str | None, Query(max_length=50, description="Submitted at this time or later (ISO 8601; UTC if it has no zone).")] = None,
+    until: Annotated[str | None, Query(max_length=50, description="Submitted before this time (as `since`).")] = None,
+    id_prefix: Annotated[str | None, Query(min_length=1, max_length=200, description="The id begins with this text; the jobs are then ordered by id, unless a tag, key or fingerprint is given.")] = None,
+    attempts_least: Annotated[int | None, Query(ge=1, lt=1 << 31, description="The attempt has this number or a greater one; without a state only jobs that wait for a retry.")] = None,
     late: Annotated[float | None, Query(ge=0, le=366 * 86_400, description="Could have been started this many seconds ago, and was not.")] = None,
 ) -> JobFilter:  # fmt: skip
     """Return the filters of a list of jobs. A job must match all of them."""
@@ -77,6 +80,9 @@ def filters(
         "error": error,
         "fingerprint": fingerprint,
         "since": None if since is None else moment_of(since, "since"),
+        "until": None if until is None else moment_of(until, "until"),
+        "id_prefix": id_prefix,
+        "attempts_least": attempts_least,
         "late": late,
     }
     return {name: value for name, value in chosen.items() if value not in (None, [], {})}  # type: ignore[return-value]

@@ -139,6 +139,7 @@ def made(request: Request, plan: Plan, integers: str) -> Response:
 def _filter(where: models.Where) -> dict[str, Any]:
     """Return the filters that are given, as `JobFilter` names them."""
     given: dict[str, Any] = msgspec.structs.asdict(where)
-    if where.since is not None:
-        given["since"] = moment_of(where.since, "since")
+    for name in ("since", "until"):
+        if given[name] is not None:
+            given[name] = moment_of(given[name], name)
     return {name: value for name, value in given.items() if value not in (None, [], {})}

@@ -15,6 +15,7 @@ from starlette.responses import Response
 from jobledger import errors
 from jobledger.errors import JobledgerError, text_of
 from jobledger.process.logger import get_logger
+from jobledger.views.words import one_line
 
 LOG = get_logger("jobledger.web")
 
@@ -138,7 +139,9 @@ async def _of_jobledger(request: Request, error: Exception) -> Response:
     assert isinstance(error, JobledgerError)
     problem = problem_of(error)
     if problem.status >= 500:
-        LOG.warning("%s %s: %s: %s", request.method, request.url.path, type(error).__name__, text_of(error))
+        # The path is decoded, so it may have any character, as may the error. (`request.url` leaves some of them out.)
+        path, text = one_line(request.scope["path"]), one_line(text_of(error))
+        LOG.warning("%s %s: %s: %s", one_line(request.method), path, type(error).__name__, text)
     return problem.response()
 
 

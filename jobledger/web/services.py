@@ -6,9 +6,12 @@ a limited time.
 
 from __future__ import annotations
 
+import asyncio
+import math
 import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar, TypeVarTuple
 
@@ -47,25 +50,49 @@ AT_LEAST_S, LOOK_S = 10.0, 0.02
 
 
 class Threads:
-    """Runs blocking calls, ``count`` at a time. A caller waits up to ``seconds``; ``what``: for the error."""
+    """Runs blocking calls, ``count`` at a time. A caller waits up to ``seconds``; ``what``: for the error.
+
+    A call that nobody waits for any more still counts until it ends.
+    """
 
     def __init__(self, count: int, seconds: float, what: str) -> None:
         self._count, self._seconds, self._what = count, seconds, what
-        self._limiter: anyio.CapacityLimiter | None = None
+        self._calls: anyio.CapacityLimiter | None = None
+        self._threads: anyio.CapacityLimiter | None = None
 
     async def run(self, function: Callable[[*Ts], T], *args: *Ts) -> T:
         """Return the function's result. Raises `Problem` 503 when the time is over; the call itself then continues."""
-        if self._limiter is None:
-            self._limiter = anyio.CapacityLimiter(self._count)
         try:
             with anyio.fail_after(self._seconds):
-                return await anyio.to_thread.run_sync(
-                    partial(function, *args), abandon_on_cancel=True, limiter=self._limiter
-                )
+                return await self._run(partial(function, *args))
         except TimeoutError:
             raise Problem(
                 503, f"{self._what} did not answer within {self._seconds:g} s", headers={"Retry-After": "5"}
             ) from None
+
+    async def _run(self, function: Callable[[], T]) -> T:
+        if self._calls is None or self._threads is None:
+            # The library returns a token when the caller stops waiting, so its own limiter limits nothing here.
+            self._calls, self._threads = anyio.CapacityLimiter(self._count), anyio.CapacityLimiter(math.inf)
+        calls, token, loop = self._calls, object(), asyncio.get_running_loop()
+        first = threading.Lock()  # taken by the thread when it begins the call, or by the caller who leaves before that
+
+        def call() -> T:
+            if not first.acquire(blocking=False):
+                raise TimeoutError  # nobody gets this error: the caller has left
+            try:
+                return function()
+            finally:
+                with suppress(RuntimeError):  # the loop is closed: the process ends
+                    loop.call_soon_threadsafe(calls.release_on_behalf_of, token)
+
+        await calls.acquire_on_behalf_of(token)
+        try:
+            return await anyio.to_thread.run_sync(call, abandon_on_cancel=True, limiter=self._threads)
+        except BaseException:
+            if first.acquire(blocking=False):
+                calls.release_on_behalf_of(token)
+            raise
 
 
 class Records:

@@ -18,6 +18,8 @@ plans.)
 * **Workers** that are gone are removed from the status table, and their reports from the topic
   (`jobledger.streams.maintenance.workers`).
 
+Ages are counted by the broker's clock (`jobledger.streams.maintenance.present`).
+
 Only the process whose materializer holds the table lease does this work.
 """
 
@@ -27,6 +29,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import msgspec
 from confluent_kafka import KafkaException, TopicPartition
@@ -62,6 +65,7 @@ from jobledger.streams.coordinator.decoding import check_head
 from jobledger.streams.maintenance import cancels, table_rows
 from jobledger.streams.maintenance.current import table_is_current
 from jobledger.streams.maintenance.plan_trimming import trim_point
+from jobledger.streams.maintenance.present import present_ms
 from jobledger.streams.maintenance.trim import Partition, Readers, plan
 from jobledger.streams.maintenance.workers import GoneWorkers
 from jobledger.streams.projections.projection_store import folded
@@ -73,6 +77,8 @@ try:
     from prometheus_client import Counter, Gauge
 except ImportError as exc:
     raise missing("streams", exc) from exc
+
+T = TypeVar("T")
 
 LOG = get_logger("jobledger.maintenance")
 
@@ -311,7 +317,7 @@ class Maintenance:
             self.names,
             self._reader,
             self.cadence.table_retention,
-            time.time_ns() // 1_000_000,
+            self._now_ms(),
             self.cadence.patience,
         )
         return order is not None and self._remover.ask(order)
@@ -320,14 +326,17 @@ class Maintenance:
 
     def remove_workers(self) -> int:
         """Remove workers without a report for ``gone_after`` seconds; return their number."""
-        return self._gone_workers.remove(time.time_ns() // 1_000_000, self._current)
+        # First by this machine's clock, which costs no record.
+        if not self._gone_workers.any(time.time_ns() // 1_000_000):
+            return 0
+        return self._gone_workers.remove(self._now_ms(), self._current)
 
     # -- trimming -------------------------------------------------------------------------------------------------
 
     def trim(self) -> dict[Partition, int]:
         """Delete the records past the retention age that every reader has read. Return the new log start of each
         trimmed partition."""
-        cutoff_ms = int((time.time() - self.cadence.retention) * 1000)
+        cutoff_ms = self._now_ms() - int(self.cadence.retention * 1000)
         commits = {
             **group_offsets.worker_commits(self.settings, self.names, self.lanes),
             **group_offsets.group_offsets(self.settings, self.names.coordinator_group, self.names.coordination),
@@ -360,7 +369,7 @@ class Maintenance:
 
     def trim_plans(self) -> int:
         """Delete the facts of plans that ended before the retention age. Return the number of deleted records."""
-        cutoff_ms = int((time.time() - self.cadence.retention) * 1000)
+        cutoff_ms = self._now_ms() - int(self.cadence.retention * 1000)
         place = (self.names.plans, 0)
         read = self._reader.offsets().get(place, 0)
         try:
@@ -480,11 +489,18 @@ class Maintenance:
     def _current(self, topics: Collection[str]) -> bool:
         return table_is_current(self.settings, self._reader, topics, self.cadence.patience)
 
+    def _now_ms(self) -> int:
+        """Return the present time in ms, never later than that of the broker's clock."""
+        return self._with_writer(lambda writer: present_ms(writer, self.names))
+
     def _send(self, records: list[Outgoing]) -> None:
+        self._with_writer(lambda writer: writer.send(records))
+
+    def _with_writer(self, does: Callable[[LogWriter], T]) -> T:
         if self._writer is None:
             self._writer = LogWriter(self.settings, self.names)
         try:
-            self._writer.send(records)
+            return does(self._writer)
         except BrokerUnavailable:
             self.close()
             raise

@@ -37,7 +37,8 @@ def order(
 ) -> Order | None:
     """Return the order to remove rows now; None if no row may be removed.
 
-    ``spans``: seconds for which rows are kept, by state. ``patience``: seconds to wait until the table has read the log.
+    ``spans``: seconds for which rows are kept, by state. ``now_ms``: the present time in ms, not later than by the
+    broker's clock. ``patience``: seconds to wait until the table has read the log.
     Raises `BrokerUnavailable`, `TopicMissing`, `AccessDenied`, `StoreError`.
     """
     if not spans:

@@ -37,10 +37,14 @@ class GoneWorkers:
         self._after_ms = int(after * 1000)
         self._refused = False
 
+    def any(self, now_ms: int) -> bool:
+        """Return whether a worker is gone at this time, in ms, as far as the table knows."""
+        return bool(self._reader.workers(1, before_ms=now_ms - self._after_ms))
+
     def remove(self, now_ms: int, current: Callable[[Sequence[str]], bool]) -> int:
         """Remove the reports of the workers that are gone; return their number.
 
-        ``now_ms``: the present time, in ms; compared with append times of the broker. ``current``: returns whether the status table reaches
+        ``now_ms``: the present time in ms, by the broker's clock. ``current``: returns whether the status table reaches
         the present ends of topics. Without this check, a table that is behind would count every worker as gone.
         """
         before_ms = now_ms - self._after_ms

@@ -297,7 +297,11 @@ def test_the_way_back_from_an_error_stays_on_this_site(app: App, page: str) -> N
     [
         ("/job/cancel", {"reason": "x"}, 400, "no parameter &#39;job&#39;"),
         ("/control/pause", {"reason": "x"}, 400, "no value for &#39;kind&#39;"),
-        ("/job/cancel?job=x", {"run": "many"}, 400, "run=&#39;many&#39; is not a number"),
+        ("/job/cancel?job=x", {"run": "many"}, 400, "run=&#39;many&#39; is not a whole number from 1"),
+        ("/job/cancel?job=x", {"run": "9" * 5_000}, 400, "is not a whole number from 1"),
+        ("/job/cancel?job=x", {"run": "0"}, 400, "run=&#39;0&#39; is not a whole number from 1"),
+        ("/job/cancel?job=x", {"run": "2147483648"}, 400, "is not a whole number from 1 to 2147483647"),
+        ("/control/limit", {"kind": "queue", "name": "mail", "concurrency": "1" * 5_000}, 400, "is not a whole number"),
         ("/job/redrive?job=nobody", {"reason": "x"}, 404, "knows no job nobody"),
         ("/control/pause", {"kind": "queue", "name": "nope"}, 400, "nope"),
         ("/control/pause", {"kind": "topic", "name": "nope"}, 400, "neither queue nor task"),

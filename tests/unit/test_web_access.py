@@ -307,6 +307,12 @@ HOST = {"host": "jobs.example.org"}
         ({"origin": ""}, True),
         ({"referer": "https://evil.example/page"}, True),
         ({"referer": "https://jobs.example.org/page"}, False),
+        ({"referer": "https://admin.example.org/page?a=b"}, False),
+        ({"referer": "https://admin.example.org"}, False),
+        ({"referer": "https://admin.example.org.evil.example/"}, True),
+        ({"referer": "https://evil.example/https://admin.example.org"}, True),
+        ({"referer": "http://admin.example.org/page"}, True),
+        ({"referer": "http://[::1"}, True),
     ],
 )
 def test_what_another_site_sends_is_refused(headers: dict[str, str], refused: bool) -> None:

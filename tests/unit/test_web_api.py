@@ -101,6 +101,27 @@ def test_pages_follow_one_another_to_the_end(api: FastAPI, table: Table) -> None
     assert seen == [f"job-{n:02}" for n in range(23, 0, -2)]
 
 
+def test_the_filters_of_the_command_line_are_those_of_the_api(api: FastAPI, table: Table) -> None:
+    """Lists, counts and plans take all of them; only lists are in the order of ids."""
+    retried = ev.JobRetried(ev.ErrorInfo("E", "m"), 5)
+    table.write({f"job-{n}": [SUBMITTED, STARTED, retried] for n in range(3)})
+    table.write({f"old-{n}": ODD for n in range(2)}, ms=500)
+    for query, where, found in (
+        ("id_prefix=job-", {"id_prefix": "job-"}, ["job-2", "job-1", "job-0"]),
+        ("until=1970-01-01T00:00:00.900", {"until": "1970-01-01T00:00:00.900Z"}, ["old-1", "old-0"]),
+        ("attempts_least=1", {"attempts_least": 1}, ["job-2", "job-1", "job-0"]),
+        ("attempts_least=1&state=failed", {"attempts_least": 1, "state": "failed"}, ["old-1", "old-0"]),
+        ("attempts_least=2", {"attempts_least": 2}, []),
+    ):
+        assert [each["job_id"] for each in ask(api, "GET", f"/jobs?{query}").json()["jobs"]] == found, query
+        assert ask(api, "GET", f"/jobs:count?{query}").json()["count"] == len(found), query
+        action = "redrive" if found and found[0].startswith("old") else "cancel"
+        plan = ask(api, "POST", "/plans", json={"action": action, "where": where, "dry_run": True}).json()
+        assert plan["matched"] == len(found), (where, plan)
+    page = ask(api, "GET", "/jobs?id_prefix=job-&limit=2").json()
+    assert [each["job_id"] for each in ask(api, "GET", page["next"].removeprefix(API)).json()["jobs"]] == ["job-0"]
+
+
 def test_counts_are_exact_or_say_that_they_are_not(api: FastAPI, table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
     """By states, tasks and queues the counters answer; by other filters rows are counted up to a limit."""
     table.write({f"job-{n:02}": ODD if n % 2 else EVEN for n in range(25)})
@@ -124,6 +145,9 @@ def test_counts_are_exact_or_say_that_they_are_not(api: FastAPI, table: Table, m
         ("/jobs?since=yesterday", "since='yesterday' is not a time such as"),
         ("/jobs?since=0001-01-01", "since='0001-01-01' is not a time"),
         ("/jobs?since=2026-01-31T14:05:00+01:00", "(in an address, write + as %2B)"),
+        ("/jobs?until=tomorrow", "until='tomorrow' is not a time such as"),
+        ("/jobs?id_prefix=", "id_prefix: String should have at least 1 character"),
+        ("/jobs?attempts_least=0", "attempts_least: Input should be greater than or equal to 1"),
         ("/jobs?late=-1", "late: Input should be greater than or equal to 0"),
         ("/jobs?after=nobody", "knows no such job: begin with the first page again"),
         ("/jobs?at_least=here", "at_least='here' is not a position such as shop.jobs.mail:3:41"),
@@ -289,6 +313,9 @@ def test_what_a_state_does_not_allow_is_a_conflict(api: FastAPI, table: Table) -
         ({"action": "cancel", "where": {"state": "failed"}}, "cannot be cancelled"),
         ({"action": "redrive", "where": {"colour": "red"}}, "unknown field `colour`"),
         ({"action": "redrive", "where": {"since": "soon"}}, "since='soon' is not a time"),
+        ({"action": "redrive", "where": {"until": "soon"}}, "until='soon' is not a time"),
+        ({"action": "redrive", "where": {"id_prefix": ""}}, "id_prefix"),
+        ({"action": "redrive", "where": {"attempts_least": 0}}, "attempts_least"),
         ({"action": "redrive", "where": {"task": "add"}, "queue": "nope"}, "queue 'nope' is not declared"),
     ],
 )
@@ -395,6 +422,16 @@ def test_every_answer_has_the_headers_of_a_careful_service(api: FastAPI) -> None
         assert headers["x-content-type-options"] == "nosniff"
         assert headers["content-security-policy"].startswith("default-src 'none'")
     assert ask(api, "GET", "/jobs").headers["cache-control"] == "no-store"
+
+
+def test_a_path_writes_no_line_of_its_own_into_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Line ends, and the characters that control a terminal, are shown as pictures."""
+    with closing(build(f"sqlite:///{tmp_path}/none.db")) as app:
+        answer = ask(create_app(app, local=True), "GET", "/jobs/x%0AERROR%20forged%0D%1B%5B2J%E2%80%A8%09")
+    assert answer.status_code == 503
+    (line,) = (each.getMessage() for each in caplog.records if each.name == "jobledger.web")
+    assert "/jobs/x␊ERROR forged␍␛[2J\ufffd␉: StoreNotFound" in line
+    assert line.isprintable()
 
 
 def test_a_table_that_is_missing_foreign_newer_or_broken_is_a_503(table: Table, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ publish the events themselves."""
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 from collections.abc import AsyncIterator, Iterator
 from contextlib import closing
@@ -19,10 +20,11 @@ from jobledger.job import State
 from jobledger.schemas import events as ev
 from jobledger.schemas.event_factory import standalone
 from jobledger.schemas.events import Fact, Position, Recorded
-from jobledger.web import events, feed
+from jobledger.web import Role, TokenFile, create_app, events, feed
+from jobledger.web.access import API
 from jobledger.web.feed import Feed, Listener, _Reading
 from jobledger.web.happenings import Filter, Happening, happening_of, id_of, place_of
-from tests.web import FAILED, STARTED, SUBMITTED, Table, build
+from tests.web import FAILED, STARTED, SUBMITTED, Table, build, client
 
 BIG = ev.JobProgressed(1, 2**60, None, "a\nb")
 
@@ -221,7 +223,11 @@ async def text_of(chunks: AsyncIterator[bytes], count: int) -> list[str]:
 
 def stream(made: Feed, listener: Listener, wanted: Filter, missed: Any = (), gap: bool = False) -> AsyncIterator[bytes]:
     """Return the body of a response."""
-    return events._Stream(made, listener, wanted, list(missed), gap)._chunks()
+
+    async def allowed() -> bool:
+        return True
+
+    return events._Stream(made, listener, wanted, list(missed), gap, allowed)._chunks()
 
 
 def test_a_stream_begins_with_ready_and_goes_on_with_what_matches(made: Feed) -> None:
@@ -264,6 +270,45 @@ def test_a_stream_says_where_events_are_missing_and_ends_with_the_log(made: Feed
         return kinds
 
     assert asyncio.run(run()) == ["ready", "gap"]
+
+
+@pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
+def test_a_stream_ends_when_its_token_is_revoked(
+    app: App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, busy: bool
+) -> None:
+    """At the latest after the time of a heartbeat, also if there are always events to send."""
+    monkeypatch.setattr(feed, "_Reading", _Still)
+    monkeypatch.setattr(events, "HEARTBEAT_S", 0.2)
+    file = TokenFile(tmp_path / "tokens.json")
+    file.add("root", Role.ADMIN)
+    token, text = file.add("ann", Role.READ)
+    api = create_app(app, tokens=file)
+    made: Feed = api.state.services.feed
+    kinds: list[str] = []
+
+    async def run() -> None:
+        async def publishing() -> None:
+            for offset in itertools.count():
+                if made.listeners and busy:
+                    publish(made, happening(FAILED, offset))
+                await asyncio.sleep(0.02)
+
+        async def revoking() -> None:
+            await asyncio.sleep(0.5)  # some heartbeats
+            assert made.listeners == 1
+            TokenFile(file.path).revoke(token.id)
+
+        others = [asyncio.create_task(publishing()), asyncio.create_task(revoking())]
+        async with client(api, Authorization=f"Bearer {text}") as asker:
+            answer = await asyncio.wait_for(asker.get(f"{API}/events"), 60)  # the client reads up to the end
+        kinds.extend(line for line in answer.text.split("\n") if line.startswith("event: "))
+        assert others[1].done()
+        assert made.listeners == 0
+        others[0].cancel()
+
+    asyncio.run(run())
+    assert kinds[0] == "event: ready"
+    assert ("event: job" in kinds) == busy
 
 
 def test_the_last_event_of_a_client_is_a_place_in_the_ring(made: Feed) -> None:

@@ -43,6 +43,7 @@ STEERS: Mapping[str, PlanState] = {
     "resume": PlanState.RUNNING,
     "abort": PlanState.ABORTED,
 }
+_DIGITS_MOST = 10
 #: The role for every form, and for the limits of queues and tasks.
 ROLE, LIMITS_ROLE = "operate", "admin"
 
@@ -84,6 +85,17 @@ def _field(form: Mapping[str, str], name: str) -> str:
     return form[name]
 
 
+def _number(form: Mapping[str, str], name: str) -> int | None:
+    """Return a whole number from 1 up; None if the form has none."""
+    text = form.get(name)
+    if text is None:
+        return None
+    # The number of digits comes first: Python refuses to read thousands of them.
+    if not (text.isascii() and text.isdecimal() and len(text) <= _DIGITS_MOST and 0 < int(text) < 1 << 31):
+        raise refused(f"{name}={text[:50]!r} is not a whole number from 1 to {(1 << 31) - 1}")
+    return int(text)
+
+
 def _job(request: Request) -> str:
     """Return the job's id from the form's address, in which any character is possible."""
     job_id = request.query_params.get("job")
@@ -97,11 +109,9 @@ def _add_jobs(router: APIRouter, services: PageServices, sources: Sources) -> No
 
     @router.post("/job/cancel")
     def cancel(request: Request, form: Form) -> Response:
-        job_id, run = _job(request), form.get("run", "")
+        job_id, run = _job(request), _number(form, "run")
         asked = _asked(request, services, form, "jobs.cancel", job_id)
-        if run and not run.isdecimal():
-            raise refused(f"run={run!r} is not a number")
-        app.cancel(job_id, asked["reason"], run=int(run) if run else None, by=asked["by"])
+        app.cancel(job_id, asked["reason"], run=run, by=asked["by"])
         return _led(request, services, job_path(job_id), "cancel")
 
     @router.post("/job/redrive")
@@ -218,7 +228,4 @@ def _add_steering(router: APIRouter, services: PageServices, sources: Sources) -
 
 
 def _limits(form: Mapping[str, str]) -> dict[str, Any]:
-    concurrency = form.get("concurrency")
-    if concurrency is not None and not concurrency.isdecimal():
-        raise ConfigError(f"concurrency={concurrency!r} is not a whole number from 1 up")
-    return {"rate": form.get("rate"), "concurrency": None if concurrency is None else int(concurrency)}
+    return {"rate": form.get("rate"), "concurrency": _number(form, "concurrency")}

@@ -17,6 +17,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError
 from jobledger.errors import ConfigError, StoreError, StoreTooSlow, StoreUnavailable
 from jobledger.process.retrying import retry_until
 from jobledger.streams.status.store.address import shown
+from jobledger.streams.status.store.time_limit import ADVICE
 
 #: First and longest pause in seconds between two attempts.
 PAUSE_FIRST_S, PAUSE_MOST_S = 0.1, 1.0
@@ -126,8 +127,9 @@ class Address:
                 "pg_locks and pg_stat_activity show which one: it may be a transaction that was left open"
             )
         if isinstance(cause, errors.QueryCanceled):
+            fewer = f"{ADVICE}. " if doing == "read" else ""
             return StoreTooSlow(
-                f"{head}: the server cancelled a statement of user {self.user!r} ({message}). If statements need "
+                f"{head}: the server cancelled a statement of user {self.user!r} ({message}). {fewer}If statements need "
                 "longer, "
                 "give that user more time: ALTER ROLE … SET statement_timeout = '60s'"
             )

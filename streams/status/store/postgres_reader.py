@@ -19,6 +19,7 @@ from jobledger.streams.status.store.reader import SqlReader
 from jobledger.streams.status.store.removal import REMOVED
 from jobledger.streams.status.store.sqlite import SqliteStore
 from jobledger.streams.status.store.tables import TOPIC, counters, jobs, meta, offsets, tags
+from jobledger.streams.status.store.time_limit import STATEMENT_S
 
 #: Seconds for which a reader retries the connection to a database that does not answer. (A materializer has its own
 #: limit.)
@@ -26,7 +27,7 @@ READ_PATIENCE_S = 5.0
 #: Limits for a reader's statement: how long it waits for a lock, and how long it runs. The first limit is shorter, so
 #: that the error names the lock. For reading the whole table only the wait for a lock is limited here.
 _WALK = bounded(lock_timeout="4s")
-_QUESTION = bounded(lock_timeout="4s", statement_timeout="5s")
+_QUESTION = bounded(lock_timeout="4s", statement_timeout=f"{STATEMENT_S:g}s")
 #: Number of rows copied at a time.
 _CHUNK = 2_000
 

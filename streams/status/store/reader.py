@@ -46,6 +46,7 @@ from jobledger.streams.status.store.tables import (
     waiting,
     workers,
 )
+from jobledger.streams.status.store.time_limit import WALK
 from jobledger.worker_status import WorkerStatus
 
 #: What a thread does while it takes a connection from the pool or returns one, for an error message. The pool's locks
@@ -62,7 +63,8 @@ class SqlReader:
 
     ``schema``: schema of the tables; None: the engine's default. ``explain``: turns a database's error into a
     `StoreError`; None: the driver's message is used. ``bounds``: two statements that limit how long a transaction waits
-    and how long its statements run: the first statement for a query, the second for reading the whole table.
+    and how long its statements run: the first statement for a query, the second for reading the whole table; None: the
+    engine has its own limits (`jobledger.streams.status.store.time_limit`).
     """
 
     def __init__(
@@ -349,7 +351,7 @@ class SqlReader:
         self._engine.dispose()
 
     def _reading(self, *, walk: bool = False) -> _Reading:
-        return _Reading(self, None if self._bounds is None else self._bounds[walk])
+        return _Reading(self, None if self._bounds is None else self._bounds[walk], walk)
 
     def _away(self, cause: Exception) -> StoreError:
         if self._explain is not None:
@@ -360,8 +362,8 @@ class SqlReader:
 class _Reading:
     """A connection for one query. Turns the database's errors into `StoreError`."""
 
-    def __init__(self, reader: SqlReader, bound: str | None) -> None:
-        self._reader, self._bound = reader, bound
+    def __init__(self, reader: SqlReader, bound: str | None, walk: bool) -> None:
+        self._reader, self._bound, self._walk = reader, bound, walk
         self._db: Connection | None = None
         self._query: object = None
 
@@ -370,6 +372,8 @@ class _Reading:
         try:
             with self._reader._pool_section(_POOL_ACTIVITY):
                 self._db = db = self._reader._engine.connect()
+            if self._walk:
+                db.execution_options(**{WALK: True})
             if self._bound is not None:
                 db.exec_driver_sql(self._bound)
         except BaseException as exc:

@@ -28,6 +28,7 @@ from sqlalchemy.schema import CreateIndex, CreateTable
 from jobledger.errors import ConfigError, StoreError
 from jobledger.process import forks
 from jobledger.process.retrying import retry_until
+from jobledger.streams.status.store import time_limit
 from jobledger.streams.status.store.protocol import Changes
 from jobledger.streams.status.store.reader import SqlReader, foreign, judge, not_found
 from jobledger.streams.status.store.rows import COLUMNS, RARE, Row
@@ -89,7 +90,7 @@ def path_of(url: str) -> Path:
 
 def open_reader(url: str, namespace: str) -> SqlReader:
     """Return the read side of the file. Raises `StoreNotFound` if it is missing, `StoreError` if it is not this
-    namespace's status table."""
+    namespace's status table. The reader's queries raise `StoreTooSlow` if a statement takes longer than five seconds."""
     path = path_of(url)
     if not path.exists():
         raise not_found(url)
@@ -97,7 +98,10 @@ def open_reader(url: str, namespace: str) -> SqlReader:
     def connect() -> sqlite3.Connection:
         return sqlite3.connect(_read_only(path), uri=True, timeout=BUSY_TIMEOUT_S, check_same_thread=False)
 
-    return SqlReader(_engine(connect), url, namespace).checked()
+    def explain(exc: Exception, doing: str) -> StoreError:
+        return time_limit.explained(url, exc)
+
+    return SqlReader(time_limit.limit(_engine(connect)), url, namespace, explain=explain).checked()
 
 
 def _engine(connect: Callable[[], sqlite3.Connection]) -> Engine:
