@@ -1,4 +1,5 @@
-"""``jobledger dev``: a broker, the topics, a worker and the stream processor in one terminal, with reload on change.
+"""``jobledger dev``: a broker, the topics, a worker, the stream processor and the dashboard in one terminal, with reload
+on change.
 
 This module defines the order in which these parts start and stop. Each of them is the same process as in production.
 """
@@ -6,6 +7,7 @@ This module defines the order in which these parts start and stop. Each of them 
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import threading
 import time
@@ -19,7 +21,8 @@ import typer
 from jobledger.cli.loading import load_app, module_name
 from jobledger.cli.options import Bootstrap, LogFormat, StatusUrl, Target, repeatable
 from jobledger.cli.running import Prefixed, command, passed_on, stream_children
-from jobledger.process.extras import need
+from jobledger.errors import PortTaken
+from jobledger.process.extras import lacking, need
 from jobledger.process.wording import counted
 
 if TYPE_CHECKING:
@@ -35,8 +38,11 @@ KILL_AFTER_S = 20.0
 #: Seconds within which the new code must be imported and its topics created.
 CHECK_TIMEOUT_S = 60.0
 
+#: The port of the dashboard.
+WEB_PORT = 8420
+
 #: The parts that run the app's code. They are restarted when it changes.
-APP_PARTS = ("worker", "router", "projections")
+APP_PARTS = ("worker", "router", "projections", "web")
 
 
 def dev(
@@ -50,19 +56,25 @@ def dev(
         int | None,
         typer.Option(min=1, help="Maximum number of jobs running at once.", show_default="the worker's default"),
     ] = None,
+    web: Annotated[
+        bool, typer.Option("--web/--no-web", help="Also serve the dashboard and the HTTP API, if they are installed.")
+    ] = True,
+    web_port: Annotated[
+        int, typer.Option(min=1, max=65535, help="Port of the dashboard; if it is in use, the next free one.")
+    ] = WEB_PORT,
     reload: Annotated[bool, typer.Option("--reload/--no-reload", help="Restart when a .py file changes.")] = True,
     watch: Annotated[
         list[Path] | None, repeatable("Folder to watch", exists=True, show_default="the working directory")
     ] = None,
     log_format: LogFormat = None,
 ) -> None:
-    """Run everything: embedded broker (if none is configured or running), topics, worker, stream processor.
+    """Run everything: embedded broker (if none is configured or running), topics, worker, stream processor, dashboard.
 
     Ctrl-C stops everything except a broker that ran before. If changed code cannot be loaded, the old code keeps
     running.
     """
     from jobledger.kafka import topics
-    from jobledger.streams.supervisor import Restarts, Supervisor
+    from jobledger.streams.supervisor import Child, Restarts, Supervisor
 
     app = load_app(target, bootstrap=bootstrap, status_url=status_url)
     broker = ["kafka"] if app.settings.bootstrap is None else []
@@ -75,6 +87,11 @@ def dev(
         state = f"{counted(created, 'topic')} created" if created else "topics are up to date"
         say("dev", f"{app!r} on {address}, {state}")
         children = _children(app, target, address, status_url, concurrency)
+        if web and not lacking("web"):
+            page = f"127.0.0.1:{_free_from(web_port)}"
+            options = ["--listen", page, *passed_on(address, status_url)]
+            children.append(Child("web", command("web", target, *options)))
+            say("dev", f"dashboard and HTTP API at http://{page}")
         # A developer's process may die any number of times, because the next change of the code may fix it.
         supervisor = Supervisor(
             children,
@@ -137,6 +154,19 @@ def _broker(settings: Settings, port: int, say: Say) -> Iterator[str]:
     finally:
         say("kafka", "stopping …")
         embedded.stop(settings.home)
+
+
+def _free_from(port: int) -> int:
+    """Return the first free port of the loopback address from ``port`` on. Raises `PortTaken`."""
+    for candidate in range(port, min(port + 100, 65536)):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", candidate))
+            except OSError:
+                continue
+            return candidate
+    raise PortTaken(f"no port of 127.0.0.1 from {port} on is free: choose another one with --web-port, or use --no-web")
 
 
 @contextmanager

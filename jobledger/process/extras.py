@@ -35,8 +35,12 @@ def installed(module: str) -> bool:
 
 def need(what: str, *extras: str) -> None:
     """Raise `ConfigError` if packages of these extras are not installed; the error names all missing extras."""
-    lacking = [extra for extra in extras if not all(map(installed, PACKAGES[extra]))]
-    if lacking:
+    if absent := lacking(*extras):
         raise ConfigError(
-            f"{what} needs packages that the base install does not include: pip install 'jobledger[{','.join(lacking)}]'"
+            f"{what} needs packages that the base install does not include: pip install 'jobledger[{','.join(absent)}]'"
         )
+
+
+def lacking(*extras: str) -> list[str]:
+    """Return those of these extras of which a package is not installed."""
+    return [extra for extra in extras if not all(map(installed, PACKAGES[extra]))]
