@@ -7,7 +7,6 @@ This module defines the order in which these parts start and stop. Each of them 
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import threading
 import time
@@ -19,9 +18,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from jobledger.cli.loading import load_app, module_name
-from jobledger.cli.options import Bootstrap, LogFormat, StatusUrl, Target, repeatable
+from jobledger.cli.options import HOST, Bootstrap, LogFormat, StatusUrl, Target, repeatable
 from jobledger.cli.running import Prefixed, command, passed_on, stream_children
-from jobledger.errors import PortTaken
+from jobledger.cli.web import PORT, free_from
 from jobledger.process.extras import lacking, need
 from jobledger.process.wording import counted
 
@@ -37,9 +36,6 @@ WORKER_GRACE_S = 5.0
 KILL_AFTER_S = 20.0
 #: Seconds within which the new code must be imported and its topics created.
 CHECK_TIMEOUT_S = 60.0
-
-#: The port of the dashboard.
-WEB_PORT = 8420
 
 #: The parts that run the app's code. They are restarted when it changes.
 APP_PARTS = ("worker", "router", "projections", "web")
@@ -61,7 +57,7 @@ def dev(
     ] = True,
     web_port: Annotated[
         int, typer.Option(min=1, max=65535, help="Port of the dashboard; if it is in use, the next free one.")
-    ] = WEB_PORT,
+    ] = PORT,
     reload: Annotated[bool, typer.Option("--reload/--no-reload", help="Restart when a .py file changes.")] = True,
     watch: Annotated[
         list[Path] | None, repeatable("Folder to watch", exists=True, show_default="the working directory")
@@ -88,7 +84,7 @@ def dev(
         say("dev", f"{app!r} on {address}, {state}")
         children = _children(app, target, address, status_url, concurrency)
         if web and not lacking("web"):
-            page = f"127.0.0.1:{_free_from(web_port)}"
+            page = f"{HOST}:{free_from(web_port)}"
             options = ["--listen", page, *passed_on(address, status_url)]
             children.append(Child("web", command("web", target, *options)))
             say("dev", f"dashboard and HTTP API at http://{page}")
@@ -154,19 +150,6 @@ def _broker(settings: Settings, port: int, say: Say) -> Iterator[str]:
     finally:
         say("kafka", "stopping …")
         embedded.stop(settings.home)
-
-
-def _free_from(port: int) -> int:
-    """Return the first free port of the loopback address from ``port`` on. Raises `PortTaken`."""
-    for candidate in range(port, min(port + 100, 65536)):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", candidate))
-            except OSError:
-                continue
-            return candidate
-    raise PortTaken(f"no port of 127.0.0.1 from {port} on is free: choose another one with --web-port, or use --no-web")
 
 
 @contextmanager

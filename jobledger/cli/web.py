@@ -48,7 +48,7 @@ def web(
             metavar="[HOST:]PORT",
             help="Where to listen; on 127.0.0.1 unless a host is given. Any other address than a loopback address needs "
             "--tokens or --proxy-header.",
-            show_default=f"{HOST}:{PORT}",
+            show_default=f"{HOST}:{PORT}, or the next free port",
         ),
     ] = None,
     tokens: Annotated[
@@ -101,7 +101,7 @@ def web(
     with judged():
         file, proxy = _tokens(tokens), _proxy(proxy_header, proxy_address, proxy_role, proxy_role_header)
     local = file is None and proxy is None
-    where = listen or Listen(HOST, PORT)
+    where = listen or Listen(HOST, free_from(PORT))
     _check_listen(where, local)
     loaded = load_app(target, bootstrap=bootstrap, status_url=status_url)
     try:
@@ -159,6 +159,19 @@ def _bound(listen: Listen) -> socket.socket:
         bound.close()
         raise PortTaken(f"--listen {listen}: {exc.strerror}; choose another port") from exc
     return bound
+
+
+def free_from(port: int) -> int:
+    """Return the first free port of the loopback address from ``port`` on. Raises `PortTaken`."""
+    for candidate in range(port, min(port + 100, 65536)):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((HOST, candidate))
+            except OSError:
+                continue
+            return candidate
+    raise PortTaken(f"no port of {HOST} from {port} on is free: name another port")
 
 
 def _check_listen(listen: Listen, local: bool) -> None:
