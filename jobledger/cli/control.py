@@ -17,6 +17,7 @@ from jobledger.cli.queue_depths import DEPTHS, depth_cells, depth_json, depths_o
 from jobledger.definitions.policy import Limits
 from jobledger.definitions.queues import Queue
 from jobledger.process.wording import counted
+from jobledger.views.control import queue_json, task_json
 
 if TYPE_CHECKING:
     from jobledger.app import App
@@ -252,26 +253,10 @@ def _seen(app: App, kind: Kind) -> dict[str, Queue]:
 
 
 def _row(known: Known, name: str, standing: Standing | None) -> dict[str, Any]:
-    limits = known.limits.get(name, Limits())
-    if standing is not None and standing.limits is not None:
-        limits = standing.limits
-    thing = known.things.get(name)
-    about: dict[str, Any] = (
-        {
-            "partitions": None if thing is None else thing.partitions or known.app.partitions,
-            "priorities": thing is not None and thing.priorities,
-        }
-        if known.kind == "queue"
-        else {"queue": None if thing is None else thing.name}
-    )
-    return {
-        known.kind: name,
-        **about,
-        "paused": None if standing is None else standing.paused,
-        "rate": limits.rate,
-        "concurrency": limits.concurrency,
-        "limited": None if standing is None else standing.limited,
-    }
+    limits, thing = known.limits.get(name, Limits()), known.things.get(name)
+    if known.kind == "queue":
+        return queue_json(name, thing, known.app.partitions, limits, standing)
+    return task_json(name, None if thing is None else thing.name, limits, standing)
 
 
 def _say(as_json: bool, plain: dict[str, Any], text: str) -> None:

@@ -50,7 +50,7 @@ def explanation_json(explanation: Explanation) -> dict[str, Any]:
 
 
 def letter_json(letter: Letter) -> dict[str, Any]:
-    """Return a dead letter. ``job_id`` and ``task`` are null for a record that is no job."""
+    """Return a dead letter. ``job_id`` and ``task`` are null if the dead letter is about a rejected record."""
     return {
         "job_id": letter.job_id or None,
         "task": letter.task or None,

@@ -11,6 +11,7 @@ from starlette.responses import Response
 from jobledger.app import App
 from jobledger.client.commands import Kind, Standing
 from jobledger.definitions.policy import Limits
+from jobledger.views.control import queue_json, task_json
 from jobledger.web import models
 from jobledger.web.access import API, Caller
 from jobledger.web.answers import SMALL_BODY, Integers, answer, body_of, read_as
@@ -43,26 +44,13 @@ async def _rows(shared: Services, kind: Kind) -> list[dict[str, Any]]:
 
 
 def _row(app: App, kind: Kind, name: str, standing: Standing | None) -> dict[str, Any]:
-    limits = Limits()
     if kind == "queue":
         queue = app.queues.get(name)
-        limits = limits if queue is None else queue.limits
-        partitions = None if queue is None else queue.partitions or app.partitions
-        about: dict[str, Any] = {"partitions": partitions, "priorities": queue is not None and queue.priorities}
-    else:
-        task = app.tasks.get(name)
-        limits = limits if task is None else task.policy.limits
-        about = {"queue": None if task is None else task.queue}
-    if standing is not None and standing.limits is not None:
-        limits = standing.limits
-    return {
-        kind: name,
-        **about,
-        "paused": None if standing is None else standing.paused,
-        "rate": limits.rate,
-        "concurrency": limits.concurrency,
-        "limited": None if standing is None else standing.limited,
-    }
+        return queue_json(name, queue, app.partitions, Limits() if queue is None else queue.limits, standing)
+    task = app.tasks.get(name)
+    if task is None:
+        return task_json(name, None, Limits(), standing)
+    return task_json(name, task.queue, task.policy.limits, standing)
 
 
 def _add(kind: Kind) -> None:

@@ -270,7 +270,7 @@ def test_a_redriven_job_can_be_cancelled(world: World) -> None:
 
 
 def test_many_jobs_are_cancelled_by_a_plan(world: World) -> None:
-    """A plan of cancels goes on in another process. A job that has ended meanwhile, and a job whose run has changed, are
+    """Another process carries out a plan of cancels. A job that has ended meanwhile, and a job whose run has changed, are
     skipped; the others end as cancelled, and their log says who asked."""
     app = world.app
     job_ids = [world.fragile.using(tags={"tenant": "acme"}, delay=3600).submit(n).job_id for n in range(9)]

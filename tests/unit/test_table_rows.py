@@ -173,7 +173,7 @@ def test_a_bad_setting_is_an_error_that_says_what_to_write(text: str, message: s
 
 @pytest.mark.parametrize("value", [float("nan"), True, "7d", None, 0])
 def test_a_bad_value_from_code_is_an_error(value: object) -> None:
-    """A time that is no number of seconds is refused."""
+    """A time that is not a number of seconds is refused."""
     with pytest.raises(ConfigError, match="table_retention"):
         Settings(table_retention={"failed": value})  # type: ignore[dict-item]
     with pytest.raises(ConfigError, match="'running'"):

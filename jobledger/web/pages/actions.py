@@ -189,7 +189,7 @@ def _add_bulk(router: APIRouter, services: PageServices, sources: Sources, rende
 
 
 def check_action(action: str) -> None:
-    """Raise an HTTP error 404 for a name that is no action on many jobs."""
+    """Raise an HTTP error 404 unless the name is that of an action on many jobs."""
     if action not in ("redrive", "cancel"):
         raise refused(f"{action!r} is not an action on many jobs", 404)
 

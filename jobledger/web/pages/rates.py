@@ -107,6 +107,6 @@ def _measured(samples: Sequence[Sample]) -> list[tuple[Sample, Sample]]:
 
 
 def _numbers(before: Sample, after: Sample) -> tuple[int, int, int]:
-    """Return how many jobs were submitted, succeeded and failed between two reads. A redrive takes a job away from the
-    failed ones: that is no negative number."""
+    """Return how many jobs were submitted, succeeded and failed between two reads. A redrive reduces the
+    number of failed jobs; a decrease counts as 0."""
     return after.total - before.total, after.succeeded - before.succeeded, max(0, after.failed - before.failed)
