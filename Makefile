@@ -49,7 +49,7 @@ PYTEST := $(PY) -m pytest --dist loadfile --no-loadscope-reorder
 test: lint ## lint, types and the tests, on real Kafka: each promise in its short form, about ten minutes
 	@$(PYTEST) --numprocesses 6 -m "not extended" $(ARGS)
 
-test-all: $(STAMP) ## all the other tests: long faults, three brokers, compose, rolling upgrades, Java; half an hour
+test-all: $(STAMP) ## all the other tests: long faults, three brokers, compose, upgrades, demo, browser, documents; half an hour
 	@$(PYTEST) --numprocesses 2 -m extended $(ARGS)
 
 lint: $(STAMP) ## formatting, lint, types, layers
@@ -69,7 +69,7 @@ bench-peers: $(STAMP) ## Celery, Dramatiq, Taskiq, BullMQ and ours in turn; inst
 	@$(PY) -m bench.peers $(ARGS)
 
 chaos: $(STAMP) ## the acceptance tests of both tiers and ten minutes of random faults: CHAOS_SECONDS, CHAOS_JOBS, CHAOS_SEED
-	@CHAOS_SECONDS=$(CHAOS_SECONDS) CHAOS_JOBS=$(CHAOS_JOBS) FAULT_LONG_S=120 $(PY) -m pytest tests/acceptance --timeout=0 $(ARGS)
+	@CHAOS_SECONDS=$(CHAOS_SECONDS) CHAOS_JOBS=$(CHAOS_JOBS) FAULT_KILLS=4 FAULT_LONG_S=120 $(PY) -m pytest tests/acceptance --timeout=0 $(ARGS)
 
 docs: $(STAMP) ## draw the states of a job, and build the pages as a site in build/docs
 	@$(PY) docs/draw.py docs

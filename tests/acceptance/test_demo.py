@@ -87,6 +87,7 @@ def wait_for(check: Callable[[], bool], timeout: float, what: str) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.extended
 def test_the_demo_succeeds_and_leaves_nothing_running(mark: str, tmp_path: Path) -> None:
     """With its own broker, the demo exits with 0, every check passes, and the commands that it prints work."""
     process = demo(mark, tmp_path / "demo", 1_000, None)

@@ -109,9 +109,8 @@ def let_jobs_end(fleet: Fleet) -> None:
     fleet.executions.with_name(f"{fleet.executions.name}.over").touch()
 
 
-@pytest.mark.parametrize(
-    "task", ["coroutine", *(pytest.param(task, marks=pytest.mark.extended) for task in ("thread", "process"))]
-)
+@pytest.mark.extended
+@pytest.mark.parametrize("task", ["coroutine", "thread", "process"])
 @pytest.mark.timeout(600 + 2 * int(LONG_S))
 def test_a_long_job_runs_once_while_other_processes_die_and_restart(
     fleet: Fleet, task: str, say: Callable[[str], None]

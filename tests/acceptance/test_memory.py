@@ -76,7 +76,7 @@ def waiting(port: int) -> int:
     )
 
 
-@pytest.mark.parametrize("backlog", [60_000, pytest.param(300_000, marks=pytest.mark.extended)])
+@pytest.mark.parametrize("backlog", [40_000, pytest.param(300_000, marks=pytest.mark.extended)])
 def test_the_memory_of_a_worker_does_not_grow_with_a_backlog(
     fleet: Fleet, say: Callable[[str], None], backlog: int
 ) -> None:

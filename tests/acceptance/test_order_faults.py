@@ -1,7 +1,7 @@
 """KEY_ORDER and CANCEL_IS_DURABLE under faults: workers are killed, stopped one by one and frozen, and a broker is
 frozen. The tests judge by the side log of the jobs' code, by the raw log, and by the rules of `jobledger audit`.
 
-``FAULT_KILLS`` is the number of kills.
+``FAULT_KILLS`` is the number of kills; the number of jobs follows from it.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from tests.patience import PATIENCE
 pytestmark = pytest.mark.kafka
 
 ROOT = Path(__file__).resolve().parents[2]
-KILLS = int(os.environ.get("FAULT_KILLS", "4"))
-ACCOUNTS, EACH = 40, 60
-PLAIN = 1_500
+KILLS = int(os.environ.get("FAULT_KILLS", "2"))
+ACCOUNTS, EACH = 10 * KILLS, 60
+PLAIN = 400 * KILLS
 #: How often the broker is paused, and for how many seconds: less than the ownership lease, after which a worker starts
 #: no jobs.
 FREEZES, LAG_S = max(2, KILLS // 2), 2.5
@@ -215,6 +215,7 @@ def test_keys_keep_their_order_when_acknowledgements_lag(tmp_path: Path) -> None
         judge(fleet, wait_until_ended(fleet))
 
 
+@pytest.mark.extended
 def test_a_rolling_restart_keeps_the_order_and_runs_no_attempt_twice(fleet: Fleet) -> None:
     """GRACEFUL_STOP with keys: workers are stopped one by one while jobs that wait for a retry hold their keys."""
     run_app(fleet, "submit", str(ACCOUNTS), str(EACH))

@@ -53,8 +53,8 @@ LONG = pytest.mark.extended
 @pytest.mark.parametrize(
     ("modes", "workers", "good"),
     [
-        pytest.param(("async",), 1, 1_000, id="async"),
-        pytest.param(("process",), 1, 1_000, id="process"),
+        pytest.param(("async",), 1, 500, id="async"),
+        pytest.param(("process",), 1, 500, id="process"),
         pytest.param(("async",), 1, 5_000, id="async, long", marks=LONG),
         pytest.param(("thread",), 1, 5_000, id="thread, long", marks=LONG),
         pytest.param(("process",), 1, 5_000, id="process, long", marks=LONG),

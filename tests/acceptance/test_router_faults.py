@@ -33,7 +33,7 @@ def wait_until_routing(fleet: Fleet, router: Member) -> None:
     fleet.until(lambda: "assigned [" in router.output().rpartition("--- life ")[2], 60.0, f"{router.name} that routes")
 
 
-@pytest.mark.parametrize(("events", "kills"), [(1_500, 3), pytest.param(6_000, 12, marks=pytest.mark.extended)])
+@pytest.mark.parametrize(("events", "kills"), [(600, 2), pytest.param(6_000, 12, marks=pytest.mark.extended)])
 def test_each_event_and_handler_is_one_job_whatever_happens_to_the_router(
     tmp_path: Path, say: Callable[[str], None], events: int, kills: int
 ) -> None:

@@ -212,7 +212,7 @@ def summary(fleet: Fleet, log: independent.Log, audit: independent.Audit, seed: 
     )
 
 
-@pytest.mark.parametrize(("jobs", "rounds"), [(1_000, 1), pytest.param(3_000, 3, marks=pytest.mark.extended)])
+@pytest.mark.parametrize(("jobs", "rounds"), [(500, 1), pytest.param(3_000, 3, marks=pytest.mark.extended)])
 def test_every_job_ends_once_and_its_status_is_right_under_faults(
     kafka: EmbeddedKafka, tmp_path: Path, namespace: str, say: Callable[[str], None], jobs: int, rounds: int
 ) -> None:

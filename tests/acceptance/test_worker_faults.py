@@ -124,7 +124,7 @@ def wait_for_starts(fleet: Fleet, least: int) -> None:
     fleet.until(lambda: sum(runs_by_job(fleet).values()) >= least, 90, f"{least} jobs begun")
 
 
-@pytest.mark.parametrize(("jobs", "kills"), [(1_500, 3), pytest.param(4_000, 6, marks=pytest.mark.extended)])
+@pytest.mark.parametrize(("jobs", "kills"), [(800, 2), pytest.param(4_000, 6, marks=pytest.mark.extended)])
 def test_kill_9_loses_nothing_and_reruns_no_success(fleet: Fleet, jobs: int, kills: int) -> None:
     """Workers are killed several times. Every release is closed, none starts again after its success is in the log, and
     every committed record is closed."""
@@ -143,7 +143,7 @@ def test_kill_9_loses_nothing_and_reruns_no_success(fleet: Fleet, jobs: int, kil
     assert again <= kills * (50 + UNACKNOWLEDGED), "only what ran, or was not acknowledged, at the kill may run again"
 
 
-@pytest.mark.parametrize("jobs", [1_500, pytest.param(4_000, marks=pytest.mark.extended)])
+@pytest.mark.parametrize("jobs", [900, pytest.param(4_000, marks=pytest.mark.extended)])
 def test_a_rolling_restart_reruns_nothing(fleet: Fleet, jobs: int) -> None:
     """Three workers get SIGTERM one after the other while they work. The code of every job runs exactly once."""
     workers = [fleet.start("worker", "--concurrency", "10") for _ in range(3)]

@@ -16,6 +16,7 @@ from confluent_kafka import Consumer, KafkaError, Message, Producer, TopicPartit
 
 from jobledger.schemas import codec
 from jobledger.schemas import events as ev
+from tests.acceptance import rawlog
 from tests.acceptance.fleet import Fleet
 
 pytestmark = pytest.mark.kafka
@@ -92,6 +93,13 @@ def test_the_log_of_real_processes_has_no_fault_and_changes_to_the_table_are_fou
     ids = [fleet.run("submit", fleet.target, *words.split())[1]["job_id"] for words in SUBMIT]
     open_then = audited(fleet, "--no-table")["open"]
     assert 0 <= open_then <= len(ids)
+
+    def over() -> bool:
+        lifecycle = rawlog.read(fleet.bootstrap, fleet.namespace).of("lifecycle")
+        return {r.head["job_id"] for r in lifecycle if r.fact in ("JobSucceeded", "JobFailed")} == set(ids)
+
+    # Only then are audits started, each of which is a process of its own.
+    fleet.until(over, 60.0, "all jobs have an outcome in the log")
 
     def ended() -> bool:
         report = audited(fleet, "--no-table")

@@ -23,7 +23,10 @@ from tests.patience import PATIENCE
 playwright = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
 
 CHROMIUM = os.environ.get("JOBLEDGER_TEST_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium: apt-get install chromium")
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium: apt-get install chromium"),
+    pytest.mark.extended,
+]
 
 AXE = Path(__file__).parents[1] / "vendor" / "axe-core" / "axe.min.js"
 #: Sizes of the window, and the colours.

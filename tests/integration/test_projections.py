@@ -516,8 +516,11 @@ def test_job_facts_are_folded_and_a_start_time_is_respected(app: App) -> None:
     assert fold_to_end(app, "not_yet").folded == 0
 
 
-def test_a_projection_killed_at_random_equals_one_fold_of_the_log(app: App, say: Callable[[str], None]) -> None:
-    """``jobledger projections run`` is killed ten times while events are emitted."""
+@pytest.mark.parametrize("wanted", [4, pytest.param(10, marks=pytest.mark.extended)])
+def test_a_projection_killed_at_random_equals_one_fold_of_the_log(
+    app: App, say: Callable[[str], None], wanted: int
+) -> None:
+    """``jobledger projections run`` is killed several times while events are emitted."""
     dice = random.Random(3)
     env = {
         **os.environ,
@@ -539,8 +542,8 @@ def test_a_projection_killed_at_random_equals_one_fold_of_the_log(app: App, say:
 
     def feed() -> None:
         while not done.is_set():
-            events.extend(emit(app, 2_000, len(events)))
-            done.wait(0.1)
+            events.extend(emit(app, 1_000, len(events)))
+            done.wait(0.2)
 
     def seen() -> int:
         return sum(row["events"] for row in rows(app).values())
@@ -550,7 +553,7 @@ def test_a_projection_killed_at_random_equals_one_fold_of_the_log(app: App, say:
     feeding.start()
     kills = 0
     try:
-        while kills < 10:
+        while kills < wanted:
             before = seen()
             process = subprocess.Popen(argv, env=env, cwd=ROOT)
             if kills % 2:  # killed while it folds; else anywhere, on a busy machine during its start

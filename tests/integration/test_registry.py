@@ -79,7 +79,7 @@ def raw_of(app: App, *topics: str) -> list[bytes]:
 def event_topics(app: App) -> list[str]:
     """Return the topics of events."""
     names = app.names
-    return [names.jobs("default"), names.lifecycle, names.coordination, names.dead_letter]
+    return [names.jobs("default"), names.lifecycle, names.coordination, names.dead_letter, names.workers]
 
 
 def framed(event: JobEvent, schema_id: int) -> bytes:
@@ -232,7 +232,8 @@ def test_all_parts_work_with_a_registry(
     assert report.equal
     assert report.jobs == len(jobs)
     values = raw_of(app, *event_topics(app))
-    assert {value[:1] for value in values} == {b"\0"}
+    # A worker that stops removes its report with a record that has no value.
+    assert {value[:1] for value in values if value} == {b"\0"}
     subjects = {s for s in api.get("subjects").json() if s.startswith(namespace + ".")}
     assert subjects == {f"{topic}-value" for topic in event_topics(app)}
     for subject in subjects:

@@ -196,9 +196,8 @@ def site(secured: Secured, tmp_path: Path, namespace: str) -> Iterator[Site]:
             assert password not in part.output_text
 
 
-@pytest.mark.parametrize(
-    "way", [way if way == SCRAM else pytest.param(way, marks=pytest.mark.extended) for way in WAYS]
-)
+@pytest.mark.extended
+@pytest.mark.parametrize("way", WAYS)
 def test_the_whole_system_runs_with_the_least_rights(site: Site, way: str, say: Callable[[str], None]) -> None:
     """Topics, submission, worker, router, coordinator and materializer each have their own user. They log in with
     certificates, SCRAM-SHA-512, PLAIN or OAUTHBEARER, with settings from the environment only."""

@@ -40,7 +40,7 @@ from tests.integration.snippets_runner import DEV, Names, PythonPage, Shop, Snip
 from tests.integration.test_registry_replaced import SmallRegistry
 from tests.integration.worker_app import closings, log_of, until, working
 
-pytestmark = pytest.mark.kafka
+pytestmark = [pytest.mark.kafka, pytest.mark.extended]
 
 
 # -- the Python blocks ----------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from tests.acceptance.promises import Promise
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.extended
 def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     """Every page is in the table of contents, every link has a target, and every docstring can be rendered."""
     built = subprocess.run(
