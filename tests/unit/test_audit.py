@@ -526,7 +526,7 @@ def test_the_scratch_file_groups_records_by_job_in_the_order_of_ids(log: Audited
 def test_memory_does_not_grow_with_the_number_of_jobs(tmp_path: Path, key: str | None) -> None:
     """Four times as many jobs are sorted and judged in the same memory, also when all of them share a key."""
     peaks = []
-    for jobs in (1_000, 4_000):
+    for jobs in (2_000, 8_000):
         folder = tmp_path / str(jobs)
         folder.mkdir()
         log, scope, findings = Writer(), Scope(NS, finished=True), Findings()
