@@ -76,6 +76,7 @@ class JobFilter(TypedDict, total=False):
     until: dt.datetime | None
     id_prefix: str | None
     attempts_least: int | None
+    error_text: str | None
 
 
 #: The filters of `JobFilter` that are texts, of which a job must have one.
@@ -84,21 +85,20 @@ _TEXTS = ("state", "task", "queue", "key", "version", "error", "fingerprint")
 
 def filters_of(**wanted: Unpack[JobFilter]) -> dict[str, Any]:
     """Return filters as the status table's read side takes them. Raises `ConfigError`."""
-    late, tag, prefix, least = (
-        wanted.get("late"),
-        wanted.get("tag"),
-        wanted.get("id_prefix"),
-        wanted.get("attempts_least"),
-    )
+    late, tag, least = wanted.get("late"), wanted.get("tag"), wanted.get("attempts_least")
+    prefix, error_text = wanted.get("id_prefix"), wanted.get("error_text")
     if unknown := wanted.keys() - JobFilter.__annotations__.keys():
         raise ConfigError(f"{min(unknown)!r} is not a filter; the filters are {', '.join(JobFilter.__annotations__)}")
     if prefix is not None:
         check_utf8("id_prefix", prefix)
+    if error_text is not None:
+        check_utf8("error_text", error_text)
     if least is not None and (not isinstance(least, int) or not 0 < least < 1 << 31):
         raise ConfigError(f"attempts_least={least!r} is not a whole number above 0: the first attempt has number 1")
     filters: dict[str, Any] = {
         "tag": tag,
         "id_prefix": prefix,
+        "error_text": error_text,
         "attempts_least": least,
         "since_ms": _milliseconds("since", wanted.get("since")),
         "until_ms": _milliseconds("until", wanted.get("until")),
@@ -772,7 +772,8 @@ class App:
         ``fingerprint``: that of the error. These four take one value, or several of which any may match. ``until``:
         submitted before this time. ``id_prefix``: the beginning of the id; the jobs are then in descending order of
         ids. ``attempts_least``: the job's attempt has this number or a greater one; without ``state`` only jobs that
-        wait for a retry.
+        wait for a retry. ``error_text``: the first 500 characters of the error's message contain this text; the case of
+        letters does not count.
         """
         return chain.from_iterable(self._pages(limit, page, **wanted))
 

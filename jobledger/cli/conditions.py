@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 #: The names that take several values, of which a job must have one.
 _SEVERAL = ("task", "queue", "state", "key", "version", "error", "fingerprint")
 #: The names that take one value.
-_SINGLE = ("id_prefix", "since", "until", "attempts_least")
+_SINGLE = ("id_prefix", "since", "until", "attempts_least", "error_text")
 _TAG = "tag."
 
 #: The names of ``--where``, for help and errors.

@@ -18,8 +18,10 @@ from jobledger.job import JobStatus, State
 from jobledger.plan import SCOPES
 from jobledger.schemas.events import Position
 from jobledger.schemas.ids import derived_id
+from jobledger.streams.status.store import StatusReader
 from jobledger.views.jobs import args_json, event_json, status_json
-from jobledger.web import models
+from jobledger.views.values import iso
+from jobledger.web import models, paging
 from jobledger.web.access import API, Caller
 from jobledger.web.answers import SMALL_BODY, Integers, answer, body_of, encoded, read_as
 from jobledger.web.documents import body, problems
@@ -32,8 +34,6 @@ from jobledger.web.services import Services, services
 WAIT_MOST = 60.0
 #: Largest number of bytes of a request in addition to the arguments, and of a batch.
 OVERHEAD, BATCH_BYTES = 64 * 1024, 16 * 1024 * 1024
-#: Largest number to which jobs are counted by filters for which the table has no counters.
-COUNT_MOST = 10_000
 #: Number of rows that are read at once, and bytes of results after which a page ends.
 ROWS_AT_ONCE, PAGE_BYTES = 100, 8 * 1024 * 1024
 #: Longest idempotency key, in characters.
@@ -114,16 +114,22 @@ async def list_jobs(
     args: WithArgs = False,
     integers: Integers = "string",
 ) -> Response:
-    """List jobs, newest first."""
+    """List jobs, newest first.
+
+    Only a limited number of jobs is compared with the filters. So a page can have fewer jobs than `limit`, also none,
+    although there is a `next` page: `searched_to` is then the time of submission up to which jobs were compared.
+    """
     shared = services(request)
     await shared.reached(position_of(at_least))
     conditions = filters_of(**chosen)
     try:
-        found, more = await shared.table(lambda table: _page(table, conditions, after, limit))
+        found, last, searched_ms = await shared.table(lambda table: _page(table, conditions, after, limit))
     except JobNotFound as exc:
         raise Problem(422, f"{exc}: begin with the first page again") from None
-    following = next_page(request, f"{API}/jobs", found[-1].job_id) if more else None
-    return answer({"jobs": await _shown(shared, found, args), "next": following}, integers)
+    following = None if last is None else next_page(request, f"{API}/jobs", last)
+    searched_to = None if searched_ms is None else iso(searched_ms * 1000)
+    shown = {"jobs": await _shown(shared, found, args), "next": following, "searched_to": searched_to}
+    return answer(shown, integers)
 
 
 @router.get("/jobs:count", response_model=models.Count)
@@ -146,7 +152,9 @@ async def count(
                 states[each.state.value] += each.jobs
         return answer({"count": sum(states.values()), "exact": True, "states": states}, integers)
     conditions = filters_of(**chosen)
-    counted = await shared.table(lambda table: table.count(COUNT_MOST, **conditions))
+    counted = await shared.table(
+        lambda table: table.count(paging.COUNT_MOST, most=paging.COUNT_ROWS_MOST, **conditions)
+    )
     return answer({"count": counted.jobs, "exact": counted.exact, "states": None}, integers)
 
 
@@ -248,23 +256,30 @@ async def show(
     return answer(shown, integers)
 
 
-def _page(table: Any, conditions: dict[str, Any], after: str | None, limit: int) -> tuple[list[JobStatus], bool]:
-    """Return a page of jobs, and whether there are more. Results may be large: the page has fewer jobs than ``limit`` if
-    their results together have more than `PAGE_BYTES`."""
-    found: list[JobStatus] = []
+def _page(
+    table: StatusReader, conditions: dict[str, Any], after: str | None, limit: int
+) -> tuple[list[JobStatus], str | None, int | None]:
+    """Return a page of jobs, the id after which the next page begins, and the time of submission up to which jobs were
+    compared with the filters if these are not all.
+
+    Results may be large: the page has fewer jobs than ``limit`` if their results together have more than `PAGE_BYTES`.
+    """
+    jobs: list[JobStatus] = []
     size = 0
     while True:
-        wanted = min(ROWS_AT_ONCE, limit - len(found))
+        wanted = min(ROWS_AT_ONCE, limit - len(jobs))
         # One more than wanted shows whether there are more.
-        rows: list[JobStatus] = table.jobs(**conditions, after=after, limit=wanted + 1)
-        for number, each in enumerate(rows[:wanted], 1):
-            found.append(each)
+        found = table.search(**conditions, after=after, limit=wanted + 1, most=paging.ROWS_MOST)
+        for number, each in enumerate(found.jobs[:wanted], 1):
+            jobs.append(each)
             size += 0 if each.result is None else len(encoded(each.result, "number"))
             if size > PAGE_BYTES:
-                return found, number < len(rows)
-        if len(rows) <= wanted or len(found) == limit:
-            return found, len(rows) > wanted
-        after = found[-1].job_id
+                return jobs, each.job_id if number < len(found.jobs) or found.after is not None else None, None
+        if len(found.jobs) <= wanted:
+            return jobs, found.after, found.searched_ms
+        if len(jobs) == limit:
+            return jobs, jobs[-1].job_id, None
+        after = jobs[-1].job_id
 
 
 async def _shown(shared: Services, jobs: Sequence[JobStatus], args: bool) -> list[dict[str, Any]]:

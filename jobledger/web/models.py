@@ -85,6 +85,7 @@ class Where(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     until: str | None = None
     id_prefix: Annotated[str, msgspec.Meta(min_length=1)] | None = None
     attempts_least: Annotated[int, msgspec.Meta(ge=1, lt=1 << 31)] | None = None
+    error_text: Annotated[str, msgspec.Meta(min_length=1)] | None = None
     late: float | None = None
 
 
@@ -179,10 +180,13 @@ class Job(_Answer):
 
 
 class JobPage(_Answer):
-    """A page of jobs, newest first. ``next``: the address of the next page; null: this is the last one."""
+    """A page of jobs, newest first. ``next``: the address of the next page; null: this is the last one.
+    ``searched_to``: the time of submission up to which jobs were compared with the filters, if the page ends there; null:
+    the page is full, or all jobs were compared."""
 
     jobs: list[Job]
     next: str | None
+    searched_to: str | None
 
 
 class Count(_Answer):

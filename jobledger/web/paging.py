@@ -17,6 +17,10 @@ from jobledger.web.problems import Problem
 
 #: Largest page, and the page's size if none is asked for.
 LIMIT_MOST, LIMIT = 500, 50
+#: Largest number to which jobs are counted by filters for which the table has no counters.
+COUNT_MOST = 10_000
+#: Number of rows of the status table that are compared with the filters for one page, and for one count.
+ROWS_MOST, COUNT_ROWS_MOST = 3_000, 5_000
 #: Largest number of values of one filter.
 VALUES_MOST = 100
 #: The largest number that the log or a table has as an offset.
@@ -67,6 +71,7 @@ def filters(
     until: Annotated[str | None, Query(max_length=50, description="Submitted before this time (as `since`).")] = None,
     id_prefix: Annotated[str | None, Query(min_length=1, max_length=200, description="The id begins with this text; the jobs are then ordered by id, unless a tag, key or fingerprint is given.")] = None,
     attempts_least: Annotated[int | None, Query(ge=1, lt=1 << 31, description="The attempt has this number or a greater one; without a state only jobs that wait for a retry.")] = None,
+    error_text: Annotated[str | None, Query(min_length=1, max_length=500, description="The error's message contains this text; the case of letters does not count.")] = None,
     late: Annotated[float | None, Query(ge=0, le=366 * 86_400, description="Could have been started this many seconds ago, and was not.")] = None,
 ) -> JobFilter:  # fmt: skip
     """Return the filters of a list of jobs. A job must match all of them."""
@@ -83,6 +88,7 @@ def filters(
         "until": None if until is None else moment_of(until, "until"),
         "id_prefix": id_prefix,
         "attempts_least": attempts_least,
+        "error_text": error_text,
         "late": late,
     }
     return {name: value for name, value in chosen.items() if value not in (None, [], {})}  # type: ignore[return-value]

@@ -673,32 +673,43 @@ def test_sqlite_an_empty_file_is_no_table_yet(tmp_path: Path) -> None:
 def test_sqlite_queries_use_their_indexes(tmp_path: Path) -> None:
     """No query for the newest jobs, for a state or for overdue jobs reads the whole table."""
     url = f"sqlite:///{tmp_path / 's.db'}"
-    with SqliteStore(url, NAMESPACE) as store:
-        reader = open_reader(url, NAMESPACE)
-        asked: list[tuple[str, tuple[object, ...]]] = []
-        engine = reader._engine  # type: ignore[attr-defined]
+    asked: list[tuple[str, tuple[object, ...]]] = []
+    with SqliteStore(url, NAMESPACE) as store, closing(open_reader(url, NAMESPACE)) as reader:
+        assert store.acquire()
+        submitted = ev.JobSubmitted(ev.JobSpec(b"{}"))
+        lives = {f"done {n}": life(submitted, ev.JobSucceeded(), ms=n) for n in range(3)}
+        lives |= {f"failed {n}": life(submitted, ev.JobFailedFact("exhausted", BAD), ms=n) for n in range(2)}
+        write(store, lives | {"other": life(submitted, ev.JobSucceeded(), ms=9, task="other"), "open": life(submitted)})
         sqlalchemy.event.listen(
-            engine, "before_cursor_execute", lambda c, cur, sql, params, *_: asked.append((sql, params))
+            reader._engine,  # type: ignore[attr-defined]
+            "before_cursor_execute",
+            lambda c, cur, sql, params, *_: asked.append((sql, params)),
         )
-        reader.jobs()
-        reader.jobs(state="failed", task="send")
-        reader.jobs(tag=("a", "b"))
-        reader.overdue(10, 1)
-        reader.jobs(tag={"a": "b", "c": "d"})
-        reader.jobs(late_ms=10)
-        reader.ids("01a2")
-        plans = [
-            " ".join(row[3] for row in store._db.execute("EXPLAIN QUERY PLAN " + sql, params)) for sql, params in asked
-        ]
-        reader.close()
-    assert "jobs_by_time" in plans[0]
-    assert "jobs_by_state" in plans[1]
-    assert "PRIMARY KEY (name=? AND value=?)" in plans[2]
-    assert "jobs_due" in plans[3]
-    assert plans[4].count("PRIMARY KEY (name=? AND value=?") == 2
-    assert "jobs_by_state" in plans[5]
-    assert "PRIMARY KEY (job_id>? AND job_id<?)" in plans[6]
-    assert [plan for plan in plans if "TEMP B-TREE" in plan] == [plans[5]]  # several states, sorted by time
+
+        def plan(ask: Callable[[], object]) -> str:
+            asked.clear()
+            ask()
+            lines = [row[3] for sql, params in asked for row in store._db.execute("EXPLAIN QUERY PLAN " + sql, params)]
+            return " ".join(lines)
+
+        by_tag = "PRIMARY KEY (name=? AND value=?"
+        for index, ask in (
+            ("jobs_by_time", reader.jobs),
+            ("jobs_by_time", lambda: reader.jobs(version="1")),
+            ("jobs_by_state", lambda: reader.jobs(state="failed")),
+            ("jobs_by_state", lambda: reader.jobs(state="failed", task="send")),
+            ("jobs_by_state", lambda: reader.jobs(error="x")),
+            ("jobs_by_state", lambda: reader.jobs(late_ms=10)),
+            ("jobs_by_task", lambda: reader.jobs(task="other")),
+            ("jobs_by_task", lambda: reader.count(task="other", version="1")),
+            ("jobs_due", lambda: reader.overdue(10, 1)),
+            ("PRIMARY KEY (job_id>? AND job_id<?)", lambda: reader.ids("01a2")),
+            (by_tag, lambda: list(reader.chosen(tag=("a", "b")))),
+        ):
+            text = plan(ask)
+            assert index in text
+            assert "TEMP B-TREE" not in text or "MATERIALIZE" in text or "CO-ROUTINE" in text, text
+        assert plan(lambda: list(reader.chosen(tag={"a": "b", "c": "d"}))).count(by_tag) == 2
 
 
 def test_a_value_that_sqlite_cannot_store_is_an_error_that_names_the_projection(tmp_path: Path) -> None:
@@ -764,11 +775,12 @@ def test_a_rebuilt_table_has_no_workers_until_their_reports_are_read(store: Stor
 
 
 def test_a_table_of_the_second_revision_gets_the_table_of_workers(backend: Backend) -> None:
-    """Before that it has no workers."""
+    """Before that it has no workers, and no index by task."""
     with backend.store() as store:
         assert store.acquire()
         store.write(Changes(plans=[PLAN]))
     backend.execute("DROP TABLE workers")
+    backend.execute("DROP INDEX jobs_by_task")
     backend.execute("UPDATE meta SET value = '2' WHERE key = 'revision'")
     with closing(open_reader(backend.url, NAMESPACE)) as old:
         assert (old.workers(), old.plans()) == ([], [PLAN])
@@ -807,6 +819,7 @@ def test_a_table_of_the_first_revision_gets_what_it_lacks(backend: Backend) -> N
     for statement in (
         "DROP INDEX jobs_by_error",
         "DROP INDEX jobs_by_key",
+        "DROP INDEX jobs_by_task",
         *(f"ALTER TABLE jobs DROP COLUMN {name}" for name in ("fingerprint", "key", "version", "actor")),
         "DROP TABLE plans",
         "DROP TABLE workers",

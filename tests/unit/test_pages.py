@@ -19,7 +19,7 @@ from jobledger.schemas import events as ev
 from jobledger.schemas.codec import Decoder
 from jobledger.streams.status.row_folder import RowFolder
 from jobledger.streams.status.store import open_store
-from jobledger.web import Dashboard, Role
+from jobledger.web import Dashboard, Role, paging
 from jobledger.web.pages import assets, jobpage, rates
 from jobledger.web.pages.render import environment, job_path
 from jobledger.web.pages.router import ROUTES
@@ -175,6 +175,23 @@ def test_pages_follow_one_another_without_gap(app: App) -> None:
         link = re.search(r'rel="next" href="([^"]+)"', text)
         path = None if link is None else link[1].replace("&amp;", "&")
     assert found == wanted
+
+
+def test_a_search_for_rare_jobs_ends_early_and_can_be_continued(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page says up to which time of submission it has searched. All pages together have all jobs."""
+    monkeypatch.setattr(paging, "ROWS_MOST", 150)
+    path: str | None = "/jobs?version=2026.11.3&queue=media"
+    further, found = 0, list[str]()
+    wanted = [each.job_id for each in app.jobs(queue="media", version="2026.11.3")]
+    while path is not None:
+        text = get(app, path)
+        found += re.findall(r'<th scope="row" class="id"><a href="/jobs/([0-9a-f-]{36})">', text)
+        further += "Search further" in text
+        link = re.search(r'rel="next" href="([^"]+)"', text)
+        path = None if link is None else link[1].replace("&amp;", "&")
+    assert found == wanted
+    assert further > 1
+    assert "No job matches among those that were looked at" in get(app, "/jobs?version=nobody")
 
 
 def test_a_page_after_a_job_that_is_gone_begins_anew(app: App) -> None:

@@ -24,7 +24,7 @@ from jobledger.schemas import events as ev
 from jobledger.schemas.events import Position
 from jobledger.schemas.ids import derived_id
 from jobledger.streams.status.store import Changes
-from jobledger.web import answers, create_app, jobs, problems, services
+from jobledger.web import answers, create_app, paging, problems, services
 from jobledger.web.access import API
 from jobledger.web.paging import position_of, position_text
 from jobledger.worker_status import WorkerStatus
@@ -101,6 +101,25 @@ def test_pages_follow_one_another_to_the_end(api: FastAPI, table: Table) -> None
     assert seen == [f"job-{n:02}" for n in range(23, 0, -2)]
 
 
+def test_a_page_ends_when_it_has_compared_enough_jobs_and_says_so(
+    api: FastAPI, table: Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It can have no job although there is a next page."""
+    for n in range(9):
+        table.write({f"job-{n}": ODD if n < 2 else EVEN}, ms=1_000 * n)
+    monkeypatch.setattr(paging, "ROWS_MOST", 3)
+    path: str | None = "/jobs?version=nobody"
+    searched: list[str | None] = []
+    while path is not None:
+        page = ask(api, "GET", path.removeprefix(API)).json()
+        assert page["jobs"] == []
+        searched.append(page["searched_to"])
+        path = page["next"]
+    assert searched == [*(f"1970-01-01T00:00:0{n}+00:00" for n in (6, 3, 0)), None]
+    page = ask(api, "GET", "/jobs?version=v7&limit=2").json()
+    assert ([each["job_id"] for each in page["jobs"]], page["searched_to"]) == (["job-8", "job-7"], None)
+
+
 def test_the_filters_of_the_command_line_are_those_of_the_api(api: FastAPI, table: Table) -> None:
     """Lists, counts and plans take all of them; only lists are in the order of ids."""
     retried = ev.JobRetried(ev.ErrorInfo("E", "m"), 5)
@@ -112,6 +131,8 @@ def test_the_filters_of_the_command_line_are_those_of_the_api(api: FastAPI, tabl
         ("attempts_least=1", {"attempts_least": 1}, ["job-2", "job-1", "job-0"]),
         ("attempts_least=1&state=failed", {"attempts_least": 1, "state": "failed"}, ["old-1", "old-0"]),
         ("attempts_least=2", {"attempts_least": 2}, []),
+        ("error_text=M&id_prefix=job-", {"error_text": "M", "id_prefix": "job-"}, ["job-2", "job-1", "job-0"]),
+        ("error_text=%25", {"error_text": "%"}, []),
     ):
         assert [each["job_id"] for each in ask(api, "GET", f"/jobs?{query}").json()["jobs"]] == found, query
         assert ask(api, "GET", f"/jobs:count?{query}").json()["count"] == len(found), query
@@ -129,7 +150,7 @@ def test_counts_are_exact_or_say_that_they_are_not(api: FastAPI, table: Table, m
     assert (whole["count"], whole["exact"], whole["states"]["failed"]) == (12, True, 12)
     assert ask(api, "GET", "/jobs:count?tag=tenant%3Dacme").json() == {"count": 25, "exact": True, "states": None}
     assert ask(api, "GET", "/jobs:count?tag=tenant%3Dother").json()["count"] == 0
-    monkeypatch.setattr(jobs, "COUNT_MOST", 10)
+    monkeypatch.setattr(paging, "COUNT_MOST", 10)
     assert ask(api, "GET", "/jobs:count?tag=tenant%3Dacme").json() == {"count": 10, "exact": False, "states": None}
 
 

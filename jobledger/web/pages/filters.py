@@ -15,7 +15,7 @@ from jobledger.definitions.durations import age_of, moment_of
 from jobledger.job import State
 
 #: The filters that are one text each.
-TEXTS = ("task", "queue", "key", "version", "error", "fingerprint", "id_prefix")
+TEXTS = ("task", "queue", "key", "version", "error", "error_text", "fingerprint", "id_prefix")
 #: All filters, in the order of the form.
 NAMES = ("state", *TEXTS, "tag", "since", "until", "late", "attempts_least")
 #: Largest number of characters of a value, and of tags in one filter.
@@ -33,6 +33,7 @@ LABELS: Mapping[str, str] = {
     "id_prefix": "Job id begins with",
     "version": "Version",
     "error": "Error type",
+    "error_text": "Text of the error",
     "fingerprint": "Fingerprint",
     "late": "Late by",
     "attempts_least": "Attempts at least",

@@ -13,6 +13,7 @@ from jobledger.job import JobStatus, State
 from jobledger.streams.status.store.protocol import Counted
 from jobledger.views.facts import progress
 from jobledger.views.words import duration, relative
+from jobledger.web import paging
 from jobledger.web.pages.filters import LABELS, JobFilters
 from jobledger.web.pages.render import short
 from jobledger.web.pages.sources import Sources
@@ -28,7 +29,7 @@ SCOPES: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 #: The fields of the form in their order, and number of the first ones, which are always shown.
 FIELDS = (
     *("task", "queue", "tag", "since", "error", "key"),
-    *("until", "late", "id_prefix", "version", "fingerprint", "attempts_least"),
+    *("error_text", "until", "late", "id_prefix", "version", "fingerprint", "attempts_least"),
 )
 FIRST = 6
 #: Examples of values in the form.
@@ -39,6 +40,7 @@ HINTS: Mapping[str, str] = {
     "late": "10m",
     "attempts_least": "3",
     "error": "builtins.ValueError",
+    "error_text": "timed out",
 }
 
 
@@ -74,7 +76,8 @@ class Field:
 @dataclass(frozen=True)
 class JobList:
     """The page of jobs. ``chips``: each state with the number of jobs; ``chips_ignored``: filters that these numbers do
-    not use. ``next``: the query of the next page; None: this is the last one."""
+    not use. ``next``: the query of the next page; None: this is the last one. ``searched``: the time of submission up to
+    which jobs were compared with the filters, if the page ends there."""
 
     filters: JobFilters
     jobs: Sequence[JobRow]
@@ -88,6 +91,7 @@ class JobList:
     next: str | None
     after: str | None
     order: str
+    searched: dt.datetime | None = None
     note: str = ""
     page: int = PAGE
 
@@ -127,11 +131,12 @@ def job_list(sources: Sources, filters: JobFilters, after: str | None, now_ms: i
     wanted = filters.table(now_ms)
     note = ""
     try:
-        statuses = sources.table.jobs(after=after, limit=PAGE + 1, **wanted)
+        found = sources.table.search(after=after, limit=PAGE + 1, most=paging.ROWS_MOST, **wanted)
     except JobNotFound:
         note = f"The page cannot begin after the job {after!r}: the table does not know it any more. These are the newest jobs."
-        after, statuses = None, sources.table.jobs(limit=PAGE + 1, **wanted)
-    rows = [job_row(status) for status in statuses[:PAGE]]
+        after, found = None, sources.table.search(limit=PAGE + 1, most=paging.ROWS_MOST, **wanted)
+    rows = [job_row(status) for status in found.jobs[:PAGE]]
+    last = rows[-1].job_id if len(found.jobs) > PAGE else found.after
     counts = sources.table.counts()
     tasks = sorted({each.task for each in counts} | set(sources.app.tasks))
     queues = sorted({each.queue for each in counts} | set(sources.app.queues))
@@ -140,7 +145,6 @@ def job_list(sources: Sources, filters: JobFilters, after: str | None, now_ms: i
         if filters.texts.get("task", each.task) == each.task and filters.texts.get("queue", each.queue) == each.queue:
             chips[each.state.value] += each.jobs
     followed = [name for name in ("task", "queue") if name in filters.texts]
-    more = len(statuses) > PAGE
     return JobList(
         filters=filters,
         jobs=rows,
@@ -151,11 +155,16 @@ def job_list(sources: Sources, filters: JobFilters, after: str | None, now_ms: i
         fields=fields(filters, {"task": tasks, "queue": queues}),
         problems=[(LABELS[name], text) for name, text in filters.problems.items()],
         query=filters.query(),
-        next=filters.query(after=rows[-1].job_id) if more and rows else None,
+        next=None if last is None else filters.query(after=last),
+        searched=None if len(found.jobs) > PAGE or found.searched_ms is None else _moment(found.searched_ms),
         after=after,
         order="By id, the greatest first" if "id_prefix" in filters.texts else "The newest submission first",
         note=note,
     )
+
+
+def _moment(ms: int) -> dt.datetime:
+    return dt.datetime.fromtimestamp(ms / 1000, dt.UTC)
 
 
 def job_row(status: JobStatus) -> JobRow:
@@ -240,7 +249,9 @@ def preview(sources: Sources, action: str, filters: JobFilters, now_ms: int, pro
         "first; a job that has ended meanwhile is skipped.",
         count,
         words,
-        [job_row(each) for each in sources.table.jobs(limit=EXAMPLES, **wanted)] if possible else [],
+        [job_row(each) for each in sources.table.search(limit=EXAMPLES, most=paging.ROWS_MOST, **wanted).jobs]
+        if possible
+        else [],
         filters.query(),
         sorted(sources.app.queues),
         possible,

@@ -13,10 +13,9 @@ from jobledger.errors import JobledgerError, text_of
 from jobledger.job import JobStatus, State
 from jobledger.schemas.events import Position, Recorded
 from jobledger.streams.status.store.protocol import Counted, ErrorGroup, LastSuccess, QueueSummary, StatusReader
+from jobledger.web import paging
 from jobledger.worker_status import WorkerStatus
 
-#: Largest number of jobs that are counted for filters that the counters cannot answer.
-COUNT_MOST = 10_000
 #: Number of groups of errors on their page.
 GROUPS_MOST = 100
 #: Seconds for which answers of the broker are used again, and seconds for which the broker is not asked after an error.
@@ -51,9 +50,9 @@ class Sources:
 
     # -- from the status table ------------------------------------------------------------------------------------
 
-    def count(self, filters: Mapping[str, Any], limit: int = COUNT_MOST) -> Counted:
+    def count(self, filters: Mapping[str, Any], limit: int = paging.COUNT_MOST) -> Counted:
         """Return how many jobs match the table's filters, counted up to ``limit``."""
-        return self.table.count(limit, **filters)
+        return self.table.count(limit, most=paging.COUNT_ROWS_MOST, **filters)
 
     def queues(self) -> list[QueueSummary]:
         """Return each queue with its numbers, by name; also those queues of the app that have no job yet."""

@@ -38,7 +38,8 @@ class Filters(TypedDict, total=False):
     jobs whose last known fact belongs to an attempt with this number or a greater one; without ``state`` only retrying
     jobs. ``late_ms``: only jobs that could have started at this time and have not started. These are scheduled,
     retrying and queued jobs with a due time of ``late_ms`` or earlier, and queued jobs without a due time that were
-    submitted at ``late_ms`` or earlier. Times are milliseconds of the broker's clock.
+    submitted at ``late_ms`` or earlier. ``error_text``: only jobs whose error message contains this text in its first 500
+    characters; the case of letters does not count. Times are milliseconds of the broker's clock.
     """
 
     state: Wanted
@@ -54,6 +55,17 @@ class Filters(TypedDict, total=False):
     until_ms: int | None
     id_prefix: str | None
     attempts_least: int | None
+    error_text: str | None
+
+
+class Found(msgspec.Struct, frozen=True):
+    """A part of a list of jobs. ``after``: the id of a job with which the search can be continued; None: all jobs were
+    looked at. ``searched_ms``: the time of submission up to which jobs were looked at, in milliseconds of the broker's
+    clock; None: all were, or they are in the order of their ids."""
+
+    jobs: list[JobStatus]
+    after: str | None = None
+    searched_ms: int | None = None
 
 
 class Counted(msgspec.Struct, frozen=True):
@@ -199,6 +211,12 @@ class StatusReader(Protocol):
         for an unknown state, `StoreError` for a filter whose column the table does not have yet.
         """
 
+    def search(
+        self, *, after: str | None = None, limit: int = 100, most: int = 3_000, **filters: Unpack[Filters]
+    ) -> Found:
+        """Return the jobs that `jobs` would return, or the first of them if ``most`` rows of the table were compared with
+        the filters. So the time does not depend on the number of jobs. Raises as `jobs` does."""
+
     def ids(self, prefix: str, limit: int = 10) -> list[str]:
         """Return the first ``limit`` ids, in ascending order, that begin with ``prefix``."""
 
@@ -208,11 +226,12 @@ class StatusReader(Protocol):
     def counts_by_state(self) -> dict[str, int]:
         """Return the number of jobs in each state, including states without jobs."""
 
-    def count(self, limit: int = 10_000, **filters: Unpack[Filters]) -> Counted:
+    def count(self, limit: int = 10_000, *, most: int = 50_000, **filters: Unpack[Filters]) -> Counted:
         """Return the number of jobs that match every filter of `jobs`.
 
         With only ``state``, ``task`` and ``queue`` the number is that of the counters. Otherwise jobs are counted up to
-        ``limit``, and a bounded number of rows is read; ``exact`` is False if there may be more. Raises as `jobs` does.
+        ``limit``, and at most ``most`` rows of the table are compared with the filters; ``exact`` is False if there may
+        be more. Raises as `jobs` does.
         """
 
     def about(self) -> About:

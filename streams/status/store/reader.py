@@ -14,7 +14,7 @@ from jobledger.job import JobStatus, Life, State
 from jobledger.plan import PlanState, PlanStatus
 from jobledger.process import forks
 from jobledger.schemas.events import Position
-from jobledger.streams.status.store import summaries
+from jobledger.streams.status.store import search, summaries
 from jobledger.streams.status.store.about import about
 from jobledger.streams.status.store.address import shown
 from jobledger.streams.status.store.filters import ADDED_LATER, Selection, begins, selection
@@ -24,6 +24,7 @@ from jobledger.streams.status.store.protocol import (
     Counted,
     ErrorGroup,
     Filters,
+    Found,
     LastSuccess,
     Overdue,
     Partition,
@@ -55,6 +56,8 @@ _POOL_ACTIVITY = "asking the status table"
 _LIFE = (jobs.c.job_id, jobs.c.slots, jobs.c.result)
 #: Number of ids in one query: SQLite accepts 999 values in a statement, or more, depending on its build.
 _IDS_A_QUERY = 500
+#: Number of rows that `SqlReader.jobs` compares with the filters in one query. The query must end within the time limit.
+_READ_AT_ONCE = 100_000
 _STATES = {state.value: state for state in State}
 
 
@@ -143,16 +146,42 @@ class SqlReader:
 
     def jobs(self, *, after: str | None = None, limit: int = 100, **filters: Unpack[Filters]) -> list[JobStatus]:
         """Return a page of the jobs that match every given filter, newest submission first; see `StatusReader.jobs`."""
-        chosen = self._selection(**filters)
-        query, order = chosen.rows(_LIFE), chosen.order
+        place = self._place(after)
+        rows: list[Row[Any]] = []
+        while True:
+            # Each query ends within the time limit, however rare the jobs are.
+            part = self._search(place, limit - len(rows), _READ_AT_ONCE, **filters)
+            rows += part.rows
+            place = part.place
+            if len(rows) >= limit or place is None:
+                return [_status(row) for row in rows]
+
+    def search(
+        self, *, after: str | None = None, limit: int = 100, most: int = 3_000, **filters: Unpack[Filters]
+    ) -> Found:
+        """Return the next jobs that match every given filter; see `StatusReader.search`."""
+        rows, place = self._search(self._place(after), limit, most, **filters)
+        found = [_status(row) for row in rows]
+        return Found(found) if place is None else Found(found, place[-1], place[0] if len(place) > 1 else None)
+
+    def _search(self, place: search.Place | None, limit: int, most: int, **filters: Unpack[Filters]) -> search.Part:
+        self._need(*(name for name in ADDED_LATER if filters.get(name) is not None))
+        by_task = self._has(4)
         with self._reading() as db:
-            if after is not None:
-                last = db.execute(select(jobs.c.submitted_ms).where(jobs.c.job_id == key_text(after))).scalar()
-                if last is None:
-                    raise JobNotFound(f"after={after!r}: the status table {self._url} knows no such job")
-                query = query.where(tuple_(*order) < (last, key_text(after))[-len(order) :])
-            rows = db.execute(query.order_by(*(column.desc() for column in order)).limit(limit)).all()
-        return [_status(row) for row in rows]
+            found = search.plan(db, by_task=by_task, **filters)
+            if place is not None:
+                place = place[-len(found.order) :]
+            return search.run(db, found, (jobs.c.slots, jobs.c.result), place, limit, most)
+
+    def _place(self, after: str | None) -> search.Place | None:
+        """Return the place of a job in a list by time. Raises `JobNotFound`."""
+        if after is None:
+            return None
+        with self._reading() as db:
+            last = db.execute(select(jobs.c.submitted_ms).where(jobs.c.job_id == key_text(after))).scalar()
+        if last is None:
+            raise JobNotFound(f"after={after!r}: the status table {self._url} knows no such job")
+        return last, key_text(after)
 
     def _selection(self, **filters: Unpack[Filters]) -> Selection:
         self._need(*(name for name in ADDED_LATER if filters.get(name) is not None))
@@ -242,11 +271,12 @@ class SqlReader:
             numbers = {state: int(number) for state, number in db.execute(query)}
         return {state.value: numbers.get(state.value, 0) for state in State}
 
-    def count(self, limit: int = 10_000, **filters: Unpack[Filters]) -> Counted:
+    def count(self, limit: int = 10_000, *, most: int = 50_000, **filters: Unpack[Filters]) -> Counted:
         """Return the number of jobs that match every filter; see `StatusReader.count`."""
         self._need(*(name for name in ADDED_LATER if filters.get(name) is not None))
+        by_task = self._has(4)
         with self._reading() as db:
-            return summaries.count(db, limit, **filters)
+            return summaries.count(db, limit, most, by_task, **filters)
 
     def about(self) -> About:
         """Return facts about the table; see `StatusReader.about`."""

@@ -10,16 +10,15 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Unpack
 
-from sqlalchemy import Connection, Row, and_, case, func, literal, select, tuple_, union_all
+from sqlalchemy import Connection, Row, func, literal, select, tuple_, union_all
 
 from jobledger.job import State
-from jobledger.streams.status.store.filters import COUNTED, given, keys_of, selection, states_of
+from jobledger.streams.status.store import search
+from jobledger.streams.status.store.filters import COUNTED, given, states_of, texts_of
 from jobledger.streams.status.store.protocol import Counted, ErrorGroup, Filters, LastSuccess, QueueSummary
 from jobledger.streams.status.store.rows import key_text
 from jobledger.streams.status.store.tables import counters, jobs, unfinished
 
-#: Maximum number of rows that a count reads while it looks for the jobs that match.
-READ_MOST = 50_000
 #: Maximum number of queued jobs that are read to find the oldest of each queue, and of jobs for the last successes.
 SCAN_MOST = 10_000
 #: Number of rows that such a scan reads first, because these are mostly enough, and the factor by which each further read
@@ -33,23 +32,11 @@ GROUP_MOST = 500
 _GROUPS_A_QUERY = 50
 
 
-def count(db: Connection, limit: int, **filters: Unpack[Filters]) -> Counted:
-    """Count jobs; see `StatusReader.count`."""
-    names = given(filters)
-    if names <= COUNTED:
+def count(db: Connection, limit: int, most: int, by_task: bool, **filters: Unpack[Filters]) -> Counted:
+    """Count jobs; see `StatusReader.count`. ``by_task``: whether the table has the index by task."""
+    if given(filters) <= COUNTED:
         return _by_counters(db, filters)
-    chosen = selection(**filters)
-    # Without a condition of `checked` each row that is read is one that matches.
-    bound = READ_MOST if chosen.checked else limit + 1
-    matches = case((and_(*chosen.checked), 1), else_=0) if chosen.checked else literal(1)
-    read = select(matches.label("matches")).select_from(chosen.source).where(*chosen.found).limit(bound)
-    if not chosen.found:
-        # No index finds these jobs: read the newest ones.
-        read = read.order_by(*(column.desc() for column in chosen.order))
-    rows = read.subquery()
-    number, matching = db.execute(select(func.count(), func.sum(rows.c.matches)).select_from(rows)).one()
-    matching = int(matching or 0)
-    return Counted(min(matching, limit), matching <= limit and number < bound)
+    return Counted(*search.count(db, search.plan(db, by_task=by_task, **filters), limit, most))
 
 
 def _by_counters(db: Connection, filters: Filters) -> Counted:
@@ -57,11 +44,11 @@ def _by_counters(db: Connection, filters: Filters) -> Counted:
     states = states_of(filters.get("state"))
     for column, wanted in (
         (counters.c.state, states),
-        (counters.c.task, keys_of(filters.get("task"))),
-        (counters.c.queue, keys_of(filters.get("queue"))),
+        (counters.c.task, texts_of(filters.get("task"))),
+        (counters.c.queue, texts_of(filters.get("queue"))),
     ):
         if wanted is not None:
-            query = query.where(column.in_(sorted(wanted)))
+            query = query.where(column.in_(wanted))
     return Counted(int(db.execute(query).scalar() or 0), True)
 
 

@@ -25,7 +25,7 @@ SCHEMA_VERSION = 1
 #: The revision of these tables, stored in `meta`; without an entry it is 1. A higher revision only adds columns, tables
 #: and indexes, so that readers of earlier revisions can still read the tables. A writer adds what an earlier revision
 #: lacks (`ADDED`). Rows that were written before have no values in added columns until the next fact of their job.
-REVISION = 3
+REVISION = 4
 
 metadata = MetaData()
 
@@ -66,13 +66,14 @@ jobs = Table(
     sqlite_with_rowid=False,
 )
 
-# All jobs by time; jobs that have not succeeded, by state and time; jobs that wait for a due time. A job that succeeds
+# All jobs by time, and by task and time; jobs that have not succeeded, by state and time; jobs that wait for a due time. A job that succeeds
 # leaves the last two, so these hold only jobs that are unfinished or ended otherwise. Jobs with an error, by its
 # fingerprint and time, and jobs with a key, by key and time: most jobs have neither.
 # The states are literals, because a planner uses a partial index only if it can prove the condition without parameters.
 unfinished = jobs.c.state != literal_column("'succeeded'")
 waiting = jobs.c.state.in_((literal_column("'scheduled'"), literal_column("'retrying'")))
 Index("jobs_by_time", jobs.c.submitted_ms, jobs.c.job_id)
+Index("jobs_by_task", jobs.c.task, jobs.c.submitted_ms, jobs.c.job_id)
 Index(
     "jobs_by_state",
     *(jobs.c.state, jobs.c.submitted_ms, jobs.c.job_id),
@@ -199,4 +200,5 @@ class Additions:
 ADDED: dict[int, Additions] = {
     2: Additions(("fingerprint", "key", "version", "actor"), ("jobs_by_error", "jobs_by_key"), (plans,)),
     3: Additions(tables=(workers,)),
+    4: Additions(indexes=("jobs_by_task",)),
 }
