@@ -157,8 +157,9 @@ def _uuid7(at_ms: int, rng: random.Random) -> str:
     return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
 
 
-def fill(url: str, namespace: str, options: Options, *, tell: bool = False) -> None:
-    """Write the jobs. Raises `StoreError`."""
+def fill(url: str, namespace: str, options: Options, *, tell: bool = False, with_offsets: bool = True) -> None:
+    """Write the jobs. ``with_offsets``: as if they had been read from a log; without, a materializer can continue with a
+    new log. Raises `StoreError`."""
     began = time.monotonic()
     with open_store(url, namespace) as store:
         if not store.acquire():
@@ -170,7 +171,8 @@ def fill(url: str, namespace: str, options: Options, *, tell: bool = False) -> N
         def write() -> None:
             nonlocal written
             folded = folder.merge(chunk)
-            folded.changes.offsets[("shop.lifecycle", 0)] = 4 * (written + len(chunk))
+            if with_offsets:
+                folded.changes.offsets[("shop.lifecycle", 0)] = 4 * (written + len(chunk))
             store.write(folded.changes)
             store.renew()
             written += len(chunk)
@@ -196,8 +198,10 @@ def main() -> int:
     parser.add_argument("--namespace", default="shop")
     parser.add_argument("--jobs", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--without-offsets", action="store_true", help="so that a materializer can continue")
     given = parser.parse_args()
-    fill(given.url, given.namespace, Options(given.jobs, given.seed, round(time.time() * 1000)), tell=True)
+    options = Options(given.jobs, given.seed, round(time.time() * 1000))
+    fill(given.url, given.namespace, options, tell=True, with_offsets=not given.without_offsets)
     return 0
 
 
