@@ -10,7 +10,7 @@ COPY schemas schemas
 COPY consumers consumers
 COPY streams streams
 # aiohttp, airportsdata, psutil and tzdata are the demo's.
-RUN pip install --no-cache-dir '.[worker,streams,registry,postgres]' aiohttp==3.* airportsdata==20260905 psutil tzdata==2026.6
+RUN pip install --no-cache-dir '.[worker,streams,registry,postgres,web]' aiohttp==3.* airportsdata==20260905 psutil tzdata==2026.6
 
 RUN useradd --uid 10001 --create-home jobledger && mkdir /data && chown jobledger /data
 WORKDIR /app

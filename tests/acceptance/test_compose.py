@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import time
+import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
@@ -30,7 +31,7 @@ pytestmark = [pytest.mark.kafka, pytest.mark.extended, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).resolve().parents[2]
 PULL_S, BUILD_S, UP_S = 300, 600, 240
-PORTS = ("KAFKA_PORT", "REGISTRY_PORT", "POSTGRES_PORT", "PROMETHEUS_PORT", "GRAFANA_PORT")
+PORTS = ("KAFKA_PORT", "REGISTRY_PORT", "POSTGRES_PORT", "WEB_PORT", "PROMETHEUS_PORT", "GRAFANA_PORT")
 #: A program of this machine, for use without the official image.
 PROMETHEUS = os.environ.get("JOBLEDGER_TEST_PROMETHEUS") or shutil.which("prometheus")
 
@@ -112,7 +113,8 @@ def test_every_service_is_healthy(stack: Stack, say: Callable[[str], None]) -> N
     told = [json.loads(line) for line in stack.compose("ps", "--format", "json").stdout.splitlines()]
     states = {each["Service"]: each["Health"] for each in told}
     assert states == dict.fromkeys(
-        ("kafka", "registry", "postgres", "worker", "router", "coordinator", "materializer", "projections"), "healthy"
+        ("kafka", "registry", "postgres", "worker", "router", "coordinator", "materializer", "projections", "web"),
+        "healthy",
     )
     say(
         f"compose: up, {len(states)} services healthy ({stack.config('kafka')['image']}, {stack.config('postgres')['image']})"
@@ -140,6 +142,18 @@ def test_jobs_and_events_run_and_the_tables_agree_with_the_log(stack: Stack) -> 
         "exec", "--no-TTY", "postgres", "psql", "-At", "--username=jobledger", "-c", "SELECT plan, people FROM signups"
     )
     assert rows.stdout.split() == ["free|1"]
+
+
+def test_the_dashboard_admits_only_those_with_a_token(stack: Stack) -> None:
+    """A token that is added while the service runs is accepted. Without one there is no page and no job."""
+    base = f"http://127.0.0.1:{stack.ports['WEB_PORT']}"
+    add = "jobledger web-token add ann --role read --tokens /data/web-tokens.json --json"
+    token = json.loads(stack.compose("exec", "--no-TTY", "web", *add.split()).stdout)["token"]
+    request = urllib.request.Request(f"{base}/api/v1/queues", headers={"Authorization": f"Bearer {token}"})
+    with urllib.request.urlopen(request, timeout=10 * PATIENCE) as answer:
+        assert "mail" in {each["queue"] for each in json.load(answer)["queues"]}
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(f"{base}/api/v1/queues", timeout=10 * PATIENCE)
 
 
 def test_a_program_outside_the_containers_can_submit(stack: Stack) -> None:
