@@ -313,6 +313,8 @@ EXCUSED = {
     "make test": "runs this test",
     "docker compose up --build --wait": "needs Docker; tests/acceptance/test_compose.py runs it",
     "docker compose run --rm demo": "needs Docker; tests/acceptance/test_compose.py runs it",
+    "docker compose exec web jobledger web-token add me --role admin --tokens /data/web-tokens.json": "needs Docker; "
+    "tests/acceptance/test_compose.py adds a token",
     "python3 -m venv .venv && . .venv/bin/activate": "creates a virtual environment, and nothing of Jobledger",
     "createuser --pwprompt jobledger": "needs a PostgreSQL server and its administrator",
     "createdb --owner=jobledger jobs": "needs a PostgreSQL server and its administrator",
