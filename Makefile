@@ -17,7 +17,7 @@ CHAOS_JOBS ?= 40000
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo dev test test-all lint format bench bench-peers chaos docs clean
+.PHONY: help setup demo dev test test-all lint format bench bench-peers chaos pictures docs clean
 .NOTPARALLEL:
 
 help: ## this list
@@ -70,6 +70,10 @@ bench-peers: $(STAMP) ## Celery, Dramatiq, Taskiq, BullMQ and ours in turn; inst
 
 chaos: $(STAMP) ## the acceptance tests of both tiers and ten minutes of random faults: CHAOS_SECONDS, CHAOS_JOBS, CHAOS_SEED
 	@CHAOS_SECONDS=$(CHAOS_SECONDS) CHAOS_JOBS=$(CHAOS_JOBS) FAULT_KILLS=4 FAULT_LONG_S=120 $(PY) -m pytest tests/acceptance --timeout=0 $(ARGS)
+
+pictures: $(STAMP) ## the pictures of docs/dashboard.md, in Chromium
+	@mkdir -p docs/pictures
+	@JOBLEDGER_PICTURES=docs/pictures $(PY) -m pytest tests/integration/test_pages.py -k pictures $(ARGS)
 
 docs: $(STAMP) ## draw the states of a job, and build the pages as a site in build/docs
 	@$(PY) docs/draw.py docs

@@ -5,20 +5,25 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from jobledger import App, Settings
+from jobledger.kafka.embedded.ports import free_port
 from jobledger.kafka.topics import ensure
 from jobledger.schemas import events as ev
 from jobledger.streams.status.store import open_store
 from jobledger.web import Role
 from tests.pages import pages, seeded, served, shop
-from tests.patience import PATIENCE
+from tests.patience import PATIENCE, wait_until
 
 playwright = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
 
@@ -28,6 +33,8 @@ pytestmark = [
     pytest.mark.extended,
 ]
 
+ROOT = Path(__file__).resolve().parents[2]
+DASHBOARD = (ROOT / "docs" / "dashboard.md").read_text("utf-8")
 AXE = Path(__file__).parents[1] / "vendor" / "axe-core" / "axe.min.js"
 #: Sizes of the window, and the colours.
 VIEWS = {
@@ -175,6 +182,59 @@ def test_from_a_failed_job_to_its_redrive_by_the_keyboard(
     assert [(fact.action, fact.by, fact.reason) for fact in opened_facts] == [
         ("redrive", "alice", "the gateway is back")
     ]
+
+
+#: The pictures of docs/dashboard.md, and the pages that they show.
+PICTURES = {
+    "overview": "/",
+    "errors": "/errors",
+    "job": "/jobs/{job}",
+    "redrive": "/bulk/redrive?state=failed&fingerprint={fingerprint}",
+}
+
+
+@pytest.mark.kafka
+def test_the_pictures_of_the_documents_can_be_made(browser: Any, broker: str, namespace: str, tmp_path: Path) -> None:
+    """`jobledger dev` runs an app whose jobs fail, and the pages that the documents describe show them.
+
+    With ``JOBLEDGER_PICTURES`` the pictures are written to this folder: docs/pictures.
+    """
+    kept = os.environ.get("JOBLEDGER_PICTURES")
+    folder = Path(kept or tmp_path)
+    module, port = "tests.integration.pictures_app", free_port()
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("JOBLEDGER_")}
+    environ |= {"JOBLEDGER_HOME": str(tmp_path), "JOBLEDGER_BOOTSTRAP": broker, "JOBLEDGER_VERSION": "2026.12.1"}
+    environ["PICTURES_NAMESPACE"] = "shop" if kept else namespace
+    environ["PICTURES_TIMEOUT"] = str(60 * PATIENCE)
+    argv = [sys.executable, "-m", "jobledger", "dev", f"{module}:app", "--web-port", str(port)]
+    log = (tmp_path / "dev.log").open("w")
+    dev = subprocess.Popen(argv, env=environ, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+    base = f"http://127.0.0.1:{port}"
+    try:
+        wait_until(lambda: is_ready(base), 60.0, "the dashboard of jobledger dev")
+        subprocess.run([sys.executable, "-m", module], env=environ, cwd=ROOT, check=True, timeout=120 * PATIENCE)
+        failed = httpx.get(f"{base}/api/v1/jobs?state=failed&error=builtins.TimeoutError&limit=1").json()["jobs"][0]
+        with opened(browser, "light") as page:
+            for name, path in PICTURES.items():
+                page.goto(base + path.format(job=failed["job_id"], fingerprint=failed["fingerprint"]))
+                page.wait_for_load_state("networkidle")
+                assert page.get_by_text("charge_card").first.is_visible() or name == "overview"
+                page.screenshot(path=folder / f"{name}.png")
+                assert f"](pictures/{name}.png)" in DASHBOARD
+                assert (ROOT / "docs" / "pictures" / f"{name}.png").stat().st_size > 10_000
+    finally:
+        dev.send_signal(signal.SIGTERM)
+        code = dev.wait(60 * PATIENCE)
+        log.close()
+    assert code == 0, (tmp_path / "dev.log").read_text()[-3_000:]
+
+
+def is_ready(base: str) -> bool:
+    """Return whether the service can answer."""
+    try:
+        return httpx.get(f"{base}/readyz", timeout=10.0).status_code == 200
+    except httpx.HTTPError:
+        return False
 
 
 def tab_to(page: Any, selector: str, text: str = "") -> None:
