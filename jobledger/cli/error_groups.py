@@ -34,7 +34,7 @@ def list_errors(
     """List the errors of failed and retrying jobs, in groups of the same kind; the group with the last submission comes
     first.
 
-    The times are those of submissions. At most 500 jobs of each group are counted, those submitted last. `jobs list
+    The times are those of submissions. "again": jobs that had the error again after a redrive. At most 500 jobs of each group are counted, those submitted last. `jobs list
     --where fingerprint=…` lists the jobs of a group, and `jobs redrive --where fingerprint=…` runs them again.
 
     Example: jobledger errors list shop:app --since 2h
@@ -65,7 +65,7 @@ def _row(group: ErrorGroup, successes: Mapping[str, LastSuccess]) -> list[Cell]:
     return [
         group.fingerprint,
         (group.type.rpartition(".")[2], "red"),
-        f"{group.jobs:,}" + ("" if group.exact else " or more"),
+        f"{group.jobs:,}" + ("" if group.exact else " or more") + (f", {group.again:,} again" if group.again else ""),
         output.brief(group.first_ms * 1000),
         output.brief(group.last_ms * 1000),
         _numbers(group.tasks),

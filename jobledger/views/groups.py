@@ -35,6 +35,7 @@ def group_json(group: ErrorGroup, successes: Mapping[str, LastSuccess]) -> dict[
         "last_seen": iso(group.last_ms * 1000),
         "tasks": group.tasks,
         "versions": group.versions,
+        "again": group.again,
         "last_success": {
             task: {"version": known.version, "ended_at": iso(known.ended_ms * 1000), "job_id": known.job_id}
             for task in group.tasks

@@ -235,7 +235,7 @@ class LastSuccess(_Answer):
 class ErrorGroup(_Answer):
     """Failed and retrying jobs with errors of the same kind. ``job_id``: the job that was submitted last. ``exact``
     false: there are more jobs. ``first_seen``, ``last_seen``: times of submissions. ``tasks``, ``versions``: numbers of
-    jobs."""
+    jobs. ``again``: number of jobs that had the error again after a redrive."""
 
     fingerprint: str
     type: str
@@ -247,6 +247,7 @@ class ErrorGroup(_Answer):
     last_seen: Any
     tasks: dict[str, int]
     versions: dict[str, int]
+    again: int
     last_success: dict[str, LastSuccess]
 
 

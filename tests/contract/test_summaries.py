@@ -122,6 +122,16 @@ def test_jobs_are_found_by_the_number_of_their_attempt(store: Store, reader: Sta
         reader.jobs(attempts_least=0)
 
 
+def test_a_group_of_errors_counts_the_jobs_that_had_the_error_again(store: Store, reader: StatusReader) -> None:
+    """These are the jobs in a later run than the first one."""
+    lives = {f"{n}": failed(n) for n in range(3)}
+    again = job.of(2, 1, 1, "send", "mail", None, ev.JobFailedFact("exhausted", BAD), (9_000, "shop.lifecycle", 0, 90))
+    assert again is not None
+    write(store, {**lives, "redriven": again})
+    (group,) = reader.errors()
+    assert (group.jobs, group.again) == (4, 1)
+
+
 def test_queues_have_their_numbers_and_their_oldest_job(
     store: Store, reader: StatusReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:

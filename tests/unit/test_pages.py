@@ -15,12 +15,13 @@ import pytest
 
 from jobledger import App
 from jobledger.job import join, of
+from jobledger.plan import PlanState, PlanStatus
 from jobledger.schemas import events as ev
 from jobledger.schemas.codec import Decoder
 from jobledger.streams.status.row_folder import RowFolder
 from jobledger.streams.status.store import open_store
 from jobledger.web import Dashboard, Role, paging
-from jobledger.web.pages import assets, jobpage, rates
+from jobledger.web.pages import assets, jobpage, rates, steering
 from jobledger.web.pages.render import environment, job_path
 from jobledger.web.pages.router import ROUTES
 from jobledger.web.pages.services import PageServices
@@ -356,6 +357,29 @@ def test_without_a_broker_the_page_of_a_job_shows_what_the_table_has(app: App) -
     answer = ask(pages(app), "POST", f"/job/redrive?job={bad.job_id}", data={"reason": "x"})
     assert answer.status_code == 503
     assert "No broker answers" in answer.text
+
+
+def test_the_page_of_errors_names_the_plans_that_redrove_them(app: App) -> None:
+    """These are the plans whose conditions name the fingerprint, or else the type of the error."""
+    bad = failed(app)
+    assert bad.error is not None
+    group = next(each for each in app.status_table().errors() if each.fingerprint == bad.fingerprint)
+    plans = [
+        plan("a", {"fingerprint": group.fingerprint}),
+        plan("b", {"fingerprint": ["x", group.fingerprint], "state": ["failed"]}),
+        plan("c", {"error": group.type}),
+        plan("not this one", {"fingerprint": "x", "error": group.type}),
+        plan("nor this one", {"fingerprint": group.fingerprint, "error": "x"}),
+        plan("nor a cancel", {"error": group.type}, "cancel"),
+        plan("nor one of other conditions", ["1"]),
+    ]
+    found = steering.redrives_of([group], plans)
+    assert [each.plan for each in found[group.fingerprint]] == ["a", "b", "c"]
+
+
+def plan(name: str, where: object, action: str = "redrive") -> PlanStatus:
+    """Return a plan with these conditions."""
+    return PlanStatus(name, action, json.dumps(where), None, None, "ann", None, NOW_MS, PlanState.DONE, done=3)
 
 
 def test_an_unknown_job_is_a_page_with_status_404(app: App) -> None:

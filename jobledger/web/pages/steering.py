@@ -155,19 +155,17 @@ def plan_page(sources: Sources, plan_id: str, *, new: bool, said: str = "") -> P
         if not new:
             raise
         return PlanPage(plan_id, None, None, said)
-    try:
-        where = json.loads(plan.where)
-    except ValueError:
-        where = plan.where
-    return PlanPage(plan_id, plan, where, said)
+    return PlanPage(plan_id, plan, conditions_of(plan), said)
 
 
 @dataclass(frozen=True)
 class Errors:
-    """The page of errors. ``successes``: the last success of each task."""
+    """The page of errors. ``successes``: the last success of each task. ``redrives``: the plans that redrove the jobs of a
+    group, by its fingerprint; the last plan comes first."""
 
     groups: Sequence[ErrorGroup]
     successes: Mapping[str, Any]
+    redrives: Mapping[str, Sequence[PlanStatus]]
     period: str
     full: bool
     problem: str = ""
@@ -178,7 +176,37 @@ def errors(sources: Sources, period: str, since_ms: int | None, most: int, probl
     """Return the page of errors. Raises `StoreError`."""
     groups = sources.errors(since_ms)
     tasks = sorted({task for group in groups for task in group.tasks})
-    return Errors(groups, sources.last_success(tasks), period, len(groups) >= most, problem)
+    redrives = redrives_of(groups, sources.table.plans(PLANS_MOST))
+    return Errors(groups, sources.last_success(tasks), redrives, period, len(groups) >= most, problem)
+
+
+def redrives_of(groups: Sequence[ErrorGroup], plans: Sequence[PlanStatus]) -> dict[str, list[PlanStatus]]:
+    """Return the plans that redrove jobs of each group, by its fingerprint: those whose conditions name the fingerprint or
+    the type of the error."""
+    found: dict[str, list[PlanStatus]] = {}
+    for plan in plans:
+        where = conditions_of(plan)
+        if plan.action != "redrive" or not isinstance(where, dict):
+            continue
+        fingerprints, types = _values(where.get("fingerprint")), _values(where.get("error"))
+        for group in groups:
+            named = group.fingerprint in fingerprints if fingerprints else group.type in types
+            if named and (not types or group.type in types):
+                found.setdefault(group.fingerprint, []).append(plan)
+    return found
+
+
+def conditions_of(plan: PlanStatus) -> Any:
+    """Return the conditions that chose the jobs of a plan, as the log has them: mostly an object by the name of the
+    filter."""
+    try:
+        return json.loads(plan.where)
+    except ValueError:
+        return plan.where
+
+
+def _values(condition: Any) -> list[Any]:
+    return condition if isinstance(condition, list) else [] if condition is None else [condition]
 
 
 @dataclass(frozen=True)

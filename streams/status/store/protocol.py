@@ -101,7 +101,8 @@ class ErrorGroup(msgspec.Struct, frozen=True):
     ``type``, ``message``: of the error of ``job_id``, the job of the group that was submitted last. ``jobs``: number of
     jobs; with ``exact`` False there are more. ``first_ms``, ``last_ms``: when the first and the last job of the group
     were *submitted*, in milliseconds of the broker's clock; an error itself is later. ``tasks``, ``versions``: numbers
-    of the counted jobs by task and by the version of the code (empty text: not known).
+    of the counted jobs by task and by the version of the code (empty text: not known). ``again``: number of the counted
+    jobs that had this error in a later run than the first one: they had been redriven before.
     """
 
     fingerprint: str
@@ -114,6 +115,7 @@ class ErrorGroup(msgspec.Struct, frozen=True):
     last_ms: int
     tasks: dict[str, int]
     versions: dict[str, int]
+    again: int = 0
 
 
 class About(msgspec.Struct, frozen=True):

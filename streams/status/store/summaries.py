@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Unpack
 
-from sqlalchemy import Connection, Row, func, literal, select, tuple_, union_all
+from sqlalchemy import Connection, Row, case, func, literal, select, tuple_, union_all
 
 from jobledger.job import State
 from jobledger.streams.status.store import search
@@ -131,7 +131,7 @@ def errors(db: Connection, since_ms: int | None, limit: int) -> list[ErrorGroup]
     groups: list[ErrorGroup] = []
     for begin in range(0, min(limit, len(newest)), _GROUPS_A_QUERY):
         some = newest[begin : min(begin + _GROUPS_A_QUERY, limit)]
-        tasks, versions = _numbers(db, [row.fingerprint for row in some], since_ms)
+        tasks, versions, again = _numbers(db, [row.fingerprint for row in some], since_ms)
         examples = _examples(db, [row.job_id for row in some])
         for row in some:
             error_type, message = examples.get(row.job_id, ("", ""))
@@ -142,6 +142,7 @@ def errors(db: Connection, since_ms: int | None, limit: int) -> list[ErrorGroup]
                     *(min(number, GROUP_MOST), number <= GROUP_MOST, row.first_ms, row.last_ms),
                     dict(tasks[row.fingerprint].most_common()),
                     dict(versions[row.fingerprint].most_common()),
+                    again[row.fingerprint],
                 )
             )
     return groups
@@ -177,23 +178,25 @@ def _fingerprints(db: Connection) -> Sequence[Row[*tuple[Any, ...]]]:
 
 def _numbers(
     db: Connection, fingerprints: Sequence[str], since_ms: int | None
-) -> tuple[dict[str, Counter[str]], dict[str, Counter[str]]]:
-    """Return the numbers of jobs by task and by version for each fingerprint. At most `GROUP_MOST` + 1 jobs of each are
-    counted, those that were submitted last."""
+) -> tuple[dict[str, Counter[str]], dict[str, Counter[str]], Counter[str]]:
+    """Return the numbers of jobs by task and by version for each fingerprint, and the numbers of those in a later run than
+    the first. At most `GROUP_MOST` + 1 jobs of each are counted, those that were submitted last."""
     parts = []
     for each in fingerprints:
-        read = select(jobs.c.task, jobs.c.version).where(jobs.c.fingerprint == each)
+        read = select(jobs.c.task, jobs.c.version, jobs.c.run).where(jobs.c.fingerprint == each)
         if since_ms is not None:
             read = read.where(jobs.c.submitted_ms >= since_ms)
         last = read.order_by(jobs.c.submitted_ms.desc(), jobs.c.job_id.desc()).limit(GROUP_MOST + 1).subquery()
-        columns = (last.c.task, last.c.version)
+        columns = (last.c.task, last.c.version, case((last.c.run > 1, 1), else_=0))
         parts.append(select(literal(each).label("fingerprint"), *columns, func.count()).group_by(*columns))
     tasks: dict[str, Counter[str]] = defaultdict(Counter)
     versions: dict[str, Counter[str]] = defaultdict(Counter)
-    for fingerprint, task, version, number in db.execute(union_all(*parts)) if parts else ():
+    again: Counter[str] = Counter()
+    for fingerprint, task, version, later_run, number in db.execute(union_all(*parts)) if parts else ():
         tasks[fingerprint][task] += number
         versions[fingerprint][version or ""] += number
-    return tasks, versions
+        again[fingerprint] += number if later_run else 0
+    return tasks, versions, again
 
 
 def _examples(db: Connection, job_ids: Sequence[str]) -> dict[str, tuple[str, str]]:
