@@ -44,7 +44,7 @@ class CauseKind(enum.StrEnum):
     TABLE_BEHIND = "table-behind"
     #: A cancel was requested, and the job has not been closed yet.
     CANCEL_REQUESTED = "cancel-requested"
-    #: The worker of the running attempt has no partition or no lease any more.
+    #: The worker of the running attempt has no partition or no lease any more, or no longer reports.
     WORKER_GONE = "worker-gone"
     #: An attempt runs.
     RUNNING = "running"
@@ -202,15 +202,21 @@ def _gone_lease(s: Situation, life: Life, seen: Visible) -> Seen:
 
 
 def _gone_owner(s: Situation, life: Life, seen: Visible) -> Seen:
-    group = s.group
-    if group is None or group.settling or _is_leased(life, seen) or s.lease is not None:
+    if _is_leased(life, seen) or s.lease is not None:
         return
-    if group.members == 0 or group.assigned is False:
+    group, crew = s.group, s.crew
+    if group is not None and not group.settling and (group.members == 0 or group.assigned is False):
         text = (
             f"{_nobody(s)}: the worker of the running attempt has ended or lost its partition, and the next owner of the "
             "partition runs the job again unless its outcome is in the log"
         )
         yield SeenCause(CauseKind.WORKER_GONE, None, text)
+    elif crew is not None and crew.silent_ms is not None and life.start is not None:
+        text = (
+            f"worker {plain(life.start.worker)} has not reported since {_at(crew.silent_ms)}: it has died, is paused, or "
+            "cannot reach the log"
+        )
+        yield SeenCause(CauseKind.WORKER_GONE, crew.silent_ms, text)
 
 
 def _is_leased(life: Life, seen: Visible) -> bool:
@@ -304,8 +310,16 @@ def _no_worker(s: Situation, life: Life, seen: Visible) -> Seen:
 def _unknown_task(s: Situation, life: Life, seen: Visible) -> Seen:
     close = life.close
     waits = seen.state is not State.QUEUED and close is not None and close.reason == "unknown-task"
-    if s.knows_task is False and not waits:
-        text = f"the app's code here has no task {plain(seen.task)}: workers with the same code put the job off"
+    task, crew = plain(seen.task), s.crew
+    if waits:
+        return
+    if crew is not None and crew.workers:
+        if crew.without_task:
+            number = f"{crew.without_task:,} of {counted(crew.workers, 'worker')}"
+            text = f"{number} of the queue do not know task {task}, and put the job off"
+            yield SeenCause(CauseKind.UNKNOWN_TASK, None, text)
+    elif s.knows_task is False:
+        text = f"the app's code here has no task {task}: workers with the same code put the job off"
         yield SeenCause(CauseKind.UNKNOWN_TASK, None, text)
 
 
@@ -415,6 +429,11 @@ def waits_for_slot(s: Situation, life: Life) -> SeenCause:
         text = f"{released}whether a worker serves the queue is not known"
     else:
         text = f"{released}a worker has the partition, and starts the job when one of its places is free"
+        if s.crew is not None and s.crew.workers:
+            workers = counted(s.crew.workers, "worker")
+            text += (
+                f"; the queue has {workers}, with {counted(s.crew.running, 'job')} in {counted(s.crew.slots, 'place')}"
+            )
     if s.gates:
         text += f"; the task has {' and '.join(s.gates)}: whether a worker holds the job back for that, only the worker knows"
     return SeenCause(CauseKind.WAITS_FOR_SLOT, None if at is None else at[0], text)

@@ -58,6 +58,21 @@ class Group(msgspec.Struct, frozen=True):
     settling: bool = False
 
 
+class Crew(msgspec.Struct, frozen=True):
+    """The workers that serve the job's lane and still report, by their last reports.
+
+    ``workers``: their number. ``slots``: how many jobs they may run at once; ``running``: how many they run. ``without_task``: how
+    many of them do not know the job's task. ``silent_ms``: when the worker of the running attempt reported last, if it no
+    longer reports.
+    """
+
+    workers: int
+    slots: int = 0
+    running: int = 0
+    without_task: int = 0
+    silent_ms: int | None = None
+
+
 class Place(msgspec.Struct, frozen=True):
     """The job's work record in its partition. ``done``: whether the workers have committed it as done. ``before``: the
     number of open records before it; ``running``: how many of these are known to run."""
@@ -149,10 +164,10 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
 
     ``now_ms``: the time of this machine's clock. ``life``: the job in the status table; None: the table does not know
     the job, or ``table_error`` says why it cannot be read. ``awaited``: the position that the table must reach to know
-    the job, if the caller knows it. ``knows_task``: whether the app's code has the job's task; None: there is no code.
-    ``gates``: the options of the task by which a
-    worker may hold jobs back on its own; whether it does so now, only the worker knows. ``unread``: the sources that could not be read,
-    each with the reason.
+    the job, if the caller knows it. ``crew``: None if no worker has ever reported. ``knows_task``: whether the app's code
+    has the job's task; None: there is no code. ``gates``: the options of the task by which a worker may hold jobs back on
+    its own; whether it does so now, only the worker knows. ``unread``: the sources that could not be read, each with the
+    reason.
     """
 
     job_id: str
@@ -165,6 +180,7 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
     pauses: tuple[Pause, ...] = ()
     limits: tuple[Limit, ...] = ()
     group: Group | None = None
+    crew: Crew | None = None
     place: Place | None = None
     pace: Pace | None = None
     key_holder: KeyHolder | None = None

@@ -7,6 +7,7 @@ the explanation, and does not raise an error.
 
 from __future__ import annotations
 
+import datetime as dt
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
@@ -32,7 +33,8 @@ from jobledger.log.schema_lookup import decoder
 from jobledger.plan import PlanStatus
 from jobledger.process.logger import get_logger
 from jobledger.schemas.events import CancelRequested, JobEvent, Position
-from jobledger.situation import Cancel, KeyHolder, Lag, Limit, Pause, Scope, Situation, Tenant
+from jobledger.situation import Cancel, Crew, KeyHolder, Lag, Limit, Pause, Scope, Situation, Tenant
+from jobledger.worker_status import WorkerState, WorkerStatus
 
 LOG = get_logger("jobledger.client")
 
@@ -58,6 +60,8 @@ class Table(Protocol):
     def jobs(self, *, limit: int = 100, **filters: Any) -> list[JobStatus]: ...
 
     def plans(self, limit: int = 100) -> list[PlanStatus]: ...
+
+    def workers(self) -> list[WorkerStatus]: ...
 
     def offsets(self) -> Mapping[tuple[str, int], int]: ...
 
@@ -172,6 +176,8 @@ class _Inquiry:
         standing = self._control(log, decode, seen)
         lane = names.lane_of(work.topic) if work is not None else self._lane(seen.queue)
         member = None if lane is None else self._member(lane, work if not waits or in_place else None)
+        if lane is not None:
+            self._note("crew", "the reports of the workers", lambda: self._crew(lane, life, seen))
         if seen.state is State.QUEUED and work is not None:
             self._queued(log, decode, life, seen, work)
             self._limits(standing, seen, work, member)
@@ -292,6 +298,28 @@ class _Inquiry:
                 self._unread.append(f"only the first {log_facts.READ_MOST:,} records of the plans were searched")
 
     # -- the status table -----------------------------------------------------------------------------------------------
+
+    def _crew(self, lane: str, life: Life, seen: Visible) -> Crew | None:
+        """Return the workers of the job's lane by their last reports; None if no worker has a report."""
+        now = dt.datetime.fromtimestamp(self._now_ms / 1000, dt.UTC)
+        reports = self._table.workers()
+        if not reports:
+            return None
+        alive = [
+            each
+            for each in reports
+            if each.state(now) is WorkerState.ALIVE and (lane in each.lanes or each.more_lanes > 0)
+        ]
+        without = [each for each in alive if seen.task not in each.tasks and not each.more_tasks]
+        runs_on = "" if life.start is None or seen.state is not State.RUNNING else life.start.worker
+        silent = [each for each in reports if each.worker == runs_on and each.state(now) is WorkerState.SILENT]
+        return Crew(
+            len(alive),
+            sum(each.slots for each in alive),
+            sum(each.running for each in alive),
+            len(without),
+            round(silent[0].reported_at.timestamp() * 1000) if silent else None,
+        )
 
     def _key_holder(self, key: str, queue: str, work: Position) -> KeyHolder | None:
         """Return the first job that has the same key and lane and an earlier work record: that job holds the key."""

@@ -59,11 +59,7 @@ class Membership(NamedTuple):
 
 
 def membership(settings: Settings, name: str, at: tuple[str, int] | None, timeout: float) -> Membership:
-    """Return the number of members of a consumer group, and whether a member has the partition ``at``.
-
-    The reports of workers are not used here. They could show more: whether the job still runs on a worker, and how many
-    places of the worker are free.
-    """
+    """Return the number of members of a consumer group, and whether a member has the partition ``at``."""
     client = admin(settings)  # kept in a variable: without the client its answers are lost
     try:
         described = answer_of(client.describe_consumer_groups([name], request_timeout=timeout)[name], timeout)

@@ -21,6 +21,7 @@ from jobledger.schemas.events import JobEvent, Position, Recorded
 from jobledger.situation import (
     Cancel,
     Coordinator,
+    Crew,
     Group,
     KeyHolder,
     Lag,
@@ -90,6 +91,42 @@ CASES: list[tuple[str, Situation, list[str], str]] = [
         "starts the job when one of its places is free",
     ),
     ("gates", situation(QUEUED, **NOTHING_BEFORE, gates=("breaker=",)), ["waits-for-slot"], "the task has breaker=: "),
+    (
+        "free places",
+        situation(QUEUED, **NOTHING_BEFORE, crew=Crew(2, 100, 99)),
+        ["waits-for-slot"],
+        "one of its places is free; the queue has 2 workers, with 99 jobs in 100 places",
+    ),
+    (
+        "a task that no worker knows",
+        situation(QUEUED, **NOTHING_BEFORE, crew=Crew(2, 100, 0, 2), knows_task=True),
+        ["unknown-task", "waits-for-slot"],
+        "2 of 2 workers of the queue do not know task send_mail, and put the job off",
+    ),
+    (
+        "a task that only this program does not know",
+        situation(QUEUED, **NOTHING_BEFORE, crew=Crew(1, 100), knows_task=False),
+        ["waits-for-slot"],
+        "",
+    ),
+    (
+        "no worker reports",
+        situation(QUEUED, **NOTHING_BEFORE, crew=Crew(0), knows_task=False),
+        ["unknown-task", "waits-for-slot"],
+        "the app's code here has no task send_mail",
+    ),
+    (
+        "silent",
+        situation(RUNNING, group=HERE, crew=Crew(1, 100, 0, 0, T - 1_000)),
+        ["worker-gone", "running"],
+        "has not reported since 2023-11-14 22:13:19 UTC: it has died, is paused, or cannot reach the log",
+    ),
+    (
+        "silent, and its partition has no owner",
+        situation(RUNNING, group=NOBODY, crew=Crew(0, 0, 0, 0, T)),
+        ["worker-gone", "running"],
+        "the worker of the running attempt has ended or lost its partition",
+    ),
     ("queued, all unread", situation(QUEUED, unread=("the log: no broker",)), ["waits-for-slot", "source-unread"], ""),
     (
         "behind others",
@@ -423,6 +460,7 @@ SITUATIONS = st.builds(
     lease=st.none() | st.builds(Lease, WORKERS, MS, st.integers(0, 60_000)),
     coordinator=st.none() | st.builds(Coordinator, st.none() | COUNT, st.none() | COUNT, st.none() | MS),
     plans=st.lists(st.builds(PlanWait, TEXT, TEXT, TEXT, TEXT, MS, st.none() | TEXT), max_size=3).map(tuple),
+    crew=st.none() | st.builds(Crew, COUNT, COUNT, COUNT, COUNT, st.none() | MS),
     knows_task=st.none() | st.booleans(),
     gates=st.sampled_from([(), ("breaker=",), ("adaptive=", "breaker=")]),
     unread=st.lists(TEXT, max_size=3).map(tuple),
