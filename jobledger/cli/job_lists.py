@@ -24,6 +24,7 @@ from jobledger.cli.options import (
     moment,
     repeatable,
 )
+from jobledger.views.arguments import choose
 from jobledger.views.jobs import args_json, status_json
 from jobledger.views.records import submissions
 
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
 
 #: Seconds after which a job that was not started counts as late.
 LATE_S = 10.0
-#: Number of jobs whose arguments are read at a time.
-_ARGS_AT_ONCE = 200
+#: Number of jobs whose arguments are read at a time, and are compared with the wanted ones at most.
+_ARGS_AT_ONCE, _COMPARED_MOST = 200, 10_000
 
 States = Annotated[
     list[str] | None, repeatable("Jobs in this state: scheduled, queued, running, …", autocompletion=completion.states)
@@ -76,6 +77,16 @@ def list_jobs(
     since: Since = None,
     late: Late = False,
     where: Where = None,
+    arg: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--arg",
+            metavar="PATH=VALUE",
+            help="Jobs with this argument, such as user.id=1; if repeated, with all of them. Arguments are read from the log, "
+            f"for the newest {_COMPARED_MOST:,} jobs that match the other options.",
+            show_default="any",
+        ),
+    ] = None,
     show: Annotated[
         list[str] | None,
         typer.Option(
@@ -104,13 +115,21 @@ def list_jobs(
         raise Wrong(f"--json prints one array, and --format {form} lines: give only one of them")
     filters = _filters(state, task, queue, tag, since, late, where)
     parsed = words_of(words, app is not None or namespace is not None, "argument", 0)
+    wanted = pairs_of(arg, "--arg")
     queried = find_app(parsed.target or app, namespace, bootstrap, status_url)
     try:
-        number = _printer(form, as_json)(queried, queried.jobs(**filters, limit=limit), more)
+        jobs = queried.jobs(**filters, limit=_COMPARED_MOST if wanted else limit)
+        if wanted:
+            jobs = islice(_having(queried, jobs, wanted), limit)
+        number = _printer(form, as_json)(queried, jobs, more)
     finally:
         queried.close()
     if number == limit and not as_json:
         output.console(stderr=True).print(f"only the newest {limit}; use --limit for more", style="dim")
+    elif wanted and not as_json:
+        output.console(stderr=True).print(
+            f"at most the newest {_COMPARED_MOST:,} jobs that match the other options were compared", style="dim"
+        )
 
 
 def count_jobs(
@@ -183,6 +202,13 @@ def _columns(texts: Sequence[str] | None) -> list[str]:
         if name not in COLUMNS:
             raise Wrong(f"--show {name!r} is not a column; the columns are {', '.join(COLUMNS)}")
     return list(dict.fromkeys(names))
+
+
+def _having(app: App, jobs: Iterable[JobStatus], wanted: Mapping[str, str]) -> Iterator[JobStatus]:
+    """Yield the jobs that have all of these arguments. A job whose arguments are not known any more has none of them."""
+    iterator = iter(jobs)
+    while some := list(islice(iterator, _ARGS_AT_ONCE)):
+        yield from choose(some, submissions(app.settings, app.names, some), wanted, len(some)).jobs
 
 
 #: Prints jobs with additional columns, and returns their number.

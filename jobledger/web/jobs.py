@@ -19,13 +19,25 @@ from jobledger.plan import SCOPES
 from jobledger.schemas.events import Position
 from jobledger.schemas.ids import derived_id
 from jobledger.streams.status.store import StatusReader
+from jobledger.views.arguments import WINDOW, choose
 from jobledger.views.jobs import args_json, event_json, status_json
 from jobledger.views.values import iso
 from jobledger.web import models, paging
 from jobledger.web.access import API, Caller
 from jobledger.web.answers import SMALL_BODY, Integers, answer, body_of, encoded, read_as
 from jobledger.web.documents import body, problems
-from jobledger.web.paging import LIMIT, After, AtLeast, Limit, filters, link, next_page, position_of, position_text
+from jobledger.web.paging import (
+    LIMIT,
+    After,
+    AtLeast,
+    Limit,
+    filters,
+    link,
+    next_page,
+    position_of,
+    position_text,
+    wanted_arguments,
+)
 from jobledger.web.plans import made
 from jobledger.web.problems import Problem
 from jobledger.web.services import Services, services
@@ -36,6 +48,8 @@ WAIT_MOST = 60.0
 OVERHEAD, BATCH_BYTES = 64 * 1024, 16 * 1024 * 1024
 #: Number of rows that are read at once, and bytes of results after which a page ends.
 ROWS_AT_ONCE, PAGE_BYTES = 100, 8 * 1024 * 1024
+#: Largest number of arguments in one filter.
+ARGUMENTS_MOST = 5
 #: Longest idempotency key, in characters.
 KEY_MOST = 200
 
@@ -112,6 +126,14 @@ async def list_jobs(
     limit: Limit = LIMIT,
     at_least: AtLeast = None,
     args: WithArgs = False,
+    arg: Annotated[
+        list[str],
+        Query(
+            max_length=ARGUMENTS_MOST,
+            description="All of these arguments, each PATH=VALUE such as user.id=1. They are read from the log, for the "
+            f"newest {WINDOW} jobs that match the other filters.",
+        ),
+    ] = [],  # noqa: B006  # FastAPI copies it
     integers: Integers = "string",
 ) -> Response:
     """List jobs, newest first.
@@ -123,7 +145,10 @@ async def list_jobs(
     await shared.reached(position_of(at_least))
     conditions = filters_of(**chosen)
     try:
-        found, last, searched_ms = await shared.table(lambda table: _page(table, conditions, after, limit))
+        if arg:
+            found, last, searched_ms = await _with_arguments(shared, conditions, wanted_arguments(arg), after, limit)
+        else:
+            found, last, searched_ms = await shared.table(lambda table: _page(table, conditions, after, limit))
     except JobNotFound as exc:
         raise Problem(422, f"{exc}: begin with the first page again") from None
     following = None if last is None else next_page(request, f"{API}/jobs", last)
@@ -280,6 +305,23 @@ def _page(
         if len(jobs) == limit:
             return jobs, jobs[-1].job_id, None
         after = jobs[-1].job_id
+
+
+async def _with_arguments(
+    shared: Services, conditions: dict[str, Any], wanted: dict[str, str], after: str | None, limit: int
+) -> tuple[list[JobStatus], str | None, int | None]:
+    """Return what `_page` returns, of the jobs with these arguments."""
+    part = await shared.table(
+        lambda table: table.search(**conditions, after=after, limit=WINDOW, most=paging.ROWS_MOST)
+    )
+    known = await shared.log(shared.records.arguments, part.jobs)
+    chosen = choose(part.jobs, known, wanted, limit)
+    if chosen.compared < len(part.jobs):
+        return chosen.jobs, chosen.jobs[-1].job_id, None
+    if part.after is None or part.searched_ms is not None or not part.jobs:
+        return chosen.jobs, part.after, part.searched_ms
+    submitted = part.jobs[-1].submitted_at
+    return chosen.jobs, part.after, None if submitted is None else round(submitted.timestamp() * 1000)
 
 
 async def _shown(shared: Services, jobs: Sequence[JobStatus], args: bool) -> list[dict[str, Any]]:

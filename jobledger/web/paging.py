@@ -13,6 +13,7 @@ from fastapi import Query, Request
 from jobledger.app import JobFilter
 from jobledger.job import State
 from jobledger.schemas.events import Position
+from jobledger.views.arguments import wanted_of
 from jobledger.web.problems import Problem
 
 #: Largest page, and the page's size if none is asked for.
@@ -104,6 +105,19 @@ def tags_of(texts: list[str]) -> dict[str, str]:
         if tags.setdefault(name, value) != value:
             raise Problem(422, f"tag {name} is given as {tags[name]!r} and as {value!r}: no job has both")
     return tags
+
+
+def wanted_arguments(texts: list[str]) -> dict[str, str]:
+    """Return values of arguments by path. Raises `Problem`."""
+    wanted: dict[str, str] = {}
+    for text in texts:
+        try:
+            path, value = wanted_of(text)
+        except ValueError as exc:
+            raise Problem(422, f"arg={exc}") from None
+        if wanted.setdefault(path, value) != value:
+            raise Problem(422, f"arg {path} is given as {wanted[path]!r} and as {value!r}: give one value")
+    return wanted
 
 
 def moment_of(text: str, what: str) -> dt.datetime:

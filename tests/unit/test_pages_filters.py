@@ -39,6 +39,7 @@ def test_any_parameters_give_filters_or_sentences(parameters: list[tuple[str, st
     [
         ("state", "broken", "'broken' is not a state"),
         ("tag", "tier", "write NAME=VALUE"),
+        ("arg", "user.id", "write NAME=VALUE"),
         ("since", "yesterday", "'yesterday' is neither an age"),
         ("until", "2026-13-01", "'2026-13-01' is neither an age"),
         ("late", "soon", "'soon' is not a duration"),
@@ -71,6 +72,16 @@ def test_two_values_of_a_tag_are_a_problem() -> None:
     filters = parse([("tag", "a=1"), ("tag", "a=2")], NOW_MS)
     assert "given as '1' and as '2'" in filters.problems["tag"]
     assert not filters.any
+
+
+def test_arguments_are_filters_that_the_table_does_not_have() -> None:
+    """They are in the URL and in the words, and not in the conditions for the table or for an action."""
+    filters = parse([("arg", "user.id=1"), ("arg", "plan=free"), ("task", "send")], NOW_MS)
+    assert filters.arguments == {"user.id": "1", "plan": "free"}
+    assert filters.any
+    assert filters.names == ("task", "arg")
+    assert filters.table(NOW_MS) == filters.where() == {"task": "send"}
+    assert parse(parse_qsl(filters.query()), NOW_MS) == filters
 
 
 def test_a_query_can_be_changed() -> None:

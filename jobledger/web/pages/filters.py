@@ -17,8 +17,8 @@ from jobledger.job import State
 #: The filters that are one text each.
 TEXTS = ("task", "queue", "key", "version", "error", "error_text", "fingerprint", "id_prefix")
 #: All filters, in the order of the form.
-NAMES = ("state", *TEXTS, "tag", "since", "until", "late", "attempts_least")
-#: Largest number of characters of a value, and of tags in one filter.
+NAMES = ("state", *TEXTS, "tag", "arg", "since", "until", "late", "attempts_least")
+#: Largest number of characters of a value, and of tags, or arguments, in one filter.
 VALUE_MOST, TAGS_MOST = 500, 5
 
 #: The label of each filter on the page.
@@ -27,6 +27,7 @@ LABELS: Mapping[str, str] = {
     "task": "Task",
     "queue": "Queue",
     "tag": "Tag",
+    "arg": "Argument",
     "key": "Key",
     "since": "Submitted since",
     "until": "Submitted until",
@@ -43,14 +44,16 @@ LABELS: Mapping[str, str] = {
 @dataclass(frozen=True)
 class JobFilters:
     """The filters of one request. ``given``: every value as it was written, by the filter's name. ``problems``: the
-    error of each filter that is wrong, by its name; such a filter is not in force. Times are milliseconds since the epoch; ``late_s``:
-    seconds."""
+    error of each filter that is wrong, by its name; such a filter is not in force.
+    ``arguments``: values by path, which the status table does not have. Times are milliseconds since the epoch;
+    ``late_s``: seconds."""
 
     given: Mapping[str, Sequence[str]] = field(default_factory=dict)
     problems: Mapping[str, str] = field(default_factory=dict)
     states: tuple[str, ...] = ()
     texts: Mapping[str, str] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
+    arguments: Mapping[str, str] = field(default_factory=dict)
     since_ms: int | None = None
     until_ms: int | None = None
     late_s: float | None = None
@@ -59,7 +62,7 @@ class JobFilters:
     @property
     def any(self) -> bool:
         """Whether at least one filter is in force."""
-        return bool(self.states or self.texts or self.tags) or any(
+        return bool(self.states or self.texts or self.tags or self.arguments) or any(
             each is not None for each in (self.since_ms, self.until_ms, self.late_s, self.attempts_least)
         )
 
@@ -69,6 +72,7 @@ class JobFilters:
         in_force = {
             "state": self.states,
             "tag": self.tags,
+            "arg": self.arguments,
             "since": self.since_ms is not None,
             "until": self.until_ms is not None,
             "late": self.late_s is not None,
@@ -78,7 +82,7 @@ class JobFilters:
         return tuple(name for name in NAMES if in_force.get(name))
 
     def table(self, now_ms: int) -> dict[str, Any]:
-        """Return the filters in force as the read side of the status table takes them."""
+        """Return the filters in force as the read side of the status table takes them, without those by argument."""
         filters: dict[str, Any] = dict(self.texts)
         if self.states:
             filters["state"] = list(self.states)
@@ -95,7 +99,7 @@ class JobFilters:
         return filters
 
     def where(self) -> dict[str, Any]:
-        """Return the filters in force as `App.redrive` takes them."""
+        """Return the filters in force as `App.redrive` takes them, without those by argument."""
         where: dict[str, Any] = dict(self.texts)
         if self.states:
             where["state"] = list(self.states)
@@ -137,7 +141,8 @@ def parse(parameters: Iterable[tuple[str, str]], now_ms: int) -> JobFilters:
             problems[name] = f"There are {len(values)} values; one is possible."
     right = {name: values for name, values in given.items() if name not in problems}
     states = _states(right.get("state", []), problems)
-    tags = _tags(right.get("tag", []), problems)
+    tags = _pairs("tag", right.get("tag", []), problems)
+    arguments = _pairs("arg", right.get("arg", []), problems)
     moments: dict[str, int | None] = {}
     for name in ("since", "until"):
         try:
@@ -157,6 +162,7 @@ def parse(parameters: Iterable[tuple[str, str]], now_ms: int) -> JobFilters:
         states,
         {name: right[name][0] for name in TEXTS if name in right},
         tags,
+        arguments,
         moments.get("since"),
         moments.get("until"),
         late,
@@ -171,14 +177,16 @@ def _states(values: Sequence[str], problems: dict[str, str]) -> tuple[str, ...]:
     return tuple(each for each in known if each in values)
 
 
-def _tags(values: Sequence[str], problems: dict[str, str]) -> dict[str, str]:
-    tags: dict[str, str] = {}
-    for pair in values:
-        name, sign, value = pair.partition("=")
-        if not sign or not name:
-            problems["tag"] = f"{pair!r} is not a tag: write NAME=VALUE."
-        elif tags.setdefault(name, value) != value:
-            problems["tag"] = f"The tag {name} is given as {tags[name]!r} and as {value!r}; one value is possible."
-    if len(tags) > TAGS_MOST:
-        problems["tag"] = f"There are {len(tags)} tags; {TAGS_MOST} are possible."
-    return {} if "tag" in problems else tags
+def _pairs(name: str, values: Sequence[str], problems: dict[str, str]) -> dict[str, str]:
+    """Return the tags or the arguments of a filter."""
+    what = {"tag": "tag", "arg": "argument"}[name]
+    pairs: dict[str, str] = {}
+    for text in values:
+        of, sign, value = text.partition("=")
+        if not sign or not of:
+            problems[name] = f"{text!r} is not {'a tag' if name == 'tag' else 'an argument'}: write NAME=VALUE."
+        elif pairs.setdefault(of, value) != value:
+            problems[name] = f"The {what} {of} is given as {pairs[of]!r} and as {value!r}; one value is possible."
+    if len(pairs) > TAGS_MOST:
+        problems[name] = f"There are {len(pairs)} {what}s; {TAGS_MOST} are possible."
+    return {} if name in problems else pairs

@@ -4,13 +4,15 @@ action on all jobs of a filter."""
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jobledger.errors import JobNotFound
 from jobledger.job import JobStatus, State
-from jobledger.streams.status.store.protocol import Counted
+from jobledger.process.wording import counted
+from jobledger.streams.status.store.protocol import Counted, Found
+from jobledger.views.arguments import WINDOW, choose
 from jobledger.views.facts import progress
 from jobledger.views.words import duration, relative
 from jobledger.web import paging
@@ -20,6 +22,8 @@ from jobledger.web.pages.sources import Sources
 
 #: Number of rows on a page, of examples in a preview, and of values that a field suggests.
 PAGE, EXAMPLES, CHOICES_MOST = 50, 10, 200
+#: Returns the arguments of a job as they may be shown.
+Shown = Callable[[JobStatus, Any], Any]
 _OPEN = tuple(state.value for state in State if not state.ended)
 #: The states of the jobs on which an action is possible, and the states that it chooses without a filter by state.
 SCOPES: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -29,12 +33,15 @@ SCOPES: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 #: The fields of the form in their order, and number of the first ones, which are always shown.
 FIELDS = (
     *("task", "queue", "tag", "since", "error", "key"),
-    *("error_text", "until", "late", "id_prefix", "version", "fingerprint", "attempts_least"),
+    *("arg", "error_text", "until", "late", "id_prefix", "version", "fingerprint", "attempts_least"),
 )
 FIRST = 6
+#: The fields of which there may be several: a job must match all of them.
+SEVERAL = ("tag", "arg")
 #: Examples of values in the form.
 HINTS: Mapping[str, str] = {
     "tag": "name=value",
+    "arg": "user.id=1",
     "since": "2h",
     "until": "2026-01-31T14:05",
     "late": "10m",
@@ -125,18 +132,25 @@ class Preview:
     rate: str = ""
 
 
-def job_list(sources: Sources, filters: JobFilters, after: str | None, now_ms: int) -> JobList:
+def job_list(
+    sources: Sources, filters: JobFilters, after: str | None, now_ms: int, shown: Shown | None = None
+) -> JobList:
     """Return a page of jobs, from at most four queries of the status table. ``after``: the last job of the page before.
-    Raises `StoreError`."""
+    ``shown``: returns the arguments of a job as they may be shown; None: as they are. Raises `StoreError`."""
     wanted = filters.table(now_ms)
     note = ""
+    limit = WINDOW if filters.arguments else PAGE + 1
     try:
-        found = sources.table.search(after=after, limit=PAGE + 1, most=paging.ROWS_MOST, **wanted)
+        found = sources.table.search(after=after, limit=limit, most=paging.ROWS_MOST, **wanted)
     except JobNotFound:
         note = f"The page cannot begin after the job {after!r}: the table does not know it any more. These are the newest jobs."
-        after, found = None, sources.table.search(limit=PAGE + 1, most=paging.ROWS_MOST, **wanted)
+        after, found = None, sources.table.search(limit=limit, most=paging.ROWS_MOST, **wanted)
+    full = len(found.jobs) > PAGE
+    if filters.arguments:
+        found, about = _with_arguments(sources, found, filters, shown)
+        note, full = f"{note} {about}".strip(), len(found.jobs) == PAGE
     rows = [job_row(status) for status in found.jobs[:PAGE]]
-    last = rows[-1].job_id if len(found.jobs) > PAGE else found.after
+    last = rows[-1].job_id if full else found.after
     counts = sources.table.counts()
     tasks = sorted({each.task for each in counts} | set(sources.app.tasks))
     queues = sorted({each.queue for each in counts} | set(sources.app.queues))
@@ -148,7 +162,7 @@ def job_list(sources: Sources, filters: JobFilters, after: str | None, now_ms: i
     return JobList(
         filters=filters,
         jobs=rows,
-        count=sources.count(wanted) if filters.any else Counted(sum(chips.values()), True),
+        count=_count(sources, filters, wanted, len(rows), sum(chips.values())),
         chips=list(chips.items()),
         chips_ignored=[LABELS[name].lower() for name in filters.names if name not in ("state", "task", "queue")],
         chips_of=f" of this {' and '.join(followed)}" if followed else "",
@@ -156,11 +170,38 @@ def job_list(sources: Sources, filters: JobFilters, after: str | None, now_ms: i
         problems=[(LABELS[name], text) for name, text in filters.problems.items()],
         query=filters.query(),
         next=None if last is None else filters.query(after=last),
-        searched=None if len(found.jobs) > PAGE or found.searched_ms is None else _moment(found.searched_ms),
+        searched=None if full or found.searched_ms is None else _moment(found.searched_ms),
         after=after,
         order="By id, the greatest first" if "id_prefix" in filters.texts else "The newest submission first",
         note=note,
     )
+
+
+def _count(sources: Sources, filters: JobFilters, wanted: Mapping[str, Any], rows: int, jobs: int) -> Counted:
+    """Return the number for the heading. Jobs with certain arguments are not counted: it would take a read of the log for
+    each job."""
+    if filters.arguments:
+        return Counted(rows, False)
+    return sources.count(wanted) if filters.any else Counted(jobs, True)
+
+
+def _with_arguments(sources: Sources, found: Found, filters: JobFilters, shown: Shown | None) -> tuple[Found, str]:
+    """Return those of the jobs that have the wanted arguments, which are read from the log, and a note about what was
+    compared."""
+    outcome = sources.arguments(found.jobs)
+    if outcome.value is None:
+        return Found([]), f"The arguments cannot be read from the log: {outcome.problem}"
+    chosen = choose(found.jobs, outcome.value, filters.arguments, PAGE, shown)
+    note = f"The arguments of {counted(chosen.compared, 'job')} were read from the log and compared."
+    if chosen.unknown:
+        note += f" {chosen.unknown:,} of them are not known, for example because the log was trimmed."
+    looked_at = found.jobs[: chosen.compared]
+    if chosen.compared == len(found.jobs):
+        searched_ms = found.searched_ms
+        if found.after is not None and searched_ms is None and looked_at and looked_at[-1].submitted_at is not None:
+            searched_ms = round(looked_at[-1].submitted_at.timestamp() * 1000)
+        return Found(chosen.jobs, found.after, searched_ms), note
+    return Found(chosen.jobs, looked_at[-1].job_id), note
 
 
 def _moment(ms: int) -> dt.datetime:
@@ -200,10 +241,10 @@ def fields(filters: JobFilters, choices: Mapping[str, Sequence[str]]) -> list[Fi
     found = []
     for name in FIELDS:
         values = list(filters.given.get(name, ()))
-        for number, value in enumerate([*values, ""] if name == "tag" else [values[-1] if values else ""]):
+        for number, value in enumerate([*values, ""] if name in SEVERAL else [values[-1] if values else ""]):
             found.append(
                 Field(
-                    f"{name}{number}" if name == "tag" else name,
+                    f"{name}{number}" if name in SEVERAL else name,
                     name,
                     LABELS[name] if not number else f"{LABELS[name]} {number + 1}",
                     value,
@@ -265,6 +306,10 @@ def refusal(filters: JobFilters, action: str) -> str:
     if filters.problems:
         name, text = next(iter(filters.problems.items()))
         return f"{LABELS[name]}: {text} Nothing is done with a filter that cannot be used."
+    if filters.arguments:
+        return (
+            "An action cannot choose jobs by their arguments, which the status table does not have. Remove this filter."
+        )
     if not filters.any:
         return "There is no filter, and an action on all jobs is refused. Choose the jobs first."
     if not _scoped(filters, action):

@@ -99,8 +99,8 @@ def job_page(
     timeline = draw(records, now_ms, ended=job.state.ended)
     hidden = not (services.show_arguments or shown)
     raw = _arguments(records)
-    arguments, redacted = (None, False) if hidden else _redacted(services, job.task, raw)
-    result, _ = (None, False) if hidden else _redacted(services, job.task, job.result)
+    arguments, redacted = (None, False) if hidden else as_shown(services, job.task, raw)
+    result, _ = (None, False) if hidden else as_shown(services, job.task, job.result)
     changes = hidden or redacted or arguments is None
     return JobPage(
         job=job,
@@ -146,7 +146,7 @@ def _arguments(records: Sequence[Recorded]) -> Any:
     return None
 
 
-def _redacted(services: PageServices, task: str, value: Any) -> tuple[Any, bool]:
+def as_shown(services: PageServices, task: str, value: Any) -> tuple[Any, bool]:
     """Return a value as it may be shown, and whether the app's function has changed it. If that function raises an error,
     the value is not shown."""
     if value is None or services.redact is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter
@@ -11,11 +12,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from jobledger.app import App
+from jobledger.job import JobStatus
 from jobledger.web.pages.actions import SAID, add_actions, check_action
 from jobledger.web.pages.assets import by_address
 from jobledger.web.pages.filters import parse
 from jobledger.web.pages.joblist import job_list, preview
-from jobledger.web.pages.jobpage import job_page, key_of
+from jobledger.web.pages.jobpage import as_shown, job_page, key_of
 from jobledger.web.pages.overview import chart, overview
 from jobledger.web.pages.problem_pages import route_class
 from jobledger.web.pages.rates import Rates
@@ -148,12 +150,18 @@ def _add_overview(
 
 
 def _add_jobs(router: APIRouter, services: PageServices, sources: Sources, renderer: Renderer) -> None:
+    def shown(job: JobStatus, args: Any) -> Any:
+        return as_shown(services, job.task, args)[0]
+
     @router.get("/jobs")
     def jobs(request: Request) -> Response:
         services.require(request, "read")
         now_ms = _now_ms()
         filters = parse(request.query_params.multi_items(), now_ms)
-        view = job_list(sources, filters, request.query_params.get("after"), now_ms)
+        if filters.arguments and not services.show_arguments:
+            hidden = "Arguments are hidden on these pages, so jobs cannot be chosen by them."
+            filters = replace(filters, arguments={}, problems={**filters.problems, "arg": hidden})
+        view = job_list(sources, filters, request.query_params.get("after"), now_ms, shown)
         return renderer.page(request, "jobs.html", view=view)
 
     @router.get("/bulk/{action}")

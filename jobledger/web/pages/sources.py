@@ -79,6 +79,12 @@ class Sources:
         """Return why a job is where it is."""
         return self.from_log(lambda: self.app.explain(job_id))
 
+    def arguments(self, jobs: Sequence[JobStatus]) -> Outcome:
+        """Return the arguments of jobs by id, or for each the reason why they are not known."""
+        from jobledger.views.records import submissions
+
+        return self.from_log(lambda: submissions(self.app.settings, self.app.names, jobs))
+
     def history(self, job: JobStatus) -> Outcome:
         """Return a job's events, and the positions that cannot be read, each with the reason."""
         return self.from_log(lambda: self._history(job))
