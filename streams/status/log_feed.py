@@ -25,7 +25,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # the module 
 )
 
 from jobledger.config import Settings
-from jobledger.errors import BrokerUnavailable
+from jobledger.errors import BrokerUnavailable, TopicMissing
 from jobledger.kafka.auth import AuthMonitor, denied, read
 from jobledger.kafka.clients import ELECTING, PASSING, admin, answer_of, consumer, consumer_config, translate
 from jobledger.kafka.topic_names import Names
@@ -169,17 +169,7 @@ class LogFeed:
         code = error.code()
         if code in _OUT_OF_RANGE:
             if partition in self._assigned:
-                low, high = bounds(self._settings, [partition])[partition]
-                LOG.error(
-                    "%s[%d]: the next records to read no longer exist (%s): reading continues at the first offset, %d, "
-                    "of a "
-                    "partition that ends at %d. Was the topic deleted or trimmed manually?",
-                    *(*partition, error.str(), low, high),
-                )
-                self.resets[partition] = low
-                # Not seek(): after this error the partition is paused until it is assigned again.
-                self._consumer.incremental_unassign([_at(partition, None)])
-                self._consumer.incremental_assign([_at(partition, low)])
+                self._begin_again(partition, error)
         elif code in _GONE:
             LOG.warning("%s[%d] no longer exists: %s", *partition, error.str())
             self.drop([partition])
@@ -190,6 +180,28 @@ class LogFeed:
         elif error.fatal() or not (error.retriable() or code in _TRANSPORT or code in PASSING):
             raise translate(error, self._settings, f"reading {partition[0]}[{partition[1]}]", read(partition[0]))
         return True
+
+    def _begin_again(self, partition: Partition, error: KafkaError) -> None:
+        """Continue at the first offset of a partition whose next offset the log does not have. A partition that no longer
+        exists is dropped."""
+        try:
+            low, high = bounds(self._settings, [partition])[partition]
+        except (BrokerUnavailable, TopicMissing):
+            # The client finds no leader, if the topic was just deleted as well as if the broker does not answer.
+            if partition in self.present():
+                raise
+            LOG.warning("%s[%d] no longer exists: %s", *partition, error.str())
+            self.drop([partition])
+            return
+        LOG.error(
+            "%s[%d]: the next records to read no longer exist (%s): reading continues at the first offset, %d, of a "
+            "partition that ends at %d. Was the topic deleted or trimmed manually?",
+            *(*partition, error.str(), low, high),
+        )
+        self.resets[partition] = low
+        # Not seek(): after this error the partition is paused until it is assigned again.
+        self._consumer.incremental_unassign([_at(partition, None)])
+        self._consumer.incremental_assign([_at(partition, low)])
 
     def lag(self, offsets: Mapping[Partition, int]) -> dict[str, int]:
         """Return for each topic how many records are in the log at or above ``offsets``. Uses the ends that the client

@@ -20,7 +20,7 @@ import psycopg
 import pytest
 import sqlalchemy
 import uuid_utils
-from confluent_kafka import TopicPartition
+from confluent_kafka import KafkaError, TopicPartition
 
 from jobledger.config import Settings
 from jobledger.errors import (
@@ -41,6 +41,7 @@ from jobledger.process import identity
 from jobledger.schemas import codec
 from jobledger.schemas import events as ev
 from jobledger.schemas.events import JobEvent, Position
+from jobledger.streams.status import log_feed
 from jobledger.streams.status import rebuild as rebuilding
 from jobledger.streams.status.log_feed import LogFeed, bounds
 from jobledger.streams.status.materializer import Materializer
@@ -410,6 +411,41 @@ def recreate(world: World, topic: str) -> None:
     # duplicates. It also refuses records until it asks for the topic again.
     world.writer.close()
     world.writer = LogWriter(world.settings, world.names)
+
+
+class NotThere:
+    """What the client returns instead of a record, if the log does not have the next one of a partition."""
+
+    def __init__(self, topic: str) -> None:
+        self._topic = topic
+
+    def topic(self) -> str:
+        return self._topic
+
+    def partition(self) -> int:
+        return 0
+
+    def error(self) -> KafkaError:
+        return KafkaError(KafkaError._AUTO_OFFSET_RESET, "no record")
+
+
+def test_a_topic_that_is_deleted_while_its_first_offset_is_asked_for_is_no_longer_read(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For such a topic the client finds no leader, as for a broker that does not answer. The other topics are read
+    further."""
+    topic, asked = world.names.jobs("mail"), bounds
+    monkeypatch.setattr(log_feed, "bounds", lambda settings, partitions: asked(settings, partitions, timeout=2.0))
+    partitions = [(topic, partition) for partition in range(PARTITIONS)]
+    with LogFeed(world.settings, world.names) as feed:
+        feed.add(dict.fromkeys([*partitions, (world.names.lifecycle, 0)]))
+        client = clients.admin(world.settings)
+        clients.answer_of(client.delete_topics([topic], request_timeout=10.0)[topic], 10.0)
+        wait_until(lambda: (topic, 0) not in feed.present(), 20, "the end of the topic")
+        assert feed._is_error(NotThere(topic))  # type: ignore[arg-type]  # a message without a value
+        assert (topic, 0) not in feed.assigned
+        assert (world.names.lifecycle, 0) in feed.assigned
+        assert feed.resets == {}
 
 
 @on_both
