@@ -13,7 +13,7 @@ from jobledger import job
 from jobledger.errors import ConfigError, JobNotFound
 from jobledger.job import JobStatus, Life, State
 from jobledger.schemas import events as ev
-from jobledger.streams.status.store import StatusReader, Store, open_reader, search
+from jobledger.streams.status.store import StatusReader, Store, open_reader, searches
 from jobledger.streams.status.store.protocol import Counted, Found
 from tests.contract.test_store import BACKENDS, NAMESPACE, Backend, write
 
@@ -143,7 +143,7 @@ def test_a_search_for_what_the_counters_exclude_reads_no_job(
     """An unknown task, queue, or a state that no job of a task has, is known without reading rows."""
     dice = random.Random(1)
     write(store, {f"{number:03}": some_job(dice, number) for number in range(JOBS)})
-    monkeypatch.setattr(search, "_matching", None)
+    monkeypatch.setattr(searches, "_matching", None)
     impossible: list[dict[str, Any]] = [
         {"task": "nobody"},
         {"queue": "nobody", "since_ms": 0},

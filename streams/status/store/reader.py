@@ -14,7 +14,7 @@ from jobledger.job import JobStatus, Life, State
 from jobledger.plan import PlanState, PlanStatus
 from jobledger.process import forks
 from jobledger.schemas.events import Position
-from jobledger.streams.status.store import search, summaries
+from jobledger.streams.status.store import searches, summaries
 from jobledger.streams.status.store.about import about
 from jobledger.streams.status.store.address import shown
 from jobledger.streams.status.store.filters import ADDED_LATER, Selection, begins, selection
@@ -164,16 +164,16 @@ class SqlReader:
         found = [_status(row) for row in rows]
         return Found(found) if place is None else Found(found, place[-1], place[0] if len(place) > 1 else None)
 
-    def _search(self, place: search.Place | None, limit: int, most: int, **filters: Unpack[Filters]) -> search.Part:
+    def _search(self, place: searches.Place | None, limit: int, most: int, **filters: Unpack[Filters]) -> searches.Part:
         self._need(*(name for name in ADDED_LATER if filters.get(name) is not None))
         by_task = self._has(4)
         with self._reading() as db:
-            found = search.plan(db, by_task=by_task, **filters)
+            found = searches.plan(db, by_task=by_task, **filters)
             if place is not None:
                 place = place[-len(found.order) :]
-            return search.run(db, found, (jobs.c.slots, jobs.c.result), place, limit, most)
+            return searches.run(db, found, (jobs.c.slots, jobs.c.result), place, limit, most)
 
-    def _place(self, after: str | None) -> search.Place | None:
+    def _place(self, after: str | None) -> searches.Place | None:
         """Return the place of a job in a list by time. Raises `JobNotFound`."""
         if after is None:
             return None

@@ -13,7 +13,7 @@ from typing import Any, Unpack
 from sqlalchemy import Connection, Row, case, func, literal, select, tuple_, union_all
 
 from jobledger.job import State
-from jobledger.streams.status.store import search
+from jobledger.streams.status.store import searches
 from jobledger.streams.status.store.filters import COUNTED, given, states_of, texts_of
 from jobledger.streams.status.store.protocol import Counted, ErrorGroup, Filters, LastSuccess, QueueSummary
 from jobledger.streams.status.store.rows import key_text
@@ -36,7 +36,7 @@ def count(db: Connection, limit: int, most: int, by_task: bool, **filters: Unpac
     """Count jobs; see `StatusReader.count`. ``by_task``: whether the table has the index by task."""
     if given(filters) <= COUNTED:
         return _by_counters(db, filters)
-    return Counted(*search.count(db, search.plan(db, by_task=by_task, **filters), limit, most))
+    return Counted(*searches.count(db, searches.plan(db, by_task=by_task, **filters), limit, most))
 
 
 def _by_counters(db: Connection, filters: Filters) -> Counted:
