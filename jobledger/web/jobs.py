@@ -18,11 +18,11 @@ from jobledger.job import JobStatus, State
 from jobledger.plan import SCOPES
 from jobledger.schemas.events import Position
 from jobledger.schemas.ids import derived_id
-from jobledger.streams.status.store import StatusReader
+from jobledger.views import bounds
 from jobledger.views.arguments import WINDOW, choose
 from jobledger.views.jobs import args_json, event_json, status_json
 from jobledger.views.values import iso
-from jobledger.web import models, paging
+from jobledger.web import models
 from jobledger.web.access import API, Caller
 from jobledger.web.answers import SMALL_BODY, Integers, answer, body_of, encoded, read_as
 from jobledger.web.documents import body, problems
@@ -178,7 +178,7 @@ async def count(
         return answer({"count": sum(states.values()), "exact": True, "states": states}, integers)
     conditions = filters_of(**chosen)
     counted = await shared.table(
-        lambda table: table.count(paging.COUNT_MOST, most=paging.COUNT_ROWS_MOST, **conditions)
+        lambda table: table.count(bounds.COUNT_MOST, most=bounds.COUNT_ROWS_MOST, **conditions)
     )
     return answer({"count": counted.jobs, "exact": counted.exact, "states": None}, integers)
 
@@ -282,7 +282,7 @@ async def show(
 
 
 def _page(
-    table: StatusReader, conditions: dict[str, Any], after: str | None, limit: int
+    table: Any, conditions: dict[str, Any], after: str | None, limit: int
 ) -> tuple[list[JobStatus], str | None, int | None]:
     """Return a page of jobs, the id after which the next page begins, and the time of submission up to which jobs were
     compared with the filters if these are not all.
@@ -294,7 +294,7 @@ def _page(
     while True:
         wanted = min(ROWS_AT_ONCE, limit - len(jobs))
         # One more than wanted shows whether there are more.
-        found = table.search(**conditions, after=after, limit=wanted + 1, most=paging.ROWS_MOST)
+        found = table.search(**conditions, after=after, limit=wanted + 1, most=bounds.ROWS_MOST)
         for number, each in enumerate(found.jobs[:wanted], 1):
             jobs.append(each)
             size += 0 if each.result is None else len(encoded(each.result, "number"))
@@ -312,7 +312,7 @@ async def _with_arguments(
 ) -> tuple[list[JobStatus], str | None, int | None]:
     """Return what `_page` returns, of the jobs with these arguments."""
     part = await shared.table(
-        lambda table: table.search(**conditions, after=after, limit=WINDOW, most=paging.ROWS_MOST)
+        lambda table: table.search(**conditions, after=after, limit=WINDOW, most=bounds.ROWS_MOST)
     )
     known = await shared.log(shared.records.arguments, part.jobs)
     chosen = choose(part.jobs, known, wanted, limit)

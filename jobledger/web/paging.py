@@ -18,10 +18,6 @@ from jobledger.web.problems import Problem
 
 #: Largest page, and the page's size if none is asked for.
 LIMIT_MOST, LIMIT = 500, 50
-#: Largest number to which jobs are counted by filters for which the table has no counters.
-COUNT_MOST = 10_000
-#: Number of rows of the status table that are compared with the filters for one page, and for one count.
-ROWS_MOST, COUNT_ROWS_MOST = 3_000, 5_000
 #: Largest number of values of one filter.
 VALUES_MOST = 100
 #: The largest number that the log or a table has as an offset.

@@ -55,8 +55,8 @@ def command_lines() -> list[list[str]]:
     for service in compose()["services"].values():
         words = service.get("entrypoint", [])
         if words[:2] == ["sh", "-c"]:
-            for line in words[2].replace("$$APP", "examples.shop:app").split("&&"):
-                lines.append(shlex.split(line.strip().removeprefix("exec ")))
+            script = words[2].replace("$$APP", "examples.shop:app")
+            lines += [shlex.split(line) for line in re.findall(r"\bjobledger [^&|>\n]+", script)]
     return lines
 
 
@@ -77,7 +77,7 @@ def test_containers_start_with_valid_command_lines(words: list[str], monkeypatch
 def test_every_part_is_among_the_containers() -> None:
     """So the previous test has checked the command line of each part."""
     assert {line[1] for line in command_lines()} >= {
-        *("worker", "topics", "router", "coordinator", "materializer", "projections")
+        *("worker", "topics", "router", "coordinator", "materializer", "projections", "web")
     }
 
 
@@ -115,7 +115,7 @@ def test_the_pipeline_makes_no_folder_that_anybody_may_write_to() -> None:
 
 EVERY_S, MINUTES = 15, 10
 SCRAPES = MINUTES * 60 // EVERY_S
-PARTS = ("worker", "router", "coordinator", "materializer", "projections")
+PARTS = ("worker", "router", "coordinator", "materializer", "projections", "web")
 
 
 def healthy() -> promtool.Series:

@@ -20,7 +20,8 @@ from jobledger.schemas import events as ev
 from jobledger.schemas.codec import Decoder
 from jobledger.streams.status.row_folder import RowFolder
 from jobledger.streams.status.store import open_store
-from jobledger.web import Dashboard, Role, paging
+from jobledger.views import bounds
+from jobledger.web import Dashboard, Role
 from jobledger.web.pages import assets, jobpage, rates, steering
 from jobledger.web.pages.render import environment, job_path
 from jobledger.web.pages.router import ROUTES
@@ -180,7 +181,7 @@ def test_pages_follow_one_another_without_gap(app: App) -> None:
 
 def test_a_search_for_rare_jobs_ends_early_and_can_be_continued(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
     """The page says up to which time of submission it has searched. All pages together have all jobs."""
-    monkeypatch.setattr(paging, "ROWS_MOST", 150)
+    monkeypatch.setattr(bounds, "ROWS_MOST", 150)
     path: str | None = "/jobs?version=2026.11.3&queue=media"
     further, found = 0, list[str]()
     wanted = [each.job_id for each in app.jobs(queue="media", version="2026.11.3")]

@@ -24,7 +24,8 @@ from jobledger.schemas import events as ev
 from jobledger.schemas.events import Position
 from jobledger.schemas.ids import derived_id
 from jobledger.streams.status.store import Changes
-from jobledger.web import answers, create_app, paging, problems, services
+from jobledger.views import bounds
+from jobledger.web import answers, create_app, problems, services
 from jobledger.web.access import API
 from jobledger.web.paging import position_of, position_text
 from jobledger.worker_status import WorkerStatus
@@ -107,7 +108,7 @@ def test_a_page_ends_when_it_has_compared_enough_jobs_and_says_so(
     """It can have no job although there is a next page."""
     for n in range(9):
         table.write({f"job-{n}": ODD if n < 2 else EVEN}, ms=1_000 * n)
-    monkeypatch.setattr(paging, "ROWS_MOST", 3)
+    monkeypatch.setattr(bounds, "ROWS_MOST", 3)
     path: str | None = "/jobs?version=nobody"
     searched: list[str | None] = []
     while path is not None:
@@ -150,7 +151,7 @@ def test_counts_are_exact_or_say_that_they_are_not(api: FastAPI, table: Table, m
     assert (whole["count"], whole["exact"], whole["states"]["failed"]) == (12, True, 12)
     assert ask(api, "GET", "/jobs:count?tag=tenant%3Dacme").json() == {"count": 25, "exact": True, "states": None}
     assert ask(api, "GET", "/jobs:count?tag=tenant%3Dother").json()["count"] == 0
-    monkeypatch.setattr(paging, "COUNT_MOST", 10)
+    monkeypatch.setattr(bounds, "COUNT_MOST", 10)
     assert ask(api, "GET", "/jobs:count?tag=tenant%3Dacme").json() == {"count": 10, "exact": False, "states": None}
 
 
@@ -160,7 +161,7 @@ def test_counts_are_exact_or_say_that_they_are_not(api: FastAPI, table: Table, m
         ("/jobs?limit=501", "limit: Input should be less than or equal to 500 (given: '501')"),
         ("/jobs?limit=0", "limit: Input should be greater than or equal to 1"),
         ("/jobs?state=lost", "state.0: Input should be 'scheduled'"),
-        ("/jobs?colour=red", "'colour' is not a parameter of this route; its parameters: after, args"),
+        ("/jobs?colour=red", "'colour' is not a parameter of this route; its parameters: after, arg, args"),
         ("/jobs?tag=acme", "tag='acme' is not of the form NAME=VALUE"),
         ("/jobs?arg=user", "arg='user' is not of the form NAME=VALUE, such as user.id=1"),
         ("/jobs?arg=a%3D1&arg=a%3D2", "arg a is given as '1' and as '2'"),

@@ -12,10 +12,10 @@ from jobledger.errors import JobNotFound
 from jobledger.job import JobStatus, State
 from jobledger.process.wording import counted
 from jobledger.streams.status.store.protocol import Counted, Found
+from jobledger.views import bounds
 from jobledger.views.arguments import WINDOW, choose
 from jobledger.views.facts import progress
 from jobledger.views.words import duration, relative
-from jobledger.web import paging
 from jobledger.web.pages.filters import LABELS, JobFilters
 from jobledger.web.pages.render import short
 from jobledger.web.pages.sources import Sources
@@ -141,10 +141,10 @@ def job_list(
     note = ""
     limit = WINDOW if filters.arguments else PAGE + 1
     try:
-        found = sources.table.search(after=after, limit=limit, most=paging.ROWS_MOST, **wanted)
+        found = sources.table.search(after=after, limit=limit, most=bounds.ROWS_MOST, **wanted)
     except JobNotFound:
         note = f"The page cannot begin after the job {after!r}: the table does not know it any more. These are the newest jobs."
-        after, found = None, sources.table.search(limit=limit, most=paging.ROWS_MOST, **wanted)
+        after, found = None, sources.table.search(limit=limit, most=bounds.ROWS_MOST, **wanted)
     full = len(found.jobs) > PAGE
     if filters.arguments:
         found, about = _with_arguments(sources, found, filters, shown)
@@ -290,7 +290,7 @@ def preview(sources: Sources, action: str, filters: JobFilters, now_ms: int, pro
         "first; a job that has ended meanwhile is skipped.",
         count,
         words,
-        [job_row(each) for each in sources.table.search(limit=EXAMPLES, most=paging.ROWS_MOST, **wanted).jobs]
+        [job_row(each) for each in sources.table.search(limit=EXAMPLES, most=bounds.ROWS_MOST, **wanted).jobs]
         if possible
         else [],
         filters.query(),

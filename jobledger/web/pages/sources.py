@@ -13,7 +13,7 @@ from jobledger.errors import JobledgerError, text_of
 from jobledger.job import JobStatus, State
 from jobledger.schemas.events import Position, Recorded
 from jobledger.streams.status.store.protocol import Counted, ErrorGroup, LastSuccess, QueueSummary, StatusReader
-from jobledger.web import paging
+from jobledger.views import bounds
 from jobledger.worker_status import WorkerStatus
 
 #: Number of groups of errors on their page.
@@ -50,9 +50,9 @@ class Sources:
 
     # -- from the status table ------------------------------------------------------------------------------------
 
-    def count(self, filters: Mapping[str, Any], limit: int = paging.COUNT_MOST) -> Counted:
+    def count(self, filters: Mapping[str, Any], limit: int = bounds.COUNT_MOST) -> Counted:
         """Return how many jobs match the table's filters, counted up to ``limit``."""
-        return self.table.count(limit, most=paging.COUNT_ROWS_MOST, **filters)
+        return self.table.count(limit, most=bounds.COUNT_ROWS_MOST, **filters)
 
     def queues(self) -> list[QueueSummary]:
         """Return each queue with its numbers, by name; also those queues of the app that have no job yet."""
