@@ -40,13 +40,13 @@ TENANTS = tuple(f"tenant-{n:03}" for n in range(200))
 REGIONS = ("eu", "us", "apac")
 TIERS = ("free", "team", "enterprise")
 TYPES = (
-    "builtins.TimeoutError",
-    "builtins.ValueError",
-    "builtins.ConnectionError",
+    "TimeoutError",
+    "ValueError",
+    "ConnectionError",
     "shop.errors.CardDeclined",
     "shop.errors.QuotaExceeded",
     "shop.errors.MailboxFull",
-    "builtins.KeyError",
+    "KeyError",
     "shop.errors.BadImage",
 )
 PLACES = ("connect", "read_body", "parse", "authorize", "render")

@@ -122,7 +122,7 @@ def kinds(known: JobStatus) -> list[tuple[str, str, float | None]]:
         "last version": f"version={seed_table.VERSIONS[-1]}",
         "first version": f"version={seed_table.VERSIONS[0]}",
         "unknown version": "version=nobody",
-        "error": "error=builtins.KeyError",
+        "error": "error=KeyError",
         "error text": "error_text=gateway-3",
         "unknown error text": "error_text=nobody",
         "fingerprint": f"fingerprint={known.fingerprint}",

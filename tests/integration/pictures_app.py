@@ -14,6 +14,8 @@ GIVE_UP = Retry(max_attempts=3, initial=0.2, jitter=False)
 class CardDeclined(Exception):
     """The card's bank refuses the payment."""
 
+    __module__ = "shop.errors"
+
 
 @app.task(queue="payments", retry=GIVE_UP)
 async def charge_card(order: int, cents: int) -> str:

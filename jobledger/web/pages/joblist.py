@@ -46,7 +46,7 @@ HINTS: Mapping[str, str] = {
     "until": "2026-01-31T14:05",
     "late": "10m",
     "attempts_least": "3",
-    "error": "builtins.ValueError",
+    "error": "ValueError",
     "error_text": "timed out",
 }
 
