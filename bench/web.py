@@ -70,7 +70,7 @@ def main() -> int:
             options = seed_table.Options(given.jobs, now_ms=round(time.time() * 1000))
             seed_table.fill(url, NAMESPACE, options, tell=True, with_offsets=False)
         figures = run(settings, url, given.events, given.rounds)
-        figures += submissions(settings, url, given.rounds * 5)
+        figures += submissions(settings, url, given.rounds * 20)
     print(harness.as_json(figures))
     harness.show(figures)
     return 0
@@ -100,7 +100,7 @@ def run(settings: Settings, url: str, events: int, rounds: int) -> list[Figure]:
                 figures += [
                     Figure("event → visible p50", harness.percentile(waits, 0.5) * 1000, "ms", 20, False, None, note),
                     Figure("event → visible p99", harness.percentile(waits, 0.99) * 1000, "ms", 100, False, None, note),
-                    Figure("events folded", fed(), "events/s", events * 0.95, True, None, "while the pages were read"),
+                    Figure("events written", fed(), "events/s", events * 0.95, True, None, "while the pages were read"),
                 ]
     finally:
         harness.drop(settings, names)

@@ -214,7 +214,7 @@ class StatusReader(Protocol):
         """
 
     def search(
-        self, *, after: str | None = None, limit: int = 100, most: int = 3_000, **filters: Unpack[Filters]
+        self, *, after: str | None = None, limit: int = 100, most: int = 2_000, **filters: Unpack[Filters]
     ) -> Found:
         """Return the jobs that `jobs` would return, or the first of them if ``most`` rows of the table were compared with
         the filters. So the time does not depend on the number of jobs. Raises as `jobs` does."""

@@ -157,7 +157,7 @@ class SqlReader:
                 return [_status(row) for row in rows]
 
     def search(
-        self, *, after: str | None = None, limit: int = 100, most: int = 3_000, **filters: Unpack[Filters]
+        self, *, after: str | None = None, limit: int = 100, most: int = 2_000, **filters: Unpack[Filters]
     ) -> Found:
         """Return the next jobs that match every given filter; see `StatusReader.search`."""
         rows, place = self._search(self._place(after), limit, most, **filters)
