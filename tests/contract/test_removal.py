@@ -1,6 +1,6 @@
 """What every status database must do when rows of ended jobs are removed."""
 
-# ruff: noqa: F811  # the fixtures are imported, and parameters have their names
+# the fixtures are imported, and parameters have their names
 
 from __future__ import annotations
 
@@ -22,18 +22,7 @@ from jobledger.streams.status.store import Changes, StatusReader, Store, copy
 from jobledger.streams.status.store.reader import SqlReader
 from jobledger.streams.status.store.removal import Reread, Walk
 from jobledger.streams.status.store.sqlite import open_reader as open_sqlite
-from tests.contract.test_store import (  # noqa: F401  # fixtures
-    BAD,
-    NAMESPACE,
-    SPEC,
-    Backend,
-    Clock,
-    backend,
-    life,
-    reader,
-    store,
-    write,
-)
+from tests.contract.test_store import BAD, NAMESPACE, SPEC, Backend, Clock, life, write
 
 TAGGED = ev.JobSubmitted(ev.JobSpec(b"{}", {"tenant": "acme"}))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from typing import Any
 
 import pytest
@@ -13,32 +12,13 @@ from jobledger import job
 from jobledger.errors import ConfigError, JobNotFound
 from jobledger.job import JobStatus, Life, State
 from jobledger.schemas import events as ev
-from jobledger.streams.status.store import StatusReader, Store, open_reader, searches
+from jobledger.streams.status.store import StatusReader, Store, searches
 from jobledger.streams.status.store.protocol import Counted, Found
-from tests.contract.test_store import BACKENDS, NAMESPACE, Backend, write
+from tests.contract.test_store import write
 
 TASKS, QUEUES, VERSIONS = ("send", "call", "rare"), ("mail", "slow"), ("1.0", "2.0", None)
 ERRORS = [ev.ErrorInfo(f"builtins.Error{n}", f"no {n}", f'File "a.py", line {n}, in f{n}') for n in range(3)]
 JOBS = 120
-
-
-@pytest.fixture(params=list(BACKENDS))
-def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
-    with BACKENDS[request.param](request) as made:
-        yield made
-
-
-@pytest.fixture
-def store(backend: Backend) -> Iterator[Store]:
-    with backend.store() as made:
-        assert made.acquire()
-        yield made
-
-
-@pytest.fixture
-def reader(backend: Backend, store: Store) -> Iterator[StatusReader]:
-    with closing(open_reader(backend.url, NAMESPACE)) as made:
-        yield made
 
 
 def some_job(dice: random.Random, number: int) -> Life:

@@ -94,26 +94,6 @@ def postgres_backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
 BACKENDS = {"sqlite": sqlite_backend, "postgresql": postgres_backend}
 
 
-@pytest.fixture(params=list(BACKENDS))
-def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
-    with BACKENDS[request.param](request) as made:
-        yield made
-
-
-@pytest.fixture
-def store(backend: Backend) -> Iterator[Store]:
-    with backend.store() as made:
-        assert made.acquire()
-        yield made
-
-
-@pytest.fixture
-def reader(backend: Backend, store: Store) -> Iterator[StatusReader]:
-    made = open_reader(backend.url, NAMESPACE)
-    yield made
-    made.close()
-
-
 BAD = ev.ErrorInfo("builtins.ValueError", "no", "trace")
 SPEC = ev.JobSpec(b"{}")
 

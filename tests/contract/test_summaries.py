@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
 
@@ -19,30 +18,11 @@ from jobledger.streams.status.store import StatusReader, Store, open_reader, sum
 from jobledger.streams.status.store.postgres import PostgresStore
 from jobledger.streams.status.store.protocol import Counted, LastSuccess, QueueSummary
 from jobledger.streams.status.store.sqlite import SqliteStore
-from tests.contract.test_store import BACKENDS, BAD, NAMESPACE, SPEC, Backend, life, write
+from tests.contract.test_store import BAD, NAMESPACE, SPEC, Backend, life, write
 from tests.postgres import Databases
 
 OTHER = ev.ErrorInfo("builtins.KeyError", "'x'", "trace")
 SUBMITTED = ev.JobSubmitted(SPEC)
-
-
-@pytest.fixture(params=list(BACKENDS))
-def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
-    with BACKENDS[request.param](request) as made:
-        yield made
-
-
-@pytest.fixture
-def store(backend: Backend) -> Iterator[Store]:
-    with backend.store() as made:
-        assert made.acquire()
-        yield made
-
-
-@pytest.fixture
-def reader(backend: Backend, store: Store) -> Iterator[StatusReader]:
-    with closing(open_reader(backend.url, NAMESPACE)) as made:
-        yield made
 
 
 def started(version: str) -> ev.JobStarted:
