@@ -54,7 +54,7 @@ SETTLE_S = 5.0
 
 
 def main() -> int:
-    """Measure, or be one of the processes of a measurement."""
+    """Measure, and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", help="JOBLEDGER_STATUS_URL of a table that is filled; else a new SQLite table is used")
     parser.add_argument("--jobs", type=int, default=1_000_000, help="number of jobs of a new table")
@@ -82,11 +82,11 @@ def run(settings: Settings, url: str, events: int, rounds: int) -> list[Figure]:
     harness.create(settings, names, QUEUES, PARTITIONS)
     figures: list[Figure] = []
     try:
-        with folding(settings, names, url), contextlib.closing(open_reader(url, NAMESPACE)) as reader:
+        with child("fold", settings, url), contextlib.closing(open_reader(url, NAMESPACE)) as reader:
             number = sum(reader.counts_by_state().values())
             note = f"{number:,} jobs, {events:,} events a second folded meanwhile"
             known = reader.search(state="failed", limit=1).jobs[0]
-            with feeding(settings, names, events) as fed:
+            with feeding(settings, events) as fed:
                 time.sleep(SETTLE_S)
                 with serving(settings, url) as (client, took):
                     figures.append(Figure("first page after the start", took * 1000, "ms", 1_000, False, None, note))
@@ -177,11 +177,7 @@ def serving(settings: Settings, url: str) -> Iterator[tuple[httpx.Client, float]
     argv = [sys.executable, "-m", "jobledger", "web", "bench.web_app:app", "--listen", f"127.0.0.1:{port}"]
     process = subprocess.Popen(argv, env=environ, stdout=subprocess.DEVNULL)
     try:
-        while True:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1.0):
-                break
-            assert process.poll() is None, "jobledger web has ended"
-            time.sleep(0.005)
+        wait_until_listening(process, port)
         began = time.perf_counter()
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60.0) as client:
             asked(client, "/")
@@ -192,15 +188,17 @@ def serving(settings: Settings, url: str) -> Iterator[tuple[httpx.Client, float]
         process.wait(30)
 
 
-@contextlib.contextmanager
-def folding(settings: Settings, names: Names, url: str) -> Iterator[None]:
-    """Run the materializer in a process of its own."""
-    with child("fold", settings, url):
-        yield
+def wait_until_listening(process: subprocess.Popen[bytes], port: int) -> None:
+    """Return as soon as the process accepts connections at the port of this machine."""
+    while True:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1.0):
+            return
+        assert process.poll() is None, f"the process that was to listen at port {port} has ended"
+        time.sleep(0.005)
 
 
 @contextlib.contextmanager
-def feeding(settings: Settings, names: Names, rate: int) -> Iterator[Callable[[], float]]:
+def feeding(settings: Settings, rate: int) -> Iterator[Callable[[], float]]:
     """Write events in a process of its own. Yield a function that returns how many events a second were written."""
     count = Path(tempfile.mkstemp(prefix="jobledger-bench-")[1])
     began = time.perf_counter()
@@ -310,11 +308,7 @@ def bare_route() -> Iterator[str]:
     )
     process = subprocess.Popen([sys.executable, "-c", program])
     try:
-        while True:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1.0):
-                break
-            assert process.poll() is None, "the bare route has ended"
-            time.sleep(0.02)
+        wait_until_listening(process, port)
         yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()

@@ -61,9 +61,9 @@ class Group(msgspec.Struct, frozen=True):
 class Crew(msgspec.Struct, frozen=True):
     """The workers that serve the job's lane and still report, by their last reports.
 
-    ``workers``: their number. ``slots``: how many jobs they may run at once; ``running``: how many they run. ``without_task``: how
-    many of them do not know the job's task. ``silent_ms``: when the worker of the running attempt reported last, if it no
-    longer reports.
+    ``workers``: their number. ``slots``: how many jobs they may run at once; ``running``: how many they run.
+    ``without_task``: how many of them do not know the job's task. ``silent_ms``: when the worker of the running attempt
+    reported last, if it no longer reports.
     """
 
     workers: int

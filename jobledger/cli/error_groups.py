@@ -34,8 +34,9 @@ def list_errors(
     """List the errors of failed and retrying jobs, in groups of the same kind; the group with the last submission comes
     first.
 
-    The times are those of submissions. "again": jobs that had the error again after a redrive. At most 500 jobs of each group are counted, those submitted last. `jobs list
-    --where fingerprint=…` lists the jobs of a group, and `jobs redrive --where fingerprint=…` runs them again.
+    The times are those of submissions. "again": jobs that had the error again after a redrive. At most 500 jobs of each
+    group are counted, those submitted last. `jobs list --where fingerprint=…` lists the jobs of a group, and `jobs
+    redrive --where fingerprint=…` runs them again.
 
     Example: jobledger errors list shop:app --since 2h
     """

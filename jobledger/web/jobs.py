@@ -318,10 +318,7 @@ async def _with_arguments(
     chosen = choose(part.jobs, known, wanted, limit)
     if chosen.compared < len(part.jobs):
         return chosen.jobs, chosen.jobs[-1].job_id, None
-    if part.after is None or part.searched_ms is not None or not part.jobs:
-        return chosen.jobs, part.after, part.searched_ms
-    submitted = part.jobs[-1].submitted_at
-    return chosen.jobs, part.after, None if submitted is None else round(submitted.timestamp() * 1000)
+    return chosen.jobs, part.after, part.searched_ms
 
 
 async def _shown(shared: Services, jobs: Sequence[JobStatus], args: bool) -> list[dict[str, Any]]:

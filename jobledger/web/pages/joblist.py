@@ -195,13 +195,9 @@ def _with_arguments(sources: Sources, found: Found, filters: JobFilters, shown: 
     note = f"The arguments of {counted(chosen.compared, 'job')} were read from the log and compared."
     if chosen.unknown:
         note += f" {chosen.unknown:,} of them are not known, for example because the log was trimmed."
-    looked_at = found.jobs[: chosen.compared]
-    if chosen.compared == len(found.jobs):
-        searched_ms = found.searched_ms
-        if found.after is not None and searched_ms is None and looked_at and looked_at[-1].submitted_at is not None:
-            searched_ms = round(looked_at[-1].submitted_at.timestamp() * 1000)
-        return Found(chosen.jobs, found.after, searched_ms), note
-    return Found(chosen.jobs, looked_at[-1].job_id), note
+    if chosen.compared < len(found.jobs):
+        return Found(chosen.jobs, chosen.jobs[-1].job_id), note
+    return Found(chosen.jobs, found.after, found.searched_ms), note
 
 
 def _moment(ms: int) -> dt.datetime:

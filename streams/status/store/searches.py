@@ -58,7 +58,7 @@ Place = tuple[Any, ...]
 
 
 class Scan(NamedTuple):
-    """Rows of ``source`` that one index has in the order of the page: `jobs`, or a tag of theirs."""
+    """Rows of ``source``, which is `jobs` or `tags`. One index contains them in the order of the page."""
 
     source: FromClause
     conditions: Sequence[ColumnElement[bool]]
